@@ -1,0 +1,1 @@
+"""The targets: adding a folder with a `BACKEND` adds a backend."""

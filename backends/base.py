@@ -1,0 +1,75 @@
+"""What a backend declares: its pipeline, how to emit a package, how to compile it, how to open a session on it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from qeff_ir.module import Module
+from qeff_ir.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What a user asks of `compile`, target-independent names first.
+
+    Attributes:
+        prefill_seq_len: Tokens of a prompt that one prefill run takes.
+        ctx_len: Slots of the KV cache: prompt and generated tokens together.
+        batch_size: Rows of a run.
+        num_cores: Cores of the device.
+        num_devices: Devices that share the model.
+        mxfp6_matmul: Compress constant matmul weights to MXFP6 on the device.
+        mxint8_kv_cache: Keep the KV cache as MXINT8 on the device.
+        flags: Any other flag of the target's compiler, by its Python name (``aic_enable_depth_first``).
+        force_flags: Hand unknown flags to the compiler instead of refusing them.
+    """
+
+    prefill_seq_len: int = 32
+    ctx_len: int = 128
+    batch_size: int = 1
+    num_cores: int = 16
+    num_devices: int = 1
+    mxfp6_matmul: bool = False
+    mxint8_kv_cache: bool = False
+    flags: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    force_flags: bool = False
+
+
+class Backend(ABC):
+    """One target. A backend package exposes an instance as `BACKEND`."""
+
+    name: ClassVar[str]
+    pipeline: ClassVar[str]
+    """Stock pipeline as text."""
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """Why models cannot be compiled for the target here, as a clause that names what was looked for; else `None`."""
+
+    @abstractmethod
+    def check(self, module: Module, options: CompileOptions) -> None:
+        """Refuse a module or options that the target cannot take.
+
+        Raises:
+            CompileError: With a code, what is wrong, and the Hugging Face module that it comes from.
+        """
+
+    @abstractmethod
+    def emit(self, module: Module, folder: Path, options: CompileOptions) -> None:
+        """Write the target's files into an empty folder."""
+
+    @abstractmethod
+    def compile(self, folder: Path, options: CompileOptions) -> None:
+        """Run the target's compiler over an emitted folder, adding its result to the folder.
+
+        Raises:
+            CompileError: The compiler is missing or failed.
+        """
+
+    @abstractmethod
+    def open(self, folder: Path) -> Session:
+        """Open a session on a verified package folder."""

@@ -1,0 +1,51 @@
+"""The typed errors of qeff-ir: one sentence each, saying what was wrong, where, and what to do.
+
+Every error that bad input can cause derives from `QeffError`; the command line prints its message on one line and
+exits with code 2. Anything else that escapes is a defect of qeff-ir.
+"""
+
+from __future__ import annotations
+
+
+class QeffError(Exception):
+    """Base of all errors that qeff-ir raises on purpose."""
+
+
+class ModelLoadError(QeffError):
+    """A model folder, hub id or checkpoint cannot be read."""
+
+
+class UnsupportedModelError(QeffError):
+    """A model cannot be lowered to a retained-state decoder; the message says why."""
+
+
+class VerificationError(QeffError):
+    """A module breaks a rule of the IR.
+
+    Attributes:
+        code: Stable name of the rule, for example ``state-pair``.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"[{code}] {message}")
+        self.code = code
+
+
+class PipelineError(QeffError):
+    """A pipeline text or its options are malformed."""
+
+
+class PassError(QeffError):
+    """A pass could not do what it promises; the module is as it was before the pass."""
+
+
+class CompileError(QeffError):
+    """A target refuses a module, an option or a flag, or its compiler failed."""
+
+
+class PackageError(QeffError):
+    """A package on disk is incomplete, altered, or of another version."""
+
+
+class RuntimeInputError(QeffError):
+    """A request does not fit the compiled model: batch size, prompt length, number of new tokens."""

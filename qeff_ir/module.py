@@ -1,0 +1,231 @@
+"""`Module`: an ONNX model plus the typed facts that ONNX has no place for.
+
+A module is an `onnx_ir.Model` (always valid ONNX), the retained states of a decoder, the symbolic dims of its
+interface, and the specializations it will be compiled for. The facts travel inside the model's metadata, so that saving
+and loading is exact and every snapshot opens in any ONNX tool.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from qeff_ir.errors import VerificationError
+
+FORMAT_VERSION = 1
+"""Version of the facts below; a module of another version is refused."""
+
+METADATA_KEY = "qeff.module"
+SOURCE_KEY = "qeff.source"
+"""Node metadata: path of the Hugging Face module that a node came from, for example ``model.layers.0.self_attn``."""
+PASS_KEY = "qeff.pass"
+"""Node metadata: the pass instance that created a node; absent on nodes that the frontend made."""
+
+DimValue = str | int
+Role = Literal["key", "value"]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One tensor that the device keeps between two runs.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        role: What the tensor holds.
+        shape: Symbols and sizes, for example ``("batch_size", 8, "ctx_len", 64)`` for ``[batch, kv_heads, ctx,
+            head_dim]``.
+        dtype: Element type in the graph; a backend may store another one.
+        window: Tokens that one query sees of this layer, itself included; `None` when it sees all of them.
+        ring: Whether slots are reused modulo the length of the context axis (position ``p`` lives in slot ``p mod
+            length``) instead of slot ``p`` holding position ``p``.
+    """
+
+    layer: int
+    role: Role
+    shape: tuple[DimValue, ...]
+    dtype: ir.DataType
+    window: int | None = None
+    ring: bool = False
+
+    @property
+    def input(self) -> str:
+        """Name of the graph input that takes the state (AI 100 naming)."""
+        return f"past_{self.role}.{self.layer}"
+
+    @property
+    def output(self) -> str:
+        """Name of the graph output that returns it; the device pairs the two by this suffix."""
+        return f"{self.input}_RetainedState"
+
+    @property
+    def ctx_dim(self) -> DimValue:
+        """Symbol or size of the context axis, axis 2."""
+        return self.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """A symbolic dimension of the interface.
+
+    Attributes:
+        name: Symbol, as it stands in shapes and in specializations.
+        maximum: Largest value the model can take (the length of a learned position table, say); `None` for no bound.
+    """
+
+    name: str
+    maximum: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Specialization:
+    """One set of static shapes that a module is compiled for.
+
+    Attributes:
+        name: ``Prefill`` or ``Decode``; unique in a module.
+        symbols: A value for every symbolic dim of the interface.
+    """
+
+    name: str
+    symbols: Mapping[str, int]
+
+
+@dataclass
+class Module:
+    """A model on its way from Hugging Face to a target.
+
+    Attributes:
+        model: The graph. Any snapshot of it is valid ONNX, the `qeff` dialect being ONNX functions.
+        name: Name of the model class, used for file names.
+        states: Retained states, ordered by layer, key before value.
+        dims: Symbolic dims of the interface by name.
+        specializations: Static shapes to compile for; empty until a target is chosen.
+        properties: Names of the properties that passes have established so far.
+    """
+
+    model: ir.Model
+    name: str
+    states: list[State] = field(default_factory=list[State])
+    dims: dict[str, Dim] = field(default_factory=dict[str, Dim])
+    specializations: list[Specialization] = field(default_factory=list[Specialization])
+    properties: set[str] = field(default_factory=set[str])
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The main graph."""
+        return self.model.graph
+
+    def input(self, name: str) -> ir.Value:
+        """The graph input of that name.
+
+        Raises:
+            VerificationError: There is none (code ``interface``).
+        """
+        for value in self.graph.inputs:
+            if value.name == name:
+                return value
+        raise VerificationError("interface", f"the graph of {self.name} has no input named '{name}'")
+
+    def output(self, name: str) -> ir.Value:
+        """The graph output of that name.
+
+        Raises:
+            VerificationError: There is none (code ``interface``).
+        """
+        for value in self.graph.outputs:
+            if value.name == name:
+                return value
+        raise VerificationError("interface", f"the graph of {self.name} has no output named '{name}'")
+
+    def clone(self) -> Module:
+        """A copy whose graph can be changed freely; weights are shared, never copied."""
+        return Module(
+            self.model.clone(),
+            self.name,
+            list(self.states),
+            dict(self.dims),
+            list(self.specializations),
+            set(self.properties),
+        )
+
+    def rename_dim(self, old: str, new: str) -> None:
+        """Rename a symbol in every shape, state, dim and specialization; two symbols may become one."""
+        pattern = re.compile(rf"\b{re.escape(old)}\b")
+        for value in all_values(self.graph):
+            if value.shape is not None:
+                value.shape = ir.Shape(
+                    [d if isinstance(d, int) else _renamed(d, pattern, new) for d in value.shape.dims]
+                )
+        self.states = [
+            dataclasses.replace(s, shape=tuple(new if d == old else d for d in s.shape)) for s in self.states
+        ]
+        if old in self.dims:
+            dim = self.dims.pop(old)
+            self.dims.setdefault(new, dataclasses.replace(dim, name=new))
+        self.specializations = [
+            Specialization(s.name, {new if k == old else k: v for k, v in s.symbols.items()})
+            for s in self.specializations
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """The facts as plain JSON data (see `with_facts` for the way back)."""
+        return {
+            "version": FORMAT_VERSION,
+            "name": self.name,
+            "states": [{**dataclasses.asdict(s), "dtype": s.dtype.name} for s in self.states],
+            "dims": [dataclasses.asdict(d) for d in self.dims.values()],
+            "specializations": [{"name": s.name, "symbols": dict(s.symbols)} for s in self.specializations],
+            "properties": sorted(self.properties),
+        }
+
+    def write_facts(self) -> None:
+        """Put the facts into the model's metadata, where saving keeps them."""
+        self.model.metadata_props[METADATA_KEY] = json.dumps(self.facts(), sort_keys=True)
+
+    @classmethod
+    def with_facts(cls, model: ir.Model) -> Module:
+        """The module that a model with facts in its metadata describes.
+
+        Raises:
+            VerificationError: The model carries no facts, or those of another version (code ``facts``).
+        """
+        text = model.metadata_props.get(METADATA_KEY)
+        if text is None:
+            raise VerificationError(
+                "facts", f"the ONNX model has no '{METADATA_KEY}' metadata: it was not saved by qeff-ir"
+            )
+        facts = json.loads(text)
+        if facts.get("version") != FORMAT_VERSION:
+            raise VerificationError(
+                "facts",
+                f"the module has format version {facts.get('version')}, this qeff-ir reads {FORMAT_VERSION}: "
+                "lower the model again",
+            )
+        return cls(
+            model,
+            facts["name"],
+            [
+                State(**{**s, "shape": tuple(s["shape"]), "dtype": ir.DataType[s["dtype"]]})
+                for s in facts["states"]
+            ],
+            {d["name"]: Dim(**d) for d in facts["dims"]},
+            [Specialization(s["name"], s["symbols"]) for s in facts["specializations"]],
+            set(facts["properties"]),
+        )
+
+
+def all_values(graph: ir.Graph) -> Iterable[ir.Value]:
+    """Every value of a graph and of the subgraphs of its nodes: inputs, initializers, node outputs."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        yield from node.outputs
+
+
+def _renamed(dim: ir.SymbolicDim, pattern: re.Pattern[str], new: str) -> ir.SymbolicDim:
+    return ir.SymbolicDim(pattern.sub(new, dim.value)) if dim.value is not None else dim

@@ -1,0 +1,1 @@
+"""The pass infrastructure: what a pass is, pipelines as text and values, and the manager that runs them."""
