@@ -155,12 +155,7 @@ class Module:
 
     def rename_dim(self, old: str, new: str) -> None:
         """Rename a symbol in every shape, state, dim and specialization; two symbols may become one."""
-        pattern = re.compile(rf"\b{re.escape(old)}\b")
-        for value in all_values(self.graph):
-            if value.shape is not None:
-                value.shape = ir.Shape(
-                    [d if isinstance(d, int) else _renamed(d, pattern, new) for d in value.shape.dims]
-                )
+        rename_symbols(self.graph, {old: new})
         self.states = [
             dataclasses.replace(s, shape=tuple(new if d == old else d for d in s.shape)) for s in self.states
         ]
@@ -227,5 +222,18 @@ def all_values(graph: ir.Graph) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
-def _renamed(dim: ir.SymbolicDim, pattern: re.Pattern[str], new: str) -> ir.SymbolicDim:
-    return ir.SymbolicDim(pattern.sub(new, dim.value)) if dim.value is not None else dim
+def rename_symbols(graph: ir.Graph, renames: Mapping[str, str]) -> None:
+    """Rename symbols inside the shapes of all values of a graph, in expressions such as ``2*seq_len`` too."""
+    if not renames:
+        return
+    pattern = re.compile(r"\b(" + "|".join(re.escape(name) for name in renames) + r")\b")
+    for value in all_values(graph):
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape(
+                [
+                    ir.SymbolicDim(pattern.sub(lambda m: renames[m.group(1)], d.value))
+                    if isinstance(d, ir.SymbolicDim) and d.value is not None
+                    else d
+                    for d in value.shape.dims
+                ]
+            )

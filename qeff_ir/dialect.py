@@ -1,0 +1,168 @@
+"""The `qeff` dialect: the few ops that ONNX has no standard form for, each with a body that defines its meaning.
+
+Every op is an ONNX function written with onnxscript, so a snapshot that uses it runs on any ONNX runtime. Passes lower
+the ops to a target's physical form. ``B`` batch, ``H`` key/value heads, ``C`` slots of the cache, ``S`` tokens of this
+run, ``D`` head width.
+"""
+
+import functools
+from typing import TypeVar, Union
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+from onnxscript import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, script
+from onnxscript.onnx_opset import opset24 as op
+
+DOMAIN = "qeff"
+VERSION = 1
+OPSET = 24
+"""Version of the standard operators in the IR."""
+
+UNWRITTEN = 2**31 - 1
+"""What `CachePositions` says of a slot that holds no token yet: later than any query, so every causal mask hides it."""
+
+T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])
+
+_qeff = onnxscript.values.Opset(DOMAIN, VERSION)
+
+
+@script(_qeff, default_opset=op)
+def CacheUpdate(past: T, new: T, position_ids: INT64, ring: int = 0) -> T:  # noqa: N802
+    """Store the tokens of this run in a cache.
+
+    Args:
+        past: Cache before the run, ``[B, H, C, D]``.
+        new: Tokens of this run, ``[B, H, S, D]``.
+        position_ids: Position of each token, ``[B, S]``; -1 marks padding, which is not stored.
+        ring: 1 when position ``p`` lives in slot ``p mod C``, 0 when slot ``p`` holds position ``p`` (a position
+            beyond the cache is not stored).
+
+    Returns:
+        The cache after the run, ``[B, H, C, D]``.
+    """
+    length = op.Shape(past, start=2, end=3)
+    wraps = op.Cast(op.Constant(value_int=ring), to=9)
+    slot = op.Where(wraps, op.Mod(position_ids, length), position_ids)
+    stored = op.And(op.GreaterOrEqual(position_ids, op.Constant(value_int=0)), op.Less(slot, length))
+    # Tokens that are not stored go to a spare slot behind the cache.
+    slot = op.Where(stored, slot, length)
+    spare = op.Slice(past, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2]))
+    room = op.Concat(past, spare, axis=2)
+    index = op.Expand(op.Unsqueeze(slot, op.Constant(value_ints=[1, 3])), op.Shape(new))
+    written = op.ScatterElements(room, index, new, axis=2)
+    return op.Slice(written, op.Constant(value_ints=[0]), length, op.Constant(value_ints=[2]))
+
+
+@script(_qeff, default_opset=op)
+def CachePositions(past: T, position_ids: INT64, ring: int = 0) -> INT64:  # noqa: N802
+    """The position of the token that each slot of a cache holds once this run's tokens are stored.
+
+    Args:
+        past: The cache (its length is all that counts), ``[B, H, C, D]``.
+        position_ids: Position of each token of this run, ``[B, S]``, -1 for padding.
+        ring: As for `CacheUpdate`. A ring knows only the latest token of a slot, and says `UNWRITTEN` of an empty one.
+
+    Returns:
+        ``[B, C]`` int64.
+    """
+    length = op.Shape(past, start=2, end=3)
+    wraps = op.Cast(op.Constant(value_int=ring), to=9)
+    zero = op.Constant(value_int=0)
+    slot = op.Range(zero, op.Squeeze(length), op.Constant(value_int=1))
+    last = op.ReduceMax(position_ids, op.Constant(value_ints=[1]), keepdims=1)
+    turn = op.Mul(op.Div(last, length), length)
+    this_turn = op.Add(slot, turn)
+    position = op.Where(op.LessOrEqual(this_turn, last), this_turn, op.Sub(this_turn, length))
+    in_ring = op.Where(op.Less(position, zero), op.Constant(value_int=2147483647), position)
+    return op.Where(wraps, in_ring, op.Add(slot, op.Mul(last, zero)))
+
+
+@script(_qeff, default_opset=op)
+def SinkAttention(q: T, k: T, v: T, mask: BOOL, sinks: T, scale: float = 1.0, softcap: float = 0.0) -> T:  # noqa: N802
+    """Attention whose softmax has one more logit per head, the sink, that takes weight and gives nothing.
+
+    Args:
+        q: ``[B, G * H, S, D]``; each group of ``G`` query heads shares a key/value head.
+        k: ``[B, H, C, D]``.
+        v: ``[B, H, C, Dv]``.
+        mask: True where a query sees a key, ``[B or 1, 1, S, C]``.
+        sinks: One logit per query head, ``[G * H]``.
+        scale: Factor of the scores.
+        softcap: ``c > 0`` replaces a score ``s`` by ``c tanh(s / c)``; 0 leaves it.
+
+    Returns:
+        ``[B, G * H, S, Dv]``.
+    """
+    batch = op.Shape(k, start=0, end=1)
+    heads = op.Shape(k, start=1, end=2)
+    seq = op.Shape(q, start=2, end=3)
+    any_ = op.Constant(value_ints=[-1])
+    one = op.Constant(value_ints=[1])
+    grouped = op.Reshape(q, op.Concat(batch, heads, any_, seq, op.Shape(q, start=3, end=4), axis=0))
+    keys = op.Unsqueeze(op.Transpose(k, perm=[0, 1, 3, 2]), op.Constant(value_ints=[2]))
+    scores = op.Mul(op.MatMul(grouped, keys), op.CastLike(op.Constant(value_float=scale), q))
+    cap = op.CastLike(op.Constant(value_float=softcap), q)
+    capped = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    scores = op.Where(op.Greater(cap, op.CastLike(op.Constant(value_float=0.0), q)), capped, scores)
+    scores = op.Where(op.Unsqueeze(mask, one), scores, op.CastLike(op.Constant(value_float=-65504.0), q))
+    logit = op.Reshape(sinks, op.Concat(one, heads, any_, one, one, axis=0))
+    column = op.Expand(logit, op.Concat(op.Shape(scores, start=0, end=4), one, axis=0))
+    weights = op.Softmax(op.Concat(scores, column, axis=-1), axis=-1)
+    weights = op.Slice(weights, op.Constant(value_ints=[0]), any_, any_)
+    out = op.MatMul(weights, op.Unsqueeze(v, op.Constant(value_ints=[2])))
+    return op.Reshape(out, op.Concat(op.Shape(q, start=0, end=3), op.Shape(v, start=3, end=4), axis=0))
+
+
+@script(_qeff, default_opset=op)
+def Attention(q: T, k: T, v: T, mask: BOOL, scale: float = 1.0, softcap: float = 0.0) -> T:  # noqa: N802
+    """The standard `Attention`, under a name that the exporter takes for opaque; the frontend renames it at once."""
+    return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)
+
+
+OPS = {f.name: f for f in (CacheUpdate, CachePositions, SinkAttention, Attention)}
+"""The ops of the dialect by name."""
+
+
+def _schema(function: onnxscript.OnnxFunction) -> onnx.defs.OpSchema:
+    """The ONNX schema that an op's Python signature declares."""
+    signature = function.op_signature
+    assert signature is not None
+    formal = onnx.defs.OpSchema.FormalParameter
+    constraints = {p.type_constraint.name: p.type_constraint for p in (*signature.inputs, *signature.outputs)}
+    return onnx.defs.OpSchema(
+        function.name,
+        DOMAIN,
+        VERSION,
+        function.__doc__ or "",
+        inputs=[formal(p.name, p.type_constraint.name) for p in signature.inputs],
+        outputs=[formal(p.name, p.type_constraint.name) for p in signature.outputs],
+        type_constraints=[(c.name, sorted(f"tensor({t.dtype.name.lower()})" for t in c.allowed_types), "") for c in constraints.values()],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(a.name, onnx.defs.OpSchema.AttrType(int(a.type)), "", required=a.required)
+            for a in signature.attributes
+        ],
+    )
+
+
+for _op in OPS.values():
+    onnx.defs.register_schema(_schema(_op))
+
+
+@functools.cache
+def _function(name: str) -> ir.Function:
+    return ir.serde.deserialize_function(OPS[name].to_function_proto())
+
+
+def attach(model: ir.Model) -> None:
+    """Give the model the bodies of the dialect ops that it uses, and only those."""
+    used = {n.op_type for n in ir.traversal.RecursiveGraphIterator(model.graph) if n.domain == DOMAIN}
+    for key in [k for k in model.functions if k[0] == DOMAIN and k[1] not in used]:
+        del model.functions[key]
+    for name in sorted(used):
+        body = _function(name)
+        model.functions.setdefault(body.identifier(), body.clone())
+    if used:
+        model.opset_imports[DOMAIN] = VERSION
+    else:
+        model.opset_imports.pop(DOMAIN, None)

@@ -1,0 +1,267 @@
+"""A transformers causal LM becomes a `Module`: probe the layers, trace once under fake tensors, convert, refer to weights.
+
+`torch.export` traces the model inside `captured`; `torch.onnx` converts the graph with transformers' own export fixes;
+the initializers then become references to the checkpoint.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript
+import torch
+from onnxscript import version_converter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import PreTrainedModel
+from transformers.exporters.exporter_dynamo import reset_model_state
+from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE, apply_onnx_ir_fixes
+from transformers.exporters.utils import apply_fx_node_fixes, apply_patches
+
+from qeff_ir import dialect
+from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
+from qeff_ir.frontend.capture import CapturingCache, LayerSpec, captured, tracing
+from qeff_ir.frontend.skeleton import fake_weights
+from qeff_ir.frontend.weights import Weights
+from qeff_ir.module import SOURCE_KEY, Dim, Module, State, all_values, rename_symbols
+
+# Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
+_BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
+_TORCH_OPSET = 18
+_IR_VERSION = 11
+"""Opset 24 needs IR version 11 or later."""
+_PREFIX = "hf."
+"""Scope of the model inside `_Step`; taken off every name."""
+
+
+def lower(model: PreTrainedModel, weights: Weights) -> Module:
+    """Lower a causal LM with retained key/value states.
+
+    Args:
+        model: The model; its parameters may be on the meta device. Unchanged on return.
+        weights: Where each parameter and persistent buffer is.
+
+    Returns:
+        A module with inputs ``input_ids``, ``position_ids`` (int64 ``[batch_size, seq_len]``) and the states, and outputs
+        ``logits`` (float32 ``[batch_size, seq_len, vocab]``) and the new states.
+
+    Raises:
+        UnsupportedModelError: The model has no key/value cache, or something in it cannot be traced.
+    """
+    model = model.eval()
+    with torch.no_grad(), captured(model), fake_weights(model) as fake, _quiet():
+        specs = _probe(model, fake)
+        program = _trace(model, specs, fake)
+    states = _states(specs)
+    graph_model = _clean(program.model, weights, states)
+    module = Module(graph_model, type(model).__name__, states)
+    _name_dims(module, model)
+    dialect.attach(module.model)
+    module.write_facts()
+    return module
+
+
+class _Step(torch.nn.Module):
+    """One run of a decoder with explicit states, the function that is traced."""
+
+    def __init__(self, model: PreTrainedModel, specs: list[LayerSpec]) -> None:
+        super().__init__()
+        self.hf = model
+        self.specs = specs
+        parameters = inspect.signature(model.forward).parameters
+        kinds = {p.kind for p in parameters.values()}
+        self.takes_positions = "position_ids" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        cache = CapturingCache(self.hf, position_ids, self.specs, past)
+        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        with tracing(cache):
+            out = self.hf(input_ids=input_ids, past_key_values=cache, use_cache=True, **positions)
+        return (out.logits, *cache.results())
+
+
+def _probe(model: PreTrainedModel, fake: FakeTensorMode) -> list[LayerSpec]:
+    """Run the model once on fake tensors to see what each layer caches."""
+    step = _Step(model, [])
+    with fake:
+        ids = torch.zeros((_BATCH, _SEQ), dtype=torch.long)
+        cache = CapturingCache(model, ids, [], [])
+        positions = {"position_ids": ids} if step.takes_positions else {}
+        with tracing(cache), _as_unsupported(model, "cannot be run with a key/value cache"):
+            model(input_ids=ids, past_key_values=cache, use_cache=True, **positions)
+    specs = cache.specs()
+    if not specs:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} writes to no key/value cache, so there is no state to retain between tokens"
+        )
+    return specs
+
+
+def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode) -> torch.onnx.ONNXProgram:
+    with fake:
+        ids = torch.zeros((_BATCH, _SEQ), dtype=torch.long)
+        past = [
+            torch.zeros((_BATCH, heads, _CTX if s.window is None else _SLIDING, width))
+            for s in specs
+            for heads, width in (s.key, s.value)
+        ]
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = {
+        "input_ids": {0: dynamic, 1: dynamic},
+        "position_ids": {0: dynamic, 1: dynamic},
+        "past": [{0: dynamic, 2: dynamic} for _ in past],
+    }
+    states = _states(specs)
+    with apply_patches("onnx"), apply_patches("dynamo"), reset_model_state(model), _as_unsupported(
+        model, "cannot be traced"
+    ):
+        exported = torch.export.export(
+            _Step(model, specs),
+            (),
+            kwargs={"input_ids": ids, "position_ids": ids.clone(), "past": past},
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        apply_fx_node_fixes("onnx", exported.graph_module)
+        program = torch.onnx.export(
+            exported,
+            custom_translation_table={**_ONNX_TRANSLATION_TABLE, **_TRANSLATIONS},
+            opset_version=_TORCH_OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=["input_ids", "position_ids", *(s.input for s in states)],
+            output_names=["logits", *(s.output for s in states)],
+        )
+        assert program is not None
+        apply_onnx_ir_fixes(program)
+    return program
+
+
+def _states(specs: list[LayerSpec]) -> list[State]:
+    return [
+        State(s.layer, role, ("batch_size", heads, "ctx_len", width), ir.DataType.FLOAT, s.window)
+        for s in specs
+        for role, (heads, width) in (("key", s.key), ("value", s.value))
+    ]
+
+
+# The exporter works at an older opset, so it only sees opaque ops of the dialect's domain; `_clean` gives them bodies, or
+# their standard name where ONNX has one.
+_STANDARD = {"Attention"}
+
+
+def _opaque(name: str, *attributes: str) -> Callable[..., Any]:
+    op = onnxscript.values.Op(onnxscript.values.Opset(dialect.DOMAIN, dialect.VERSION), name)
+
+    def translate(*args: Any) -> Any:
+        count = len(args) - len(attributes)
+        return op(*args[:count], **dict(zip(attributes, args[count:], strict=True)))
+
+    return translate
+
+
+_TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.qeff.cache_update.default: _opaque("CacheUpdate"),
+    torch.ops.qeff.cache_positions.default: _opaque("CachePositions"),
+    torch.ops.qeff.attention.default: _opaque("Attention", "scale", "softcap"),
+    torch.ops.qeff.sink_attention.default: _opaque("SinkAttention", "scale", "softcap"),
+}
+
+
+def _clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
+    """Give standard names, one opset, short metadata, and references for weights to what the exporter made."""
+    graph = model.graph
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        # The last scope is the node itself, the one before it the module that ran it.
+        source = scopes[-2].removeprefix(_PREFIX.rstrip(".")).removeprefix(".") if len(scopes) > 1 else ""
+        node.metadata_props.clear()
+        node.metadata_props[SOURCE_KEY] = source
+        node.doc_string = None
+    for value in all_values(graph):
+        value.metadata_props.clear()
+        value.doc_string = None
+    _refer_to_weights(graph, weights)
+    version_converter.convert_version(model, dialect.OPSET)
+    for node in graph:
+        if node.domain == dialect.DOMAIN and node.op_type in _STANDARD:
+            node.domain = ""
+    model.opset_imports.clear()
+    model.opset_imports.update({"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION})
+    model.producer_name, model.producer_version = "qeff-ir", None
+    model.ir_version = _IR_VERSION
+    model.metadata_props.clear()
+    graph.doc_string = None
+    return model
+
+
+def _refer_to_weights(graph: ir.Graph, weights: Weights) -> None:
+    for name, value in list(graph.initializers.items()):
+        if not name.startswith(_PREFIX):
+            continue
+        plain = name.removeprefix(_PREFIX)
+        del graph.initializers[name]
+        value.name = plain
+        if plain in weights:
+            value.const_value = weights[plain]
+            value.dtype = value.const_value.dtype
+        elif isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            raise ModelLoadError(f"the checkpoint has no tensor for '{plain}', which the traced model uses")
+        graph.register_initializer(value)
+
+
+def _name_dims(module: Module, model: PreTrainedModel) -> None:
+    """Replace the exporter's symbols by ours, on the inputs and everywhere else."""
+    ids = module.input("input_ids").shape
+    assert ids is not None
+    renames = {str(ids[0]): "batch_size", str(ids[1]): "seq_len"}
+    for state in module.states:
+        shape = module.input(state.input).shape
+        assert shape is not None
+        renames |= {str(shape[0]): "batch_size", str(shape[2]): "ctx_len"}
+    rename_symbols(module.graph, renames)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    module.dims = {
+        "batch_size": Dim("batch_size"),
+        "seq_len": Dim("seq_len"),
+        "ctx_len": Dim("ctx_len", longest if isinstance(longest, int) else None),
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes to itself: they are about its own internals, or repeat an exception that follows."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for log in loggers:
+            log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for log, level in zip(loggers, levels, strict=True):
+                log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _as_unsupported(model: PreTrainedModel, what: str) -> Iterator[None]:
+    """Turn whatever a model's own code raises into one sentence; the cause stays chained."""
+    try:
+        yield
+    except QeffError:
+        raise
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} {what}: {type(error).__name__}: {first[:300]}"
+        ) from error

@@ -1,0 +1,65 @@
+"""Models without weights: built from a configuration, with only the computed buffers real."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+
+def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal LM of a configuration in float32, its parameters on the meta device.
+
+    Buffers that a checkpoint does not hold (rotary frequencies, say) are computed as transformers computes them after
+    loading.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    for parameter in model.state_dict(keep_vars=True).values():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        module._is_hf_initialized = False
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    model.initialize_weights()
+    return model.eval()
+
+
+@contextlib.contextmanager
+def fake_weights(model: PreTrainedModel) -> Iterator[FakeTensorMode]:
+    """Replace parameters (and buffers on the meta device) by fake float32 ones for as long as the block lasts.
+
+    Tied parameters stay tied. Yields the fake mode, for making inputs in.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes: dict[int, torch.Tensor] = {}
+    saved: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
+    try:
+        for module in model.modules():
+            for table, is_buffer in ((module._parameters, False), (module._buffers, True)):
+                for name, tensor in list(table.items()):
+                    half = tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
+                    if tensor is None or (is_buffer and not tensor.is_meta and not half):
+                        continue
+                    saved.append((table, name, tensor))
+                    if is_buffer and not tensor.is_meta:
+                        table[name] = tensor.float()
+                        continue
+                    if id(tensor) not in fakes:
+                        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                        with mode:
+                            fake = torch.empty(tensor.shape, dtype=dtype)
+                        fakes[id(tensor)] = fake if is_buffer else torch.nn.Parameter(fake, requires_grad=False)
+                    table[name] = fakes[id(tensor)]
+        yield mode
+    finally:
+        for table, name, tensor in saved:
+            table[name] = tensor
