@@ -27,6 +27,9 @@ SOURCE_KEY = "qeff.source"
 PASS_KEY = "qeff.pass"
 """Node metadata: the pass instance that created a node; absent on nodes that the frontend made."""
 
+WEIGHT_KEY = "qeff.weight"
+"""Initializer metadata: the parameter's name in the Hugging Face model; absent on constants."""
+
 DimValue = str | int
 Role = Literal["key", "value"]
 

@@ -1,12 +1,17 @@
-"""Writing a model to a folder without copying its weights: files of a checkpoint are hard-linked, changed tensors written
-once, one at a time."""
+"""Tensors that stay in their files, and writing a model to a folder without copying them.
+
+A weight is a range of bytes in a file. Files of a checkpoint are hard-linked into a package; tensors that exist nowhere
+yet are written once, one at a time.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import PackageError
@@ -17,12 +22,76 @@ WEIGHTS = "weights"
 _INLINE_BYTES = 1024
 """Tensors up to this size stay inside the ONNX file, as constants do in the AI 100 contract (§8)."""
 
+_META_KEY = "qeff.range"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """A tensor in a file.
+
+    Attributes:
+        file: Absolute path, symbolic links resolved.
+        offset: First byte.
+        length: Bytes.
+        dtype: Element type as stored.
+        shape: Sizes.
+    """
+
+    file: Path
+    offset: int
+    length: int
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+    def tensor(self, name: str) -> ir.LazyTensor:
+        """An initializer value that is read (memory-mapped) only when somebody asks for its numbers.
+
+        `onnx_ir.ExternalTensor` is not used here because it refuses to read files that have several hard links, which
+        is just what a checkpoint and the packages made of it are.
+        """
+
+        def read() -> ir.Tensor:
+            data = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.length,))
+            return ir.Tensor(data.view(self.dtype.numpy()).reshape(self.shape), dtype=self.dtype, name=name)
+
+        tensor = ir.LazyTensor(read, self.dtype, ir.Shape(self.shape), name=name)
+        tensor.meta[_META_KEY] = self
+        return tensor
+
+
+def file_range(tensor: ir.TensorProtocol | None) -> FileRange | None:
+    """Where a tensor made by `FileRange.tensor` lies, or `None` for any other tensor."""
+    return tensor.meta.get(_META_KEY) if isinstance(tensor, ir.LazyTensor) else None
+
+
+def load_model(path: Path) -> ir.Model:
+    """Read an ONNX file whose weights stay where they are, as `save_model` wrote it.
+
+    Raises:
+        PackageError: A tensor lies outside the file's own folder, or its file is missing or too short.
+    """
+    model = ir.load(path)
+    root = path.parent.resolve()
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file = (root / tensor.location).resolve()
+        if not file.is_relative_to(root):
+            raise PackageError(f"{path} refers to '{tensor.location}', outside its own folder: refused")
+        start, length = tensor.offset or 0, tensor.length or tensor.nbytes
+        if not file.is_file() or file.stat().st_size < start + length:
+            raise PackageError(f"{file}, a weight file of {path}, is missing or too short: compile again")
+        shape = tuple(int(d) for d in tensor.shape.numpy())
+        value.const_value = FileRange(file, start, length, tensor.dtype, shape).tensor(value.name or "")
+    return model
+
 
 def save_model(model: ir.Model, folder: Path, filename: str) -> None:
     """Write ``folder/filename`` and what it refers to under ``folder/weights``; `model` itself is unchanged.
 
-    Tensors that lie in files (a checkpoint's safetensors) are referenced through a hard link, or a copy where the folder
-    is on another file system. All others above 1 KiB go to one side file, one at a time.
+    Tensors that lie in files are referenced through a hard link, or a copy where the folder is on another file system.
+    All others above 1 KiB go to one side file, one at a time.
 
     Raises:
         PackageError: A referenced file is gone.
@@ -32,25 +101,26 @@ def save_model(model: ir.Model, folder: Path, filename: str) -> None:
     loose: list[ir.Value] = []
     for value in copy.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            location = _link(Path(tensor.path), folder, links)
+        where = file_range(tensor)
+        if where is not None:
             value.const_value = ir.ExternalTensor(
-                location,
-                tensor.offset,
-                tensor.length,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.dims),
+                _link(where.file, folder, links),
+                where.offset,
+                where.length,
+                where.dtype,
+                shape=ir.Shape(where.shape),
                 name=value.name or "",
                 base_dir=folder,
             )
         elif tensor is not None and tensor.nbytes > _INLINE_BYTES:
             loose.append(value)
     if loose:
-        side = f"{WEIGHTS}/{Path(filename).stem}.data"
         (folder / WEIGHTS).mkdir(parents=True, exist_ok=True)
         tensors = [v.const_value for v in loose if v.const_value is not None]
-        written = ir.external_data.convert_tensors_to_external(tensors, folder, side)
-        for value, tensor in zip(loose, written, strict=True):
+        side = f"{WEIGHTS}/{Path(filename).stem}.data"
+        for value, tensor in zip(
+            loose, ir.external_data.convert_tensors_to_external(tensors, folder, side), strict=True
+        ):
             value.const_value = tensor
     ir.save(copy, folder / filename)
 
@@ -60,12 +130,9 @@ def _link(source: Path, folder: Path, links: dict[Path, str]) -> str:
     if not source.exists():
         raise PackageError(f"the weight file {source} is gone: restore it, or lower the model again")
     if source not in links:
-        names = set(links.values())
         location = f"{WEIGHTS}/{source.name}"
-        for i in range(len(names) + 1):
-            if location not in names:
-                break
-            location = f"{WEIGHTS}/{i}-{source.name}"
+        if location in links.values():
+            location = f"{WEIGHTS}/{len(links)}-{source.name}"
         target = folder / location
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():

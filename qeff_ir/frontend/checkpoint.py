@@ -14,6 +14,7 @@ import onnx_ir as ir
 from safetensors import SafetensorError, safe_open
 
 from qeff_ir.errors import ModelLoadError
+from qeff_ir.storage import FileRange
 
 _DTYPES = {
     "BOOL": ir.DataType.BOOL,
@@ -31,45 +32,12 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of a checkpoint.
-
-    Attributes:
-        key: Name in the checkpoint.
-        file: The safetensors file, symbolic links resolved.
-        offset: First byte of the data in the file.
-        length: Bytes of data.
-        dtype: Element type as stored.
-        shape: Sizes.
-    """
-
-    key: str
-    file: Path
-    offset: int
-    length: int
-    dtype: ir.DataType
-    shape: tuple[int, ...]
-
-    def reference(self, name: str) -> ir.ExternalTensor:
-        """An initializer called `name` whose data stays in the checkpoint."""
-        return ir.ExternalTensor(
-            self.file.name,
-            self.offset,
-            self.length,
-            self.dtype,
-            shape=ir.Shape(self.shape),
-            name=name,
-            base_dir=self.file.parent,
-        )
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of a model folder by checkpoint key."""
 
     folder: Path
-    entries: dict[str, TensorEntry]
+    entries: dict[str, FileRange]
 
     @property
     def files(self) -> list[Path]:
@@ -83,7 +51,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         ModelLoadError: There are none, a file is missing, truncated or corrupt, or the index names a file outside.
     """
-    entries: dict[str, TensorEntry] = {}
+    entries: dict[str, FileRange] = {}
     for path in _files(folder):
         entries.update(_read_header(path))
     return Checkpoint(folder, entries)
@@ -110,7 +78,7 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
+def _read_header(path: Path) -> dict[str, FileRange]:
     if not path.exists():
         raise ModelLoadError(f"the checkpoint file {path} is missing: download the model again")
     real = path.resolve()
@@ -124,14 +92,12 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
         raise ModelLoadError(
             f"{path} is not a whole safetensors file ({error}): download or save the model again"
         ) from error
-    entries: dict[str, TensorEntry] = {}
+    entries: dict[str, FileRange] = {}
     for key, info in header.items():
         if key == "__metadata__":
             continue
         if info["dtype"] not in _DTYPES:
             raise ModelLoadError(f"tensor '{key}' in {path} has type {info['dtype']}, which is not supported")
         start, end = info["data_offsets"]
-        entries[key] = TensorEntry(
-            key, real, 8 + size + start, end - start, _DTYPES[info["dtype"]], tuple(info["shape"])
-        )
+        entries[key] = FileRange(real, 8 + size + start, end - start, _DTYPES[info["dtype"]], tuple(info["shape"]))
     return entries

@@ -29,7 +29,7 @@ from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
 from qeff_ir.frontend.capture import CapturingCache, LayerSpec, captured, tracing
 from qeff_ir.frontend.skeleton import fake_weights
 from qeff_ir.frontend.weights import Weights
-from qeff_ir.module import SOURCE_KEY, Dim, Module, State, all_values, rename_symbols
+from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Dim, Module, State, all_values, rename_symbols
 
 # Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
 _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
@@ -213,7 +213,8 @@ def _refer_to_weights(graph: ir.Graph, weights: Weights) -> None:
         value.name = plain
         if plain in weights:
             value.const_value = weights[plain]
-            value.dtype = value.const_value.dtype
+            value.dtype = weights[plain].dtype
+            value.metadata_props[WEIGHT_KEY] = plain
         elif isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             raise ModelLoadError(f"the checkpoint has no tensor for '{plain}', which the traced model uses")
         graph.register_initializer(value)

@@ -18,7 +18,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qeff_ir.errors import ModelLoadError
-from qeff_ir.frontend.checkpoint import Checkpoint, TensorEntry
+from qeff_ir.frontend.checkpoint import Checkpoint
+from qeff_ir.storage import FileRange
 
 Weights = dict[str, ir.TensorProtocol]
 """Parameter or persistent buffer name to its tensor."""
@@ -47,10 +48,10 @@ def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> Weight
         if name not in wanted:
             continue
         if pattern is None:
-            weights[name] = _typed(entry, name, wanted[name].dtype)
+            weights[name] = _typed(entry, key, name, wanted[name].dtype)
         else:
             group = groups.setdefault(name, copy.deepcopy(by_pattern[pattern]))
-            group.add_tensor(name, key, pattern, _Loader(entry, wanted[name].dtype))  # pyright: ignore[reportArgumentType]
+            group.add_tensor(name, key, pattern, _Loader(entry, key, wanted[name].dtype))  # pyright: ignore[reportArgumentType]
     for name, group in groups.items():
         weights.update(_converted(model, name, group))
     _check(model, wanted, weights, checkpoint)
@@ -74,19 +75,20 @@ def memory_weights(model: PreTrainedModel) -> Weights:
 class _Loader:
     """Reads one tensor of the checkpoint when called; in a deep copy it stays the same reference."""
 
-    def __init__(self, entry: TensorEntry, dtype: torch.dtype) -> None:
+    def __init__(self, entry: FileRange, key: str, dtype: torch.dtype) -> None:
         self.entry = entry
+        self.key = key
         self.dtype = dtype
         self.dry = False
 
     def __deepcopy__(self, memo: object) -> _Loader:
-        return _Loader(self.entry, self.dtype)
+        return _Loader(self.entry, self.key, self.dtype)
 
     def __call__(self) -> torch.Tensor:
         if self.dry:
             return torch.empty(self.entry.shape, dtype=self.dtype, device="meta")
         with safe_open(self.entry.file, framework="pt") as file:
-            return file.get_tensor(self.entry.key).to(self.dtype)
+            return file.get_tensor(self.key).to(self.dtype)
 
 
 def _converted(model: PreTrainedModel, name: str, group: WeightConverter) -> Weights:
@@ -110,10 +112,10 @@ def _converted(model: PreTrainedModel, name: str, group: WeightConverter) -> Wei
     return weights
 
 
-def _typed(entry: TensorEntry, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
+def _typed(entry: FileRange, key: str, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
     if entry.dtype == _ir_dtype(dtype):
-        return entry.reference(name)
-    return _lazy(name, entry.shape, dtype, _Loader(entry, dtype))
+        return entry.tensor(name)
+    return _lazy(name, entry.shape, dtype, _Loader(entry, key, dtype))
 
 
 def _lazy(

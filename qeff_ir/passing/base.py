@@ -15,9 +15,10 @@ The fields are the options; the pipeline text `scale-fold{limit=10}` sets them.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -25,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import PipelineError
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, Module
+from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,37 @@ class Rewriter:
         """Record on `node` which pass made it and which source it stands for."""
         node.metadata_props[PASS_KEY] = self.pass_id
         node.metadata_props[SOURCE_KEY] = anchor.metadata_props.get(SOURCE_KEY, "")
+
+    def adopt(self) -> None:
+        """Stamp nodes that a library made without a source: they take that of the node whose result they read."""
+        for node in self.graph:
+            if SOURCE_KEY in node.metadata_props:
+                continue
+            makers = (v.producer() for v in node.inputs if v is not None)
+            known = [m.metadata_props[SOURCE_KEY] for m in makers if m is not None and SOURCE_KEY in m.metadata_props]
+            node.metadata_props[SOURCE_KEY] = max(known, key=len, default="")
+            node.metadata_props[PASS_KEY] = self.pass_id
+
+    @contextlib.contextmanager
+    def hidden_weights(self) -> Iterator[None]:
+        """Show the weights as graph inputs while a library works on the graph, so that it cannot read or fold them."""
+        weights = [v for v in self.graph.initializers.values() if WEIGHT_KEY in v.metadata_props]
+        tensors = [v.const_value for v in weights]
+        for value in weights:
+            assert value.name is not None
+            del self.graph.initializers[value.name]
+            value.const_value = None
+            self.graph.inputs.append(value)
+        try:
+            yield
+        finally:
+            hidden = set(weights)
+            for index in reversed(range(len(self.graph.inputs))):
+                if self.graph.inputs[index] in hidden:
+                    del self.graph.inputs[index]
+            for value, tensor in zip(weights, tensors, strict=True):
+                value.const_value = tensor
+                self.graph.register_initializer(value)
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """An initializer with this value; equal constants are one initializer."""
