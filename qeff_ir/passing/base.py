@@ -20,13 +20,16 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import PipelineError
 from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+
+if TYPE_CHECKING:
+    from onnxscript.rewriter import RewriteRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,18 @@ class Rewriter:
             for value, tensor in zip(weights, tensors, strict=True):
                 value.const_value = tensor
                 self.graph.register_initializer(value)
+
+    def apply_rules(self, name: str, rules: Sequence[RewriteRule]) -> int:
+        """Apply onnxscript rewrite rules to the graph; returns how often they fired, counted under `name`."""
+        from onnxscript.rewriter import RewriteRuleSet
+
+        with self.hidden_weights():
+            count = RewriteRuleSet(list(rules)).apply_to_model(self.module.model)
+        self.adopt()
+        self.sweep()
+        if count:
+            self.stats.fired[name] += count
+        return count
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """An initializer with this value; equal constants are one initializer."""

@@ -1,0 +1,112 @@
+"""Raise decomposed rotary position embeddings to the standard `RotaryEmbedding`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qeff_ir.module import Module
+from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.matching import constant, made_by, scalar, slice_bounds
+
+_UNARY = {"Cos", "Sin", "Cast"}
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class FuseRotary(Pass):
+    """Fuse ``x * cos + rotate_half(x) * sin`` into `RotaryEmbedding`.
+
+    Both halves of ``cos`` and ``sin`` are equal by construction (they are computed from frequencies concatenated with
+    themselves); the fused op takes one half, computed once for all layers. A rotation that is not of this form stays
+    decomposed.
+    """
+
+    name: ClassVar[str] = "fuse-rotary"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+
+    def run(self, module: Module, rewriter: Rewriter) -> None:
+        """Rewrite every rotation; ``Concat(-x2, x1)`` marks the sites."""
+        halves: dict[ir.Value, ir.Value] = {}
+        for node in list(module.graph):
+            if node.op_type != "Concat" or len(node.inputs) != 2 or made_by(node.inputs[0], "Neg") is None:
+                continue
+            problem = _fuse(node, halves, rewriter)
+            if problem is not None:
+                rewriter.missed(node, problem)
+        rewriter.sweep()
+
+
+def _fuse(rotated: ir.Node, halves: dict[ir.Value, ir.Value], rewriter: Rewriter) -> str | None:
+    """Rewrite the rotation around ``rotated = Concat(-x2, x1)``; returns why not, or `None` when done."""
+    negation = made_by(rotated.inputs[0], "Neg")
+    x = _split_in_halves(negation.inputs[0] if negation else None, rotated.inputs[1])
+    if x is None:
+        return "the rotated value is not made of the two halves of one value"
+    consumers = list(rotated.outputs[0].consumers())
+    if len(consumers) != 1 or consumers[0].op_type != "Mul":
+        return "the rotated value is not multiplied by one sine"
+    times_sin = consumers[0]
+    sums = [c for c in times_sin.outputs[0].consumers() if c.op_type == "Add"]
+    if len(sums) != 1:
+        return "the rotated part is not added to the plain part"
+    total = sums[0]
+    times_cos = made_by(next(v for v in total.inputs if v is not times_sin.outputs[0]), "Mul")
+    if times_cos is None or x not in times_cos.inputs:
+        return "the plain part is not the value times a cosine"
+    sin = _half(next(v for v in times_sin.inputs if v is not rotated.outputs[0]), halves, rewriter)
+    cos = _half(next(v for v in times_cos.inputs if v is not x), halves, rewriter)
+    if sin is None or cos is None:
+        return "the two halves of cosine and sine are not known to be equal"
+    b = rewriter.at(total)
+    rewriter.replace(total, b("RotaryEmbedding", x, cos, sin), "RotaryEmbedding")
+    return None
+
+
+def _split_in_halves(second: ir.Value | None, first: ir.Value | None) -> ir.Value | None:
+    """The value ``[B, H, S, D]`` whose first and second halves along the last axis are given, if there is one."""
+    lower, upper = slice_bounds(first, axis=3), slice_bounds(second, axis=3)
+    if lower is None or upper is None or lower[0] is not upper[0]:
+        return None
+    x, start, end = lower
+    if x.shape is None or len(x.shape) != 4 or not isinstance(x.shape[3], int):
+        return None
+    half = x.shape[3] // 2
+    return x if (start, end) == (0, half) and upper[1] == half and upper[2] >= x.shape[3] else None
+
+
+def _half(value: ir.Value | None, halves: dict[ir.Value, ir.Value], rewriter: Rewriter) -> ir.Value | None:
+    """One half ``[B, S, D/2]`` of a cosine or sine ``[B, 1, S, D]``, rebuilt on the unrepeated frequencies."""
+    unsqueeze = made_by(value, "Unsqueeze")
+    if unsqueeze is None or constant(unsqueeze.inputs[1]) != [1]:
+        return None
+    full = unsqueeze.inputs[0]
+    assert full is not None
+    if full not in halves:
+        # Walk up to the concatenation, then repeat the elementwise steps on its single part.
+        steps: list[ir.Node] = []
+        at = full
+        while (concat := made_by(at, "Concat")) is None:
+            node = at.producer()
+            if node is None:
+                return None
+            if node.op_type in _UNARY:
+                data = node.inputs[0]
+            elif node.op_type == "Mul" and scalar(node.inputs[1]) is not None:
+                data = node.inputs[0]
+            else:
+                return None
+            assert data is not None
+            steps.append(node)
+            at = data
+        if len(concat.inputs) != 2 or concat.inputs[0] is not concat.inputs[1] or concat.inputs[0] is None:
+            return None
+        part = concat.inputs[0]
+        for node in reversed(steps):
+            attributes = {a.name: a.value for a in node.attributes.values()}
+            part = rewriter.at(node)(node.op_type, part, *node.inputs[1:], **attributes)
+        halves[full] = part
+    return halves[full]
+

@@ -1,0 +1,120 @@
+"""Give the key/value caches the physical form that a target keeps between runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from qeff_ir import dialect
+from qeff_ir.errors import PassError
+from qeff_ir.module import Dim, Module, Specialization, State
+from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.matching import depends_on
+
+from ._kv_layouts import LAYOUTS, Slots
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class KVRetention(Pass):
+    """Lower cache writes and slot positions to a physical layout.
+
+    ``layout=scatter`` is the AI 100 form: `CtxScatter` drops padded tokens, `CtxGather` reads only slots that hold a
+    token. ``layout=tensor-scatter`` is the in-place form for ONNX Runtime: the standard `TensorScatter`, whose input and
+    output share a buffer.
+
+    ``ring=auto`` keeps only as many slots of a sliding-window layer as the window and one prefill chunk need
+    (``window + prefill_seq_len - 1``), where this is shorter than the context; ``ring=off`` never does.
+
+    Needs: specializations, and every mask that limits a windowed layer computed from that layer's slot positions.
+    """
+
+    name: ClassVar[str] = "kv-retention"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"states-lowered"})
+    changes_interface: ClassVar[bool] = True
+    all_sites: ClassVar[bool] = True
+
+    layout: Literal["scatter", "tensor-scatter"] = field(default="scatter", metadata={"help": "physical form"})
+    ring: Literal["auto", "off"] = field(
+        default="auto", metadata={"help": "whether sliding-window layers reuse their slots"}
+    )
+
+    def run(self, module: Module, rewriter: Rewriter) -> None:
+        """Choose the rings, size the states, lower every write and every slot-position node.
+
+        Raises:
+            PassError: The module has no specializations, or a cache is written twice.
+        """
+        if not module.specializations:
+            raise PassError("kv-retention sizes the caches: set the module's specializations before it")
+        for window in sorted({s.window for s in module.states if s.window is not None}):
+            if self.ring == "auto" and _ring_fits(module, window):
+                _make_ring(module, window)
+        layout = LAYOUTS[self.layout](module, rewriter)
+        states = {s.input: s for s in module.states}
+        for node in list(module.graph):
+            if node.domain != dialect.DOMAIN or node.op_type not in ("CacheUpdate", "CachePositions"):
+                continue
+            past = node.inputs[0]
+            state = states.get(past.name or "") if past is not None else None
+            if past is None or state is None:
+                rewriter.missed(node, "it does not read a state of the module")
+                continue
+            slots = Slots(state.ctx_dim, state.ring, past)
+            if node.op_type == "CachePositions":
+                rewriter.replace(node, layout.positions(node, slots))
+            else:
+                layout.write(node, slots, state)
+        layout.finish()
+        dialect.attach(module.model)
+
+
+def _ring_length(module: Module, window: int) -> int:
+    """Slots that a window needs: the tokens that the first query of a chunk sees, and the rest of the chunk."""
+    longest = max(s.symbols["seq_len"] for s in module.specializations)
+    return window + longest - 1
+
+
+def _ring_fits(module: Module, window: int) -> bool:
+    """Whether a ring is shorter than the context and hides nothing that a query may see."""
+    ctx_len = max(s.symbols["ctx_len"] for s in module.specializations)
+    if _ring_length(module, window) >= ctx_len:
+        return False
+    ours = {module.input(s.input) for s in module.states if s.window == window}
+    positions = {n.outputs[0]: n.inputs[0] for n in module.graph if n.op_type == "CachePositions"}
+    others = {out for out, past in positions.items() if past not in ours}
+    right = {out for out, past in positions.items() if past in ours}
+    for state in module.states:
+        if state.window != window:
+            continue
+        for node in module.output(state.output).consumers():
+            attention = node.op_type in ("Attention", "SinkAttention")
+            mask = node.inputs[3] if attention else None
+            if mask is None or not depends_on(mask, right) or depends_on(mask, others):
+                return False
+    return True
+
+
+def _make_ring(module: Module, window: int) -> None:
+    """Turn the states of one window into rings with a length symbol of their own."""
+    windows = {s.window for s in module.states if s.window is not None}
+    symbol = "sliding_window" if len(windows) == 1 else f"sliding_window_{window}"
+    length = _ring_length(module, window)
+    new: list[State] = []
+    for state in module.states:
+        if state.window == window:
+            state = dataclasses.replace(
+                state, ring=True, shape=tuple(symbol if d == "ctx_len" else d for d in state.shape)
+            )
+            for value in (module.input(state.input), module.output(state.output)):
+                value.shape = ir.Shape(state.shape)
+        new.append(state)
+    module.states = new
+    module.dims[symbol] = Dim(symbol)
+    module.specializations = [
+        Specialization(s.name, {**s.symbols, symbol: length}) for s in module.specializations
+    ]

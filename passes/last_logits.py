@@ -1,0 +1,82 @@
+"""Compute logits for one token of each row only: the last real one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qeff_ir.errors import PassError
+from qeff_ir.module import Module
+from qeff_ir.passing.base import Pass, Rewriter, register
+
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"})
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class LastLogits(Pass):
+    """Keep the hidden state of each row's last real token, before the LM head; ``logits`` become ``[batch, 1, vocab]``.
+
+    The last real token is the one with the greatest position, the first such column (AI 100 contract §1.2). A row of
+    padding keeps its first column, whose logits mean nothing.
+    """
+
+    name: ClassVar[str] = "last-logits"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"last-logits"})
+    changes_interface: ClassVar[bool] = True
+
+    def run(self, module: Module, rewriter: Rewriter) -> None:
+        """Insert the selection at the LM head's input.
+
+        Raises:
+            PassError: ``logits`` do not come from a matrix product over the tokens.
+        """
+        logits = module.output("logits")
+        tail = _row_wise_tail(logits)
+        if not tail or tail[-1].op_type != "MatMul":
+            raise PassError(
+                "the logits are not a matrix product of one hidden state per token, so one token cannot be selected "
+                "before the LM head"
+            )
+        head = tail[-1]
+        hidden = head.inputs[0]
+        assert hidden is not None and hidden.shape is not None
+        b = rewriter.at(head)
+        positions = b("Cast", module.input("position_ids"), to=ir.DataType.INT32)
+        column = b("ArgMax", positions, axis=1, keepdims=1)
+        index = b("Unsqueeze", column, b.const([2]))
+        shape = ir.Shape([hidden.shape[0], 1, hidden.shape[2]])
+        last = b("GatherND", hidden, index, batch_dims=1, shape=shape, dtype=hidden.dtype)
+        head.replace_input_with(0, last)
+        for node in tail:
+            out = node.outputs[0]
+            if out.shape is not None:
+                out.shape = ir.Shape([out.shape[0], 1, *out.shape.dims[2:]])
+        rewriter.stats.fired["selection"] += 1
+
+
+def _row_wise_tail(logits: ir.Value) -> list[ir.Node]:
+    """Nodes from the logits up to the LM head, all of which treat each token by itself."""
+    tail: list[ir.Node] = []
+    value = logits
+    while (node := value.producer()) is not None:
+        if node.op_type == "MatMul":
+            weight = node.inputs[1]
+            return [*tail, node] if weight is not None and _is_constant(weight) else tail
+        data = [v for v in node.inputs if v is not None and not _is_constant(v)]
+        if node.op_type not in _ELEMENTWISE or len(data) != 1:
+            return tail
+        tail.append(node)
+        value = data[0]
+    return tail
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Whether a value is an initializer, or one transposed."""
+    node = value.producer()
+    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
+        return node.inputs[0].is_initializer()
+    return value.is_initializer()

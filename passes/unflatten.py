@@ -1,0 +1,69 @@
+"""Take linear layers out of the flattened form ``[batch * seq, features]``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qeff_ir.module import Module
+from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.matching import constant, made_by
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Unflatten(Pass):
+    """Turn ``reshape -> Gemm -> reshape`` into ``MatMul + Add`` on ``[batch, seq, features]``.
+
+    The reshapes compute ``batch * seq`` at run time, and hide the token axis from passes that look for it.
+    """
+
+    name: ClassVar[str] = "unflatten"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+
+    def run(self, module: Module, rewriter: Rewriter) -> None:
+        """Rewrite every reshape that undoes the flattening of a Gemm's input."""
+        for node in list(module.graph):
+            gemm = made_by(node.inputs[0], "Gemm") if node.op_type == "Reshape" else None
+            flat = made_by(gemm.inputs[0], "Reshape") if gemm is not None else None
+            if gemm is None or flat is None:
+                continue
+            problem = _problem(flat, gemm, node)
+            if problem is not None:
+                rewriter.missed(gemm, problem)
+                continue
+            b = rewriter.at(node)
+            data = flat.inputs[0]
+            assert data is not None and data.shape is not None
+            if len(data.shape) != 3:
+                data = b("Reshape", data, b.const([0, 0, constant(flat.inputs[1])[1]]))
+            product = b("MatMul", data, gemm.inputs[1])
+            if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
+                product.shape, product.type = node.outputs[0].shape, node.outputs[0].type
+                product = b("Add", product, gemm.inputs[2])
+            rewriter.replace(node, product, "Gemm")
+        rewriter.sweep()
+
+
+def _width(data: ir.Value) -> int | None:
+    """Number of features of ``[batch, seq, ...]``, if known."""
+    sizes = data.shape.dims[2:] if data.shape is not None else ()
+    return math.prod(sizes) if all(isinstance(d, int) for d in sizes) else None  # pyright: ignore[reportArgumentType]
+
+
+def _problem(flat: ir.Node, gemm: ir.Node, back: ir.Node) -> str | None:
+    """Why this chain is not a plain linear layer, or `None` when it is."""
+    data, out = flat.inputs[0], back.outputs[0]
+    target = constant(flat.inputs[1])
+    if data is None or data.shape is None or out.shape is None or len(data.shape) < 3 or len(out.shape) != 3:
+        return "the values around the linear layer have no axes for batch and tokens"
+    if not isinstance(target, list) or len(target) != 2 or target[0] != -1 or target[1] != _width(data):
+        return "the flattening merges other axes than batch and tokens"
+    if data.shape[0] != out.shape[0] or data.shape[1] != out.shape[1]:
+        return "batch and tokens are not restored"
+    factors = [gemm.attributes[k].value for k in ("alpha", "beta") if k in gemm.attributes]
+    transposed = [gemm.attributes[k].value for k in ("transA", "transB") if k in gemm.attributes]
+    return "the Gemm scales or transposes" if any(f != 1.0 for f in factors) or any(transposed) else None
