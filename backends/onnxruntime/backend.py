@@ -1,0 +1,53 @@
+"""The `onnxruntime` backend: standard ops, caches in place, any CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from backends.base import Backend, CompileOptions
+from qeff_ir.errors import CompileError
+from qeff_ir.module import Module
+from qeff_ir.runtime.session import Session
+from qeff_ir.storage import save_model
+
+MODEL_FILE = "model.onnx"
+
+
+class OnnxRuntimeBackend(Backend):
+    """Emits one ONNX file that takes every specialization; there is nothing to compile ahead of time."""
+
+    name: ClassVar[str] = "onnxruntime"
+    pipeline: ClassVar[str] = (
+        "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,"
+        "kv-retention{layout=tensor-scatter},attention{impl=standard},ort-kernels"
+    )
+
+    def missing(self) -> str | None:
+        """Nothing: ONNX Runtime is a dependency."""
+        return None
+
+    def check(self, module: Module, options: CompileOptions) -> None:
+        """Refuse what the passes did not lower.
+
+        Raises:
+            CompileError: A state has no physical layout.
+        """
+        if "states-lowered" not in module.properties:
+            raise CompileError("the caches have no physical layout: put kv-retention into the pipeline")
+
+    def emit(self, module: Module, folder: Path, options: CompileOptions) -> None:
+        """Write ``model.onnx``, weights by reference."""
+        save_model(module.model, folder, MODEL_FILE)
+
+    def compile(self, folder: Path, options: CompileOptions) -> None:
+        """Nothing: the runtime compiles when a session opens."""
+
+    def open(self, folder: Path, *, threads: int | None = None) -> Session:
+        """Open a session on a package."""
+        from backends.onnxruntime.session import OrtSession
+
+        return OrtSession(folder / MODEL_FILE, threads=threads)
+
+
+BACKEND = OnnxRuntimeBackend()

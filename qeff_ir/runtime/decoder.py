@@ -1,0 +1,128 @@
+"""Chunked prefill and decode over a session: from rows of tokens to logits, with positions kept per row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qeff_ir.errors import RuntimeInputError
+from qeff_ir.runtime.session import Array, Session
+
+
+@dataclass
+class Timings:
+    """Wall-clock seconds of one request.
+
+    Attributes:
+        prefill: Time to the first token's logits.
+        steps: Each decode step.
+        tokens: Tokens decoded in `steps`, all rows together.
+    """
+
+    prefill: float = 0.0
+    steps: list[float] = field(default_factory=list[float])
+    tokens: int = 0
+
+    @property
+    def decode_rate(self) -> float:
+        """Decoded tokens per second; 0 before the first step."""
+        return self.tokens / sum(self.steps) if self.steps else 0.0
+
+
+class Decoder:
+    """Drives one session.
+
+    Attributes:
+        batch_size: Rows of every run.
+        prefill_len: Tokens per row of a prefill run.
+        ctx_len: Positions that the cache has room for.
+        positions: Position of the next token of each row; -1 for a row without a prompt.
+        timings: Of the request since the last `prefill`.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        specializations = session.specializations
+        self.batch_size = specializations[0].symbols["batch_size"]
+        self.prefill_len = max(s.symbols["seq_len"] for s in specializations)
+        self.ctx_len = specializations[0].symbols["ctx_len"]
+        self.positions = np.full(self.batch_size, -1, dtype=np.int64)
+        self.timings = Timings()
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> Array:
+        """Forget everything and read the prompts.
+
+        All rows end in the same last chunk, so that its logits are those of every row's last token: shorter rows idle in
+        the first chunks, whose tokens are padding.
+
+        Args:
+            rows: Token ids of each row, as many rows as the batch has; an empty row stays idle.
+
+        Returns:
+            Logits of each row's last token, float32 ``[batch, vocab]``.
+
+        Raises:
+            RuntimeInputError: The number of rows is not the batch size, all are empty, or one exceeds the context.
+        """
+        if len(rows) != self.batch_size:
+            raise RuntimeInputError(
+                f"the model is compiled for a batch of {self.batch_size}, but got {len(rows)} rows: "
+                f"compile with batch_size={len(rows)}, or pass {self.batch_size}"
+            )
+        longest = max(map(len, rows))
+        if longest == 0:
+            raise RuntimeInputError("every prompt is empty: give at least one token")
+        if longest > self.ctx_len:
+            raise RuntimeInputError(
+                f"a prompt has {longest} tokens, the model is compiled for a context of {self.ctx_len}: "
+                f"compile with ctx_len={longest} or more"
+            )
+        started = time.perf_counter()
+        self.session.reset()
+        chunk = self.prefill_len
+        chunks = -(-longest // chunk)
+        ids = np.zeros((self.batch_size, chunks * chunk), dtype=np.int64)
+        positions = np.full_like(ids, -1)
+        for row, tokens in enumerate(rows):
+            start = (chunks - -(-len(tokens) // chunk)) * chunk
+            ids[row, start : start + len(tokens)] = tokens
+            positions[row, start : start + len(tokens)] = np.arange(len(tokens))
+        logits = np.empty(0, dtype=np.float32)
+        for start in range(0, chunks * chunk, chunk):
+            logits = self._run(ids[:, start : start + chunk], positions[:, start : start + chunk])
+        self.positions = np.array([len(tokens) or -1 for tokens in rows], dtype=np.int64)
+        self.timings = Timings(prefill=time.perf_counter() - started)
+        return logits
+
+    def decode(self, tokens: Sequence[int] | Array) -> Array:
+        """Append one token to every row that has a prompt.
+
+        Args:
+            tokens: One id per row; those of idle rows are ignored.
+
+        Returns:
+            Logits after the token, float32 ``[batch, vocab]``; those of idle rows mean nothing.
+
+        Raises:
+            RuntimeInputError: A row has no room left, or there was no `prefill`.
+        """
+        active = self.positions >= 0
+        if not active.any():
+            raise RuntimeInputError("there is nothing to continue: call prefill first")
+        if int(self.positions.max()) >= self.ctx_len:
+            raise RuntimeInputError(
+                f"the context of {self.ctx_len} tokens is full: compile with a larger ctx_len, or generate fewer tokens"
+            )
+        started = time.perf_counter()
+        logits = self._run(np.asarray(tokens, dtype=np.int64).reshape(-1, 1), self.positions[:, None])
+        self.positions = np.where(active, self.positions + 1, -1)
+        self.timings.steps.append(time.perf_counter() - started)
+        self.timings.tokens += int(active.sum())
+        return logits
+
+    def _run(self, ids: Array, positions: Array) -> Array:
+        inputs = {"input_ids": np.ascontiguousarray(ids), "position_ids": np.ascontiguousarray(positions)}
+        return self.session.run(inputs)["logits"][:, 0]
