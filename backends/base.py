@@ -60,7 +60,7 @@ class Backend(ABC):
 
     @abstractmethod
     def emit(self, module: Module, folder: Path, options: CompileOptions) -> None:
-        """Write the target's files into an empty folder."""
+        """Write the target's files into a folder that has no files of the target's yet."""
 
     @abstractmethod
     def compile(self, folder: Path, options: CompileOptions) -> None:
@@ -71,5 +71,14 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def open(self, folder: Path) -> Session:
-        """Open a session on a verified package folder."""
+    def open(self, folder: Path, *, threads: int | None = None) -> Session:
+        """Open a session on a verified package folder.
+
+        Args:
+            folder: The package.
+            threads: Threads of a runtime on the CPU; its own choice by default.
+        """
+
+    def versions(self) -> dict[str, str]:
+        """Whatever of the target's own can change the artefact, by name: part of the cache key."""
+        return {}
