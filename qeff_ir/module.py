@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -56,6 +56,9 @@ class State:
     window: int | None = None
     ring: bool = False
 
+    SUFFIX: ClassVar[str] = "_RetainedState"
+    """Ending of an output by which the device pairs it with the input of the same name."""
+
     @property
     def input(self) -> str:
         """Name of the graph input that takes the state (AI 100 naming)."""
@@ -64,7 +67,7 @@ class State:
     @property
     def output(self) -> str:
         """Name of the graph output that returns it; the device pairs the two by this suffix."""
-        return f"{self.input}_RetainedState"
+        return self.input + self.SUFFIX
 
     @property
     def ctx_dim(self) -> DimValue:
