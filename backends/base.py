@@ -50,6 +50,13 @@ class Backend(ABC):
     def missing(self) -> str | None:
         """Why models cannot be compiled for the target here, as a clause that names what was looked for; else `None`."""
 
+    def check_options(self, options: CompileOptions) -> None:
+        """Refuse options that the target cannot take, before anything is lowered.
+
+        Raises:
+            CompileError: An unknown or malformed flag, or a combination that the target cannot take.
+        """
+
     @abstractmethod
     def check(self, module: Module, options: CompileOptions) -> None:
         """Refuse a module or options that the target cannot take.

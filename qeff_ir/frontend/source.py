@@ -40,6 +40,10 @@ class Source(ABC):
     def identity(self) -> dict[str, Any] | None:
         """What determines the lowered graph apart from software versions, as JSON data; `None` if only lowering tells."""
 
+    def weight_files(self) -> list[Path]:
+        """The checkpoint's files; none for a model in memory."""
+        return []
+
     @abstractmethod
     def reference(self) -> PreTrainedModel:
         """The transformers model itself, weights in memory, float32."""
@@ -85,6 +89,10 @@ class FolderSource(Source):
             "code": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in code},
             "tensors": {k: [e.file.name, e.offset, e.length] for k, e in self.checkpoint.entries.items()},
         }
+
+    def weight_files(self) -> list[Path]:
+        """See `Source.weight_files`."""
+        return self.checkpoint.files
 
     def reference(self) -> PreTrainedModel:
         """See `Source.reference`."""

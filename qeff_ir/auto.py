@@ -1,0 +1,266 @@
+"""`QEFFAutoModelForCausalLM`: load, compile and generate in three calls, as its users already write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends import find_backend
+from backends.base import CompileOptions
+from qeff_ir.compiler import Compiled, Watch, compile_model
+from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
+from qeff_ir.frontend.source import MemorySource, Source, open_source
+from qeff_ir.package import SIDE_FOLDER, open_package
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from qeff_ir.runtime.decoder import Timings
+    from qeff_ir.runtime.generation import SessionLM
+
+_HUB = frozenset({"revision", "cache_dir", "token", "local_files_only"})
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "attn_implementation": ("eager", "sdpa", None),
+    "continuous_batching": (False, None),
+    "qaic_config": (None,),
+    "kv_offload": (None, False),
+    "dtype": ("float32", "auto", None),
+    "torch_dtype": ("float32", "auto", None),
+}
+"""Arguments of the incumbent's `from_pretrained`, with the values that ask for what happens here anyway."""
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Texts and timings of a list of prompts.
+
+    Attributes:
+        generated_texts: The new text of each prompt.
+        generated_ids: The new tokens of each prompt, its stop token included.
+        timings: Of each batch that ran.
+    """
+
+    generated_texts: list[str]
+    generated_ids: list[list[int]]
+    timings: list[Timings]
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Mean seconds from the request to the first token's logits."""
+        return sum(t.prefill for t in self.timings) / len(self.timings)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens per second, all rows together; 0 when nothing was decoded."""
+        seconds = sum(sum(t.steps) for t in self.timings)
+        return sum(t.tokens for t in self.timings) / seconds if seconds else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.generated_texts)} prompts, time to first token {self.time_to_first_token * 1e3:.1f} ms, "
+            f"{self.tokens_per_second:.1f} tokens/s"
+        )
+
+
+class QEFFAutoModelForCausalLM:
+    """A causal LM that is compiled instead of run by torch.
+
+        model = QEFFAutoModelForCausalLM.from_pretrained("my-model")
+        model.compile(num_cores=16)
+        model.generate(**tokenizer(["My name is"], return_tensors="pt"), max_new_tokens=20)
+
+    Args:
+        model: A transformers causal LM in memory, which stays unchanged.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._source: Source | None = MemorySource(model)
+        self._compiled: Compiled | None = None
+        self._runner: SessionLM | None = None
+
+    @classmethod
+    def _from_source(cls, source: Source | None) -> QEFFAutoModelForCausalLM:
+        self = cls.__new__(cls)
+        self._source, self._compiled, self._runner = source, None, None
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
+    ) -> QEFFAutoModelForCausalLM:
+        """Open a model folder or a hub id; no weight is loaded.
+
+        Args:
+            pretrained_model_name_or_path: The folder or id.
+            trust_remote_code: Whether code that comes with the model may run.
+            kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
+
+        Raises:
+            ModelLoadError: There is no such model, it cannot be read, or an argument asks for what is not supported.
+        """
+        for name, value in kwargs.items():
+            if name not in _HUB and str(value).removeprefix("torch.") not in map(str, _DEFAULTS.get(name, ())):
+                raise ModelLoadError(f"from_pretrained does not support {name}={value!r}: leave it out")
+        hub = {k: v for k, v in kwargs.items() if k in _HUB}
+        source = open_source(pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub)
+        return cls._from_source(source)
+
+    @classmethod
+    def from_package(cls, folder: str | Path) -> QEFFAutoModelForCausalLM:
+        """Open a compiled package; it can generate, and cannot be compiled again.
+
+        Raises:
+            PackageError: The folder is no whole package of this version.
+        """
+        self = cls._from_source(None)
+        path = Path(folder)
+        self._compiled = Compiled(path, open_package(path), cached=True)
+        return self
+
+    @property
+    def package(self) -> Compiled:
+        """The compiled package.
+
+        Raises:
+            PackageError: There is none yet.
+        """
+        if self._compiled is None:
+            raise PackageError("the model is not compiled yet: call compile() first")
+        return self._compiled
+
+    def compile(
+        self,
+        *,
+        target: str = "auto",
+        prefill_seq_len: int = 32,
+        ctx_len: int = 128,
+        batch_size: int = 1,
+        num_cores: int = 16,
+        num_devices: int = 1,
+        mxfp6_matmul: bool = False,
+        mxint8_kv_cache: bool = False,
+        compile_dir: str | Path | None = None,
+        pipeline: str | None = None,
+        emit_only: bool = False,
+        force_flags: bool = False,
+        watch: Watch | None = None,
+        **compiler_options: Any,
+    ) -> str:
+        """Compile for a target; an equal package in the cache is used as it is.
+
+        Args:
+            target: ``auto`` (AI 100 when its SDK is installed, else ONNX Runtime), ``onnxruntime`` or ``ai100``.
+            prefill_seq_len: Tokens of a prompt that one prefill run takes.
+            ctx_len: Prompt and new tokens together.
+            batch_size: Rows of a run.
+            num_cores: Cores of the device.
+            num_devices: Devices that share the model.
+            mxfp6_matmul: Compress constant matmul weights on the device.
+            mxint8_kv_cache: Compress the KV cache on the device.
+            compile_dir: Folder of the package; one in the cache when not given.
+            pipeline: Text of another pipeline than the target's own.
+            emit_only: Write the package without running the target's compiler.
+            force_flags: Hand unknown compiler flags on instead of refusing them.
+            watch: Told of every step, see `qeff_ir.compiler.Watch`.
+            compiler_options: Any other flag of the target's compiler (``aic_enable_depth_first=True``).
+
+        Returns:
+            Path of the package (AI 100, compiled: of the ``qpc`` folder in it, as the contract has it).
+
+        Raises:
+            QeffError: See `qeff_ir.compiler.compile_model`.
+        """
+        if self._source is None:
+            raise PackageError("a model opened from a package cannot be compiled again: open the model itself")
+        options = CompileOptions(
+            prefill_seq_len=prefill_seq_len,
+            ctx_len=ctx_len,
+            batch_size=batch_size,
+            num_cores=num_cores,
+            num_devices=num_devices,
+            mxfp6_matmul=mxfp6_matmul,
+            mxint8_kv_cache=mxint8_kv_cache,
+            flags=compiler_options,
+            force_flags=force_flags,
+        )
+        self._runner = None
+        self._compiled = compile_model(
+            self._source,
+            options,
+            target=target,
+            out=None if compile_dir is None else Path(compile_dir),
+            pipeline=pipeline,
+            emit_only=emit_only,
+            watch=watch,
+        )
+        qpc = self._compiled.folder / "qpc"
+        return str(qpc if qpc.is_dir() else self._compiled.folder)
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *,
+        prompts: Sequence[str] | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`transformers.generate` over the compiled model, or texts for a list of prompts.
+
+        Args:
+            inputs: Token ids, int64 ``[batch, tokens]``; also as ``input_ids=``, with ``attention_mask=``.
+            prompts: Texts instead of token ids; any number, run in batches of the compiled size.
+            tokenizer: The model's tokenizer, needed with `prompts`.
+            kwargs: Everything else that transformers' ``generate`` takes.
+
+        Returns:
+            Token ids as transformers returns them; a `GenerationResult` for `prompts`.
+
+        Raises:
+            RuntimeInputError: The request does not fit the compiled model.
+            PackageError: The model is not compiled.
+        """
+        runner = self.runner()
+        if prompts is None:
+            if tokenizer is not None:  # transformers takes it, for stop strings
+                kwargs["tokenizer"] = tokenizer
+            return runner.generate(inputs, **kwargs)
+        if tokenizer is None:
+            raise RuntimeInputError("prompts need tokenizer=: pass the model's tokenizer, or token ids")
+        from qeff_ir.runtime.texts import generate_texts
+
+        return generate_texts(runner, [prompts] if isinstance(prompts, str) else list(prompts), tokenizer, kwargs)
+
+    def runner(self, threads: int | None = None) -> SessionLM:
+        """The session that `generate` uses, opened on first use.
+
+        Raises:
+            PackageError: The model is not compiled, or its package is damaged.
+        """
+        if self._runner is None:
+            from transformers import GenerationConfig
+
+            from qeff_ir.runtime.decoder import Decoder
+            from qeff_ir.runtime.generation import SessionLM
+
+            package = self.package
+            session = find_backend(package.manifest.target).open(package.folder, threads=threads)
+            side = package.folder / SIDE_FOLDER
+            config = self.config
+            if (side / "generation_config.json").is_file():
+                defaults = GenerationConfig.from_pretrained(side)
+            else:
+                defaults = GenerationConfig.from_model_config(config)
+            self._runner = SessionLM(Decoder(session), config, defaults)
+        return self._runner
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+        if self._source is not None:
+            return self._source.config
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.package.folder / SIDE_FOLDER)

@@ -1,0 +1,244 @@
+"""From a model to a package: lower, run the target's pipeline, check, emit, compile, seal; cached by all that matters."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from backends import find_backend
+from backends.base import Backend, CompileOptions
+from qeff_ir.errors import CompileError
+from qeff_ir.frontend.source import Source
+from qeff_ir.module import WEIGHT_KEY, Module, Specialization
+from qeff_ir.package import SIDE_FOLDER, Manifest, building, digest_file, is_package, open_package, read_manifest, seal
+from qeff_ir.passing.manager import PassRun, Report, run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.printer import fingerprint
+from qeff_ir.storage import file_range
+
+Watch = Callable[[str, PassRun | None], None]
+"""Called with the name of each step before it starts, and again with the result when it was a pass."""
+
+_LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The result of `compile_model`.
+
+    Attributes:
+        folder: The package.
+        manifest: What the package says of itself.
+        cached: Whether the package was there already.
+    """
+
+    folder: Path
+    manifest: Manifest
+    cached: bool
+
+
+def choose_target(target: str) -> tuple[str, str]:
+    """Resolve ``auto``: AI 100 when its SDK is here, else ONNX Runtime.
+
+    Returns:
+        The target's name, and a sentence that says why.
+    """
+    if target != "auto":
+        return target, f"target {target}, as asked"
+    missing = find_backend("ai100").missing()
+    if missing is None:
+        return "ai100", "target ai100: the SDK is installed"
+    return "onnxruntime", f"target onnxruntime: {missing}"
+
+
+def compile_model(
+    source: Source,
+    options: CompileOptions,
+    *,
+    target: str = "auto",
+    out: Path | None = None,
+    pipeline: str | None = None,
+    emit_only: bool = False,
+    watch: Watch | None = None,
+) -> Compiled:
+    """Compile a causal LM into a package.
+
+    Args:
+        source: The model.
+        options: Shapes, devices, precision, compiler flags.
+        target: ``auto``, or the name of a backend.
+        out: Folder of the package; one in the cache (`cache_root`) when not given. An equal package that is there
+            already is used as it is.
+        pipeline: Text of another pipeline than the target's own.
+        emit_only: Stop before the target's compiler, which then need not be installed.
+        watch: Told of every step.
+
+    Raises:
+        CompileError: The target cannot take the options or the model, is missing, or its compiler failed.
+        ModelLoadError, UnsupportedModelError, PipelineError, PassError, PackageError: See there.
+    """
+    target, _ = choose_target(target)
+    backend = find_backend(target)
+    _check_options(options, source)
+    backend.check_options(options)
+    missing = None if emit_only else backend.missing()
+    if missing is not None:
+        raise CompileError(f"{target} cannot compile here: {missing}")
+    steps = Pipeline.parse(pipeline or backend.pipeline)
+    tell = watch or (lambda _step, _run: None)
+    tell("weights", None)
+    module = None if source.identity() is not None else source.lower()
+    digests: dict[Path, str] = {}
+    key = _key(source, module, backend, options, steps, emit_only, digests)
+    folder = out or cache_root() / _architecture(source) / f"{_architecture(source)}-{key[:16]}"
+    found = _cached(folder, key)
+    if found is not None:
+        return Compiled(folder, found, cached=True)
+    with building(folder) as partial:
+        found = _cached(folder, key)  # another process may have built it while we waited
+        if found is None:
+            if module is None:
+                tell("lower", None)
+                module = source.lower()
+            found = _build(module, source, backend, options, steps, emit_only, partial, tell)
+            found.key = key
+            seal(partial, found, digests)
+    return Compiled(folder, found, cached=False)
+
+
+def cache_root() -> Path:
+    """Where packages go by default: ``$QEFF_HOME``, ``$XDG_CACHE_HOME/qeff_models``, or ``~/.cache/qeff_models``.
+
+    The order is the AI 100 contract's (§4.5).
+    """
+    if home := os.environ.get("QEFF_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qeff_models"
+
+
+def specialize(module: Module, options: CompileOptions) -> None:
+    """Set the shapes to compile for: one prefill chunk, and one token (only the latter for chunks of one token).
+
+    Raises:
+        CompileError: The context is longer than the model's positions.
+    """
+    limit = module.dims["ctx_len"].maximum
+    if limit is not None and options.ctx_len > limit:
+        raise CompileError(
+            f"ctx_len={options.ctx_len} is more than the {limit} positions that {module.name} has: use ctx_len={limit} or less"
+        )
+    common = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
+    lengths = {"Prefill": options.prefill_seq_len, "Decode": 1}
+    if options.prefill_seq_len == 1:
+        del lengths["Prefill"]
+    module.specializations = [Specialization(name, {**common, "seq_len": n}) for name, n in lengths.items()]
+
+
+def _build(
+    module: Module,
+    source: Source,
+    backend: Backend,
+    options: CompileOptions,
+    steps: Pipeline,
+    emit_only: bool,
+    folder: Path,
+    tell: Watch,
+) -> Manifest:
+    specialize(module, options)
+    report: Report = run_pipeline(module, steps, tell)
+    backend.check(module, options)
+    tell("emit", None)
+    backend.emit(module, folder, options)
+    side = folder / SIDE_FOLDER
+    side.mkdir()
+    source.save_side_files(side)
+    if not emit_only:
+        tell("compile", None)
+        backend.compile(folder, options)
+    return Manifest(backend.name, module.name, "", not emit_only, asdict(options), report.to_json())
+
+
+def _check_options(options: CompileOptions, source: Source) -> None:
+    for name in ("prefill_seq_len", "ctx_len", "batch_size", "num_cores", "num_devices"):
+        value = getattr(options, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CompileError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if options.ctx_len < options.prefill_seq_len:
+        raise CompileError(
+            f"ctx_len={options.ctx_len} is less than prefill_seq_len={options.prefill_seq_len}: the context must hold at "
+            "least one prefill chunk"
+        )
+    if getattr(source.config, "is_encoder_decoder", False):
+        raise CompileError(f"{_architecture(source)} is an encoder-decoder model, not a causal LM")
+
+
+def _architecture(source: Source) -> str:
+    names = source.config.architectures
+    return names[0] if names else type(source.config).__name__.removesuffix("Config")
+
+
+def _cached(folder: Path, key: str) -> Manifest | None:
+    """The package in `folder`, if it is whole and was made from just this."""
+    from qeff_ir.errors import PackageError
+
+    try:
+        return open_package(folder) if is_package(folder) and read_manifest(folder).key == key else None
+    except PackageError:
+        return None  # damaged or of another version: it is built anew
+
+
+def _key(
+    source: Source,
+    module: Module | None,
+    backend: Backend,
+    options: CompileOptions,
+    steps: Pipeline,
+    emit_only: bool,
+    digests: dict[Path, str],
+) -> str:
+    """SHA-256 of all that can change a package; fills `digests` with those of the weight files."""
+    if module is None:
+        graph: Any = source.identity()
+        digests.update({path: digest_file(path) for path in source.weight_files()})
+        weights: Any = {path.name: digest for path, digest in digests.items()}
+    else:
+        graph = fingerprint(module)
+        weights = _weight_digests(module)
+    facts = {
+        "graph": graph,
+        "weights": weights,
+        "options": asdict(options),
+        "pipeline": str(steps),
+        "compiled": not emit_only,
+        "target": backend.name,
+        "versions": {**{n: importlib.metadata.version(n) for n in _LIBRARIES}, **backend.versions(), "code": code_digest()},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _weight_digests(module: Module) -> dict[str, str]:
+    """Digest of each weight, read one at a time."""
+    found: dict[str, str] = {}
+    for name, value in module.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and WEIGHT_KEY in value.metadata_props and file_range(tensor) is None:
+            found[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
+    return found
+
+
+@functools.cache
+def code_digest() -> str:
+    """Digest of the compiler's own source, so that a changed pass never meets an old package."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for package in ("qeff_ir", "passes", "backends"):
+        for path in sorted((root / package).rglob("*.py")) + sorted((root / package).rglob("*.json")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""From prompts to texts: any number of prompts, in batches of the compiled size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qeff_ir.errors import RuntimeInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qeff_ir.auto import GenerationResult
+    from qeff_ir.runtime.decoder import Timings
+    from qeff_ir.runtime.generation import SessionLM
+
+
+def generate_texts(
+    runner: SessionLM, prompts: list[str], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
+) -> GenerationResult:
+    """Answer every prompt; the last batch is filled up with its last prompt, whose copies are dropped.
+
+    Args:
+        runner: The session.
+        prompts: At least one.
+        tokenizer: The model's.
+        kwargs: For transformers' ``generate``; ``num_return_sequences`` and tensors of one batch make no sense here.
+
+    Raises:
+        RuntimeInputError: There is no prompt, or one of no token, or a request does not fit the compiled model.
+    """
+    from qeff_ir.auto import GenerationResult
+
+    if not prompts:
+        raise RuntimeInputError("there is no prompt: give at least one")
+    rows: list[list[int]] = [tokenizer(p)["input_ids"] for p in prompts]  # pyright: ignore[reportAssignmentType]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise RuntimeInputError(f"the prompt {prompt!r} has no token: give some text")
+    size = runner.decoder.batch_size
+    ids: list[list[int]] = []
+    timings: list[Timings] = []
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        filled = batch + [batch[-1]] * (size - len(batch))
+        ids += _run(runner, filled, {"tokenizer": tokenizer, **kwargs})[: len(batch)]
+        timings.append(runner.decoder.timings)
+    return GenerationResult([tokenizer.decode(i, skip_special_tokens=True) for i in ids], ids, timings)
+
+
+def _run(runner: SessionLM, rows: list[list[int]], kwargs: dict[str, Any]) -> list[list[int]]:
+    """The new tokens of each row, without what follows its stop token."""
+    import torch
+
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    out = runner.generate(ids, attention_mask=mask, **{**kwargs, "return_dict_in_generate": False})
+    config = kwargs.get("generation_config") or runner.generation_config
+    stop = kwargs.get("eos_token_id", config.eos_token_id)
+    stops = set(stop if isinstance(stop, list) else [stop])
+    new: list[list[int]] = out[:, width:].tolist()
+    return [row[: next((i + 1 for i, t in enumerate(row) if t in stops), len(row))] for row in new]
