@@ -65,9 +65,7 @@ class Layout(ABC):
     def _ring_positions(self, slots: Slots, b: OpBuilder) -> ir.Value:
         last, length, slot = self.last(), self.length(slots), self.slot_range(slots)
         this_turn = b("Add", slot, b("Mul", b("Div", last, length), length))
-        position = b(
-            "Where", b("LessOrEqual", this_turn, last), this_turn, b("Sub", this_turn, length)
-        )
+        position = b("Where", b("LessOrEqual", this_turn, last), this_turn, b("Sub", this_turn, length))
         return b("Where", b("Less", position, b.const(0)), b.const(dialect.UNWRITTEN), position)
 
     def shared(self, what: str, slots: Slots | None, make: object) -> ir.Value:
@@ -79,9 +77,7 @@ class Layout(ABC):
 
     def last(self) -> ir.Value:
         """The last position of each row in this run, ``[batch, 1]``; -1 for a row of padding."""
-        return self.shared(
-            "last", None, lambda b: b("ReduceMax", self.position_ids, b.const([1]), keepdims=1)
-        )
+        return self.shared("last", None, lambda b: b("ReduceMax", self.position_ids, b.const([1]), keepdims=1))
 
     def length(self, slots: Slots) -> ir.Value:
         """Number of slots, ``[1]``."""

@@ -91,4 +91,6 @@ def _sizes(node: ir.Node, q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[int, i
         sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
         if all(isinstance(s, int) for s in sizes):
             return sizes  # pyright: ignore[reportReturnType]
-    raise PassError(f"attention '{node.outputs[0].name}' has heads of unknown number or width; keep shapes in the pass before")
+    raise PassError(
+        f"attention '{node.outputs[0].name}' has heads of unknown number or width; keep shapes in the pass before"
+    )

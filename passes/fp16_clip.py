@@ -38,12 +38,16 @@ class Fp16Clip(Pass):
             numbers = tensor.numpy()
             if not np.any((numbers > FP16_MAX) | ((numbers < -FP16_MAX) & ~np.isneginf(numbers))):
                 continue
-            value.const_value = ir.LazyTensor(
-                lambda tensor=tensor: ir.tensor(clip(tensor.numpy()), name=tensor.name),
-                tensor.dtype,
-                ir.Shape(tensor.shape.dims),
-                name=tensor.name,
-            ) if is_weight else ir.tensor(clip(numbers), name=tensor.name)
+            value.const_value = (
+                ir.LazyTensor(
+                    lambda tensor=tensor: ir.tensor(clip(tensor.numpy()), name=tensor.name),
+                    tensor.dtype,
+                    ir.Shape(tensor.shape.numpy()),
+                    name=tensor.name,
+                )
+                if is_weight
+                else ir.tensor(clip(numbers), name=tensor.name)
+            )
             rewriter.stats.fired["weight" if is_weight else "constant"] += 1
 
 

@@ -71,10 +71,10 @@ def _split_in_halves(second: ir.Value | None, first: ir.Value | None) -> ir.Valu
     if lower is None or upper is None or lower[0] is not upper[0]:
         return None
     x, start, end = lower
-    if x.shape is None or len(x.shape) != 4 or not isinstance(x.shape[3], int):
+    if x.shape is None or len(x.shape) != 4 or not isinstance(width := x.shape[3], int):
         return None
-    half = x.shape[3] // 2
-    return x if (start, end) == (0, half) and upper[1] == half and upper[2] >= x.shape[3] else None
+    half = width // 2
+    return x if (start, end) == (0, half) and upper[1] == half and upper[2] >= width else None
 
 
 def _half(value: ir.Value | None, halves: dict[ir.Value, ir.Value], rewriter: Rewriter) -> ir.Value | None:
@@ -92,9 +92,7 @@ def _half(value: ir.Value | None, halves: dict[ir.Value, ir.Value], rewriter: Re
             node = at.producer()
             if node is None:
                 return None
-            if node.op_type in _UNARY:
-                data = node.inputs[0]
-            elif node.op_type == "Mul" and scalar(node.inputs[1]) is not None:
+            if node.op_type in _UNARY or (node.op_type == "Mul" and scalar(node.inputs[1]) is not None):
                 data = node.inputs[0]
             else:
                 return None
@@ -109,4 +107,3 @@ def _half(value: ir.Value | None, halves: dict[ir.Value, ir.Value], rewriter: Re
             part = rewriter.at(node)(node.op_type, part, *node.inputs[1:], **attributes)
         halves[full] = part
     return halves[full]
-

@@ -115,6 +115,4 @@ def _make_ring(module: Module, window: int) -> None:
         new.append(state)
     module.states = new
     module.dims[symbol] = Dim(symbol)
-    module.specializations = [
-        Specialization(s.name, {**s.symbols, symbol: length}) for s in module.specializations
-    ]
+    module.specializations = [Specialization(s.name, {**s.symbols, symbol: length}) for s in module.specializations]

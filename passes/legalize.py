@@ -119,8 +119,6 @@ def _check(node: ir.Node, opset: int) -> None:
     for name in [n for n in node.attributes if n not in schema.attributes]:
         default = newest.attributes[name].default_value if name in newest.attributes else None
         if default is None or onnx.helper.get_attribute_value(default) != node.attributes[name].value:
-            raise PassError(
-                f"attribute '{name}' of {node.op_type} from {source} does not exist in opset {opset}"
-            )
+            raise PassError(f"attribute '{name}' of {node.op_type} from {source} does not exist in opset {opset}")
         del node.attributes[name]
     node.version = None

@@ -51,7 +51,8 @@ class Unflatten(Pass):
 def _width(data: ir.Value) -> int | None:
     """Number of features of ``[batch, seq, ...]``, if known."""
     sizes = data.shape.dims[2:] if data.shape is not None else ()
-    return math.prod(sizes) if all(isinstance(d, int) for d in sizes) else None  # pyright: ignore[reportArgumentType]
+    known = [d for d in sizes if isinstance(d, int)]
+    return math.prod(known) if len(known) == len(sizes) else None
 
 
 def _problem(flat: ir.Node, gemm: ir.Node, back: ir.Node) -> str | None:

@@ -218,7 +218,11 @@ def _key(
         "pipeline": str(steps),
         "compiled": not emit_only,
         "target": backend.name,
-        "versions": {**{n: importlib.metadata.version(n) for n in _LIBRARIES}, **backend.versions(), "code": code_digest()},
+        "versions": {
+            **{n: importlib.metadata.version(n) for n in _LIBRARIES},
+            **backend.versions(),
+            "code": code_digest(),
+        },
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportReturnType=false, reportInvalidTypeVarUse=false, reportCallIssue=false
+# (onnxscript reads these functions as a language of its own; its stubs describe eager tensors)
 """The `qeff` dialect: the few ops that ONNX has no standard form for, each with a body that defines its meaning.
 
 Every op is an ONNX function written with onnxscript, so a snapshot that uses it runs on any ONNX runtime. Passes lower
@@ -11,7 +13,7 @@ from typing import TypeVar, Union
 import onnx
 import onnx_ir as ir
 import onnxscript
-from onnxscript import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, script
+from onnxscript import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, script, values
 from onnxscript.onnx_opset import opset24 as op
 
 DOMAIN = "qeff"
@@ -24,7 +26,7 @@ UNWRITTEN = 2**31 - 1
 
 T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])
 
-_qeff = onnxscript.values.Opset(DOMAIN, VERSION)
+_qeff = values.Opset(DOMAIN, VERSION)
 
 
 @script(_qeff, default_opset=op)
@@ -124,7 +126,7 @@ OPS = {f.name: f for f in (CacheUpdate, CachePositions, SinkAttention, Attention
 """The ops of the dialect by name."""
 
 
-def _schema(function: onnxscript.OnnxFunction) -> onnx.defs.OpSchema:
+def _schema(function: onnxscript.OnnxFunction[..., object]) -> onnx.defs.OpSchema:
     """The ONNX schema that an op's Python signature declares."""
     signature = function.op_signature
     assert signature is not None
@@ -137,7 +139,10 @@ def _schema(function: onnxscript.OnnxFunction) -> onnx.defs.OpSchema:
         function.__doc__ or "",
         inputs=[formal(p.name, p.type_constraint.name) for p in signature.inputs],
         outputs=[formal(p.name, p.type_constraint.name) for p in signature.outputs],
-        type_constraints=[(c.name, sorted(f"tensor({t.dtype.name.lower()})" for t in c.allowed_types), "") for c in constraints.values()],
+        type_constraints=[
+            (c.name, sorted(f"tensor({t.dtype.name.lower()})" for t in c.allowed_types), "")
+            for c in constraints.values()
+        ],
         attributes=[
             onnx.defs.OpSchema.Attribute(a.name, onnx.defs.OpSchema.AttrType(int(a.type)), "", required=a.required)
             for a in signature.attributes

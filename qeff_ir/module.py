@@ -211,7 +211,7 @@ class Module:
             model,
             facts["name"],
             [
-                State(**{**s, "shape": tuple(s["shape"]), "dtype": ir.DataType[s["dtype"]]})
+                State(s["layer"], s["role"], tuple(s["shape"]), ir.DataType[s["dtype"]], s["window"], s["ring"])
                 for s in facts["states"]
             ],
             {d["name"]: Dim(**d) for d in facts["dims"]},

@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder} is a package of format version {data['version']}, this qeff-ir reads version {FORMAT_VERSION}: "
                 "compile the model again"
             )
-        return Manifest(**{**data, "files": {name: FileRecord(**record) for name, record in data["files"].items()}})
+        files = {name: FileRecord(**record) for name, record in data.pop("files").items()}
+        return Manifest(files=files, **data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackageError(f"{path} is damaged ({error}): compile the model again") from error
 
@@ -128,12 +129,14 @@ def open_package(folder: Path) -> Manifest:
         stat = path.stat()
         same = stat.st_size == record.bytes and stat.st_mtime_ns == record.mtime_ns
         if not same and (stat.st_size != record.bytes or digest_file(path) != record.sha256):
-            raise PackageError(f"{name} of the package {folder} was altered after it was compiled: compile the model again")
+            raise PackageError(
+                f"{name} of the package {folder} was altered after it was compiled: compile the model again"
+            )
     return manifest
 
 
 @contextlib.contextmanager
-def building(out: Path) -> Iterator[Path]:
+def building(out: Path) -> Generator[Path]:
     """A new folder that becomes `out` when the block ends without an error; otherwise nothing of it stays.
 
     Only one build of `out` runs at a time. What `out` held before is replaced in one step, and only if it was a package.
@@ -191,12 +194,14 @@ def _replace(new: Path, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def _disk_errors(out: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PackageError(f"the disk is full while writing {out}: free some space; nothing was left behind") from error
+            raise PackageError(
+                f"the disk is full while writing {out}: free some space; nothing was left behind"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise PackageError(f"{out} cannot be written ({error.strerror}): choose another -o") from error
         raise

@@ -57,7 +57,11 @@ def _lines(module: Module, origins: bool) -> Iterator[str]:
         yield f"in  {_typed(value)}"
     for name in sorted(module.graph.initializers):
         value = module.graph.initializers[name]
-        yield f"weight {_typed(value)}" if WEIGHT_KEY in value.metadata_props else f"const {_typed(value)} = {_numbers(value)}"
+        yield (
+            f"weight {_typed(value)}"
+            if WEIGHT_KEY in value.metadata_props
+            else f"const {_typed(value)} = {_numbers(value)}"
+        )
     yield from _nodes(module.graph, "", origins)
     for value in module.graph.outputs:
         yield f"out {_typed(value)}"

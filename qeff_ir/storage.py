@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -50,7 +51,7 @@ class FileRange:
         is just what a checkpoint and the packages made of it are.
         """
 
-        def read() -> ir.Tensor:
+        def read() -> ir.Tensor[Any]:
             data = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.length,))
             return ir.Tensor(data.view(self.dtype.numpy()).reshape(self.shape), dtype=self.dtype, name=name)
 

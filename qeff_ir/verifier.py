@@ -60,9 +60,7 @@ def _check_order(graph: ir.Graph) -> None:
             raise VerificationError("order", f"graph output '{value.name}' is made by no node")
 
 
-def _check_nodes(
-    graph: Iterable[ir.Node], defined: set[ir.Value], define: Callable[[ir.Value, str], None]
-) -> None:
+def _check_nodes(graph: Iterable[ir.Node], defined: set[ir.Value], define: Callable[[ir.Value, str], None]) -> None:
     for node in graph:
         for value in node.inputs:
             if value is not None and value not in defined:
@@ -103,7 +101,8 @@ def _check_interface(module: Module) -> None:
             for dim in value.shape:
                 if isinstance(dim, ir.SymbolicDim) and dim.value not in module.dims:
                     raise VerificationError(
-                        "interface", f"graph {kind} '{value.name}' has the dim '{dim.value}', which the module does not declare"
+                        "interface",
+                        f"graph {kind} '{value.name}' has the dim '{dim.value}', which the module does not declare",
                     )
 
 
@@ -114,7 +113,9 @@ def _check_states(module: Module) -> None:
         for kind, name, values in (("input", state.input, inputs), ("output", state.output, outputs)):
             value = values.get(name)
             if value is None:
-                raise VerificationError("state-pair", f"the {state.role} state of layer {state.layer} has no {kind} '{name}'")
+                raise VerificationError(
+                    "state-pair", f"the {state.role} state of layer {state.layer} has no {kind} '{name}'"
+                )
             if value.dtype != state.dtype or _dims(value) != state.shape:
                 raise VerificationError(
                     "state-pair",
@@ -123,10 +124,14 @@ def _check_states(module: Module) -> None:
                 )
     order = [(s.layer, s.role) for s in module.states]
     if len(set(order)) != len(order) or order != sorted(order):
-        raise VerificationError("state-roles", f"the states are not ordered by layer, key before value, each once: {order}")
+        raise VerificationError(
+            "state-roles", f"the states are not ordered by layer, key before value, each once: {order}"
+        )
     stray = [n for n in outputs if n and n.endswith(State.SUFFIX) and n not in {s.output for s in module.states}]
     if stray:
-        raise VerificationError("state-pair", f"graph output '{stray[0]}' is named like a state, but the module declares none")
+        raise VerificationError(
+            "state-pair", f"graph output '{stray[0]}' is named like a state, but the module declares none"
+        )
 
 
 def _dims(value: ir.Value) -> tuple[str | int | None, ...]:
@@ -146,5 +151,6 @@ def _check_specializations(module: Module) -> None:
             limit = module.dims[dim].maximum if dim in module.dims else None
             if limit is not None and size > limit:
                 raise VerificationError(
-                    "bounds", f"specialization {specialization.name} asks for {dim}={size}, the model takes at most {limit}"
+                    "bounds",
+                    f"specialization {specialization.name} asks for {dim}={size}, the model takes at most {limit}",
                 )

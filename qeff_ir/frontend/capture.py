@@ -8,7 +8,7 @@ and chunked masks, padded rows and chunked prefill all follow from the positions
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.frontend import private
 
 IMPLEMENTATION = "qeff"
 """Name of our attention and mask functions in transformers' registries."""
@@ -33,24 +34,22 @@ _lib.define(
 )
 
 
-@torch.library.register_fake("qeff::cache_update")
-def _(past: Tensor, new: Tensor, position_ids: Tensor) -> Tensor:
+def _like_past(past: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(past)
 
 
-@torch.library.register_fake("qeff::cache_positions")
-def _(past: Tensor, position_ids: Tensor) -> Tensor:
+def _like_positions(past: Tensor, position_ids: Tensor) -> Tensor:
     return position_ids.new_empty((position_ids.shape[0], past.shape[2]))
 
 
-@torch.library.register_fake("qeff::attention")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+def _like_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
-@torch.library.register_fake("qeff::sink_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float, softcap: float) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+torch.library.register_fake("qeff::cache_update", _like_past)
+torch.library.register_fake("qeff::cache_positions", _like_positions)
+torch.library.register_fake("qeff::attention", _like_attention)
+torch.library.register_fake("qeff::sink_attention", _like_attention)
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ class _Layer(DynamicLayer):
         self.window = window
         self.position_ids = position_ids
         self.seen: tuple[tuple[int, int], tuple[int, int]] | None = None
+        self.keys: Tensor
+        self.values: Tensor
         if past is not None:
             self.keys, self.values = past
             self.dtype, self.device = self.keys.dtype, self.keys.device
@@ -120,29 +121,26 @@ class CapturingCache(Cache):
         self, model: PreTrainedModel, position_ids: Tensor, specs: list[LayerSpec], past: list[Tensor]
     ) -> None:
         states = {s.layer: (past[2 * i], past[2 * i + 1]) for i, s in enumerate(specs)}
-        layers = [
-            _Layer(window, states.get(i), position_ids) for i, window in enumerate(_layer_windows(model))
-        ]
-        super().__init__(layers=layers)
+        layers = [_Layer(window, states.get(i), position_ids) for i, window in enumerate(_layer_windows(model))]
+        super().__init__(layers=list(layers))
+        self.captured = layers
         self.position_ids = position_ids
         self.mask_layer = 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """As in transformers; also notes which layer the next mask is for."""
         self.mask_layer = layer_idx
-        return self.layers[layer_idx].get_mask_sizes(query_length)
+        return self.captured[layer_idx].get_mask_sizes(query_length)
 
     def specs(self) -> list[LayerSpec]:
         """The layers that were written to, after a probing run."""
         return [
-            LayerSpec(i, layer.window, *layer.seen)
-            for i, layer in enumerate(self.layers)
-            if isinstance(layer, _Layer) and layer.seen is not None
+            LayerSpec(i, layer.window, *layer.seen) for i, layer in enumerate(self.captured) if layer.seen is not None
         ]
 
     def results(self) -> list[Tensor]:
         """The caches after a traced run, key then value of each layer that has a state."""
-        return [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+        return [t for layer in self.captured if layer.is_initialized for t in (layer.keys, layer.values)]
 
 
 def _layer_windows(model: PreTrainedModel) -> list[int | None]:
@@ -166,18 +164,14 @@ _cache: CapturingCache | None = None
 
 
 def _positions_mask(
-    mask_function: Callable[..., Tensor] = causal_mask_function, batch_size: int = 1, **kwargs: Any
+    mask_function: Callable[..., Any] = causal_mask_function, batch_size: int = 1, **kwargs: Any
 ) -> Tensor:
     """The model's mask function at the true positions: bool ``[batch, 1, seq, ctx]``, True where a key is seen."""
     if _cache is None:
         raise UnsupportedModelError("the model builds a mask outside the traced forward pass")
     position_ids = _cache.position_ids
-    layer = _cache.layers[_cache.mask_layer]
-    slots = (
-        torch.ops.qeff.cache_positions(layer.keys, position_ids)
-        if layer.is_initialized and layer.keys is not None
-        else position_ids
-    )
+    layer = _cache.captured[_cache.mask_layer]
+    slots = torch.ops.qeff.cache_positions(layer.keys, position_ids) if layer.is_initialized else position_ids
     batch = torch.arange(position_ids.shape[0])[:, None, None, None]
     head = torch.zeros((1, 1, 1, 1), dtype=torch.long)
     mask = mask_function(batch, head, position_ids[:, None, :, None], slots[:, None, None, :])
@@ -224,34 +218,29 @@ def _attention(
 
 
 @contextlib.contextmanager
-def captured(model: PreTrainedModel) -> Iterator[None]:
+def captured(model: PreTrainedModel) -> Generator[None]:
     """Route the model's attention, masks and experts through our ops; everything is put back on exit."""
-    mask_registry = AttentionMaskInterface._global_mapping
-    attention_registry = AttentionInterface._global_mapping
-    saved = dict(mask_registry), dict(attention_registry)
-    implementation = model.config._attn_implementation
-    experts = model.get_experts_implementation() if model._can_set_experts_implementation() else None
+    saved = private.snapshot_registries()
+    implementation = private.attention_implementation(model)
+    experts = model.get_experts_implementation() if private.has_experts(model) else None
     # Attention outside the interface adds its mask to the scores, as the "eager" implementation does.
-    through_interface = bool(getattr(model, "_supports_attention_backend", False))
     try:
         AttentionInterface.register(IMPLEMENTATION, _attention)
         AttentionMaskInterface.register(IMPLEMENTATION, _positions_mask)
         AttentionMaskInterface.register("eager", _additive_mask)
-        model.set_attn_implementation(IMPLEMENTATION if through_interface else "eager")
-        if model._can_set_experts_implementation():
+        model.set_attn_implementation(IMPLEMENTATION if private.supports_attention_interface(model) else "eager")
+        if private.has_experts(model):
             model.set_experts_implementation("batched_mm")
         yield
     finally:
-        for registry, before in zip((mask_registry, attention_registry), saved, strict=True):
-            registry.clear()
-            registry.update(before)
+        private.restore_registries(saved)
         model.set_attn_implementation(implementation)
         if experts is not None:
             model.set_experts_implementation(experts)
 
 
 @contextlib.contextmanager
-def tracing(cache: CapturingCache) -> Iterator[CapturingCache]:
+def tracing(cache: CapturingCache) -> Generator[CapturingCache]:
     """Make `cache` the one whose positions the mask functions read."""
     global _cache
     before, _cache = _cache, cache

@@ -11,25 +11,25 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript
 import torch
-from onnxscript import version_converter
+from onnxscript import values, version_converter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
-from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE, apply_onnx_ir_fixes
+from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes
 from transformers.exporters.utils import apply_fx_node_fixes, apply_patches
 
 from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
 from qeff_ir.frontend.capture import CapturingCache, LayerSpec, captured, tracing
+from qeff_ir.frontend.private import onnx_translations
 from qeff_ir.frontend.skeleton import fake_weights
 from qeff_ir.frontend.weights import Weights
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Dim, Module, State, all_values, rename_symbols
+from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State, all_values, rename_symbols
 
 # Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
 _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
@@ -120,8 +120,11 @@ def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode)
         "past": [{0: dynamic, 2: dynamic} for _ in past],
     }
     states = _states(specs)
-    with apply_patches("onnx"), apply_patches("dynamo"), reset_model_state(model), _as_unsupported(
-        model, "cannot be traced"
+    with (
+        apply_patches("onnx"),
+        apply_patches("dynamo"),
+        reset_model_state(model),
+        _as_unsupported(model, "cannot be traced"),
     ):
         exported = torch.export.export(
             _Step(model, specs),
@@ -134,7 +137,7 @@ def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode)
         apply_fx_node_fixes("onnx", exported.graph_module)
         program = torch.onnx.export(
             exported,
-            custom_translation_table={**_ONNX_TRANSLATION_TABLE, **_TRANSLATIONS},
+            custom_translation_table={**onnx_translations(), **_TRANSLATIONS},
             opset_version=_TORCH_OPSET,
             optimize=False,
             verbose=False,
@@ -147,11 +150,10 @@ def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode)
 
 
 def _states(specs: list[LayerSpec]) -> list[State]:
-    return [
-        State(s.layer, role, ("batch_size", heads, "ctx_len", width), ir.DataType.FLOAT, s.window)
-        for s in specs
-        for role, (heads, width) in (("key", s.key), ("value", s.value))
-    ]
+    def state(spec: LayerSpec, role: Role, heads: int, width: int) -> State:
+        return State(spec.layer, role, ("batch_size", heads, "ctx_len", width), ir.DataType.FLOAT, spec.window)
+
+    return [made for s in specs for made in (state(s, "key", *s.key), state(s, "value", *s.value))]
 
 
 # The exporter works at an older opset, so it only sees opaque ops of the dialect's domain; `_clean` gives them bodies, or
@@ -160,7 +162,7 @@ _STANDARD = {"Attention"}
 
 
 def _opaque(name: str, *attributes: str) -> Callable[..., Any]:
-    op = onnxscript.values.Op(onnxscript.values.Opset(dialect.DOMAIN, dialect.VERSION), name)
+    op = values.Op(values.Opset(dialect.DOMAIN, dialect.VERSION), name)
 
     def translate(*args: Any) -> Any:
         count = len(args) - len(attributes)
@@ -239,7 +241,7 @@ def _name_dims(module: Module, model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Keep the exporter's notes to itself: they are about its own internals, or repeat an exception that follows."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [log.level for log in loggers]
@@ -255,7 +257,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_unsupported(model: PreTrainedModel, what: str) -> Iterator[None]:
+def _as_unsupported(model: PreTrainedModel, what: str) -> Generator[None]:
     """Turn whatever a model's own code raises into one sentence; the cause stays chained."""
     try:
         yield
@@ -263,6 +265,4 @@ def _as_unsupported(model: PreTrainedModel, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise UnsupportedModelError(
-            f"{type(model).__name__} {what}: {type(error).__name__}: {first[:300]}"
-        ) from error
+        raise UnsupportedModelError(f"{type(model).__name__} {what}: {type(error).__name__}: {first[:300]}") from error

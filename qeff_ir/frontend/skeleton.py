@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from qeff_ir.frontend import private
 
 
 def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -18,23 +20,22 @@ def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False)
     loading.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     for parameter in model.state_dict(keep_vars=True).values():
-        parameter._is_hf_initialized = True
+        private.mark_initialized(parameter, True)
     for module in model.modules():
-        module._is_hf_initialized = False
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
+        private.mark_initialized(module, False)
+        _, buffers = private.tensor_tables(module)
+        for name in private.computed_buffers(module):
+            buffer = buffers[name]
             if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+                buffers[name] = torch.empty_like(buffer, device="cpu")
     model.initialize_weights()
     return model.eval()
 
 
 @contextlib.contextmanager
-def fake_weights(model: PreTrainedModel) -> Iterator[FakeTensorMode]:
+def fake_weights(model: PreTrainedModel) -> Generator[FakeTensorMode]:
     """Replace parameters (and buffers on the meta device) by fake float32 ones for as long as the block lasts.
 
     Tied parameters stay tied. Yields the fake mode, for making inputs in.
@@ -44,7 +45,7 @@ def fake_weights(model: PreTrainedModel) -> Iterator[FakeTensorMode]:
     saved: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
     try:
         for module in model.modules():
-            for table, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for table, is_buffer in zip(private.tensor_tables(module), (False, True), strict=True):
                 for name, tensor in list(table.items()):
                     half = tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
                     if tensor is None or (is_buffer and not tensor.is_meta and not half):

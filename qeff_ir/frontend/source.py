@@ -136,7 +136,7 @@ class MemorySource(Source):
     def save_side_files(self, folder: Path) -> None:
         """Write configuration and generation defaults; a model in memory has no tokenizer."""
         self.config.save_pretrained(folder)
-        if self.model.generation_config is not None:
+        if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
 
 
@@ -176,7 +176,9 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
 
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelLoadError(f"{folder} has no config.json, so it is not a model folder: give the folder of a saved model")
+        raise ModelLoadError(
+            f"{folder} has no config.json, so it is not a model folder: give the folder of a saved model"
+        )
     try:
         raw = json.loads(path.read_text())
         if not isinstance(raw, dict):

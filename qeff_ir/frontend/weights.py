@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir import tensor_adapters
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -68,7 +70,7 @@ def memory_weights(model: PreTrainedModel) -> Weights:
         if data.is_floating_point() and data.dtype != torch.float32:
             weights[name] = _lazy(name, tuple(data.shape), torch.float32, lambda data=data: data.float())
         else:
-            weights[name] = ir.tensor_adapters.TorchTensor(data.contiguous(), name=name)
+            weights[name] = tensor_adapters.TorchTensor(data.contiguous(), name=name)
     return weights
 
 
@@ -97,18 +99,16 @@ def _converted(model: PreTrainedModel, name: str, group: WeightConverter) -> Wei
     for loaders in dry.collected_tensors.values():
         for loader in loaders:
             loader.dry = True  # pyright: ignore[reportAttributeAccessIssue]
-    made = dry.convert(name, model=model, config=model.config)
+    made: dict[str, Any] = dry.convert(name, model=model, config=model.config)
 
     def load(target: str) -> torch.Tensor:
-        result = copy.deepcopy(group).convert(name, model=model, config=model.config)[target]
+        result: Any = copy.deepcopy(group).convert(name, model=model, config=model.config)[target]
         return result[0] if isinstance(result, list) else result
 
     weights: Weights = {}
     for target, shape_only in made.items():
         like = shape_only[0] if isinstance(shape_only, list) else shape_only
-        weights[target] = _lazy(
-            target, tuple(like.shape), like.dtype, lambda target=target: load(target).contiguous()
-        )
+        weights[target] = _lazy(target, tuple(like.shape), like.dtype, lambda target=target: load(target).contiguous())
     return weights
 
 
@@ -118,26 +118,22 @@ def _typed(entry: FileRange, key: str, name: str, dtype: torch.dtype) -> ir.Tens
     return _lazy(name, entry.shape, dtype, _Loader(entry, key, dtype))
 
 
-def _lazy(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]
-) -> ir.LazyTensor:
+def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
     def evaluate() -> ir.TensorProtocol:
-        return ir.tensor_adapters.TorchTensor(load(), name=name)
+        return tensor_adapters.TorchTensor(load(), name=name)
 
     return ir.LazyTensor(evaluate, _ir_dtype(dtype), ir.Shape(shape), name=name)
 
 
 def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
-    return ir.tensor_adapters.from_torch_dtype(dtype)
+    return tensor_adapters.from_torch_dtype(dtype)
 
 
 def _natural(key: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
 
 
-def _check(
-    model: PreTrainedModel, wanted: dict[str, torch.Tensor], weights: Weights, checkpoint: Checkpoint
-) -> None:
+def _check(model: PreTrainedModel, wanted: dict[str, torch.Tensor], weights: Weights, checkpoint: Checkpoint) -> None:
     for name, tensor in weights.items():
         shape = tuple(tensor.shape.numpy())
         if name in wanted and shape != tuple(wanted[name].shape):

@@ -18,12 +18,13 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from qeff_ir.errors import PipelineError
 from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
@@ -182,7 +183,7 @@ class Rewriter:
             node.metadata_props[PASS_KEY] = self.pass_id
 
     @contextlib.contextmanager
-    def hidden_weights(self) -> Iterator[None]:
+    def hidden_weights(self) -> Generator[None]:
         """Show the weights as graph inputs while a library works on the graph, so that it cannot read or fold them."""
         weights = [v for v in self.graph.initializers.values() if WEIGHT_KEY in v.metadata_props]
         tensors = [v.const_value for v in weights]
@@ -256,4 +257,4 @@ class Rewriter:
 
     def sweep(self) -> None:
         """Drop nodes and initializers that nothing uses any more."""
-        ir.passes.common.RemoveUnusedNodesPass()(self.module.model)
+        common.RemoveUnusedNodesPass()(self.module.model)

@@ -90,11 +90,13 @@ def check_order(pipeline: Pipeline, properties: set[str]) -> None:
             makers = [n for n, cls in registered_passes().items() if missing in cls.establishes]
             way = f"; put {' or '.join(makers)} before {name}" if makers else ""
             raise PipelineError(f"{name} requires the property '{missing}', but {by}{way}")
-        destroyed |= {p: name for p in item.invalidates}
+        destroyed |= dict.fromkeys(item.invalidates, name)
         held = (held - item.invalidates) | item.establishes
 
 
-def run_pipeline(module: Module, pipeline: Pipeline, watch: Callable[[str, PassRun | None], None] | None = None) -> Report:
+def run_pipeline(
+    module: Module, pipeline: Pipeline, watch: Callable[[str, PassRun | None], None] | None = None
+) -> Report:
     """Run every pass of `pipeline` on `module`, in place.
 
     A pass that fails, breaks a rule of the IR, changes the interface without declaring it, or misses a site although it

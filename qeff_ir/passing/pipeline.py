@@ -155,7 +155,9 @@ class _Parser:
             if cls is None:
                 raise self._error(f"there is no pass '{name}'; {nearest(name, known)}", start)
             given = self._options(cls) if self._take("{") else {}
-            missing = [o.name for o in options(cls).values() if o.default is dataclasses.MISSING and o.field not in given]
+            missing = [
+                o.name for o in options(cls).values() if o.default is dataclasses.MISSING and o.field not in given
+            ]
             if missing:
                 raise self._error(f"{name} needs the option '{missing[0]}'", start)
             yield cls(**given)

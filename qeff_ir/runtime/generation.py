@@ -7,13 +7,13 @@ class only stands in for the model, and turns padded batches into rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qeff_ir.errors import RuntimeInputError
@@ -50,10 +50,12 @@ class SessionLM(GenerationMixin):
         return False  # the session keeps the cache
 
     @contextlib.contextmanager
-    def _optimize_model_for_decode(self) -> Iterator[None]:
+    def _optimize_model_for_decode(self) -> Generator[None]:
         yield  # nothing to switch: the session is compiled
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, inputs: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """`transformers.generate`, with batches padded on either side.
 
         Raises:
@@ -81,7 +83,9 @@ class SessionLM(GenerationMixin):
         left, left_mask = _pad_left(ids, mask)
         kwargs.update(self._lengths(left_mask, config, kwargs))
         with torch.no_grad():
-            out = super().generate(input_ids=left, attention_mask=left_mask, **kwargs)
+            out: Any = GenerationMixin.generate(  # pyright: ignore[reportAttributeAccessIssue]
+                self, input_ids=left, attention_mask=left_mask, **kwargs
+            )
         if isinstance(out, torch.Tensor):
             return _restore(out, ids, copies)
         out["sequences"] = _restore(out["sequences"], ids, copies)
@@ -102,7 +106,9 @@ class SessionLM(GenerationMixin):
         default = 20  # what transformers takes when nothing is said
         return {} if asked is not None or room >= default else {"max_new_tokens": max(room, 1)}
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: torch.Tensor, **kwargs: Any
+    ) -> dict[str, Any]:
         """Pass on what `forward` needs."""
         return {
             "input_ids": input_ids,

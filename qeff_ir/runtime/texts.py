@@ -44,7 +44,8 @@ def generate_texts(
         filled = batch + [batch[-1]] * (size - len(batch))
         ids += _run(runner, filled, {"tokenizer": tokenizer, **kwargs})[: len(batch)]
         timings.append(runner.decoder.timings)
-    return GenerationResult([tokenizer.decode(i, skip_special_tokens=True) for i in ids], ids, timings)
+    texts = [str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids]
+    return GenerationResult(texts, ids, timings)
 
 
 def _run(runner: SessionLM, rows: list[list[int]], kwargs: dict[str, Any]) -> list[list[int]]:
