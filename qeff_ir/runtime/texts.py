@@ -19,6 +19,8 @@ def generate_texts(
 ) -> GenerationResult:
     """Answer every prompt; the last batch is filled up with its last prompt, whose copies are dropped.
 
+    Without a length in `kwargs` or the model's defaults, answers end with their stop token or with the context.
+
     Args:
         runner: The session.
         prompts: At least one.
@@ -55,8 +57,11 @@ def _run(runner: SessionLM, rows: list[list[int]], kwargs: dict[str, Any]) -> li
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    out = runner.generate(ids, attention_mask=mask, **{**kwargs, "return_dict_in_generate": False})
     config = kwargs.get("generation_config") or runner.generation_config
+    lengths = ("max_new_tokens", "max_length")
+    if all(kwargs.get(n) is None and getattr(config, n) is None for n in lengths):
+        kwargs = {**kwargs, "max_new_tokens": max(runner.decoder.ctx_len - width, 1)}
+    out = runner.generate(ids, attention_mask=mask, **{**kwargs, "return_dict_in_generate": False})
     stop = kwargs.get("eos_token_id", config.eos_token_id)
     stops = set(stop if isinstance(stop, list) else [stop])
     new: list[list[int]] = out[:, width:].tolist()
