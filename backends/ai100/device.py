@@ -1,0 +1,195 @@
+"""A session on the device through `qaicrt` (contract §5.1)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends.ai100 import runtime_path, specializations
+from backends.ai100.emit import BINARY_FOLDER, COMMAND
+from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
+from qeff_ir.module import Specialization
+from qeff_ir.runtime.session import Array
+
+_SUFFIX = "_RetainedState"
+_INPUTS = ("input_ids", "position_ids")
+_DTYPES: dict[str, type[np.generic]] = {
+    "FLOAT_TYPE": np.float32,
+    "FLOAT_16_TYPE": np.float16,
+    "BFLOAT16_TYPE": np.float16,
+    "INT8_Q_TYPE": np.int8,
+    "INT8_TYPE": np.int8,
+    "UINT8_Q_TYPE": np.uint8,
+    "INT16_Q_TYPE": np.int16,
+    "INT32_Q_TYPE": np.int32,
+    "INT32_I_TYPE": np.int32,
+    "INT64_I_TYPE": np.int64,
+}
+"""Host type of a binding by the name of its type in ``aicapi``; bfloat16 travels as two bytes."""
+
+
+class DeviceError(QeffError):
+    """The AI 100 runtime refused or failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Binding:
+    """One buffer of the program: its place, host type and shape in each specialization."""
+
+    index: int
+    dtype: np.dtype[Any]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class DeviceSession:
+    """Runs a compiled package.
+
+    The states never leave the device: their buffers are passed as empty, which makes it keep its own. The shapes of
+    inputs and logits select the specialization.
+
+    Args:
+        folder: The package, with ``qpc/programqpc.bin``.
+        devices: Device ids; as many as the package was compiled for, from 0, by default.
+        timeout_ms: How long one run may take.
+
+    Raises:
+        PackageError: The program is not one of a decoder with ``logits``, or was made for other shapes.
+        DeviceError: The runtime cannot load or activate it.
+    """
+
+    def __init__(self, folder: Path, *, devices: Sequence[int] | None = None, timeout_ms: int = 60_000) -> None:
+        runtime_path.extend()
+        self._rt: Any = importlib.import_module("qaicrt")
+        api: Any = importlib.import_module("QAicApi_pb2")
+        self._specializations = specializations.load(folder / specializations.FILE)
+        ids = list(devices) if devices is not None else list(range(_device_count(folder)))
+
+        context = self._rt.Context(self._rt.QIDList(ids))
+        self._queue = self._rt.Queue(context, ids[0])
+        qpc = self._rt.Qpc(str(folder / BINARY_FOLDER))
+        status, described = qpc.getIoDescriptor()
+        self._expect(status, "read the program's description")
+        descriptor = api.IoDesc()
+        descriptor.ParseFromString(bytes(described))
+        self._bindings = _bindings(descriptor, api)
+        for name in (*_INPUTS, "logits"):
+            if name not in self._bindings:
+                raise PackageError(f"the program in {folder} has no buffer {name}: compile the package again")
+        self._choices = self._match(folder)
+
+        properties = self._rt.QAicProgramProperties()
+        properties.dataPathTimeoutMs = timeout_ms
+        if len(ids) > 1:
+            properties.devMapping = ":".join(map(str, ids))
+        self._program = self._rt.Program(context, ids[0] if len(ids) == 1 else None, qpc, properties)
+        self._expect(self._program.load(), "load the program")
+        self._expect(self._program.activate(), "activate the program")
+        self._execution = self._rt.ExecObj(context, self._program)
+        # Every buffer starts out empty, those of the states for good.
+        self._buffers: list[Any] = [self._rt.QBuffer(b"") for _ in self._bindings]
+        sizes = [(b.dtype.itemsize, [0]) for b in sorted(self._bindings.values(), key=lambda b: b.index)]
+        self._dims: Any = self._rt.BufferDimensionsVecRef(sizes)
+
+    @property
+    def specializations(self) -> Sequence[Specialization]:
+        """The static shapes that `run` takes."""
+        return self._specializations
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `qeff_ir.runtime.session.Session.run`.
+
+        Raises:
+            RuntimeInputError: The inputs are of no compiled shape.
+            DeviceError: The run failed or took too long.
+        """
+        if set(inputs) != set(_INPUTS):
+            raise RuntimeInputError(f"the inputs are input_ids and position_ids, not {', '.join(sorted(inputs))}")
+        shape = inputs["input_ids"].shape
+        choice = self._choices.get(shape)
+        if choice is None or inputs["position_ids"].shape != shape:
+            allowed = " or ".join(str(list(s)) for s in self._choices)
+            raise RuntimeInputError(
+                f"input_ids {list(shape)} and position_ids {list(inputs['position_ids'].shape)} are not of a compiled "
+                f"shape: {allowed}"
+            )
+        for name in _INPUTS:
+            self._set(name, inputs[name])
+        logits = self._bindings["logits"]
+        self._set("logits", np.zeros(logits.shapes[choice], dtype=logits.dtype))
+
+        self._expect(self._execution.setData(self._buffers, self._dims), "take the buffers")
+        self._expect(self._queue.enqueue(self._execution), "enqueue the run")
+        self._expect(
+            self._execution.waitForCompletion(),
+            f"complete the run of input_ids {list(shape)}, logits {list(logits.shapes[choice])}",
+        )
+        status, results = self._execution.getData()
+        self._expect(status, "return the results")
+        data = np.frombuffer(bytes(results[logits.index]), dtype=logits.dtype)
+        return {"logits": data.reshape(logits.shapes[choice]).astype(np.float32)}
+
+    def reset(self) -> None:
+        """Start a new request.
+
+        Nothing has to be cleared: the program reads only slots that a token of the request has been written to.
+        """
+
+    def close(self) -> None:
+        """Free the device; the session cannot run any more."""
+        del self._execution
+        self._expect(self._program.deactivate(), "deactivate the program")
+
+    def _set(self, name: str, array: Array) -> None:
+        binding = self._bindings[name]
+        data = np.ascontiguousarray(array, dtype=binding.dtype)
+        self._buffers[binding.index] = self._rt.QBuffer(data.tobytes())
+        self._dims[binding.index] = (binding.dtype.itemsize, list(data.shape))
+
+    def _match(self, folder: Path) -> dict[tuple[int, ...], int]:
+        """Index of the program's own specialization by the shape of ``input_ids``."""
+        compiled = {shape: index for index, shape in enumerate(self._bindings["input_ids"].shapes)}
+        wanted = [(s.symbols["batch_size"], s.symbols["seq_len"]) for s in self._specializations]
+        absent = [shape for shape in wanted if shape not in compiled]
+        if absent:
+            raise PackageError(
+                f"the program in {folder} does not take input_ids {list(absent[0])}, which {specializations.FILE} "
+                "lists: compile the package again"
+            )
+        return {shape: compiled[shape] for shape in wanted}
+
+    def _expect(self, status: Any, what: str) -> None:
+        if status != self._rt.QStatus.QS_SUCCESS:
+            raise DeviceError(f"the AI 100 runtime could not {what} ({status}): see the driver's log")
+
+
+def _bindings(descriptor: Any, api: Any) -> dict[str, _Binding]:
+    """The bindings by public name: without a graph prefix, and without the mark of a function's state."""
+    types = {getattr(api, name): dtype for name, dtype in _DTYPES.items() if hasattr(api, name)}
+    found: dict[str, _Binding] = {}
+    for binding in descriptor.selected_set.bindings:
+        name = binding.name.rpartition("/")[2].replace("_InternalRetainedState", _SUFFIX)
+        if binding.type not in types and name in (*_INPUTS, "logits"):
+            raise PackageError(f"buffer {name} of the program has a type that qeff-ir does not know ({binding.type})")
+        # States stay on the device, in whatever type it keeps them.
+        dtype = np.dtype(types.get(binding.type, np.uint8))
+        # A program of a single specialization lists no shapes but those of the bindings.
+        shapes = [tuple(shapes.shapes[binding.index].dims) for shapes in descriptor.allowed_shapes]
+        found[name] = _Binding(binding.index, dtype, tuple(shapes or [tuple(binding.dims)]))
+    return found
+
+
+def _device_count(folder: Path) -> int:
+    """Devices that the package was compiled for, from its partition config."""
+    argv: list[str] = json.loads((folder / COMMAND).read_text())["argv"]
+    for argument in argv:
+        flag, _, name = argument.partition("=")
+        if flag == "-mdp-load-partition-config":
+            partitions = json.loads((folder / name).read_text())["partitions"]
+            return len({d["deviceId"] for p in partitions for d in p["devices"]})
+    return 1

@@ -1,0 +1,137 @@
+"""A `qaicrt` and a `QAicApi_pb2` in pure Python that follow contract §5.1 and fail when it is not followed.
+
+The "device" answers with logits that say what it was given: entry 0 is the sum of the ids, entry 1 the last position,
+entry 2 the number of runs since activation.
+"""
+
+from __future__ import annotations
+
+import json
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+VOCAB = 5
+NAMES = ("input_ids", "position_ids", "past_key.0", "past_value.0", "logits", "past_key.0_RetainedState",
+         "past_value.0_RetainedState")
+
+
+class Binding(SimpleNamespace):
+    """One of ``iodesc.selected_set.bindings``."""
+
+
+def descriptor(shapes: list[tuple[int, int]], prefix: str = "") -> bytes:
+    """A serialized `IoDesc` for input shapes ``[batch, seq]``; one shape is described by the bindings alone."""
+    rows = [[[b, s], [b, s], [b, 2, 16, 4], [b, 2, 16, 4], [b, 1, VOCAB], [b, 2, 16, 4], [b, 2, 16, 4]] for b, s in shapes]
+    return json.dumps({"rows": rows, "prefix": prefix}).encode()
+
+
+def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleType, list[str]]:
+    """The two modules over a program of that description, and a log of the calls; `fail` names a call to fail."""
+    log: list[str] = []
+    ok, bad = "QS_SUCCESS", "QS_ERROR"
+
+    def status(call: str) -> str:
+        log.append(call)
+        return bad if call == fail else ok
+
+    class Dims(list):  # type: ignore[type-arg]
+        """`BufferDimensionsVecRef`."""
+
+    class QBuffer:
+        def __init__(self, data: bytes) -> None:
+            assert isinstance(data, bytes)
+            self.data = data
+
+        def __bytes__(self) -> bytes:
+            return self.data
+
+    class Qpc:
+        def __init__(self, path: str) -> None:
+            assert isinstance(path, str)
+
+        def getIoDescriptor(self) -> tuple[str, bytes]:  # noqa: N802
+            return status("getIoDescriptor"), serialized
+
+    class Program:
+        def __init__(self, context: Any, device: int | None, qpc: Qpc, properties: Any) -> None:
+            self.state = "new"
+            mapped = getattr(properties, "devMapping", "")
+            assert (device is None) == (":" in mapped), "several devices are named by devMapping only"
+            log.append(f"device={device} mapping={mapped} timeout={properties.dataPathTimeoutMs}")
+
+        def load(self) -> str:
+            assert self.state == "new"
+            self.state = "loaded"
+            return status("load")
+
+        def activate(self) -> str:
+            assert self.state == "loaded"
+            self.state = "active"
+            return status("activate")
+
+        def deactivate(self) -> str:
+            assert self.state == "active"
+            self.state = "loaded"
+            return status("deactivate")
+
+    class ExecObj:
+        def __init__(self, context: Any, program: Program) -> None:
+            assert program.state == "active", "an ExecObj needs an active program"
+            self.state, self.runs = "idle", 0
+
+        def setData(self, buffers: list[QBuffer], dims: Dims) -> str:  # noqa: N802
+            assert isinstance(dims, Dims) and len(buffers) == len(dims) == len(NAMES)
+            for index in (2, 3, 5, 6):
+                assert bytes(buffers[index]) == b"" and dims[index][1] == [0], "states stay on the device"
+            assert dims[0][0] == 8 and dims[4][0] == 4
+            for buffer, (size, shape) in zip(buffers, dims, strict=True):
+                assert len(bytes(buffer)) == size * int(np.prod(shape))
+            rows = json.loads(serialized)["rows"]
+            chosen = [r for r in rows if r[0] == dims[0][1] and r[1] == dims[1][1] and r[4] == dims[4][1]]
+            assert len(chosen) == 1, "the shapes select one specialization"
+            self.buffers, self.shape, self.state = buffers, dims[4][1], "set"
+            return status("setData")
+
+        def waitForCompletion(self) -> str:  # noqa: N802
+            assert self.state == "enqueued"
+            self.state, self.runs = "done", self.runs + 1
+            return status("waitForCompletion")
+
+        def getData(self) -> tuple[str, list[QBuffer]]:  # noqa: N802
+            assert self.state == "done"
+            ids, positions = (np.frombuffer(bytes(b), np.int64).reshape(self.shape[0], -1) for b in self.buffers[:2])
+            logits = np.zeros(self.shape, np.float32)
+            logits[:, 0, 0], logits[:, 0, 1], logits[:, 0, 2] = ids.sum(1), positions.max(1), self.runs
+            self.state = "idle"
+            return status("getData"), [*self.buffers[:4], QBuffer(logits.tobytes()), *self.buffers[5:]]
+
+    class Queue:
+        def __init__(self, context: Any, device: int) -> None:
+            assert isinstance(device, int)
+
+        def enqueue(self, execution: ExecObj) -> str:
+            assert execution.state == "set", "setData comes before enqueue"
+            execution.state = "enqueued"
+            return status("enqueue")
+
+    class IoDesc:
+        def ParseFromString(self, data: bytes) -> None:  # noqa: N802
+            read = json.loads(data)
+            types = [64, 64, 1, 1, 32, 1, 1]
+            self.selected_set = SimpleNamespace(bindings=[
+                Binding(name=read["prefix"] + n, index=i, dir=int(i > 3), type=types[i], dims=read["rows"][0][i])
+                for i, n in enumerate(NAMES)
+            ])
+            rows = read["rows"] if len(read["rows"]) > 1 else []
+            self.allowed_shapes = [SimpleNamespace(shapes=[SimpleNamespace(dims=d) for d in r]) for r in rows]
+
+    rt, api = ModuleType("qaicrt"), ModuleType("QAicApi_pb2")
+    rt.__dict__.update(
+        Context=lambda ids: ("context", ids), QIDList=list, Queue=Queue, Qpc=Qpc, Program=Program, ExecObj=ExecObj,
+        QBuffer=QBuffer, BufferDimensionsVecRef=Dims, QAicProgramProperties=SimpleNamespace,
+        QStatus=SimpleNamespace(QS_SUCCESS=ok),
+    )
+    api.__dict__.update(IoDesc=IoDesc, FLOAT_TYPE=32, FLOAT_16_TYPE=1, INT64_I_TYPE=64)
+    return rt, api, log
