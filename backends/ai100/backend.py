@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import ClassVar
 
-from backends.ai100 import checks, compiler, sdk
+from backends.ai100 import checks, compiler, flags, sdk
 from backends.ai100.emit import BINARY, emit
 from backends.ai100.violation import refuse_first
 from backends.base import Backend, CompileOptions
@@ -36,6 +36,16 @@ class Ai100Backend(Backend):
             f"there is no AI 100 compiler at {looked}: install the Cloud AI Apps SDK, or set ${sdk.COMPILER_VARIABLE} "
             "to a compiler; a package that is emitted but not compiled runs in the emulator"
         )
+
+    def check_options(self, options: CompileOptions) -> None:
+        """Refuse counts out of range, and flags that the compiler does not take.
+
+        Raises:
+            CompileError: With what is wrong, and the nearest known flag.
+        """
+        target = sdk.choose(sdk.probe())
+        refuse_first(checks.option_violations(options, target))
+        flags.resolve(options, target)
 
     def check(self, module: Module, options: CompileOptions) -> None:
         """Refuse what the compiler would refuse (`checks.violations`).

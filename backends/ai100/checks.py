@@ -27,7 +27,7 @@ _CONSTANT_IN_FUNCTIONS = {
 
 def violations(module: Module, options: CompileOptions, sdk: Sdk) -> Iterator[Violation]:
     """Everything in a lowered module and its options that the compiler would refuse, options first."""
-    yield from _options(options, sdk)
+    yield from option_violations(options, sdk)
     for name, by in _LOWERED.items():
         if name not in module.properties:
             yield Violation("lowered", f"the module is not {name}: put {by} into the pipeline")
@@ -49,7 +49,8 @@ def violations(module: Module, options: CompileOptions, sdk: Sdk) -> Iterator[Vi
     yield from _size(module, sdk)
 
 
-def _options(options: CompileOptions, sdk: Sdk) -> Iterator[Violation]:
+def option_violations(options: CompileOptions, sdk: Sdk) -> Iterator[Violation]:
+    """What is wrong with the options alone, flags apart."""
     if not 1 <= options.num_cores <= sdk.limits.cores:
         yield Violation("cores", f"num_cores is {options.num_cores}: a device has 1 to {sdk.limits.cores}")
     if not 1 <= options.num_devices <= sdk.limits.devices:

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import shutil
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from backends.ai100 import BACKEND, sdk
+from backends.base import CompileOptions
+from qeff_ir.module import Module, Specialization
+
+OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=40, batch_size=2)
+
+
+@dataclass
+class Tiny:
+    """A tiny random model with sliding windows, lowered and emitted once."""
+
+    model: object
+    module: Module
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qeff_ir.frontend.lower import lower
+    from qeff_ir.frontend.weights import memory_weights
+    from qeff_ir.passing.manager import run_pipeline
+    from qeff_ir.passing.pipeline import Pipeline
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mistral", vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, sliding_window=6,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    module = lower(model, memory_weights(model))
+    shapes = {"batch_size": OPTIONS.batch_size, "ctx_len": OPTIONS.ctx_len}
+    module.specializations = [
+        Specialization("Prefill", {**shapes, "seq_len": OPTIONS.prefill_seq_len}),
+        Specialization("Decode", {**shapes, "seq_len": 1}),
+    ]
+    run_pipeline(module, Pipeline.parse(BACKEND.pipeline))
+    BACKEND.check(module, OPTIONS)
+    folder = tmp_path_factory.mktemp("tiny")
+    BACKEND.emit(module, folder, OPTIONS)
+    return Tiny(model, module, folder)
+
+
+@pytest.fixture
+def folder(tiny: Tiny, tmp_path: Path) -> Path:
+    """A copy of the emitted folder that a test may damage."""
+    return Path(shutil.copytree(tiny.folder, tmp_path / "package"))
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in compiler that the backend finds; a sibling of another name acts as that SDK's compiler."""
+    path = tmp_path / "bin" / "qaic-compile"
+    path.parent.mkdir()
+    root = Path(__file__).parents[3]
+    script = Path(__file__).with_name("stand_in_qaic_compile.py")
+    path.write_text(
+        f"#!{sys.executable}\nimport runpy, sys\nsys.path.insert(0, {str(root)!r})\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv(sdk.COMPILER_VARIABLE, str(path))
+    return path

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backends.ai100 import flags, sdk
+from backends.base import CompileOptions
+from qeff_ir.errors import CompileError
+
+NEW, OLD = sdk.description("1.22"), sdk.description("1.20")
+KEYS = st.from_regex(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", fullmatch=True)
+
+
+def resolve(force: bool = False, **given: Any) -> flags.Flags:
+    return flags.resolve(CompileOptions(flags=given, force_flags=force), NEW)
+
+
+@given(KEYS, st.one_of(st.booleans(), st.none(), st.integers(), st.text()))
+def test_mapping_is_the_contract(key: str, value: Any) -> None:
+    flag = flags.format_flag(key, value)
+    if value is False:
+        assert flag is None
+    elif value is True:
+        assert flag == "-" + key.replace("_", "-")
+    else:
+        assert flag == f"-{key.replace('_', '-')}={value}"
+
+
+@given(KEYS.filter(lambda k: k.replace("_", "-") not in {n.lower() for n in NEW.flags} | {"compile-only"}))
+def test_an_unknown_flag_is_refused_or_forced(key: str) -> None:
+    with pytest.raises(CompileError, match=f"no flag {key}: the nearest is "):
+        resolve(**{key: 3})
+    assert resolve(force=True, **{key: 3}).arguments == (f"-{key.replace('_', '-')}=3",)
+
+
+def test_the_nearest_flag_is_named() -> None:
+    with pytest.raises(CompileError, match="the nearest is aic_enable_depth_first;"):
+        resolve(aic_enable_depthfirst=True)
+
+
+def test_flags_keep_their_order_and_either_spelling() -> None:
+    given = {"mos": 2, "aic-enable-depth-first": True, "qpc_crc": False, "aic_num_of_activations": 3}
+    assert resolve(**given).arguments == ("-mos=2", "-aic-enable-depth-first", "-aic-num-of-activations=3")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "takes"),
+    [
+        ("mos", True, "a whole number"),
+        ("mos", "2", "a whole number"),
+        ("qpc_crc", 1, "True or False"),
+        ("qpc_crc", None, "True or False"),
+        ("aic_hw_version", 2, "a text"),
+        ("node_precision_info", "/nowhere.yaml", "the path of an existing file"),
+        ("mdp_dump_partition_config", "/tmp/dump.json", "a relative path"),
+        ("mdp_dump_partition_config", "../dump.json", "a relative path"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(key: str, value: Any, takes: str) -> None:
+    with pytest.raises(CompileError, match=f"the flag {key} takes {takes}"):
+        resolve(**{key: value})
+
+
+def test_flags_with_an_option_of_their_own_name_it() -> None:
+    with pytest.raises(CompileError, match=r"say num_cores=\.\.\. instead"):
+        resolve(aic_num_cores=8)
+    with pytest.raises(CompileError, match="leave it out"):
+        resolve(retained_state=True)
+    with pytest.raises(CompileError, match="leave it out"):
+        resolve(custom_io_list_file="x")
+
+
+def test_files_move_into_the_package(tmp_path: Path) -> None:
+    source = tmp_path / "my precision.yaml"
+    source.write_text("FP32NodeInstanceNames: []\n")
+    found = resolve(node_precision_info=str(source), mdp_load_partition_config=source)
+    assert found.arguments == ("-node-precision-info=node_precision_info.yaml",)
+    assert found.partition == "mdp_load_partition_config.yaml"
+    assert set(found.files.values()) == {source}
+
+
+def test_hardware_by_sdk() -> None:
+    assert resolve(aic_hw_version="ai200").hardware == "ai200"
+    with pytest.raises(CompileError, match=r"SDK 1\.20 compiles for ai100, not"):
+        flags.resolve(CompileOptions(flags={"aic_hw_version": "ai200"}), OLD)
+
+
+def test_compile_only_is_dropped_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="compile_only is obsolete"):
+        assert resolve(compile_only=True).arguments == ()
