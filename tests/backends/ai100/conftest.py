@@ -68,7 +68,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = Path(__file__).with_name("stand_in_qaic_compile.py")
     path.write_text(
         f"#!{sys.executable}\nimport runpy, sys\nsys.path.insert(0, {str(root)!r})\n"
-        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        f"sys.exit(runpy.run_path({str(script)!r})['main'](sys.argv))\n"
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv(sdk.COMPILER_VARIABLE, str(path))

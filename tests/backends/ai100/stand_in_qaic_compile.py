@@ -53,7 +53,3 @@ def _fail(message: str) -> int:
     print(f"Error message: {message}", file=sys.stderr)
     print("Unable to compile", file=sys.stderr)
     return 255
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

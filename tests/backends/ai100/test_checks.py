@@ -1,0 +1,137 @@
+"""Kill tests of the checks on the IR: each damage is found by its code, and names the Hugging Face module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from backends.ai100 import BACKEND, checks, sdk
+from backends.base import CompileOptions
+from qeff_ir.errors import CompileError
+from qeff_ir.module import SOURCE_KEY, Module, Specialization
+
+from .conftest import OPTIONS, Tiny
+
+TARGET = sdk.description("1.22")
+SOURCE = "model.layers.1.mlp"
+
+
+def found(module: Module, options: CompileOptions = OPTIONS) -> list[str]:
+    return [str(v) for v in checks.violations(module, options, TARGET)]
+
+
+def append(module: Module, op: str, *inputs: ir.Value | None, dtype: ir.DataType | None = None) -> None:
+    node = ir.node(op, inputs, metadata_props={SOURCE_KEY: SOURCE})
+    node.outputs[0].dtype = dtype
+    module.graph.append(node)
+
+
+def _trilu(m: Module) -> None:
+    append(m, "Trilu", m.input("past_key.0"), m.input("position_ids"))
+
+
+def _constant(m: Module) -> None:
+    value = ir.val("big", const_value=ir.tensor(np.array([1e5], np.float32), name="big"))
+    m.graph.register_initializer(value)
+    append(m, "Neg", value)
+
+
+def _function(op: str) -> Callable[[Module], None]:
+    def change(m: Module) -> None:
+        inputs = [ir.val(n) for n in "abc"]
+        body = ir.node(op, inputs[: 1 if op == "ConstantOfShape" else 3], metadata_props={SOURCE_KEY: SOURCE})
+        function = ir.Function("local", "Layer", graph=ir.Graph(inputs, body.outputs, nodes=[body]), attributes=[])
+        m.model.functions[function.identifier()] = function
+
+    return change
+
+
+def _drop_symbol(m: Module) -> None:
+    first, second = m.specializations
+    m.specializations = [first, Specialization("Decode", {k: v for k, v in second.symbols.items() if k != "sliding_window"})]
+
+
+def _repeat(m: Module) -> None:
+    m.specializations.append(Specialization("Again", m.specializations[0].symbols))
+
+
+def _rename_state(m: Module) -> None:
+    m.output("past_value.1_RetainedState").name = "past_value.1_Kept"
+
+
+def _swap(m: Module) -> None:
+    m.graph.outputs[:] = [m.graph.outputs[1], m.graph.outputs[0], *m.graph.outputs[2:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda m: append(m, "NonZero", m.input("input_ids")), "op"),
+        (lambda m: append(m, "SequenceConstruct", m.input("input_ids")), "sequence-op"),
+        (_trilu, "trilu-diagonal"),
+        (lambda m: append(m, "Cast", m.input("past_key.0"), dtype=ir.DataType.DOUBLE), "type"),
+        (_constant, "fp16-range"),
+        (_function("Range"), "function-constant"),
+        (_function("ReduceSum"), "function-constant"),
+        (_function("ConstantOfShape"), "function-constant"),
+        (_function("Slice"), "function-constant"),
+    ],
+)
+def test_a_damaged_graph_is_found_and_located(tiny: Tiny, change: Callable[[Module], None], code: str) -> None:
+    module = tiny.module.clone()
+    change(module)
+    messages = found(module)
+    assert messages and all(m.startswith(f"[{code}]") and SOURCE in m for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("change", "codes"),
+    [
+        (_drop_symbol, {"symbol"}),
+        (_repeat, {"duplicate-specialization"}),
+        (lambda m: m.specializations.clear(), {"specializations"}),
+        (_rename_state, {"state-pair", "outputs"}),
+        (_swap, {"outputs"}),
+        (lambda m: m.model.opset_imports.update({"": 24}), {"opset"}),
+        (lambda m: m.properties.discard("legal"), {"lowered"}),
+    ],
+)
+def test_a_damaged_module_is_found(tiny: Tiny, change: Callable[[Module], None], codes: set[str]) -> None:
+    module = tiny.module.clone()
+    change(module)
+    assert {m.partition("]")[0][1:] for m in found(module)} == codes
+
+
+def test_constant_bounds_inside_functions_pass(tiny: Tiny) -> None:
+    module = tiny.module.clone()
+    _function("Slice")(module)
+    (body,) = module.model.functions["local", "Layer", ""]
+    for index in (1, 2):
+        body.replace_input_with(index, ir.val("k", const_value=ir.tensor([1], name="k")))
+    assert found(module) == []
+
+
+def test_a_large_constant_inside_a_node_is_found(tiny: Tiny) -> None:
+    target = dataclasses.replace(TARGET, limits=dataclasses.replace(TARGET.limits, protobuf_bytes=100))
+    module = tiny.module.clone()
+    module.graph.append(ir.node("Constant", [], {"value": ir.tensor(np.zeros(100, np.float32))}))
+    assert [v.code for v in checks.violations(module, OPTIONS, target)] == ["protobuf-size"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (CompileOptions(num_cores=17), r"\[cores\] num_cores is 17: a device has 1 to 16"),
+        (CompileOptions(num_cores=0), r"\[cores\]"),
+        (CompileOptions(num_devices=33), r"\[devices\]"),
+        (CompileOptions(prefill_seq_len=256), r"\[context\] prefill_seq_len is 256, more than the 128 slots"),
+        (CompileOptions(flags={"mxfp6": True}), "has no flag mxfp6"),
+    ],
+)
+def test_options_are_refused_before_lowering(options: CompileOptions, message: str) -> None:
+    with pytest.raises(CompileError, match=message):
+        BACKEND.check_options(options)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends.ai100 import BACKEND, emit
+from backends.ai100.device import DeviceError, DeviceSession
+from backends.ai100.emulator import EmulatedSession
+from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.runtime.decoder import Decoder
+
+from . import fake_qaicrt
+
+SHAPES = [(2, 8), (2, 1)]
+
+
+def install(monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, int]], prefix: str = "", fail: str = "") -> list[str]:
+    rt, api, log = fake_qaicrt.modules(fake_qaicrt.descriptor(shapes, prefix), fail=fail)
+    rt.__spec__ = sys.__spec__  # makes `find_spec` find it
+    monkeypatch.setitem(sys.modules, "qaicrt", rt)
+    monkeypatch.setitem(sys.modules, "QAicApi_pb2", api)
+    return log
+
+
+@pytest.fixture
+def compiled(folder: Path) -> Path:
+    (folder / "qpc").mkdir()
+    (folder / "qpc" / "programqpc.bin").touch()
+    return folder
+
+
+def test_a_request_follows_the_protocol(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = install(monkeypatch, SHAPES)
+    session = BACKEND.open(compiled)
+    assert isinstance(session, DeviceSession)
+    decoder = Decoder(session)
+    first = decoder.prefill([[3, 4, 5], list(range(10))])
+    # Row 0 idles in the first of two chunks; sums of ids, last positions, runs.
+    np.testing.assert_array_equal(first[:, :3], [[12, 2, 2], [17, 9, 2]])
+    np.testing.assert_array_equal(decoder.decode([7, 8])[:, :3], [[7, 3, 3], [8, 10, 3]])
+    assert log[:4] == ["getIoDescriptor", "device=0 mapping= timeout=60000", "load", "activate"]
+    assert log[4:8] == ["setData", "enqueue", "waitForCompletion", "getData"]
+    session.close()
+    assert log[-1] == "deactivate"
+
+
+def test_a_program_of_one_specialization_has_no_allowed_shapes(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, [(2, 1)])
+    path = compiled / "specializations.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({"specializations": data["specializations"][1:]}))
+    session = DeviceSession(compiled)
+    one = np.array([[5], [6]])
+    assert session.run({"input_ids": one, "position_ids": one})["logits"][:, 0, 0].tolist() == [5, 6]
+
+
+def test_names_lose_the_graphs_prefix(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, SHAPES, prefix="graph/")
+    assert Decoder(DeviceSession(compiled)).prefill([[1], [2]]).shape == (2, fake_qaicrt.VOCAB)
+
+
+def test_devices_come_from_the_partition(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = install(monkeypatch, SHAPES)
+    (compiled / "mdp_ts_4.json").write_text(json.dumps(emit.tensor_slicing(4, 16)))
+    command = json.loads((compiled / "compile_command.json").read_text())
+    command["argv"].append("-mdp-load-partition-config=mdp_ts_4.json")
+    (compiled / "compile_command.json").write_text(json.dumps(command))
+    DeviceSession(compiled, timeout_ms=5)
+    assert "device=None mapping=0:1:2:3 timeout=5" in log
+
+
+def test_only_compiled_shapes_run(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, SHAPES)
+    session = DeviceSession(compiled)
+    wrong = np.zeros((2, 4), np.int64)
+    with pytest.raises(RuntimeInputError, match=r"not of a compiled shape: \[2, 8\] or \[2, 1\]"):
+        session.run({"input_ids": wrong, "position_ids": wrong})
+    with pytest.raises(RuntimeInputError, match="the inputs are input_ids and position_ids"):
+        session.run({"input_ids": wrong})
+
+
+def test_a_program_of_other_shapes_is_refused(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, [(2, 16), (2, 1)])
+    with pytest.raises(PackageError, match=r"does not take input_ids \[2, 8\]"):
+        DeviceSession(compiled)
+
+
+@pytest.mark.parametrize("call", ["getIoDescriptor", "load", "activate", "setData", "enqueue", "waitForCompletion", "getData"])
+def test_every_failure_is_reported(compiled: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    install(monkeypatch, SHAPES, fail=call)
+    one = np.zeros((2, 1), np.int64)
+    with pytest.raises(DeviceError, match=r"the AI 100 runtime could not .* \(QS_ERROR\): see the driver's log"):
+        DeviceSession(compiled).run({"input_ids": one, "position_ids": one})
+
+
+def test_without_a_binary_or_a_runtime_the_emulator_opens(
+    folder: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(BACKEND.open(compiled, threads=1), EmulatedSession)
+    install(monkeypatch, SHAPES)
+    (compiled / "qpc" / "programqpc.bin").unlink()
+    assert isinstance(BACKEND.open(compiled, threads=1), EmulatedSession)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends.ai100 import BACKEND
+from backends.ai100.emulator import EmulatedSession
+from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.session import Session
+from qeff_ir.testing.tolerance import bound, depth
+from qeff_ir.testing.trace import Trace, compare, reference_trace, session_trace
+
+from .conftest import Tiny
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def session(tiny: Tiny) -> Session:
+    opened = BACKEND.open(tiny.folder, threads=1)
+    assert isinstance(opened, EmulatedSession)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    numbers = np.random.default_rng(3)
+    return [numbers.integers(4, 97, size).tolist() for size in (19, 5)]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Tiny, prompts: list[list[int]]) -> Trace:
+    return reference_trace(tiny.model, prompts, STEPS)  # type: ignore[arg-type]
+
+
+def test_it_answers_as_transformers_does(
+    tiny: Tiny, session: Session, prompts: list[list[int]], reference: Trace
+) -> None:
+    """Prompts of several chunks and of less than one; rings that wrap more than once; idle rows."""
+    found = compare(session_trace(Decoder(session), prompts, reference.tokens), reference)
+    assert found.agreement == STEPS
+    # Both sides round: the reference is no closer to the exact numbers than we are.
+    assert found.error <= 2 * bound(depth(tiny.module))
+
+
+def test_reset_forgets(session: Session, prompts: list[list[int]]) -> None:
+    decoder = Decoder(session)
+    first = decoder.prefill(prompts)
+    decoder.decode([5, 6])
+    np.testing.assert_array_equal(decoder.prefill(prompts), first)
+    other = decoder.prefill([prompts[1], prompts[0]])
+    assert np.abs(other - first).max() > 1e-3
+
+
+def test_padding_changes_nothing(session: Session) -> None:
+    ids = np.full((2, 8), 7)
+    positions = np.tile([0, 1, 2, -1, -1, -1, -1, -1], (2, 1))
+    results = []
+    for junk in (0, 96):
+        session.reset()
+        ids[:, 3:] = junk
+        session.run({"input_ids": ids, "position_ids": positions})
+        step = {"input_ids": np.array([[9], [9]]), "position_ids": np.array([[3], [3]])}
+        results.append(session.run(step)["logits"])
+    np.testing.assert_array_equal(*results)
+
+
+def test_it_reads_flat_specializations(folder: Path, prompts: list[list[int]], session: Session) -> None:
+    path = folder / "specializations.json"
+    entries = json.loads(path.read_text())["specializations"]
+    path.write_text(json.dumps({"specializations": [e["symbols"] for e in entries]}))
+    flat = EmulatedSession(next(folder.glob("*.onnx")), threads=1)
+    assert [s.name for s in flat.specializations] == ["Prefill", "Decode"]
+    np.testing.assert_array_equal(Decoder(flat).prefill(prompts), Decoder(session).prefill(prompts))
+
+
+def test_only_compiled_shapes_run(session: Session) -> None:
+    def feed(*shape: int) -> dict[str, np.ndarray]:
+        return {"input_ids": np.zeros(shape, np.int64), "position_ids": np.zeros(shape, np.int64)}
+
+    assert session.run(feed(2, 8))["logits"].shape == (2, 1, 97)
+    for shape in ((2, 4), (1, 8), (1, 1), (2, 8, 1)):
+        with pytest.raises(RuntimeInputError, match="not of a compiled shape"):
+            session.run(feed(*shape))
+    with pytest.raises(RuntimeInputError, match="not of a compiled shape"):
+        session.run({**feed(2, 8), "position_ids": np.zeros((2, 1), np.int64)})
+    with pytest.raises(RuntimeInputError, match="give int64"):
+        session.run({**feed(2, 8), "input_ids": np.zeros((2, 8), np.int32)})
+    with pytest.raises(RuntimeInputError, match="the inputs are input_ids and position_ids, not input_ids$"):
+        session.run({"input_ids": np.zeros((2, 8), np.int64)})
+
+
+def test_it_runs_the_artefact(folder: Path) -> None:
+    """A symbol without a size, and weights that are gone, are noticed."""
+    path = folder / "specializations.json"
+    text = path.read_text()
+    path.write_text(text.replace('"sliding_window"', '"other"'))
+    with pytest.raises(PackageError, match="'sliding_window', which Prefill does not fix"):
+        BACKEND.open(folder)
+    path.write_text(text)
+    for file in (folder / "weights").iterdir():
+        file.unlink()
+    with pytest.raises(PackageError, match="ONNX Runtime cannot load"):
+        BACKEND.open(folder)
