@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportReturnType=false, reportInvalidTypeVarUse=false, reportCallIssue=false
+# (onnxscript reads these functions as a language of its own; its stubs describe eager tensors)
 """The custom ops that the AI 100 compiler takes natively, each with a body that defines its meaning.
 
 The compiler knows these ops by domain and name and replaces them by its own implementation; the bodies make every
@@ -11,9 +13,9 @@ import functools
 from typing import TypeVar, Union
 
 import onnx_ir as ir
-import onnxscript
 from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT64, script
 from onnxscript.onnx_opset import opset18 as op
+from onnxscript.values import Opset
 
 CTX_DOMAIN = "com.qualcomm.cloud"
 """Domain of the cache ops."""
@@ -27,8 +29,8 @@ OPSET = 18
 
 T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])
 
-_ctx = onnxscript.values.Opset(CTX_DOMAIN, VERSION)
-_qti = onnxscript.values.Opset(QTI_DOMAIN, VERSION)
+_ctx = Opset(CTX_DOMAIN, VERSION)
+_qti = Opset(QTI_DOMAIN, VERSION)
 
 
 @script(_ctx, default_opset=op)

@@ -35,7 +35,9 @@ def violations(module: Module, options: CompileOptions, sdk: Sdk) -> Iterator[Vi
     yield from _states(module)
     opset = module.model.opset_imports.get("")
     if opset != sdk.opset:
-        yield Violation("opset", f"the graph is in opset {opset}, SDK {sdk.version} takes {sdk.opset}: set it in legalize")
+        yield Violation(
+            "opset", f"the graph is in opset {opset}, SDK {sdk.version} takes {sdk.opset}: set it in legalize"
+        )
     known = {(domain, name) for domain, names in sdk.ops.items() for name in names}
     own = [f for f in module.model.functions.values() if (f.domain, f.name) not in known]
     calls = known | {(f.domain, f.name) for f in own}
@@ -134,7 +136,9 @@ def _constants(module: Module) -> Iterator[Violation]:
         if bool(np.any((numbers > _FP16_MAX) | ((numbers < -_FP16_MAX) & ~np.isneginf(numbers)))):
             users = value.consumers()
             where = _where(users[0]) if users else f"'{value.name}'"
-            yield Violation("fp16-range", f"a constant of {where} exceeds half precision: put fp16-clip into the pipeline")
+            yield Violation(
+                "fp16-range", f"a constant of {where} exceeds half precision: put fp16-clip into the pipeline"
+            )
 
 
 def _size(module: Module, sdk: Sdk) -> Iterator[Violation]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -103,9 +103,14 @@ def _nodes(graph: Any) -> Iterator[gs.Node]:
             yield from _nodes(subgraph)
 
 
+def _by_name(tensors: Sequence[Any]) -> dict[str, Any]:
+    """Graph inputs or outputs, in order."""
+    return {tensor.name: tensor for tensor in tensors}
+
+
 def _interface(graph: gs.Graph) -> Iterator[Violation]:
     """Names, order, types and shapes (contract §1.1 and §1.2)."""
-    inputs, outputs = {t.name: t for t in graph.inputs}, {t.name: t for t in graph.outputs}
+    inputs, outputs = _by_name(graph.inputs), _by_name(graph.outputs)
     for name in sorted(n for n in outputs if n.endswith(_SUFFIX) and n.removesuffix(_SUFFIX) not in inputs):
         yield Violation("state-pair", f"output {name} has no input {name.removesuffix(_SUFFIX)}")
     states = [n for n in inputs if n not in ("input_ids", "position_ids")]
@@ -146,7 +151,9 @@ def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Viola
     entries: list[dict[str, str]] = [e["symbols"] if form == "named" else e for e in recorded["specializations"]]
     names = [e["name"] for e in recorded["specializations"]] if form == "named" else []
     if len(set(names)) < len(names) or any(e in entries[:i] for i, e in enumerate(entries)):
-        yield Violation("duplicate-specialization", "two specializations have the same name or the same sizes: drop one")
+        yield Violation(
+            "duplicate-specialization", "two specializations have the same name or the same sizes: drop one"
+        )
     symbols = {d for t in [*graph.inputs, *graph.outputs] for d in t.shape or [] if not isinstance(d, int)}
     for symbol in sorted(symbols, key=str):
         for index, entry in enumerate(entries):
@@ -159,7 +166,7 @@ def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
     entries = dict(_ENTRY.findall(text))
     if _ENTRY.sub("", text) != "" or len(entries) != len(_ENTRY.findall(text)):
         yield Violation("custom-io", f"{CUSTOM_IO} is not a list of one IOName and Precision for each tensor")
-    names = {t.name for t in graph.outputs if t.name.endswith(_SUFFIX)}
+    names = {name for name in _by_name(graph.outputs) if name.endswith(_SUFFIX)}
     names |= {name.removesuffix(_SUFFIX) for name in names}
     for name in sorted(names ^ set(entries)):
         what = "lacks" if name in names else "has the unknown tensor"
@@ -189,7 +196,10 @@ def _weights(proto: onnx.ModelProto, folder: Path) -> Iterator[Violation]:
 
 def _command(argv: list[str], model: str, folder: Path, sdk: Sdk) -> Iterator[Violation]:
     """The command starts as the SDK wants, names files of the folder only, and asks for retained states (§4.1)."""
-    given = dict(a.removeprefix("-").partition("=")[::2] for a in argv[1:])
+    given: dict[str, str] = {}
+    for argument in argv[1:]:
+        flag, _, value = argument.removeprefix("-").partition("=")
+        given[flag] = value
     head = [sdk.compiler, *sdk.standing_arguments]
     if argv[: len(head)] != head:
         yield Violation("command", f"the command does not start with {' '.join(head)}")

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportReturnType=false, reportInvalidTypeVarUse=false, reportCallIssue=false
+# (onnxscript reads these functions as a language of its own; its stubs describe eager tensors)
 """The device ops as the device runs them: an index out of range is skipped (AI 100 contract §2).
 
 The bodies in `qeff_ir.device_ops` are what the compiler is shown; ONNX Runtime fails on the indices that the device
@@ -7,15 +9,15 @@ skips. The emulator puts these in their place; names and signatures are the same
 from typing import TypeVar, Union
 
 import onnx
-import onnxscript
 from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT64, script
 from onnxscript.onnx_opset import opset18 as op
+from onnxscript.values import Opset
 
 from qeff_ir.device_ops import CTX_DOMAIN, VERSION
 
 T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])
 
-_ctx = onnxscript.values.Opset(CTX_DOMAIN, VERSION)
+_ctx = Opset(CTX_DOMAIN, VERSION)
 
 
 @script(_ctx, default_opset=op)

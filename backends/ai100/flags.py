@@ -100,7 +100,7 @@ def resolve(options: CompileOptions, sdk: Sdk) -> Flags:
                 partition = value
                 continue
             if known == "sub-functions":
-                sub_functions = value
+                sub_functions = value is True
                 continue
             argument = format_flag(known, value)
         if argument is not None:

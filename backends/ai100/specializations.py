@@ -43,7 +43,7 @@ def form_of(data: Any) -> Form | None:
     entries = cast("dict[str, Any]", data).get("specializations") if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries:
         return None
-    forms = {_form_of_entry(e) for e in cast("list[Any]", entries)}
+    forms: set[Form | None] = {_form_of_entry(e) for e in cast("list[Any]", entries)}
     return forms.pop() if len(forms) == 1 else None
 
 
@@ -63,7 +63,7 @@ def _sizes(symbols: Mapping[str, Any]) -> bool:
 
 
 def _entry(item: Mapping[str, Any]) -> Specialization:
-    symbols = item["symbols"] if "symbols" in item else item
+    symbols = item.get("symbols", item)
     sizes = {name: int(size) for name, size in symbols.items()}
     return Specialization(item["name"] if "symbols" in item else _name(sizes), sizes)
 

@@ -13,8 +13,15 @@ from typing import Any
 import numpy as np
 
 VOCAB = 5
-NAMES = ("input_ids", "position_ids", "past_key.0", "past_value.0", "logits", "past_key.0_RetainedState",
-         "past_value.0_RetainedState")
+NAMES = (
+    "input_ids",
+    "position_ids",
+    "past_key.0",
+    "past_value.0",
+    "logits",
+    "past_key.0_RetainedState",
+    "past_value.0_RetainedState",
+)
 
 
 class Binding(SimpleNamespace):
@@ -23,7 +30,9 @@ class Binding(SimpleNamespace):
 
 def descriptor(shapes: list[tuple[int, int]], prefix: str = "") -> bytes:
     """A serialized `IoDesc` for input shapes ``[batch, seq]``; one shape is described by the bindings alone."""
-    rows = [[[b, s], [b, s], [b, 2, 16, 4], [b, 2, 16, 4], [b, 1, VOCAB], [b, 2, 16, 4], [b, 2, 16, 4]] for b, s in shapes]
+    rows = [
+        [[b, s], [b, s], [b, 2, 16, 4], [b, 2, 16, 4], [b, 1, VOCAB], [b, 2, 16, 4], [b, 2, 16, 4]] for b, s in shapes
+    ]
     return json.dumps({"rows": rows, "prefix": prefix}).encode()
 
 
@@ -120,17 +129,26 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
         def ParseFromString(self, data: bytes) -> None:  # noqa: N802
             read = json.loads(data)
             types = [64, 64, 1, 1, 32, 1, 1]
-            self.selected_set = SimpleNamespace(bindings=[
-                Binding(name=read["prefix"] + n, index=i, dir=int(i > 3), type=types[i], dims=read["rows"][0][i])
-                for i, n in enumerate(NAMES)
-            ])
+            self.selected_set = SimpleNamespace(
+                bindings=[
+                    Binding(name=read["prefix"] + n, index=i, dir=int(i > 3), type=types[i], dims=read["rows"][0][i])
+                    for i, n in enumerate(NAMES)
+                ]
+            )
             rows = read["rows"] if len(read["rows"]) > 1 else []
             self.allowed_shapes = [SimpleNamespace(shapes=[SimpleNamespace(dims=d) for d in r]) for r in rows]
 
     rt, api = ModuleType("qaicrt"), ModuleType("QAicApi_pb2")
     rt.__dict__.update(
-        Context=lambda ids: ("context", ids), QIDList=list, Queue=Queue, Qpc=Qpc, Program=Program, ExecObj=ExecObj,
-        QBuffer=QBuffer, BufferDimensionsVecRef=Dims, QAicProgramProperties=SimpleNamespace,
+        Context=lambda ids: ("context", ids),
+        QIDList=list,
+        Queue=Queue,
+        Qpc=Qpc,
+        Program=Program,
+        ExecObj=ExecObj,
+        QBuffer=QBuffer,
+        BufferDimensionsVecRef=Dims,
+        QAicProgramProperties=SimpleNamespace,
         QStatus=SimpleNamespace(QS_SUCCESS=ok),
     )
     api.__dict__.update(IoDesc=IoDesc, FLOAT_TYPE=32, FLOAT_16_TYPE=1, INT64_I_TYPE=64)

@@ -52,7 +52,10 @@ def _function(op: str) -> Callable[[Module], None]:
 
 def _drop_symbol(m: Module) -> None:
     first, second = m.specializations
-    m.specializations = [first, Specialization("Decode", {k: v for k, v in second.symbols.items() if k != "sliding_window"})]
+    m.specializations = [
+        first,
+        Specialization("Decode", {k: v for k, v in second.symbols.items() if k != "sliding_window"}),
+    ]
 
 
 def _repeat(m: Module) -> None:

@@ -25,7 +25,9 @@ def test_the_stand_in_compiles(folder: Path, stand_in: Path) -> None:
     assert (folder / "qpc" / "programqpc.bin").read_bytes() == b"stand-in\n"
 
 
-def test_the_older_sdk_gets_its_own_form(tiny: Tiny, tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_older_sdk_gets_its_own_form(
+    tiny: Tiny, tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(sdk.COMPILER_VARIABLE, str(stand_in.rename(stand_in.with_name("qaic-exec"))))
     BACKEND.emit(tiny.module, tmp_path / "package", OPTIONS)
     BACKEND.compile(tmp_path / "package", OPTIONS)
@@ -51,7 +53,9 @@ def test_a_forced_flag_reaches_the_compiler(tiny: Tiny, tmp_path: Path, stand_in
     options = CompileOptions(prefill_seq_len=8, ctx_len=40, batch_size=2, flags={"warp": 9}, force_flags=True)
     BACKEND.check_options(options)
     BACKEND.emit(tiny.module, tmp_path / "package", options)
-    with pytest.raises(CompileError, match=r"-warp=9.* exit code 255: .*Invalid option: '-warp=9' \| Unable to compile"):
+    with pytest.raises(
+        CompileError, match=r"-warp=9.* exit code 255: .*Invalid option: '-warp=9' \| Unable to compile"
+    ):
         BACKEND.compile(tmp_path / "package", options)
 
 

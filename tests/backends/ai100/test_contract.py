@@ -70,7 +70,9 @@ def _swap_inputs(model: onnx.ModelProto) -> None:
 
 
 def _add_output(model: onnx.ModelProto) -> None:
-    model.graph.output.append(helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch_size", "seq_len"]))
+    model.graph.output.append(
+        helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch_size", "seq_len"])
+    )
 
 
 def _add_node(op: str, domain: str = "") -> Callable[[onnx.ModelProto], None]:
@@ -88,7 +90,10 @@ def _set_external(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda m: _rename(m, "past_key.1_RetainedState", "past_key.1_Retained"), {"state-pair", "outputs", "custom-io"}),
+        (
+            lambda m: _rename(m, "past_key.1_RetainedState", "past_key.1_Retained"),
+            {"state-pair", "outputs", "custom-io"},
+        ),
         (lambda m: _rename(m, "past_key.1", "old_key.1"), {"state-pair", "inputs"}),
         (lambda m: _rename(m, "logits", "scores"), {"outputs"}),
         (_swap_inputs, {"inputs"}),
@@ -214,9 +219,9 @@ def test_the_command_is_the_contract_to_the_letter(tiny: Tiny, tmp_path: Path) -
             {"name": "Partition0", "devices": [{"deviceId": 0, "numCores": 16}, {"deviceId": 1, "numCores": 16}]}
         ],
     }
-    assert (tmp_path / "custom_io.yaml").read_text().startswith(
-        " - IOName: past_key.0\n   Precision: mxint8\n\n - IOName: past_key.0_RetainedState\n   Precision: mxint8\n\n"
-    )
+    text = (tmp_path / "custom_io.yaml").read_text()
+    pair = " - IOName: past_key.0\n   Precision: mxint8\n\n - IOName: past_key.0_RetainedState\n   Precision: mxint8\n\n"
+    assert text.startswith(pair)
 
 
 def test_both_forms_of_specializations(tiny: Tiny, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from . import fake_qaicrt
 SHAPES = [(2, 8), (2, 1)]
 
 
-def install(monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, int]], prefix: str = "", fail: str = "") -> list[str]:
+def install(
+    monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, int]], prefix: str = "", fail: str = ""
+) -> list[str]:
     rt, api, log = fake_qaicrt.modules(fake_qaicrt.descriptor(shapes, prefix), fail=fail)
     rt.__spec__ = sys.__spec__  # makes `find_spec` find it
     monkeypatch.setitem(sys.modules, "qaicrt", rt)
@@ -89,7 +91,9 @@ def test_a_program_of_other_shapes_is_refused(compiled: Path, monkeypatch: pytes
         DeviceSession(compiled)
 
 
-@pytest.mark.parametrize("call", ["getIoDescriptor", "load", "activate", "setData", "enqueue", "waitForCompletion", "getData"])
+@pytest.mark.parametrize(
+    "call", ["getIoDescriptor", "load", "activate", "setData", "enqueue", "waitForCompletion", "getData"]
+)
 def test_every_failure_is_reported(compiled: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     install(monkeypatch, SHAPES, fail=call)
     one = np.zeros((2, 1), np.int64)

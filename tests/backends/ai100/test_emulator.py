@@ -90,7 +90,7 @@ def test_only_compiled_shapes_run(session: Session) -> None:
         session.run({**feed(2, 8), "position_ids": np.zeros((2, 1), np.int64)})
     with pytest.raises(RuntimeInputError, match="give int64"):
         session.run({**feed(2, 8), "input_ids": np.zeros((2, 8), np.int32)})
-    with pytest.raises(RuntimeInputError, match="the inputs are input_ids and position_ids, not input_ids$"):
+    with pytest.raises(RuntimeInputError, match=r"the inputs are input_ids and position_ids, not input_ids$"):
         session.run({"input_ids": np.zeros((2, 8), np.int64)})
 
 

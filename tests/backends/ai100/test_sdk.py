@@ -13,7 +13,8 @@ from qeff_ir.errors import CompileError
 
 
 @pytest.mark.parametrize(
-    ("version", "expected"), [("1.19.8", "1.20"), ("1.20.0.5", "1.20"), ("1.21.6", "1.20"), ("1.22", "1.22"), ("2.0", "1.22")]
+    ("version", "expected"),
+    [("1.19.8", "1.20"), ("1.20.0.5", "1.20"), ("1.21.6", "1.20"), ("1.22", "1.22"), ("2.0", "1.22")],
 )
 def test_the_newest_description_that_is_not_newer(version: str, expected: str) -> None:
     assert sdk.description(version).version == expected
@@ -34,7 +35,10 @@ def install(root: Path, apps: str | None, compiler: str | None, card: str | None
         (root / "versions" / "apps.xml").write_text(
             f"<versions><ci_build><base_version> {apps} </base_version></ci_build></versions>"
         )
-    for folder, name, text in (("exec", compiler, ""), ("tools", card and "qaic-util", f"echo 'FW IMAGE_VARIANT : {card}'")):
+    for folder, name, text in (
+        ("exec", compiler, ""),
+        ("tools", card and "qaic-util", f"echo 'FW IMAGE_VARIANT : {card}'"),
+    ):
         if name:
             (root / folder).mkdir(parents=True)
             (root / folder / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -83,4 +87,7 @@ def test_importing_the_backend_is_cheap() -> None:
     heavy = "{'torch', 'transformers', 'onnxruntime'}"
     code = f"import sys, backends.ai100; print(sorted({heavy} & set(sys.modules)))"
     root = Path(__file__).parents[3]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
