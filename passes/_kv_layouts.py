@@ -9,13 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir import dialect
+from qeff_ir.device_ops import CTX_DOMAIN
 from qeff_ir.module import Dim, DimValue, Module, Specialization, State
 from qeff_ir.passing.base import OpBuilder, Rewriter
 
 DROPPED = 2**31 - 1
 """Index that the AI 100 neither writes nor reads (contract §2.2)."""
-
-CTX_DOMAIN = "com.qualcomm.cloud"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from qeff_ir import dialect
+from qeff_ir import device_ops, dialect
 from qeff_ir.errors import PassError
 from qeff_ir.module import Dim, Module, Specialization, State
 from qeff_ir.passing.base import Pass, Rewriter, register
@@ -71,6 +71,7 @@ class KVRetention(Pass):
                 layout.write(node, slots, state)
         layout.finish()
         dialect.attach(module.model)
+        device_ops.attach(module.model)
 
 
 def _ring_length(module: Module, window: int) -> int:

@@ -11,12 +11,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qeff_ir import device_ops
 from qeff_ir.errors import PassError
 from qeff_ir.module import SOURCE_KEY, Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
-
-QTI_DOMAIN = "com.qti.aisw.onnx"
-"""Domain of the AI 100 compiler's own normalization (contract §2.3)."""
 
 
 @register
@@ -50,12 +48,13 @@ class Legalize(Pass):
                 _check(node, self.opset)
         rewriter.sweep()
         module.model.opset_imports[""] = self.opset
+        device_ops.attach(module.model)
 
 
 def _rms_normalization(node: ir.Node, b: OpBuilder) -> ir.Value:
     x, scale = node.inputs[:2]
     epsilon = node.attributes["epsilon"].as_float()
-    return b("CustomRMSNorm", x, scale, domain=QTI_DOMAIN, epsilon=epsilon)
+    return b("CustomRMSNorm", x, scale, domain=device_ops.QTI_DOMAIN, epsilon=epsilon)
 
 
 def _rotary_embedding(node: ir.Node, b: OpBuilder) -> ir.Value:

@@ -1,0 +1,107 @@
+"""The `ai100` backend: emits what Qualcomm's compiler takes, runs it, and opens the device or the emulator."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import ClassVar
+
+from backends.ai100 import checks, compiler, sdk
+from backends.ai100.emit import BINARY, emit
+from backends.ai100.violation import refuse_first
+from backends.base import Backend, CompileOptions
+from qeff_ir.errors import CompileError, PackageError
+from qeff_ir.module import Module
+from qeff_ir.runtime.session import Session
+
+
+class Ai100Backend(Backend):
+    """Ahead-of-time compilation for Cloud AI 100, by the description of the installed SDK."""
+
+    name: ClassVar[str] = "ai100"
+    pipeline: ClassVar[str] = (
+        "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,"
+        "kv-retention{layout=scatter},attention{impl=grouped},fp16-clip,legalize"
+    )
+
+    def missing(self) -> str | None:
+        """Where a compiler was looked for, and the way out; `None` when there is one."""
+        try:
+            if sdk.probe().compiler is not None:
+                return None
+        except CompileError as error:
+            return str(error)
+        looked = " and ".join(str(path) for path in sdk.compiler_candidates())
+        return (
+            f"there is no AI 100 compiler at {looked}: install the Cloud AI Apps SDK, or set ${sdk.COMPILER_VARIABLE} "
+            "to a compiler; a package that is emitted but not compiled runs in the emulator"
+        )
+
+    def check(self, module: Module, options: CompileOptions) -> None:
+        """Refuse what the compiler would refuse (`checks.violations`).
+
+        Raises:
+            CompileError: With the first violation's code and sentence.
+        """
+        refuse_first(checks.violations(module, options, sdk.choose(sdk.probe())))
+
+    def emit(self, module: Module, folder: Path, options: CompileOptions) -> None:
+        """Write the compiler's input, and check the files as they are on disk.
+
+        Raises:
+            CompileError: A flag is wrong, or the folder breaks the contract (`contract.violations`).
+        """
+        from backends.ai100 import contract
+
+        found = sdk.probe()
+        emit(module, folder, options, sdk.choose(found), found.hardware)
+        contract.check(folder)
+
+    def compile(self, folder: Path, options: CompileOptions) -> None:
+        """Run the compiler inside the folder.
+
+        Raises:
+            CompileError: There is no compiler, or it failed.
+        """
+        found = sdk.probe().compiler
+        if found is None:
+            raise CompileError(self.missing() or "there is no AI 100 compiler")
+        compiler.run(found, folder)
+
+    def open(self, folder: Path, *, threads: int | None = None) -> Session:
+        """Open the device when the package is compiled and the runtime is installed, else the emulator.
+
+        Raises:
+            PackageError: The package has no ONNX file, or cannot be loaded.
+        """
+        if (folder / BINARY).is_file() and _has_runtime():
+            from backends.ai100.device import DeviceSession
+
+            return DeviceSession(folder)
+        models = list(folder.glob("*.onnx"))
+        if len(models) != 1:
+            raise PackageError(f"{folder} has {len(models)} ONNX files, not one: compile again")
+        from backends.ai100.emulator import EmulatedSession
+
+        return EmulatedSession(models[0], threads=threads)
+
+    def versions(self) -> dict[str, str]:
+        """The target description, the installed SDK, and the hardware."""
+        found = sdk.probe()
+        target = sdk.choose(found)
+        return {
+            "ai100-target": f"{target.version}-{target.digest}",
+            "ai100-apps": found.apps or "none",
+            "ai100-hardware": found.hardware,
+        }
+
+
+def _has_runtime() -> bool:
+    """Whether the runtime's Python module can be imported, from where the SDK puts it too."""
+    from backends.ai100 import runtime_path
+
+    runtime_path.extend()
+    return importlib.util.find_spec("qaicrt") is not None
+
+
+BACKEND = Ai100Backend()

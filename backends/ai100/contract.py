@@ -1,0 +1,212 @@
+"""Check an emitted folder against the AI 100 contract, offline and without the IR.
+
+The folder is read as the compiler will read it: the ONNX file through onnx and onnx-graphsurgeon, the rest as text. So
+what is wrong in the writing, and not only in the IR, is found too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from backends.ai100 import specializations
+from backends.ai100.emit import COMMAND, CUSTOM_IO
+from backends.ai100.sdk import Sdk, description
+from backends.ai100.violation import Violation, refuse_first
+
+_SUFFIX = "_RetainedState"
+_STATE = re.compile(r"past_(key|value)\.(0|[1-9]\d*)")
+_ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
+_PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
+
+
+def check(folder: Path) -> None:
+    """Refuse a folder that breaks the contract.
+
+    Raises:
+        CompileError: With the code and the sentence of the first violation.
+    """
+    refuse_first(violations(folder))
+
+
+def violations(folder: Path) -> Iterator[Violation]:
+    """Everything in an emitted folder that breaks the contract of the SDK that it was made for."""
+    models = sorted(folder.glob("*.onnx"))
+    missing = [n for n in (COMMAND, CUSTOM_IO, specializations.FILE) if not (folder / n).is_file()]
+    if len(models) != 1:
+        yield Violation("file", f"{folder} has {len(models)} ONNX files: it must have one")
+    for name in missing:
+        yield Violation("file", f"{folder} has no {name}: emit the package again")
+    if len(models) != 1 or missing:
+        return
+    command, recorded = _json(folder / COMMAND), _json(folder / specializations.FILE)
+    if not isinstance(command, dict) or not isinstance(command.get("argv"), list) or "sdk" not in command:
+        yield Violation("command", f"{COMMAND} has no sdk and argv: emit the package again")
+        return
+    sdk = description(command["sdk"])
+    if models[0].stat().st_size > sdk.limits.protobuf_bytes:
+        yield Violation("protobuf-size", f"{models[0].name} exceeds 2 GB: keep weights in files of their own")
+        return
+    try:
+        proto = onnx.load(str(models[0]), load_external_data=False)
+        graph = gs.import_onnx(proto)
+    except Exception as error:  # protobuf and onnx-graphsurgeon raise types of their own
+        yield Violation("onnx", f"{models[0].name} cannot be read ({type(error).__name__}): emit the package again")
+        return
+    yield from _opsets(proto, sdk)
+    yield from _ops(graph, sdk)
+    yield from _interface(graph)
+    yield from _specializations(graph, recorded, sdk)
+    yield from _custom_io(graph, (folder / CUSTOM_IO).read_text())
+    yield from _weights(proto, folder)
+    yield from _command(command["argv"], models[0].name, folder, sdk)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
+
+
+def _opsets(proto: onnx.ModelProto, sdk: Sdk) -> Iterator[Violation]:
+    versions = {o.domain: o.version for o in proto.opset_import}
+    if versions.get("") != sdk.opset:
+        yield Violation("opset", f"the graph is in opset {versions.get('')}, SDK {sdk.version} takes {sdk.opset}")
+    for domain in sorted({f.domain for f in proto.functions}):
+        if domain not in versions:
+            yield Violation("opset", f"the model has functions of {domain}, and no opset import of it")
+
+
+def _ops(graph: gs.Graph, sdk: Sdk) -> Iterator[Violation]:
+    known = {(domain, name) for domain, names in sdk.ops.items() for name in names}
+    bodies = {(f.domain, f.name): f for f in graph.functions}
+    for domain, name in sorted({(n.domain or "", n.op) for n in _nodes(graph)} & known):
+        if domain and (domain, name) not in bodies:
+            yield Violation("function", f"{domain}::{name} has no body: attach the device ops")
+    inside = [n for key, body in bodies.items() if key not in known for n in _nodes(body)]
+    for domain, name in sorted({(n.domain or "", n.op) for n in [*_nodes(graph), *inside]} - known - set(bodies)):
+        yield Violation("op", f"{domain + '::' if domain else ''}{name} is not an operator of SDK {sdk.version}")
+
+
+def _nodes(graph: Any) -> Iterator[gs.Node]:
+    for node in graph.nodes:
+        yield node
+        for subgraph in node.subgraphs():
+            yield from _nodes(subgraph)
+
+
+def _interface(graph: gs.Graph) -> Iterator[Violation]:
+    """Names, order, types and shapes (contract §1.1 and §1.2)."""
+    inputs, outputs = {t.name: t for t in graph.inputs}, {t.name: t for t in graph.outputs}
+    for name in sorted(n for n in outputs if n.endswith(_SUFFIX) and n.removesuffix(_SUFFIX) not in inputs):
+        yield Violation("state-pair", f"output {name} has no input {name.removesuffix(_SUFFIX)}")
+    states = [n for n in inputs if n not in ("input_ids", "position_ids")]
+    for name in states:
+        if name + _SUFFIX not in outputs:
+            yield Violation("state-pair", f"input {name} has no output {name}{_SUFFIX}")
+        if _STATE.fullmatch(name) is None:
+            yield Violation("inputs", f"input {name} is no past_key.<layer> or past_value.<layer>")
+    layers = sorted({int(m[2]) for m in map(_STATE.fullmatch, states) if m is not None})
+    expected = [f"past_{role}.{layer}" for layer in layers for role in ("key", "value")]
+    if list(inputs) != ["input_ids", "position_ids", *expected]:
+        yield Violation("inputs", "the inputs must be input_ids, position_ids, past_key.0, past_value.0, ... in order")
+    if list(outputs) != ["logits", *(name + _SUFFIX for name in expected)]:
+        yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
+    for name in ("input_ids", "position_ids"):
+        tensor = inputs.get(name)
+        if tensor is not None and (tensor.dtype != np.int64 or tensor.shape != ["batch_size", "seq_len"]):
+            yield Violation("dtype-shape", f"{name} is {tensor.dtype} {tensor.shape}, not int64 [batch_size, seq_len]")
+    logits = outputs.get("logits")
+    if logits is not None:
+        shape = list(logits.shape or [])
+        if logits.dtype != np.float32 or shape[:2] != ["batch_size", 1] or len(shape) != 3:
+            yield Violation("dtype-shape", f"logits are {logits.dtype} {shape}, not float32 [batch_size, 1, vocab]")
+    for name in states:
+        before, after = inputs[name], outputs.get(name + _SUFFIX)
+        shape = list(before.shape or [])
+        if len(shape) != 4 or shape[0] != "batch_size":
+            yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, slots, width]")
+        if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
+            yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
+
+
+def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Violation]:
+    form = specializations.form_of(recorded)
+    if form != sdk.specializations:
+        yield Violation("specializations-form", f"SDK {sdk.version} reads {sdk.specializations} specializations")
+        return
+    entries: list[dict[str, str]] = [e["symbols"] if form == "named" else e for e in recorded["specializations"]]
+    names = [e["name"] for e in recorded["specializations"]] if form == "named" else []
+    if len(set(names)) < len(names) or any(e in entries[:i] for i, e in enumerate(entries)):
+        yield Violation("duplicate-specialization", "two specializations have the same name or the same sizes: drop one")
+    symbols = {d for t in [*graph.inputs, *graph.outputs] for d in t.shape or [] if not isinstance(d, int)}
+    for symbol in sorted(symbols, key=str):
+        for index, entry in enumerate(entries):
+            if symbol not in entry:
+                yield Violation("symbol", f"the dimension '{symbol}' has no size in specialization {index}")
+
+
+def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
+    """Each state is listed as input and as output, in one precision, and nothing else is (§4.3)."""
+    entries = dict(_ENTRY.findall(text))
+    if _ENTRY.sub("", text) != "" or len(entries) != len(_ENTRY.findall(text)):
+        yield Violation("custom-io", f"{CUSTOM_IO} is not a list of one IOName and Precision for each tensor")
+    names = {t.name for t in graph.outputs if t.name.endswith(_SUFFIX)}
+    names |= {name.removesuffix(_SUFFIX) for name in names}
+    for name in sorted(names ^ set(entries)):
+        what = "lacks" if name in names else "has the unknown tensor"
+        yield Violation("custom-io", f"{CUSTOM_IO} {what} {name}: it lists every state twice, and nothing else")
+    if len(set(entries.values())) > 1 or not set(entries.values()) <= _PRECISIONS:
+        found = ", ".join(sorted(set(entries.values())))
+        yield Violation("custom-io", f"{CUSTOM_IO} has the precisions {found}: use float16 or mxint8 for all states")
+
+
+def _weights(proto: onnx.ModelProto, folder: Path) -> Iterator[Violation]:
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        fields = {e.key: e.value for e in tensor.external_data}
+        location = PurePosixPath(fields.get("location", ""))
+        if location.is_absolute() or ".." in location.parts:
+            yield Violation("external-data", f"{tensor.name} lies in {location}, outside the folder: copy or link it")
+            continue
+        file = folder / location
+        size = int(np.prod(tensor.dims, dtype=np.int64))
+        size *= np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+        if int(fields.get("length", size)) != size:
+            yield Violation("external-data", f"{tensor.name} takes {size} bytes, its reference says {fields['length']}")
+        if not file.is_file() or file.stat().st_size < int(fields.get("offset", 0)) + size:
+            yield Violation("external-data", f"{location}, which holds {tensor.name}, is missing or too short")
+
+
+def _command(argv: list[str], model: str, folder: Path, sdk: Sdk) -> Iterator[Violation]:
+    """The command starts as the SDK wants, names files of the folder only, and asks for retained states (§4.1)."""
+    given = dict(a.removeprefix("-").partition("=")[::2] for a in argv[1:])
+    head = [sdk.compiler, *sdk.standing_arguments]
+    if argv[: len(head)] != head:
+        yield Violation("command", f"the command does not start with {' '.join(head)}")
+    required = {
+        "m": model,
+        "retained-state": "",
+        "network-specialization-config": specializations.FILE,
+        "custom-IO-list-file": CUSTOM_IO,
+        "aic-binary-dir": "qpc",
+    }
+    for flag, value in required.items():
+        if given.get(flag) != value:
+            yield Violation("command", f"the command has not -{flag}{'=' + value if value else ''}")
+    if given.get("aic-hw-version") not in sdk.hardware.values():
+        yield Violation("command", f"-aic-hw-version is not {' or '.join(sorted(sdk.hardware.values()))}")
+    for flag, value in given.items():
+        if sdk.flags.get(flag) == "input" and not (folder / value).is_file():
+            yield Violation("command", f"-{flag} names {value}, which is not in the folder")
+        if sdk.flags.get(flag) in ("input", "output") and PurePosixPath(value).is_absolute():
+            yield Violation("command", f"-{flag} names the absolute path {value}: use one inside the folder")

@@ -1,0 +1,76 @@
+"""The device ops as the device runs them: an index out of range is skipped (AI 100 contract §2).
+
+The bodies in `qeff_ir.device_ops` are what the compiler is shown; ONNX Runtime fails on the indices that the device
+skips. The emulator puts these in their place; names and signatures are the same.
+"""
+
+from typing import TypeVar, Union
+
+import onnx
+import onnxscript
+from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT64, script
+from onnxscript.onnx_opset import opset18 as op
+
+from qeff_ir.device_ops import CTX_DOMAIN, VERSION
+
+T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])
+
+_ctx = onnxscript.values.Opset(CTX_DOMAIN, VERSION)
+
+
+@script(_ctx, default_opset=op)
+def CtxScatter(data: T, position_ids: INT64, updates: T) -> T:  # noqa: N802
+    """Write tokens into a cache; a slot out of range is not written.
+
+    Args:
+        data: Cache before the run, ``[B, H, C, D]``.
+        position_ids: Slot of each token, ``[B, S]``.
+        updates: Tokens, ``[B, H, S, D]``.
+
+    Returns:
+        The cache after the run, ``[B, H, C, D]``.
+    """
+    length = op.Shape(data, start=2, end=3)
+    valid = op.And(op.GreaterOrEqual(position_ids, op.Constant(value_int=0)), op.Less(position_ids, length))
+    # What is not to be written goes to a spare slot behind the cache.
+    slot = op.Where(valid, position_ids, length)
+    spare = op.Slice(data, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2]))
+    index = op.Expand(op.Unsqueeze(slot, op.Constant(value_ints=[1, 3])), op.Shape(updates))
+    written = op.ScatterElements(op.Concat(data, spare, axis=2), index, updates, axis=2)
+    return op.Slice(written, op.Constant(value_ints=[0]), length, op.Constant(value_ints=[2]))
+
+
+@script(_ctx, default_opset=op)
+def CtxGather(data: T, ctx_indices: INT64, comp_ctx_len: INT64) -> T:  # noqa: N802
+    """Read slots of a cache; a slot out of range is not read, and gives zeros.
+
+    Args:
+        data: The cache, ``[B, H, C, D]``.
+        ctx_indices: Slots to read, broadcast to ``[B, H, N]``.
+        comp_ctx_len: ``N``, a scalar.
+
+    Returns:
+        The slots, ``[B, H, N, D]``.
+    """
+    zero = op.Constant(value_int=0)
+    length = op.Shape(data, start=2, end=3)
+    valid = op.And(op.GreaterOrEqual(ctx_indices, zero), op.Less(ctx_indices, length))
+    count = op.Reshape(comp_ctx_len, op.Constant(value_ints=[1]))
+    shape = op.Concat(op.Shape(data, start=0, end=2), count, axis=0)
+    last = op.Constant(value_ints=[-1])
+    index = op.Unsqueeze(op.Expand(op.Where(valid, ctx_indices, zero), shape), last)
+    read = op.GatherND(data, index, batch_dims=2)
+    nothing = op.CastLike(op.Constant(value_float=0.0), data)
+    return op.Where(op.Unsqueeze(op.Expand(valid, shape), last), read, nothing)
+
+
+RULES = {(CTX_DOMAIN, f.name): f for f in (CtxScatter, CtxGather)}
+"""The bodies by domain and name."""
+
+
+def apply(model: onnx.ModelProto) -> None:
+    """Give the device ops of a model the device's own behavior, in place."""
+    for function in model.functions:
+        rule = RULES.get((function.domain, function.name))
+        if rule is not None:
+            function.CopyFrom(rule.to_function_proto())

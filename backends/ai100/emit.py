@@ -1,0 +1,102 @@
+"""Write what the AI 100 compiler reads (contract §4)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from backends.ai100 import flags, specializations
+from backends.ai100.sdk import Sdk
+from backends.base import CompileOptions
+from qeff_ir.module import Module, State
+from qeff_ir.storage import save_model
+
+CUSTOM_IO = "custom_io.yaml"
+COMMAND = "compile_command.json"
+BINARY_FOLDER = "qpc"
+BINARY = f"{BINARY_FOLDER}/programqpc.bin"
+"""What the compiler makes, and all that is ever asked of its folder."""
+
+
+def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardware: str) -> None:
+    """Write the ONNX file and everything beside it; no file names an absolute path.
+
+    Args:
+        module: A checked module.
+        folder: Where to write.
+        options: What the user asked for.
+        sdk: Whose compiler will read it.
+        hardware: ``ai100`` or ``ai200``, unless the user's flags say otherwise.
+
+    Raises:
+        CompileError: A flag is wrong (see `flags.resolve`).
+    """
+    user = flags.resolve(options, sdk)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = f"{module.name}.onnx"
+    save_model(module.model, folder, model)
+    for name, source in user.files.items():
+        shutil.copyfile(source, folder / name)
+    (folder / specializations.FILE).write_text(specializations.dumps(module.specializations, sdk.specializations))
+    (folder / CUSTOM_IO).write_text(custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None))
+    partition = user.partition
+    if partition is None and options.num_devices > 1:
+        partition = f"mdp_ts_{options.num_devices}.json"
+        _write_json(folder / partition, tensor_slicing(options.num_devices, options.num_cores))
+    argv = command(model, options, sdk, user, hardware, partition)
+    _write_json(folder / COMMAND, {"sdk": sdk.version, "argv": argv})
+
+
+def command(
+    model: str, options: CompileOptions, sdk: Sdk, user: flags.Flags, hardware: str, partition: str | None
+) -> list[str]:
+    """The compiler's command line, to be run inside the package's folder."""
+    own = {
+        "retained_state": True,
+        "convert_to_fp16": True,
+        "aic_num_cores": options.num_cores,
+        "mxfp6_matmul": options.mxfp6_matmul,
+    }
+    arguments = [flags.format_flag(key, value) for key, value in own.items()]
+    return [
+        sdk.compiler,
+        *sdk.standing_arguments,
+        f"-aic-hw-version={sdk.hardware.get(user.hardware or hardware, hardware)}",
+        f"-m={model}",
+        *([f"-mdp-load-partition-config={partition}"] if partition is not None else []),
+        *(a for a in arguments if a is not None),
+        *user.arguments,
+        *(["-sub-functions"] if user.sub_functions else []),
+        f"-network-specialization-config={specializations.FILE}",
+        f"-custom-IO-list-file={CUSTOM_IO}",
+        f"-aic-binary-dir={BINARY_FOLDER}",
+    ]
+
+
+def custom_io(states: Sequence[State], precision: str | None) -> str:
+    """``custom_io.yaml``: each state as input and as output, in `precision` or its own half-sized one (§4.3)."""
+    entries: list[str] = []
+    for state in states:
+        stored = precision or ("bfloat16" if state.dtype == ir.DataType.BFLOAT16 else "float16")
+        entries += [f" - IOName: {name}\n   Precision: {stored}\n\n" for name in (state.input, state.output)]
+    return "".join(entries)
+
+
+def tensor_slicing(num_devices: int, num_cores: int) -> dict[str, Any]:
+    """The partition config that lets every device compute a slice of every tensor (§4.4)."""
+    devices = list(range(num_devices))
+    return {
+        "connections": [{"devices": devices, "type": "p2p"}],
+        "partitions": [
+            {"name": "Partition0", "devices": [{"deviceId": d, "numCores": num_cores} for d in devices]},
+        ],
+    }
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=4) + "\n")

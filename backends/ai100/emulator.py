@@ -1,0 +1,137 @@
+"""A session without the device: the emitted artefact itself on ONNX Runtime, under the device's rules.
+
+What is checked is what is shipped: the ONNX file of the package with its weights, the shapes of its
+``specializations.json``, and states that stay where they are between runs. Only the bodies of the device ops are
+exchanged (`device_rules`). Not emulated is the arithmetic: it stays in the precision of the ONNX file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from backends.ai100 import device_rules, specializations
+from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.module import Specialization
+from qeff_ir.runtime.session import Array
+
+_SUFFIX = "_RetainedState"
+
+
+class EmulatedSession:
+    """Runs an AI 100 package on the CPU.
+
+    There is one ONNX Runtime session for each specialization, with static shapes as on the device. Every state has two
+    buffers that change places after each run.
+
+    Args:
+        model: The ONNX file, beside its ``specializations.json``.
+        threads: Threads of the runtime; its own choice by default.
+
+    Raises:
+        PackageError: The artefact cannot be loaded.
+    """
+
+    def __init__(self, model: Path, *, threads: int | None = None) -> None:
+        self._specializations = specializations.load(model.parent / specializations.FILE)
+        proto = onnx.load(str(model), load_external_data=False)
+        device_rules.apply(proto)
+        content = proto.SerializeToString()
+        self._programs = [_Program(content, model, s, threads) for s in self._specializations]
+        shapes = self._programs[0].states
+        if any(p.states != shapes for p in self._programs):
+            raise PackageError(f"the states of {model} differ in size between its specializations: compile again")
+        self._states = {name: _zeros(shape) for name, shape in shapes.items()}
+        self._spare = {name: _zeros(shape) for name, shape in shapes.items()}
+
+    @property
+    def specializations(self) -> Sequence[Specialization]:
+        """The static shapes that `run` takes."""
+        return self._specializations
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `qeff_ir.runtime.session.Session.run`."""
+        expected = self._programs[0].inputs
+        if set(inputs) != set(expected):
+            raise RuntimeInputError(f"the inputs are {' and '.join(expected)}, not {', '.join(sorted(inputs))}")
+        wrong = [name for name, array in inputs.items() if array.dtype != np.int64]
+        if wrong:
+            raise RuntimeInputError(f"{wrong[0]} is {inputs[wrong[0]].dtype}: give int64")
+        shapes = {name: array.shape for name, array in inputs.items()}
+        program = next((p for p in self._programs if p.inputs == shapes), None)
+        if program is None:
+            given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            allowed = " or ".join(str([list(s) for s in p.inputs.values()]) for p in self._programs)
+            raise RuntimeInputError(f"{given} are not of a compiled shape: {allowed}")
+        outputs = program.run(inputs, self._states, self._spare)
+        self._states, self._spare = self._spare, self._states
+        return outputs
+
+    def reset(self) -> None:
+        """Set all states to zero."""
+        for value in self._states.values():
+            value.update_inplace(np.zeros(value.shape(), dtype=np.float32))
+
+
+class _Program:
+    """One specialization.
+
+    Attributes:
+        inputs: Shapes of the inputs that are given at every run.
+        states: Shapes of the retained inputs.
+    """
+
+    def __init__(self, content: bytes, model: Path, item: Specialization, threads: int | None) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        for symbol, size in item.symbols.items():
+            options.add_free_dimension_override_by_name(symbol, size)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(model.parent.resolve())
+        )
+        try:
+            self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises several private types
+            reason = str(error).splitlines()[0]
+            raise PackageError(f"ONNX Runtime cannot load {model} as {item.name}: {reason}") from error
+        outputs = [o.name for o in self._session.get_outputs()]
+        self._results = [name for name in outputs if not name.endswith(_SUFFIX)]
+        retained = {name.removesuffix(_SUFFIX) for name in outputs if name.endswith(_SUFFIX)}
+        shapes = {i.name: _static(model, item, i.name, i.shape) for i in self._session.get_inputs()}
+        self.inputs = {name: shape for name, shape in shapes.items() if name not in retained}
+        self.states = {name: shape for name, shape in shapes.items() if name in retained}
+
+    def run(
+        self, inputs: Mapping[str, Array], states: Mapping[str, ort.OrtValue], spare: Mapping[str, ort.OrtValue]
+    ) -> dict[str, Array]:
+        """Run once: states are read from `states` and written to `spare`."""
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in self._results:  # bound first, so that they come first in `get_outputs`
+            binding.bind_output(name)
+        for name in self.states:
+            binding.bind_ortvalue_input(name, states[name])
+            binding.bind_ortvalue_output(name + _SUFFIX, spare[name])
+        self._session.run_with_iobinding(binding)
+        values = binding.get_outputs()[: len(self._results)]
+        return {name: cast("Array", value.numpy()) for name, value in zip(self._results, values, strict=True)}
+
+
+def _static(model: Path, item: Specialization, name: str, shape: Sequence[int | str | None]) -> tuple[int, ...]:
+    """The shape, all of whose symbols the specialization must have fixed."""
+    free = [d for d in shape if not isinstance(d, int)]
+    if free:
+        raise PackageError(f"{name} of {model} has the dimension '{free[0]}', which {item.name} does not fix")
+    return tuple(d for d in shape if isinstance(d, int))
+
+
+def _zeros(shape: Sequence[int]) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.float32))

@@ -1,0 +1,125 @@
+"""The custom ops that the AI 100 compiler takes natively, each with a body that defines its meaning.
+
+The compiler knows these ops by domain and name and replaces them by its own implementation; the bodies make every
+snapshot a valid ONNX model (AI 100 contract §2). They hold in any standard opset from 18 on. ``B`` batch, ``H``
+key/value heads, ``C`` slots of the cache, ``S`` tokens of this run, ``N`` slots to read, ``D`` head width.
+
+The bodies are plain ONNX: an index out of range is an error there, while the device skips it.
+"""
+
+import functools
+from typing import TypeVar, Union
+
+import onnx_ir as ir
+import onnxscript
+from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT64, script
+from onnxscript.onnx_opset import opset18 as op
+
+CTX_DOMAIN = "com.qualcomm.cloud"
+"""Domain of the cache ops."""
+
+QTI_DOMAIN = "com.qti.aisw.onnx"
+"""Domain of the normalization."""
+
+VERSION = 1
+OPSET = 18
+"""Oldest standard opset that the bodies are valid in."""
+
+T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])
+
+_ctx = onnxscript.values.Opset(CTX_DOMAIN, VERSION)
+_qti = onnxscript.values.Opset(QTI_DOMAIN, VERSION)
+
+
+@script(_ctx, default_opset=op)
+def CtxScatter(data: T, position_ids: INT64, updates: T) -> T:  # noqa: N802
+    """Write the tokens of a run into a cache (contract §2.1).
+
+    Args:
+        data: Cache before the run, ``[B, H, C, D]``.
+        position_ids: Slot of each token, ``[B, S]``; the device does not write a slot out of range.
+        updates: Tokens, ``[B, H, S, D]``.
+
+    Returns:
+        The cache after the run, ``[B, H, C, D]``.
+    """
+    one = op.Constant(value_ints=[1])
+    zero = op.Constant(value_int=0)
+    step = op.Constant(value_int=1)
+    batch = op.Shape(data, start=0, end=1)
+    heads = op.Shape(data, start=1, end=2)
+    shape = op.Concat(batch, heads, op.Shape(position_ids, start=1, end=2), one, axis=0)
+    row = op.Unsqueeze(op.Range(zero, op.Squeeze(batch), step), op.Constant(value_ints=[1, 2, 3]))
+    head = op.Unsqueeze(op.Range(zero, op.Squeeze(heads), step), op.Constant(value_ints=[0, 2, 3]))
+    slot = op.Unsqueeze(position_ids, op.Constant(value_ints=[1, 3]))
+    index = op.Concat(op.Expand(row, shape), op.Expand(head, shape), op.Expand(slot, shape), axis=3)
+    return op.ScatterND(data, index, updates)
+
+
+@script(_ctx, default_opset=op)
+def CtxGather(data: T, ctx_indices: INT64, comp_ctx_len: INT64) -> T:  # noqa: N802
+    """Read slots of a cache (contract §2.2).
+
+    Args:
+        data: The cache, ``[B, H, C, D]``.
+        ctx_indices: Slots to read, broadcast to ``[B, H, N]``; the device does not read a slot out of range.
+        comp_ctx_len: ``N``, a scalar.
+
+    Returns:
+        The slots, ``[B, H, N, D]``.
+    """
+    count = op.Reshape(comp_ctx_len, op.Constant(value_ints=[1]))
+    index = op.Expand(ctx_indices, op.Concat(op.Shape(data, start=0, end=2), count, axis=0))
+    return op.GatherND(data, op.Unsqueeze(index, op.Constant(value_ints=[-1])), batch_dims=2)
+
+
+@script(_qti, default_opset=op)
+def CustomRMSNorm(hidden_states: T, weight: T, epsilon: float = 1e-6) -> T:  # noqa: N802
+    """Root-mean-square normalization over the last axis (contract §2.3).
+
+    Args:
+        hidden_states: ``[..., D]``.
+        weight: ``[D]``; multiplied in single precision.
+        epsilon: Added to the mean of the squares.
+
+    Returns:
+        ``[..., D]``.
+    """
+    scale = op.Cast(weight, to=1)
+    mean = op.ReduceMean(op.Mul(hidden_states, hidden_states), op.Constant(value_ints=[-1]), keepdims=1)
+    small = op.Expand(op.CastLike(op.Constant(value_float=epsilon), hidden_states), op.Shape(mean))
+    normal = op.Mul(hidden_states, op.Reciprocal(op.Sqrt(op.Add(mean, small))))
+    return op.CastLike(op.Mul(scale, op.Cast(normal, to=1)), hidden_states)
+
+
+OPS = {(f.function_ir.domain, f.name): f for f in (CtxScatter, CtxGather, CustomRMSNorm)}
+"""The ops by domain and name."""
+
+DOMAINS = frozenset(domain for domain, _ in OPS)
+
+
+@functools.cache
+def _function(domain: str, name: str) -> ir.Function:
+    return ir.serde.deserialize_function(OPS[domain, name].to_function_proto())
+
+
+def attach(model: ir.Model) -> None:
+    """Give the model the bodies of the device ops that it uses, and only those, in the model's own standard opset."""
+    graphs = (model.graph, *(f.graph for f in model.functions.values() if f.domain not in DOMAINS))
+    used = {
+        (node.domain, node.op_type)
+        for graph in graphs
+        for node in ir.traversal.RecursiveGraphIterator(graph)
+        if (node.domain, node.op_type) in OPS
+    }
+    for key in [k for k in model.functions if k[0] in DOMAINS]:
+        del model.functions[key]
+    for domain, name in sorted(used):
+        body = _function(domain, name).clone()
+        body.opset_imports[""] = max(OPSET, model.opset_imports.get("", OPSET))
+        model.functions[body.identifier()] = body
+    for domain in DOMAINS:
+        if any(d == domain for d, _ in used):
+            model.opset_imports[domain] = VERSION
+        else:
+            model.opset_imports.pop(domain, None)
