@@ -91,7 +91,7 @@ def compile_model(
     missing = None if emit_only else backend.missing()
     if missing is not None:
         raise CompileError(
-            f"{target} cannot compile here: {missing}; to write the package all the same, pass emit_only=True (--emit-only)"
+            f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without"
         )
     steps = Pipeline.parse(pipeline or backend.pipeline)
     tell = watch or (lambda _step, _run: None)

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,6 @@ app = typer.Typer(
     name="qeff",
     help="Compile any Hugging Face causal LM for Qualcomm Cloud AI 100, and run it on any CPU.",
     epilog="New here? [bold]qeff demo[/bold] shows all of it in a minute.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -47,7 +46,9 @@ def _root(  # pyright: ignore[reportUnusedFunction]
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, anywhere in a command.")
+    ] = False,
 ) -> None:
     pass
 
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    words = [w for w in words if w != "--debug"]  # anywhere: a user adds it at the end of the command that failed
+    # Anywhere: a user adds it at the end of the command that failed. Without a command, help is what is wanted.
+    words = [w for w in words if w != "--debug"] or ["--help"]
     terminal.write_any_text()
     try:
         with terminal.quiet():
@@ -81,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if usage is not None:
             message, code = usage, _EXIT_USAGE
         else:
-            message = f"this is a defect of qeff-ir ({type(error).__name__}: {_first_line(error)}): report it with --debug"
+            what = f"{type(error).__name__}: {_first_line(error)}"
+            message = f"this is a defect of qeff-ir ({what}): report it with what --debug shows"
             code = _EXIT_DEFECT
     if debug:
         traceback.print_exc()
@@ -96,14 +99,11 @@ def _usage(error: Exception) -> str | None:
     """
     if not hasattr(error, "format_message"):
         return None
-    context = getattr(error, "ctx", None)
-    message: str = error.format_message()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    any_error: Any = error
+    context: Any = getattr(error, "ctx", None)
+    message = " ".join(str(any_error.format_message()).split()).removeprefix("Invalid value: ").rstrip(".")
     path = "qeff" if context is None else context.command_path
-    return f"{_joined(message).rstrip('.')} (see {path} --help)"  # pyright: ignore[reportUnknownArgumentType]
-
-
-def _joined(text: str) -> str:
-    return " ".join(text.split())
+    return f"{message[:1].lower()}{message[1:]} (see {path} --help)"
 
 
 def _first_line(error: Exception) -> str:

@@ -32,8 +32,7 @@ def command(
 ) -> None:
     """Compile a model into a package.
 
-    Any other option is a flag of the AI 100 compiler and comes after MODEL: [bold]--aic-enable-depth-first[/bold],
-    [bold]--mos 1[/bold].
+    Any other option is a flag of the AI 100 compiler, and comes after MODEL (--aic-enable-depth-first, --mos 1).
     """
     started = time.perf_counter()
     compiled = compile_source(open_model(model, request), request, out)
@@ -53,7 +52,9 @@ def command(
 def _say_next(compiled: Compiled) -> None:
     line("Package:  ", (str(compiled.folder), "bold"))
     if compiled.manifest.target == "ai100" and not compiled.manifest.compiled:
-        line("          emitted, not compiled: the compiler's command is in its compile_command.txt; here it runs in the emulator")
+        line(
+            "          emitted, not compiled: it runs in the emulator; compile_command.json has the compiler's command"
+        )
     line("Next:     ", (f'qeff run {shlex.quote(str(compiled.folder))} --prompt "…"', "bold"))
 
 
@@ -61,4 +62,6 @@ def _write_report(path: Path, report: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(report, indent=2) + "\n")
     except OSError as error:
-        raise PackageError(f"the report {path} cannot be written ({error.strerror}): choose another --report") from error
+        raise PackageError(
+            f"the report {path} cannot be written ({error.strerror}): choose another --report"
+        ) from error

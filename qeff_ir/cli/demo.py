@@ -57,13 +57,13 @@ def command(
 
     started = time.perf_counter()
     questions = problems()
-    line(("A small causal LM, trained to add two-digit numbers, comes with qeff-ir:", "bold"))
+    show(Text("A small causal LM, trained to add two-digit numbers, comes with qeff-ir:", style="bold"))
     line(str(MODEL_FOLDER))
     show()
     source = open_model(str(MODEL_FOLDER), Request())
     with working("Lowering the model to ONNX") as say:
         from qeff_ir.cli.lowered import LoweredOnce
-        from qeff_ir.testing.tolerance import bound, depth
+        from qeff_ir.cli.yardstick import measure
         from qeff_ir.testing.trace import reference_trace
 
         once = LoweredOnce(source)
@@ -72,9 +72,12 @@ def command(
         say("Asking transformers")
         tokenizer = open_tokenizer(MODEL_FOLDER)
         rows = encode(tokenizer, [q for q, _ in questions])
-        reference = reference_trace(once.reference(), rows, _STEPS)
-        limit = bound(depth(module))
-    line(f"Lowered to {len(module.graph)} ONNX nodes, {len(module.states)} caches, no weight loaded: {seconds(lowered)}")
+        theirs = once.reference()
+        reference = reference_trace(theirs, rows, _STEPS)
+        yardstick = measure(module, theirs, rows, reference)
+    show(
+        f"Lowered to {len(module.graph)} ONNX nodes, {len(module.states)} caches, no weight loaded: {seconds(lowered)}"
+    )
     folders = tempfile.TemporaryDirectory(prefix="qeff-demo-") if out is None else nullcontext(str(out))
     with folders as folder:
         outcomes = [
@@ -92,14 +95,15 @@ def command(
     show()
     show(Text(f"Against transformers: {len(rows)} prompts in a batch, {_STEPS} tokens each", style="bold"))
     show()
-    show(_agreement_table(outcomes, limit))
+    show(_agreement_table(outcomes, yardstick.limit))
     show()
-    wrong = [o.target for o in outcomes if o.answers != right or not o.comparison.equal(limit)]
+    show(str(yardstick))
+    wrong = [o.target for o in outcomes if o.answers != right or not o.comparison.equal(yardstick.limit)]
     if wrong:
         line(("Something is wrong", "bold red"), f" on {' and '.join(wrong)}: see the tables above.")
         raise typer.Exit(1)
-    line(("All answers are right, and every token and logit agrees with transformers", "bold green"),
-         f" ({seconds(time.perf_counter() - started)}).")
+    show(Text("All answers are right, and every token and logit agrees with transformers.", style="bold green"))
+    show(f"That took {seconds(time.perf_counter() - started)}.")
     line("Next: ", ("qeff compile MODEL -o OUT", "bold"), " with a model of your own.")
 
 
@@ -140,7 +144,9 @@ def _answers_table(questions: Sequence[str], right: Sequence[str], outcomes: Seq
     table = grid("question", "right", *(o.target for o in outcomes), right=("right", *(o.target for o in outcomes)))
     for index, question in enumerate(questions):
         answers = [o.answers[index] for o in outcomes]
-        marks = [Text(f"{a} ✓", style="green") if a == right[index] else Text(f"{a} ✗", style="bold red") for a in answers]
+        marks = [
+            Text(f"{a} ✓", style="green") if a == right[index] else Text(f"{a} ✗", style="bold red") for a in answers
+        ]
         table.add_row(Text(question), right[index], *marks)
     return table
 

@@ -23,7 +23,11 @@ class FlagCommand(TyperCommand):
         Raises:
             BadParameter: An unknown option is spelled almost like one of the command's own.
         """
-        flags, rest = split_flags(args, self._options())
+        try:
+            flags, rest = split_flags(args, self._options())
+        except typer.BadParameter as error:
+            error.ctx = ctx
+            raise
         ctx.meta[_META] = flags
         return super().parse_args(ctx, rest)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -42,9 +42,7 @@ def open_model(name: str, request: Request) -> Source:
     return source
 
 
-def compile_source(
-    source: Source, request: Request, out: Path | None = None, *, announce: bool = True
-) -> Compiled:
+def compile_source(source: Source, request: Request, out: Path | None = None, *, announce: bool = True) -> Compiled:
     """Compile a model; first say for which target and why, if that is to be announced.
 
     Raises:
@@ -79,11 +77,12 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         RuntimeInputError: There is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
     quiet_transformers()
+    loader: Any = transformers.AutoTokenizer  # typed in parts only
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return loader.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever its many tokenizers raise
         raise RuntimeInputError(
             f"{folder} has no tokenizer that can be read: save the model's tokenizer beside it and compile again, "

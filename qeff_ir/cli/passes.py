@@ -7,6 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
@@ -16,8 +17,6 @@ from qeff_ir.errors import PipelineError
 
 if TYPE_CHECKING:
     from qeff_ir.passing.base import Pass
-
-_INDENT = (0, 0, 0, 2)
 
 
 def command(
@@ -36,7 +35,7 @@ def command(
         return
     for cls in known.values():
         _describe(cls)
-    show("A pipeline is text: qeff compile MODEL --pipeline \"canonicalize,kv-retention{layout=scatter ring=off}\"")
+    show('A pipeline is text: qeff compile MODEL --pipeline "canonicalize,kv-retention{layout=scatter ring=off}"')
 
 
 def _describe(cls: type[Pass], *, whole: bool = False) -> None:
@@ -45,16 +44,23 @@ def _describe(cls: type[Pass], *, whole: bool = False) -> None:
 
     text = inspect.getdoc(cls) or ""
     show(Text(cls.name, style="bold cyan"))
-    show(Padding(text if whole else " ".join(text.partition("\n\n")[0].split()), _INDENT))
+    for index, paragraph in enumerate(text.split("\n\n") if whole else [text.partition("\n\n")[0]]):
+        if index:
+            show()
+        _indented(" ".join(paragraph.split()))
     table = grid("option", "values", "default", "meaning")
     for option in options(cls).values():
         default = "required" if option.default is dataclasses.MISSING else _spelled(option.default)
         table.add_row(option.name, option.values, default, option.help)
     if table.row_count:
-        show(Padding(table, (1, 0, 0, 2) if whole else _INDENT))
+        _indented(table)
     for verb, properties in _properties(cls):
-        show(Padding(Text(f"{verb} {', '.join(sorted(properties))}", style="dim"), _INDENT))
+        _indented(Text(f"{verb} {', '.join(sorted(properties))}", style="dim"))
     show()
+
+
+def _indented(what: RenderableType) -> None:
+    show(Padding(what, (0, 0, 0, 2), expand=False))
 
 
 def _properties(cls: type[Pass]) -> list[tuple[str, frozenset[str]]]:

@@ -33,32 +33,36 @@ class Request:
     """
 
     target: Annotated[
-        str, typer.Option(help="auto (AI 100 where its SDK is, else ONNX Runtime), onnxruntime or ai100.",
-                          rich_help_panel=_TARGET)
+        str,
+        typer.Option(
+            help="auto (AI 100 where its SDK is, else ONNX Runtime), onnxruntime or ai100.", rich_help_panel=_TARGET
+        ),
     ] = "auto"
     emit_only: Annotated[
-        bool, typer.Option("--emit-only", help="Stop before the AI 100 compiler; the emulator runs the package.",
-                           rich_help_panel=_TARGET)
+        bool,
+        typer.Option(
+            "--emit-only",
+            help="Stop before the AI 100 compiler; the emulator runs the package.",
+            rich_help_panel=_TARGET,
+        ),
     ] = False
     pipeline: Annotated[
-        str | None, typer.Option(help="Passes to run instead of the target's own, as text.", metavar="TEXT",
-                                 rich_help_panel=_TARGET)
+        str | None,
+        typer.Option(
+            help="Passes to run instead of the target's own, as text.", metavar="TEXT", rich_help_panel=_TARGET
+        ),
     ] = None
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.",
-                           rich_help_panel=_TARGET)
+        bool,
+        typer.Option("--trust-remote-code", help="Let code that comes with the model run.", rich_help_panel=_TARGET),
     ] = False
     prefill_seq_len: Annotated[
         int, typer.Option(help="Tokens of a prompt in one prefill run.", min=1, rich_help_panel=_SHAPES)
     ] = 32
-    ctx_len: Annotated[
-        int, typer.Option(help="Prompt and new tokens together.", min=1, rich_help_panel=_SHAPES)
-    ] = 128
+    ctx_len: Annotated[int, typer.Option(help="Prompt and new tokens together.", min=1, rich_help_panel=_SHAPES)] = 128
     batch_size: Annotated[int, typer.Option(help="Prompts in one run.", min=1, rich_help_panel=_SHAPES)] = 1
     num_cores: Annotated[int, typer.Option(help="Cores of the device.", min=1, rich_help_panel=_AI100)] = 16
-    num_devices: Annotated[
-        int, typer.Option(help="Devices that share the model.", min=1, rich_help_panel=_AI100)
-    ] = 1
+    num_devices: Annotated[int, typer.Option(help="Devices that share the model.", min=1, rich_help_panel=_AI100)] = 1
     mxfp6_matmul: Annotated[
         bool, typer.Option("--mxfp6-matmul", help="Compress the weights.", rich_help_panel=_AI100)
     ] = False
@@ -66,8 +70,10 @@ class Request:
         bool, typer.Option("--mxint8-kv-cache", help="Compress the KV cache.", rich_help_panel=_AI100)
     ] = False
     force_flags: Annotated[
-        bool, typer.Option("--force-flags", help="Hand unknown compiler flags on instead of refusing them.",
-                           rich_help_panel=_AI100)
+        bool,
+        typer.Option(
+            "--force-flags", help="Hand unknown compiler flags on instead of refusing them.", rich_help_panel=_AI100
+        ),
     ] = False
     flags: Mapping[str, Any] = field(default_factory=dict[str, Any])
     given: tuple[str, ...] = ()

@@ -101,7 +101,9 @@ def open_runnable(name: str, request: Request) -> QEFFAutoModelForCausalLM:
         open_package(folder)
         if request.given:
             options = ", ".join(f"--{n.replace('_', '-')}" for n in request.given)
-            raise PackageError(f"{name} is compiled already, so {options} cannot change it: leave it out, or give the model")
+            raise PackageError(
+                f"{name} is compiled already: leave out {options}, or give the model instead of the package"
+            )
     else:
         folder = compile_source(open_model(name, request), request).folder
     with working("Opening the package"):

@@ -16,7 +16,8 @@ def grid(*headers: str, right: tuple[str, ...] = ()) -> Table:
     """An empty table in the style of all tables here: a rule below the headers, and nothing else drawn."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
     for header in headers:
-        table.add_column(header, justify="right" if header in right else "left", no_wrap=header in right)
+        number = header in right
+        table.add_column(header, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return table
 
 
@@ -32,9 +33,9 @@ def pipeline_table(report: dict[str, Any]) -> Table:
         before, after = run["nodes"]
         table.add_row(Text(run["id"], style="cyan"), _deeds(run), _change(before, after), seconds(run["seconds"]))
     if runs:
-        table.add_section()
         total = seconds(sum(r["seconds"] for r in runs))
-        table.add_row(f"{len(runs)} passes", "", _change(runs[0]["nodes"][0], runs[-1]["nodes"][1]), total, style="bold")
+        nodes = _change(runs[0]["nodes"][0], runs[-1]["nodes"][1])
+        table.add_row(f"{len(runs)} passes", "", nodes, total, style="bold")
     return table
 
 
@@ -50,5 +51,5 @@ def _deeds(run: dict[str, Any]) -> Text:
     for reason, count in missed.items():
         text.append(f"{'; ' if text else ''}{count} left alone: {reason}", style="yellow")
     if not text:
-        text.append("rewrote in place" if run["modified"] else "nothing to do", style="dim")
+        text.append("changed in place" if run["modified"] else "nothing to do", style="dim")
     return text

@@ -6,15 +6,15 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-_OWN = Path(__file__).parents[2]
-"""The folder of our packages; warnings from elsewhere are not for the user."""
+_OURS = [Path(__file__).parents[2] / name for name in ("qeff_ir", "passes", "backends")]
+"""Our packages; warnings from elsewhere are not for the user."""
 
 
 def show(what: RenderableType = "") -> None:
@@ -39,7 +39,7 @@ def complain(message: str, kind: str = "error") -> None:
 
 
 @contextlib.contextmanager
-def working(text: str) -> Iterator[Callable[[str], None]]:
+def working(text: str) -> Generator[Callable[[str], None]]:
     """A live line with a spinner and the time, on a terminal only; call the result to say what goes on now."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -54,7 +54,7 @@ def working(text: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Keep the libraries from writing between our lines; our own warnings become one line each."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -89,7 +89,5 @@ def seconds(value: float) -> str:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_rest: Any) -> None:
-    if issubclass(category, UserWarning) and _OWN in Path(filename).parents and "site-packages" not in str(
-        Path(filename).relative_to(_OWN)
-    ):
+    if issubclass(category, UserWarning) and any(Path(filename).is_relative_to(folder) for folder in _OURS):
         complain(str(message), "warning")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,7 +13,7 @@ from rich.text import Text
 from qeff_ir.cli.models import compile_source, encode, open_model, open_tokenizer
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.tables import grid, pipeline_table
-from qeff_ir.cli.terminal import line, show, working
+from qeff_ir.cli.terminal import show, working
 from qeff_ir.errors import RuntimeInputError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ def command(
     source = open_model(model, request)
     from qeff_ir.auto import QEFFAutoModelForCausalLM
     from qeff_ir.cli.lowered import LoweredOnce
-    from qeff_ir.testing.tolerance import bound, depth
 
     source = LoweredOnce(source)
     compiled = compile_source(source, request)
@@ -54,36 +53,40 @@ def command(
         tokenizer = open_tokenizer(compiled.folder / SIDE_FOLDER)
         rows = encode(tokenizer, prompt)
     else:
-        rows = random_prompts(request, steps, source.config.get_text_config().vocab_size)
+        config: Any = source.config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
+        rows = random_prompts(request, steps, config.vocab_size)
     longest = max(map(len, rows))
     if longest + steps - 1 > request.ctx_len:
         raise RuntimeInputError(
             f"a prompt of {longest} tokens and {steps} steps do not fit ctx_len={request.ctx_len}: "
             f"pass --ctx-len {longest + steps - 1} or more, or fewer --steps"
         )
-    with working("Asking the compiled model") as say:
+    with working("Asking transformers") as say:
+        from qeff_ir.cli.yardstick import measure
         from qeff_ir.testing.trace import compare, reference_trace, session_trace
 
-        decoder = QEFFAutoModelForCausalLM.from_package(compiled.folder).runner().decoder
-        say("Asking transformers")
-        reference = reference_trace(source.reference(), rows, steps)
+        theirs = source.reference()
+        reference = reference_trace(theirs, rows, steps)
         say("Asking the compiled model")
+        decoder = QEFFAutoModelForCausalLM.from_package(compiled.folder).runner().decoder
         trace = session_trace(decoder, rows, reference.tokens)
-        say("Measuring the depth of the model")
-        limit = bound(depth(source.lower()))
-    try:
-        found = compare(trace, reference)
-    except ValueError as error:
-        raise RuntimeInputError(f"{model} cannot be verified: {error}") from error
+        say("Measuring what rounding explains")
+        try:
+            found, yardstick = compare(trace, reference), measure(source.lower(), theirs, rows, reference)
+        except ValueError as error:
+            raise RuntimeInputError(f"{model} cannot be verified: {error}") from error
+    limit = yardstick.limit
     wrong = (trace.tokens != reference.tokens).sum(axis=1).tolist()
+    lengths = ", ".join(str(len(r)) for r in rows)
+    show(f"On {compiled.manifest.target}, {_counted(len(rows), 'prompt')} of {lengths} tokens:")
+    show()
     show(steps_table(found.errors, wrong, len(rows), limit))
     show()
-    lengths = ", ".join(str(len(r)) for r in rows)
-    line((f"{len(rows)} prompts of {lengths} tokens, {steps} steps each, on {compiled.manifest.target}", "dim"))
+    show(str(yardstick))
     if not found.equal(limit):
-        line(("MISMATCH: ", "bold red"), mismatch(found, limit))
+        show(Text.assemble(("MISMATCH: ", "bold red"), mismatch(found, limit)))
         raise typer.Exit(1)
-    line(("Agrees with transformers: ", "bold green"), agreement(found, limit))
+    show(Text.assemble(("Agrees with transformers: ", "bold green"), agreement(found, limit)))
 
 
 def random_prompts(request: Request, steps: int, vocabulary: int) -> Rows:
@@ -119,11 +122,16 @@ def steps_table(errors: Sequence[float], wrong: Sequence[int], rows: int, limit:
 
 def agreement(found: Comparison, limit: float) -> str:
     """One sentence about a comparison that holds."""
-    return f"every token, and every logit within {found.error / limit:.0%} of the bound."
+    return f"all tokens, and the largest error is {found.error / limit:.0%} of the bound."
 
 
 def mismatch(found: Comparison, limit: float) -> str:
     """One sentence about what differs."""
+    error = f"the largest error is {found.error / limit:.3g} × the bound."
     if found.agreement < found.steps:
-        return f"the token of step {found.agreement} differs; the largest error is {found.error / limit:.3g} × the bound."
-    return f"the tokens agree, but the largest error is {found.error / limit:.3g} × the bound."
+        return f"a token of step {found.agreement} differs; {error}"
+    return f"the tokens agree, but {error}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
