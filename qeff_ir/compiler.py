@@ -90,7 +90,9 @@ def compile_model(
     backend.check_options(options)
     missing = None if emit_only else backend.missing()
     if missing is not None:
-        raise CompileError(f"{target} cannot compile here: {missing}")
+        raise CompileError(
+            f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without"
+        )
     steps = Pipeline.parse(pipeline or backend.pipeline)
     tell = watch or (lambda _step, _run: None)
     tell("weights", None)

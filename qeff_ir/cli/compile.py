@@ -1,0 +1,67 @@
+"""``qeff compile``: from a model to a package."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qeff_ir.cli.models import compile_source, open_model
+from qeff_ir.cli.request import Request, with_request
+from qeff_ir.cli.tables import pipeline_table
+from qeff_ir.cli.terminal import line, seconds, show
+from qeff_ir.errors import PackageError
+
+if TYPE_CHECKING:
+    from qeff_ir.compiler import Compiled
+
+
+@with_request
+def command(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub id.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the package; in the cache by default.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write what the passes did as JSON.", metavar="FILE")] = None,
+    *,
+    request: Request,
+) -> None:
+    """Compile a model into a package.
+
+    Any other option is a flag of the AI 100 compiler, and comes after MODEL (--aic-enable-depth-first, --mos 1).
+    """
+    started = time.perf_counter()
+    compiled = compile_source(open_model(model, request), request, out)
+    show()
+    show(pipeline_table(compiled.manifest.report))
+    show()
+    if compiled.cached:
+        line(("Nothing to do: ", "green"), "an equal package was there already.")
+    else:
+        line(("Compiled", "green"), f" {compiled.manifest.model} in {seconds(time.perf_counter() - started)}.")
+    if report is not None:
+        _write_report(report, compiled.manifest.report)
+        line("Report:   ", str(report))
+    _say_next(compiled)
+
+
+def _say_next(compiled: Compiled) -> None:
+    line("Package:  ", (str(compiled.folder), "bold"))
+    if compiled.manifest.target == "ai100" and not compiled.manifest.compiled:
+        line(
+            "          emitted, not compiled: it runs in the emulator; compile_command.json has the compiler's command"
+        )
+    line("Next:     ", (f'qeff run {shlex.quote(str(compiled.folder))} --prompt "…"', "bold"))
+
+
+def _write_report(path: Path, report: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise PackageError(
+            f"the report {path} cannot be written ({error.strerror}): choose another --report"
+        ) from error

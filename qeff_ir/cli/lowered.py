@@ -1,0 +1,43 @@
+"""A model that is lowered once, for several targets and for questions about the lowered module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qeff_ir.frontend.source import Source
+from qeff_ir.module import Module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LoweredOnce(Source):
+    """Another source, lowered on first use; every `lower` returns a copy of the same module."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._module: Module | None = None
+        self.config = source.config
+
+    def lower(self) -> Module:
+        """See `Source.lower`."""
+        if self._module is None:
+            self._module = self._source.lower()
+        return self._module.clone()
+
+    def identity(self) -> dict[str, Any] | None:
+        """See `Source.identity`."""
+        return self._source.identity()
+
+    def weight_files(self) -> list[Path]:
+        """See `Source.weight_files`."""
+        return self._source.weight_files()
+
+    def reference(self) -> PreTrainedModel:
+        """See `Source.reference`."""
+        return self._source.reference()
+
+    def save_side_files(self, folder: Path) -> None:
+        """See `Source.save_side_files`."""
+        self._source.save_side_files(folder)

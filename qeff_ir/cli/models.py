@@ -1,0 +1,106 @@
+"""From the words of a user to a model or a package, with a live line while it takes time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from qeff_ir.cli.request import Request
+from qeff_ir.cli.terminal import complain, quiet_transformers, show, working
+from qeff_ir.errors import RuntimeInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qeff_ir.compiler import Compiled
+    from qeff_ir.frontend.source import Source
+    from qeff_ir.passing.manager import PassRun
+
+_STEPS = {
+    "weights": "Reading the weight files",
+    "lower": "Lowering the model to ONNX",
+    "emit": "Writing the package",
+    "compile": "Running the target's compiler",
+}
+
+
+def open_model(name: str, request: Request) -> Source:
+    """Open a model folder or hub id.
+
+    Raises:
+        ModelLoadError: There is no such model, or it cannot be read.
+    """
+    folder = Path(name).expanduser()
+    with working(f"Opening {name}"):
+        from qeff_ir.frontend.source import open_source
+
+        source = open_source(folder if folder.is_dir() else name, trust_remote_code=request.trust_remote_code)
+        quiet_transformers()
+    return source
+
+
+def compile_source(source: Source, request: Request, out: Path | None = None, *, announce: bool = True) -> Compiled:
+    """Compile a model; first say for which target and why, if that is to be announced.
+
+    Raises:
+        QeffError: See `qeff_ir.compiler.compile_model`.
+    """
+    from qeff_ir.compiler import choose_target, compile_model
+
+    target, why = choose_target(request.target)
+    if announce:
+        show(Text(why, style="dim"))
+    _check_flags(target, request)
+    with working(_STEPS["weights"]) as say:
+
+        def watch(step: str, run: PassRun | None) -> None:
+            if run is None:
+                say(_STEPS.get(step, f"Running the pass {step}"))
+
+        return compile_model(
+            source,
+            request.options(),
+            target=target,
+            out=out,
+            pipeline=request.pipeline,
+            emit_only=request.emit_only,
+            watch=watch,
+        )
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, or of a package's.
+
+    Raises:
+        RuntimeInputError: There is none, or it cannot be read.
+    """
+    import transformers
+
+    quiet_transformers()
+    loader: Any = transformers.AutoTokenizer  # typed in parts only
+    try:
+        return loader.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever its many tokenizers raise
+        raise RuntimeInputError(
+            f"{folder} has no tokenizer that can be read: save the model's tokenizer beside it and compile again, "
+            "or pass token ids to generate() in Python"
+        ) from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt."""
+    return [tokenizer(p)["input_ids"] for p in prompts]  # pyright: ignore[reportReturnType]
+
+
+def _check_flags(target: str, request: Request) -> None:
+    """ONNX Runtime has no compiler: its flags are checked as the AI 100's, and said to do nothing."""
+    if target != "onnxruntime" or not request.flags:
+        return
+    from backends import find_backend
+
+    find_backend("ai100").check_options(request.options())
+    names = ", ".join(f"--{name.replace('_', '-')}" for name in request.flags)
+    complain(f"onnxruntime has no compiler flags: {names} does nothing here", "warning")

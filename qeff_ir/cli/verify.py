@@ -1,0 +1,137 @@
+"""``qeff verify``: the same trace through transformers and through the compiled session."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from qeff_ir.cli.models import compile_source, encode, open_model, open_tokenizer
+from qeff_ir.cli.request import Request, with_request
+from qeff_ir.cli.tables import grid, pipeline_table
+from qeff_ir.cli.terminal import show, working
+from qeff_ir.errors import RuntimeInputError
+
+if TYPE_CHECKING:
+    from qeff_ir.testing.trace import Comparison
+
+Rows = list[list[int]]
+
+
+@with_request
+def command(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub id.", show_default=False)],
+    steps: Annotated[int, typer.Option(help="Tokens to compare after each prompt.", min=1)] = 8,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt, as many as --batch-size; random tokens by default.", show_default=False),
+    ] = None,
+    *,
+    request: Request,
+) -> None:
+    """Compare the compiled model with transformers, token by token and logit by logit; exit 1 on a mismatch."""
+    from dataclasses import replace
+
+    if "batch_size" not in request.given:
+        request = replace(request, batch_size=len(prompt) if prompt else 3)
+    source = open_model(model, request)
+    from qeff_ir.auto import QEFFAutoModelForCausalLM
+    from qeff_ir.cli.lowered import LoweredOnce
+
+    source = LoweredOnce(source)
+    compiled = compile_source(source, request)
+    show()
+    show(pipeline_table(compiled.manifest.report))
+    show()
+    if prompt:
+        from qeff_ir.package import SIDE_FOLDER
+
+        tokenizer = open_tokenizer(compiled.folder / SIDE_FOLDER)
+        rows = encode(tokenizer, prompt)
+    else:
+        config: Any = source.config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
+        rows = random_prompts(request, steps, config.vocab_size)
+    longest = max(map(len, rows))
+    if longest + steps - 1 > request.ctx_len:
+        raise RuntimeInputError(
+            f"a prompt of {longest} tokens and {steps} steps do not fit ctx_len={request.ctx_len}: "
+            f"pass --ctx-len {longest + steps - 1} or more, or fewer --steps"
+        )
+    with working("Asking transformers") as say:
+        from qeff_ir.cli.yardstick import measure
+        from qeff_ir.testing.trace import compare, reference_trace, session_trace
+
+        theirs = source.reference()
+        reference = reference_trace(theirs, rows, steps)
+        say("Asking the compiled model")
+        decoder = QEFFAutoModelForCausalLM.from_package(compiled.folder).runner().decoder
+        trace = session_trace(decoder, rows, reference.tokens)
+        say("Measuring what rounding explains")
+        try:
+            found, yardstick = compare(trace, reference), measure(source.lower(), theirs, rows, reference)
+        except ValueError as error:
+            raise RuntimeInputError(f"{model} cannot be verified: {error}") from error
+    limit = yardstick.limit
+    wrong = (trace.tokens != reference.tokens).sum(axis=1).tolist()
+    lengths = ", ".join(str(len(r)) for r in rows)
+    show(f"On {compiled.manifest.target}, {_counted(len(rows), 'prompt')} of {lengths} tokens:")
+    show()
+    show(steps_table(found.errors, wrong, len(rows), limit))
+    show()
+    show(str(yardstick))
+    if not found.equal(limit):
+        show(Text.assemble(("MISMATCH: ", "bold red"), mismatch(found, limit)))
+        raise typer.Exit(1)
+    show(Text.assemble(("Agrees with transformers: ", "bold green"), agreement(found, limit)))
+
+
+def random_prompts(request: Request, steps: int, vocabulary: int) -> Rows:
+    """Prompts of unequal lengths, seeded: the first longer than one prefill chunk where the context has room for it.
+
+    Raises:
+        RuntimeInputError: The steps alone fill the context.
+    """
+    import numpy as np
+
+    room = request.ctx_len - steps + 1
+    if room < 1:
+        raise RuntimeInputError(f"{steps} steps do not fit ctx_len={request.ctx_len}: pass fewer --steps")
+    chunk = request.prefill_seq_len
+    wanted = itertools.cycle((chunk + chunk // 2 + 1, max(1, chunk // 3), chunk, 2 * chunk + 1, 1))
+    random = np.random.default_rng(0)
+    lengths = [min(length, room) for length in itertools.islice(wanted, request.batch_size)]
+    return [random.integers(0, vocabulary, length).tolist() for length in lengths]
+
+
+def steps_table(errors: Sequence[float], wrong: Sequence[int], rows: int, limit: float) -> Table:
+    """One line for each step: its error against the bound, and how many tokens agree."""
+    table = grid("step", "max |error| / rms", "bound", "tokens that agree", right=("max |error| / rms", "bound"))
+    for step, (error, differ) in enumerate(zip(errors, wrong, strict=True)):
+        table.add_row(
+            "prefill" if step == 0 else f"decode {step}",
+            Text(f"{error:.1e}", style="" if error <= limit else "bold red"),
+            f"{limit:.1e}",
+            Text(f"{rows - differ} of {rows}", style="" if not differ else "bold red"),
+        )
+    return table
+
+
+def agreement(found: Comparison, limit: float) -> str:
+    """One sentence about a comparison that holds."""
+    return f"all tokens, and the largest error is {found.error / limit:.0%} of the bound."
+
+
+def mismatch(found: Comparison, limit: float) -> str:
+    """One sentence about what differs."""
+    error = f"the largest error is {found.error / limit:.3g} × the bound."
+    if found.agreement < found.steps:
+        return f"a token of step {found.agreement} differs; {error}"
+    return f"the tokens agree, but {error}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
