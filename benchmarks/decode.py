@@ -126,9 +126,7 @@ def _model(race: Race) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def _contenders(
-    race: Race, model: Any, rows: Rows, folder: Path, compiled: bool
-) -> tuple[list[Contender], str | None]:
+def _contenders(race: Race, model: Any, rows: Rows, folder: Path, compiled: bool) -> tuple[list[Contender], str | None]:
     """Who takes part, and why `torch.compile` does not, in one line."""
     options = CompileOptions(prefill_seq_len=race.chunk, ctx_len=race.ctx_len, batch_size=race.batch)
     ours = Ours(prepare(model, memory_weights(model), options, folder, threads=race.threads))
@@ -137,7 +135,7 @@ def _contenders(
         return contenders, None
     try:
         contenders.append(Compiled(model, race.ctx_len, rows))
-    except Exception as error:  # whatever the compiler or its toolchain raises
+    except Exception as error:  # noqa: BLE001  # whatever the compiler or its toolchain raises
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         return contenders, f"{type(error).__name__}: {first[:120]}"
     return contenders, None
