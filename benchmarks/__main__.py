@@ -1,0 +1,14 @@
+"""``python -m benchmarks <name>``."""
+
+from __future__ import annotations
+
+import typer
+
+from benchmarks import decode, memory
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_show_locals=False)
+app.command("decode")(decode.main)
+app.command("memory")(memory.main)
+
+if __name__ == "__main__":
+    app()

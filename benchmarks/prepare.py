@@ -1,0 +1,41 @@
+"""The way from a transformers model to a decoder that runs: the one place that knows how this is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from backends.base import CompileOptions
+from backends.onnxruntime import BACKEND
+from qeff_ir.frontend.lower import lower
+from qeff_ir.frontend.weights import Weights
+from qeff_ir.module import Module, Specialization
+from qeff_ir.passing.manager import run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.runtime.decoder import Decoder
+
+
+def lowered(model: PreTrainedModel, weights: Weights) -> Module:
+    """The module of a model as the frontend makes it."""
+    return lower(model, weights)
+
+
+def finish(module: Module, options: CompileOptions) -> None:
+    """Run the ONNX Runtime backend's own pipeline."""
+    shared = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
+    module.specializations = [
+        Specialization("Prefill", {**shared, "seq_len": options.prefill_seq_len}),
+        Specialization("Decode", {**shared, "seq_len": 1}),
+    ]
+    run_pipeline(module, Pipeline.parse(BACKEND.pipeline))
+
+
+def prepare(
+    model: PreTrainedModel, weights: Weights, options: CompileOptions, folder: Path, *, threads: int
+) -> Decoder:
+    """Compile a model for ONNX Runtime into `folder`, and open it."""
+    module = lowered(model, weights)
+    finish(module, options)
+    BACKEND.emit(module, folder, options)
+    return Decoder(BACKEND.open(folder, threads=threads))
