@@ -48,7 +48,7 @@ class Backend(ABC):
 
     @abstractmethod
     def missing(self) -> str | None:
-        """Why models cannot be compiled for the target here, as a clause that names what was looked for; else `None`."""
+        """Why models cannot be compiled here, as a clause that names what was looked for, or `None`."""
 
     def check_options(self, options: CompileOptions) -> None:
         """Refuse options that the target cannot take, before anything is lowered.

@@ -135,7 +135,7 @@ def _contenders(race: Race, model: Any, rows: Rows, folder: Path, compiled: bool
         return contenders, None
     try:
         contenders.append(Compiled(model, race.ctx_len, rows))
-    except Exception as error:  # noqa: BLE001  # whatever the compiler or its toolchain raises
+    except Exception as error:  # whatever the compiler or its toolchain raises
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         return contenders, f"{type(error).__name__}: {first[:120]}"
     return contenders, None

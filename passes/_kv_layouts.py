@@ -103,7 +103,7 @@ class Scatter(Layout):
         past, new = node.inputs[:2]
         b = self.rewriter.at(node)
         shape, dtype = ir.Shape(state.shape), node.outputs[0].dtype
-        readers = [c for c in node.outputs[0].consumers()]
+        readers = list(node.outputs[0].consumers())
         retained = b("CtxScatter", past, self._written(slots), new, domain=CTX_DOMAIN, shape=shape, dtype=dtype)
         read = b(
             "CtxGather",
@@ -156,8 +156,8 @@ class TensorScatter(Layout):
     - A cache that keeps every token has ``prefill_seq_len`` more slots than the context. A chunk that is padded on the
       right writes beyond the row's last token, where the next tokens go; a chunk of padding only writes to the spare
       slots. Neither is ever seen, because no query's position reaches these slots before a real token has been written.
-    - In a ring of ``window + prefill_seq_len - 1`` slots, what the padding of a chunk overwrites is too old for any later
-      query. A chunk of padding only writes back what it finds.
+    - In a ring of ``window + prefill_seq_len - 1`` slots, what the padding of a chunk overwrites is too old for any
+      later query. A chunk of padding only writes back what it finds.
     """
 
     def write(self, node: ir.Node, slots: Slots, state: State) -> None:

@@ -19,8 +19,8 @@ from qeff_ir.passing.base import Pass, Rewriter, register
 class Canonicalize(Pass):
     """Fold constants, inline helper functions, merge equal nodes, drop what nothing uses (onnxscript's optimizer).
 
-    Guarantees: no `Identity` between nodes, no constant subgraph, one initializer per constant, constant reshape targets
-    wherever the shapes are known. Weights are never folded: they stay references.
+    Guarantees: no `Identity` between nodes, no constant subgraph, one initializer per constant, constant reshape
+    targets wherever the shapes are known. Weights are never folded: they stay references.
     """
 
     name: ClassVar[str] = "canonicalize"

@@ -23,8 +23,8 @@ class KVRetention(Pass):
     """Lower cache writes and slot positions to a physical layout.
 
     ``layout=scatter`` is the AI 100 form: `CtxScatter` drops padded tokens, `CtxGather` reads only slots that hold a
-    token. ``layout=tensor-scatter`` is the in-place form for ONNX Runtime: the standard `TensorScatter`, whose input and
-    output share a buffer.
+    token. ``layout=tensor-scatter`` is the in-place form for ONNX Runtime: the standard `TensorScatter`, whose input
+    and output share a buffer.
 
     ``ring=auto`` keeps only as many slots of a sliding-window layer as the window and one prefill chunk need
     (``window + prefill_seq_len - 1``), where this is shorter than the context; ``ring=off`` never does.

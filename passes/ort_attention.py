@@ -22,8 +22,9 @@ _INT32 = ir.DataType.INT32
 class OrtAttention(Pass):
     """Fuse two `TensorScatter` and the causal `Attention` over them into one `GroupQueryAttention`.
 
-    The kernel writes the caches in place as before, without the padding, but reads only the slots up to a row's last token instead of all of
-    them, and takes queries, keys and values as the projections make them, ``[batch, seq, heads * width]``.
+    The kernel writes the caches in place as before, without the padding, but reads only the slots up to a row's last
+    token instead of all of them, and takes queries, keys and values as the projections make them,
+    ``[batch, seq, heads * width]``.
 
     Fused is what is plainly causal: a mask ``slot <= position_ids`` over caches that keep every token. A windowed,
     chunked or otherwise masked attention stays the standard op, which is right for any mask.
@@ -108,7 +109,7 @@ def _fuse(node: ir.Node, position_ids: ir.Value, lengths: dict[object, list[ir.V
     rewriter.stamp(kernel, node)
     rewriter.graph.insert_before(node, kernel)
     mixed = kernel.outputs[0]
-    mixed.dtype = node.outputs[0].dtype
+    mixed.type = node.outputs[0].type
     flat = flattening(node, heads * width)
     if flat is None:
         split = b("Reshape", mixed, b.const([0, 0, heads, width]))

@@ -15,7 +15,7 @@ ORT_DOMAIN = "com.microsoft"
 @register
 @dataclass(frozen=True, slots=True)
 class OrtKernels(Pass):
-    """Select ONNX Runtime kernels: `FusedMatMul` reads a weight the way the checkpoint stores it, `QuickGelu` is `Swish`.
+    """Select ONNX Runtime kernels: `FusedMatMul` reads a weight as the checkpoint stores it, `QuickGelu` is `Swish`.
 
     Without the first, the runtime would transpose every weight when it loads the model, and keep both copies.
     """

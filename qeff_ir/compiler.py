@@ -1,4 +1,4 @@
-"""From a model to a package: lower, run the target's pipeline, check, emit, compile, seal; cached by all that matters."""
+"""From a model to a package: lower, run the target's pipeline, check, emit, compile, seal; cached by all that counts."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ def compile_model(
     backend.check_options(options)
     missing = None if emit_only else backend.missing()
     if missing is not None:
-        raise CompileError(
-            f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without"
-        )
+        raise CompileError(f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without")
     steps = Pipeline.parse(pipeline or backend.pipeline)
     tell = watch or (lambda _step, _run: None)
     tell("weights", None)
@@ -134,7 +132,7 @@ def specialize(module: Module, options: CompileOptions) -> None:
     limit = module.dims["ctx_len"].maximum
     if limit is not None and options.ctx_len > limit:
         raise CompileError(
-            f"ctx_len={options.ctx_len} is more than the {limit} positions that {module.name} has: use ctx_len={limit} or less"
+            f"ctx_len={options.ctx_len} is more than the {limit} positions of {module.name}: use ctx_len={limit} or less"
         )
     common = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
     lengths = {"Prefill": options.prefill_seq_len, "Decode": 1}
@@ -174,8 +172,8 @@ def _check_options(options: CompileOptions, source: Source) -> None:
             raise CompileError(f"{name} must be a whole number of at least 1, not {value!r}")
     if options.ctx_len < options.prefill_seq_len:
         raise CompileError(
-            f"ctx_len={options.ctx_len} is less than prefill_seq_len={options.prefill_seq_len}: the context must hold at "
-            "least one prefill chunk"
+            f"ctx_len={options.ctx_len} is less than prefill_seq_len={options.prefill_seq_len}: the context must "
+            "hold at least one prefill chunk"
         )
     if getattr(source.config, "is_encoder_decoder", False):
         raise CompileError(f"{_architecture(source)} is an encoder-decoder model, not a causal LM")

@@ -103,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads(path.read_text())
         if data["version"] != FORMAT_VERSION:
             raise PackageError(
-                f"{folder} is a package of format version {data['version']}, this qeff-ir reads version {FORMAT_VERSION}: "
+                f"{folder} is a package of format version {data['version']}, this qeff-ir reads {FORMAT_VERSION}: "
                 "compile the model again"
             )
         files = {name: FileRecord(**record) for name, record in data.pop("files").items()}
@@ -139,7 +139,7 @@ def open_package(folder: Path) -> Manifest:
 def building(out: Path) -> Generator[Path]:
     """A new folder that becomes `out` when the block ends without an error; otherwise nothing of it stays.
 
-    Only one build of `out` runs at a time. What `out` held before is replaced in one step, and only if it was a package.
+    Only one build of `out` runs at a time. What `out` held before is replaced at once, and only if it was a package.
 
     Raises:
         PackageError: `out` holds something else, or the disk is full or cannot be written.

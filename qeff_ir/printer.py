@@ -107,5 +107,6 @@ def _numbers(value: ir.Value) -> str:
 def _attribute(attribute: ir.Attr) -> str:
     if attribute.type == ir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()
-        return f"{tensor.dtype.name.lower()}{list(tensor.shape.numpy())}:{hashlib.sha256(tensor.tobytes()).hexdigest()[:16]}"
+        digest = hashlib.sha256(tensor.tobytes()).hexdigest()[:16]
+        return f"{tensor.dtype.name.lower()}{list(tensor.shape.numpy())}:{digest}"
     return str(attribute.value)

@@ -9,7 +9,7 @@ Each rule has a stable code, which `VerificationError.code` carries:
 ``interface``         graph inputs and outputs have a type and a shape of sizes and declared dims
 ``state-pair``        every state has its input and its output, of the state's type and shape
 ``state-roles``       no two states share layer and role; key before value, layers ascending
-``dims``              every specialization gives a size of at least 1 to every dim of the interface, and its name is unique
+``dims``              every specialization gives a size of at least 1 to every dim of the interface; its name is unique
 ``bounds``            no specialization exceeds the maximum of a dim
 ====================  =================================================================================================
 """

@@ -1,8 +1,8 @@
 """What is captured at the model's edge: attention, masks and cache writes, through transformers' extension points.
 
 While a model is traced under `captured`, every attention is one op, every cache write is one op, and each mask is the
-model's *own* mask function evaluated at ``q = position_ids`` and ``kv = the position in each cache slot``. Causal, sliding
-and chunked masks, padded rows and chunked prefill all follow from the positions.
+model's *own* mask function evaluated at ``q = position_ids`` and ``kv = the position in each cache slot``. Causal,
+sliding and chunked masks, padded rows and chunked prefill all follow from the positions.
 """
 
 from __future__ import annotations

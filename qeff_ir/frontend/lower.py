@@ -1,4 +1,4 @@
-"""A transformers causal LM becomes a `Module`: probe the layers, trace once under fake tensors, convert, refer to weights.
+"""A transformers causal LM becomes a `Module`: probe the layers, trace once on fake tensors, convert, refer to weights.
 
 `torch.export` traces the model inside `captured`; `torch.onnx` converts the graph with transformers' own export fixes;
 the initializers then become references to the checkpoint.
@@ -48,8 +48,8 @@ def lower(model: PreTrainedModel, weights: Weights) -> Module:
         weights: Where each parameter and persistent buffer is.
 
     Returns:
-        A module with inputs ``input_ids``, ``position_ids`` (int64 ``[batch_size, seq_len]``) and the states, and outputs
-        ``logits`` (float32 ``[batch_size, seq_len, vocab]``) and the new states.
+        A module with inputs ``input_ids``, ``position_ids`` (int64 ``[batch_size, seq_len]``) and the states, and
+        outputs ``logits`` (float32 ``[batch_size, seq_len, vocab]``) and the new states.
 
     Raises:
         UnsupportedModelError: The model has no key/value cache, or something in it cannot be traced.
@@ -156,8 +156,8 @@ def _states(specs: list[LayerSpec]) -> list[State]:
     return [made for s in specs for made in (state(s, "key", *s.key), state(s, "value", *s.value))]
 
 
-# The exporter works at an older opset, so it only sees opaque ops of the dialect's domain; `_clean` gives them bodies, or
-# their standard name where ONNX has one.
+# The exporter works at an older opset, so it only sees opaque ops of the dialect's domain; `_clean` gives them bodies,
+# or their standard name where ONNX has one.
 _STANDARD = {"Attention"}
 
 

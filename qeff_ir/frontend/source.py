@@ -38,7 +38,7 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any] | None:
-        """What determines the lowered graph apart from software versions, as JSON data; `None` if only lowering tells."""
+        """What determines the lowered graph, software versions apart, as JSON data; `None` if only lowering tells."""
 
     def weight_files(self) -> list[Path]:
         """The checkpoint's files; none for a model in memory."""

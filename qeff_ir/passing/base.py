@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass with a name, typed options, and a `run` that changes a module through a `Rewriter`.
+"""A pass is a frozen dataclass with a name, typed options, and a `run` that changes a module through a `Rewriter`.
 
     @register
     @dataclass(frozen=True, slots=True)

@@ -46,8 +46,8 @@ class Pipeline:
         """Read a pipeline.
 
         Raises:
-            PipelineError: A pass, option or value is unknown or malformed; the message points at the place in the text and
-                gives the nearest name or the allowed values.
+            PipelineError: A pass, option or value is unknown or malformed; the message points at the place in the text
+                and gives the nearest name or the allowed values.
         """
         return cls(tuple(_Parser(text).passes()))
 

@@ -55,8 +55,8 @@ class Decoder:
     def prefill(self, rows: Sequence[Sequence[int]]) -> Array:
         """Forget everything and read the prompts.
 
-        All rows end in the same last chunk, so that its logits are those of every row's last token: shorter rows idle in
-        the first chunks, whose tokens are padding.
+        All rows end in the same last chunk, so that its logits are those of every row's last token: shorter rows idle
+        in the first chunks, whose tokens are padding.
 
         Args:
             rows: Token ids of each row, as many rows as the batch has; an empty row stays idle.

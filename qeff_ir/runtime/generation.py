@@ -101,7 +101,7 @@ class SessionLM(GenerationMixin):
         if longest > self.decoder.ctx_len or (asked is not None and asked > room + 1):
             raise RuntimeInputError(
                 f"a prompt of {longest} tokens and {asked or 1} new ones do not fit the compiled context of "
-                f"{self.decoder.ctx_len}: compile with ctx_len={longest + (asked or 1)} or more, or ask for fewer tokens"
+                f"{self.decoder.ctx_len}: compile with ctx_len={longest + (asked or 1)} or more, or ask for fewer"
             )
         default = 20  # what transformers takes when nothing is said
         return {} if asked is not None or room >= default else {"max_new_tokens": max(room, 1)}

@@ -1,1 +1,1 @@
-"""Proofs for everybody: traces driven through transformers and through a session, and tolerances that mean something."""
+"""Proofs for everybody: traces driven through transformers and a session, and tolerances that mean something."""
