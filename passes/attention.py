@@ -24,8 +24,8 @@ class Attention(Pass):
     """Lower captured attention.
 
     ``impl=grouped`` writes it as matrix products and a softmax, with the query heads of a group in an axis of their
-    own, so that keys and values are never copied per query head. ``impl=standard`` keeps the standard `Attention` op and
-    lowers only what it cannot express (attention sinks).
+    own, so that keys and values are never copied per query head. ``impl=standard`` keeps the standard `Attention` op
+    and lowers only what it cannot express (attention sinks).
 
     Scale, soft-cap, windows (in the mask), sinks, and values narrower than keys are all kept.
     """
