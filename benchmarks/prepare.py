@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 
 from backends.base import CompileOptions
 from backends.onnxruntime import BACKEND
+from qeff_ir.compiler import specialize
 from qeff_ir.frontend.lower import lower
 from qeff_ir.frontend.weights import Weights
-from qeff_ir.module import Module, Specialization
+from qeff_ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
@@ -23,11 +24,7 @@ def lowered(model: PreTrainedModel, weights: Weights) -> Module:
 
 def finish(module: Module, options: CompileOptions) -> None:
     """Run the ONNX Runtime backend's own pipeline."""
-    shared = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
-    module.specializations = [
-        Specialization("Prefill", {**shared, "seq_len": options.prefill_seq_len}),
-        Specialization("Decode", {**shared, "seq_len": 1}),
-    ]
+    specialize(module, options)
     run_pipeline(module, Pipeline.parse(BACKEND.pipeline))
 
 

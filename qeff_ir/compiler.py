@@ -132,7 +132,7 @@ def specialize(module: Module, options: CompileOptions) -> None:
     limit = module.dims["ctx_len"].maximum
     if limit is not None and options.ctx_len > limit:
         raise CompileError(
-            f"ctx_len={options.ctx_len} is more than the {limit} positions of {module.name}: use at most ctx_len={limit}"
+            f"ctx_len={options.ctx_len} is more than the {limit} positions of {module.name}: use ctx_len={limit}"
         )
     common = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
     lengths = {"Prefill": options.prefill_seq_len, "Decode": 1}
