@@ -1,0 +1,150 @@
+"""What several tests need: models lowered once, sessions on modules, traces."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from backends import find_backend
+from backends.base import CompileOptions
+from qeff_ir.compiler import specialize
+from qeff_ir.frontend.source import MemorySource
+from qeff_ir.module import Module
+from qeff_ir.passing.manager import Report, run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.session import Array
+from qeff_ir.snapshot import save_module
+from qeff_ir.testing.trace import Trace, reference_trace
+from tests.models import VOCAB, build
+
+CANONICAL = "canonicalize,unflatten"
+OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=48, batch_size=2)
+STEPS = 16
+
+
+@functools.cache
+def tiny(name: str) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """A tiny model; do not change it."""
+    return build(name)
+
+
+@functools.cache
+def _lowered(name: str) -> Module:
+    return MemorySource(tiny(name)[1]).lower()
+
+
+def lowered(name: str) -> Module:
+    """A clone of a tiny model's module that may be changed."""
+    return _lowered(name).clone()
+
+
+@functools.cache
+def _canonical(name: str) -> Module:
+    module = lowered(name)
+    specialize(module, OPTIONS)
+    run_pipeline(module, Pipeline.parse(CANONICAL))
+    return module
+
+
+def canonical(name: str) -> Module:
+    """A clone of a tiny model's module after `CANONICAL`, specialized for `OPTIONS`."""
+    return _canonical(name).clone()
+
+
+class Lowered(MemorySource):
+    """A model in memory that is lowered only once; equal to a `MemorySource` in all that compilation sees."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(tiny(name)[1])
+        self.name = name
+
+    def lower(self) -> Module:
+        return lowered(self.name)
+
+
+def prompts(lengths: Sequence[int], seed: int = 3) -> list[list[int]]:
+    """Random prompts without special tokens."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, VOCAB, n).tolist() for n in lengths]
+
+
+PROMPTS = prompts([19, 5])
+"""Longer than two chunks of eight, and shorter than one and than the window."""
+
+
+@functools.cache
+def reference(name: str) -> Trace:
+    """transformers' trace of `PROMPTS`."""
+    return reference_trace(tiny(name)[1], PROMPTS, STEPS)
+
+
+def rest_of(backend: str) -> str:
+    """A backend's pipeline after `CANONICAL`."""
+    text = find_backend(backend).pipeline
+    assert text.startswith(CANONICAL + ",")
+    return text.removeprefix(CANONICAL + ",")
+
+
+def open_decoder(module: Module, folder: Path, pipeline: str | None = None) -> Decoder:
+    """Run the rest of the ONNX Runtime pipeline on a canonical module, and open a session on the result."""
+    run_pipeline(module, Pipeline.parse(pipeline or rest_of("onnxruntime")))
+    backend = find_backend("onnxruntime")
+    backend.check(module, OPTIONS)
+    backend.emit(module, folder, OPTIONS)
+    return Decoder(backend.open(folder, threads=1))
+
+
+def apply(module: Module, text: str) -> Report:
+    """Run a pipeline."""
+    return run_pipeline(module, Pipeline.parse(text))
+
+
+def run_graph(module: Module, folder: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Run a module's graph as it is, ONNX Runtime's own rewriting off, one thread."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    folder.mkdir(parents=True, exist_ok=True)
+    path = save_module(module, folder)
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def random_feeds(module: Module, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
+    """A run in the middle of a request: earlier tokens in the caches, the last column of row 1 padded.
+
+    The caches hold random numbers in every slot, so that reading a slot that must not be read shows.
+    """
+    rng = np.random.default_rng(seed)
+    batch, seq = sizes["batch_size"], sizes["seq_len"]
+    positions = np.stack([np.arange(seq) + 3 + 2 * row for row in range(batch)]).astype(np.int64)
+    positions[1, -1] = -1
+    feeds: dict[str, Array] = {
+        "input_ids": rng.integers(4, VOCAB, (batch, seq)).astype(np.int64),
+        "position_ids": positions,
+    }
+    for state in module.states:
+        shape = [sizes[d] if isinstance(d, str) else d for d in state.shape]
+        feeds[state.input] = rng.standard_normal(shape).astype(np.float32)
+    return feeds
+
+
+def generate(model: PreTrainedModel, **kwargs: Any) -> torch.Tensor:
+    """transformers' own generation."""
+    with torch.no_grad():
+        result = model.generate(**kwargs)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+Mutation = Callable[[Module], None]
