@@ -1,10 +1,11 @@
 """Tiny random models, as data: the only place of the repository that names architectures.
 
-Every model is small enough for a laptop and complete: grouped heads, windows shorter than the context, soft-caps, sinks,
-experts. Weights are drawn with a standard deviation above transformers' default of 0.02, so that a wrong mask, scale or
+Every model is small enough for a laptop and complete: grouped heads, windows shorter than the context, soft-caps,
+sinks, experts. Weights are drawn with a standard deviation above transformers' default of 0.02, so that a wrong mask, scale or
 position shows in the logits, and biases and scales are not the 0 and 1 that would hide that they are dropped.
 
-The models are well-conditioned: transformers in float32 stays within about 0.7 of `tolerance.bound` of itself in float64.
+The models are well-conditioned: transformers in float32 stays within about 0.7 of `tolerance.bound` of itself in
+float64.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ MODELS: dict[str, TinyModel] = {
     "bloom": TinyModel(
         "bloom",
         {
-            "vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.05,
+            "vocab_size": VOCAB, "hidden_size": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.05,
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
         },
     ),

@@ -65,7 +65,7 @@ def test_the_windows_are_those_of_the_model(name: str) -> None:
 def test_depth_counts_the_products_in_a_row() -> None:
     """q/k/v, two in attention, the output, up and down: six a layer, and the head; a router is one more."""
     assert tolerance.depth(support.lowered("llama")) == 6 * 2 + 1
-    assert tolerance.depth(support.lowered("bloom")) == 6 * 2 + 1
+    assert tolerance.depth(support.lowered("bloom")) == 6 * 3 + 1
     assert tolerance.depth(support.lowered("gemma3")) == 6 * 3 + 1
     assert tolerance.depth(support.lowered("mixtral")) == 7 * 2 + 1
 
@@ -223,16 +223,16 @@ def rotation_backwards(module: Module) -> None:
 
 
 def no_position_bias(module: Module) -> None:
-    """ALiBi: the bias is the product of slopes and key positions."""
-    positions = [n for n in module.graph if n.op_type == "CachePositions"]
-    assert positions
-    for node in positions:
-        for consumer in list(node.outputs[0].consumers()):
-            if consumer.op_type == "Cast":
-                b = Rewriter(module, "fault").at(consumer)
-                consumer.replace_input_with(0, b("Mul", node.outputs[0], b.const(0)))
-                return
-    raise AssertionError("no bias is computed from the positions")
+    """ALiBi: one slope a head, times the position of the key."""
+    slopes = [
+        v
+        for v in module.graph.initializers.values()
+        if v.const_value is not None
+        and tuple(v.const_value.shape.numpy()) == (4, 1, 1)
+        and v.const_value.numpy()[0] == 0.25
+    ]
+    assert len(slopes) == 1
+    slopes[0].const_value = ir.tensor(np.zeros((4, 1, 1), np.float32), name=slopes[0].name)
 
 
 def one_block_skipped(module: Module) -> None:
