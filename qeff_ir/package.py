@@ -32,6 +32,10 @@ FORMAT_VERSION = 1
 """Version of the manifest and of the folder; a package of another version is refused."""
 
 _CHUNK = 1 << 24
+_UNWRITABLE = frozenset(
+    {errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EFBIG, errno.ENAMETOOLONG}
+)
+"""What the place that the user chose for a package can answer, a full disk apart."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,6 @@ def _disk_errors(out: Path) -> Generator[None]:
             raise PackageError(
                 f"the disk is full while writing {out}: free some space; nothing was left behind"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in _UNWRITABLE:
             raise PackageError(f"{out} cannot be written ({error.strerror}): choose another -o") from error
         raise

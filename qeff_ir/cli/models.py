@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qeff_ir.cli.request import Request
 from qeff_ir.cli.terminal import complain, quiet_transformers, show, working
-from qeff_ir.errors import RuntimeInputError
+from qeff_ir.errors import ModelLoadError, RuntimeInputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,11 @@ def open_model(name: str, request: Request) -> Source:
     Raises:
         ModelLoadError: There is no such model, or it cannot be read.
     """
+    from qeff_ir.package import is_package
+
     folder = Path(name).expanduser()
+    if is_package(folder):
+        raise ModelLoadError(f"{name} is a compiled package: give the model that it was made from")
     with working(f"Opening {name}"):
         from qeff_ir.frontend.source import open_source
 

@@ -38,11 +38,16 @@ def command(
 
     if "batch_size" not in request.given:
         request = replace(request, batch_size=len(prompt) if prompt else 3)
-    source = open_model(model, request)
+    if prompt and len(prompt) != request.batch_size:
+        raise RuntimeInputError(
+            f"there are {_counted(len(prompt), 'prompt')} for a batch of {request.batch_size}: leave out --batch-size"
+        )
+    _check_room(1, steps, request)
+    opened = open_model(model, request)
     from qeff_ir.auto import QEFFAutoModelForCausalLM
     from qeff_ir.cli.lowered import LoweredOnce
 
-    source = LoweredOnce(source)
+    source = LoweredOnce(opened)
     compiled = compile_source(source, request)
     show()
     show(pipeline_table(compiled.manifest.report))
@@ -50,17 +55,11 @@ def command(
     if prompt:
         from qeff_ir.package import SIDE_FOLDER
 
-        tokenizer = open_tokenizer(compiled.folder / SIDE_FOLDER)
-        rows = encode(tokenizer, prompt)
+        rows = encode(open_tokenizer(compiled.folder / SIDE_FOLDER), prompt)
     else:
         config: Any = source.config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
         rows = random_prompts(request, steps, config.vocab_size)
-    longest = max(map(len, rows))
-    if longest + steps - 1 > request.ctx_len:
-        raise RuntimeInputError(
-            f"a prompt of {longest} tokens and {steps} steps do not fit ctx_len={request.ctx_len}: "
-            f"pass --ctx-len {longest + steps - 1} or more, or fewer --steps"
-        )
+    _check_room(max(map(len, rows)), steps, request)
     with working("Asking transformers") as say:
         from qeff_ir.cli.yardstick import measure
         from qeff_ir.testing.trace import compare, reference_trace, session_trace
@@ -90,16 +89,10 @@ def command(
 
 
 def random_prompts(request: Request, steps: int, vocabulary: int) -> Rows:
-    """Prompts of unequal lengths, seeded: the first longer than one prefill chunk where the context has room for it.
-
-    Raises:
-        RuntimeInputError: The steps alone fill the context.
-    """
+    """Prompts of unequal lengths, seeded: the first longer than one prefill chunk where the context has room for it."""
     import numpy as np
 
     room = request.ctx_len - steps + 1
-    if room < 1:
-        raise RuntimeInputError(f"{steps} steps do not fit ctx_len={request.ctx_len}: pass fewer --steps")
     chunk = request.prefill_seq_len
     wanted = itertools.cycle((chunk + chunk // 2 + 1, max(1, chunk // 3), chunk, 2 * chunk + 1, 1))
     random = np.random.default_rng(0)
@@ -131,6 +124,15 @@ def mismatch(found: Comparison, limit: float) -> str:
     if found.agreement < found.steps:
         return f"a token of step {found.agreement} differs; {error}"
     return f"the tokens agree, but {error}"
+
+
+def _check_room(longest: int, steps: int, request: Request) -> None:
+    needed = longest + steps - 1  # the last token is compared, never fed
+    if needed > request.ctx_len:
+        raise RuntimeInputError(
+            f"a prompt of {_counted(longest, 'token')} and {_counted(steps, 'step')} do not fit "
+            f"ctx_len={request.ctx_len}: pass --ctx-len {needed} or more, or fewer --steps"
+        )
 
 
 def _counted(count: int, what: str) -> str:

@@ -1,0 +1,257 @@
+"""Bad input ends in exit code 2 and one clear line that says what was wrong and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir.demo import MODEL_FOLDER
+from qeff_ir.errors import RuntimeInputError
+
+from .conftest import Outcome, Qeff, command, environment
+
+
+def compile_words(model: object, out: Path, *more: object) -> list[object]:
+    return ["compile", model, "-o", out, "--target", "onnxruntime", *more]
+
+
+def test_unknown_hub_model(qeff_process: Qeff, tmp_path: Path) -> None:
+    said = qeff_process(*compile_words("nobody/no-such-model", tmp_path / "out"))
+    assert (
+        "'nobody/no-such-model' is neither a local folder nor a model that the hub or its cache has" in said.complaint
+    )
+    assert said.out == ""
+
+
+def test_no_folder(qeff: Qeff, tmp_path: Path) -> None:
+    assert "is not a model folder" in qeff(*compile_words(tmp_path / "none", tmp_path / "out")).complaint
+
+
+def test_folder_without_configuration(qeff: Qeff, tmp_path: Path) -> None:
+    assert "has no config.json" in qeff(*compile_words(tmp_path, tmp_path / "out")).complaint
+
+
+def test_configuration_that_is_no_json(qeff: Qeff, model: Path, tmp_path: Path) -> None:
+    (model / "config.json").write_text("{")
+    assert "is not a configuration that transformers reads" in qeff(*compile_words(model, tmp_path / "out")).complaint
+
+
+def test_folder_without_safetensors(qeff: Qeff, model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    complaint = qeff(*compile_words(model, tmp_path / "out")).complaint
+    assert "has no model.safetensors (only pytorch_model.bin): save the model with save_pretrained" in complaint
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 5000])
+def test_truncated_safetensors(qeff: Qeff, model: Path, tmp_path: Path, size: int) -> None:
+    os.truncate(model / "model.safetensors", size)
+    complaint = qeff(*compile_words(model, tmp_path / "out")).complaint
+    assert "model.safetensors is not a whole safetensors file" in complaint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("junk", [b"\xff" * 8, b"junkjunk{junk"])
+def test_corrupt_header(qeff: Qeff, model: Path, tmp_path: Path, junk: bytes) -> None:
+    with (model / "model.safetensors").open("r+b") as file:
+        file.write(junk)
+    assert "is not a whole safetensors file" in qeff(*compile_words(model, tmp_path / "out")).complaint
+
+
+def test_weights_of_another_configuration(qeff: Qeff, model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    complaint = qeff(*compile_words(model, tmp_path / "out")).complaint
+    assert "lacks 18 tensors" in complaint
+    assert list(tmp_path.glob("*out*partial*")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--ctx-len 16", "ctx_len=16 is less than prefill_seq_len=32"),
+        ("--ctx-len 9999", "use ctx_len=256 or less"),
+        ("--ctx-len 0", "--ctx-len"),
+        ("--ctx-len many", "(see qeff compile --help)"),
+        ("--ctx-lenn 64", "did you mean --ctx-len?"),
+        ("--target cloud", "there is no target 'cloud'"),
+        ("--pipeline attention", "put canonicalize before attention"),
+        ("--report /no/such/folder/r.json", "choose another --report"),
+        ("-o {file}", "exists and is not a qeff package"),
+        ("-o {file}/x", "cannot be written (File exists): choose another -o"),
+        ("-o {folder}", "exists and is not a qeff package"),
+        ("--target ai100", "there is no AI 100 compiler at /opt/qti-aic/exec/qaic-compile"),
+        ("--target ai100 --emit-only --mosx 1", "has no flag mosx: the nearest is mos;"),
+        ("--target ai100 --emit-only --mos x", "the flag mos takes a whole number, not 'x'"),
+        ("--target ai100 --emit-only --num-cores 99", "[cores] num_cores is 99"),
+        ("--target ai100 --emit-only --pipeline canonicalize", "put kv-retention into the pipeline"),
+    ],
+)
+def test_compile_refuses(qeff: Qeff, tmp_path: Path, words: str, complaint: str) -> None:
+    (tmp_path / "folder").mkdir()
+    for place in ("file", "folder/file"):
+        (tmp_path / place).touch()
+    places = {"file": tmp_path / "file", "folder": tmp_path / "folder"}
+    said = qeff(*compile_words(MODEL_FOLDER, tmp_path / "out"), *words.format(**places).split())
+    assert complaint in said.complaint
+
+
+def test_missing_sdk_names_the_way_out(qeff: Qeff, tmp_path: Path) -> None:
+    assert "--emit-only" in qeff("compile", MODEL_FOLDER, "-o", tmp_path / "out", "--target", "ai100").complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_pipeline_error_points_at_the_place(qeff: Qeff) -> None:
+    said = qeff("compile", MODEL_FOLDER, "--target", "onnxruntime", "--pipeline", "canonicalize,atention")
+    assert said.code == 2
+    assert said.err == (
+        "qeff: error: there is no pass 'atention'; did you mean 'attention'?\n"
+        "  canonicalize,atention\n"
+        "               ^\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--prompt 3+4= --max-new-tokens 300", "do not fit the compiled context of 128: compile with ctx_len=305"),
+        ("--prompt " + "1" * 200, "do not fit the compiled context of 128"),
+        ("--prompt 1+1= --temperature 0", "--temperature must be above 0"),
+        ("--prompt 1+1= --prompt 2+2= --stream", "--stream shows one prompt"),
+        ("--prompt 1+1= --ctx-len 64", "is compiled already: leave out --ctx-len"),
+        ("", "missing option '--prompt'"),
+    ],
+)
+def test_run_refuses(qeff: Qeff, compiled: tuple[Path, Outcome], words: str, complaint: str) -> None:
+    assert complaint in qeff("run", compiled[0], *words.split()).complaint
+
+
+def test_verify_refuses(qeff: Qeff, compiled: tuple[Path, Outcome]) -> None:
+    assert "is a compiled package: give the model" in qeff("verify", compiled[0]).complaint
+    assert "200 steps do not fit ctx_len=128" in qeff("verify", MODEL_FOLDER, "--steps", 200).complaint
+    assert "1 prompt for a batch of 2" in qeff("verify", MODEL_FOLDER, "--prompt", "1", "--batch-size", 2).complaint
+
+
+def test_batch_of_the_wrong_size(compiled: tuple[Path, Outcome]) -> None:
+    model = QEFFAutoModelForCausalLM.from_package(compiled[0])
+    with pytest.raises(RuntimeInputError, match="compiled for a batch of 1, but got 2 rows: compile with batch_size=2"):
+        model.generate(torch.ones(2, 3, dtype=torch.long))
+
+
+def test_package_of_another_version(qeff: Qeff, package: Path) -> None:
+    manifest = json.loads((package / "package.json").read_text())
+    (package / "package.json").write_text(json.dumps({**manifest, "version": 99}))
+    assert "format version 99, this qeff-ir reads version 1: compile the model again" in run(qeff, package)
+
+
+def test_damaged_manifest(qeff: Qeff, package: Path) -> None:
+    os.truncate(package / "package.json", 100)
+    assert "package.json is damaged" in run(qeff, package)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "huggingface/config.json", "huggingface/tokenizer.json"])
+def test_missing_file(qeff: Qeff, package: Path, name: str) -> None:
+    (package / name).unlink()
+    assert f"{name} of the package {package} is missing: compile the model again" in run(qeff, package)
+
+
+def test_missing_manifest(qeff: Qeff, package: Path) -> None:
+    (package / "package.json").unlink()
+    assert "is not a qeff package (it has no package.json)" in run(qeff, package)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "huggingface/config.json", "weights/model.safetensors"])
+def test_altered_file(qeff: Qeff, package: Path, name: str) -> None:
+    data = bytearray((package / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (package / name).write_bytes(data)
+    assert f"{name} of the package {package} was altered after it was compiled" in run(qeff, package)
+
+
+def run(qeff: Qeff, package: Path) -> str:
+    return qeff("run", package, "--prompt", "3+4=").complaint
+
+
+def test_a_damaged_package_is_built_anew(qeff: Qeff, package: Path) -> None:
+    (package / "model.onnx").unlink()
+    assert "Compiled LlamaForCausalLM" in qeff(*compile_words(MODEL_FOLDER, package)).out
+    assert qeff("run", package, "--prompt", "3+4=").out.startswith("3+4=7\n")
+
+
+def test_a_killed_compile_leaves_no_package(qeff: Qeff, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(*compile_words(MODEL_FOLDER, out)), env=environment())
+    try:
+        while not (partial := list(tmp_path.glob(".out.partial-*"))):
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert partial
+    assert not out.exists()
+    assert "Compiled" in qeff(*compile_words(MODEL_FOLDER, out)).out
+    assert qeff("run", out, "--prompt", "3+4=").out.startswith("3+4=7\n")
+    assert list(tmp_path.glob(".out.partial-*")) == []
+
+
+def test_an_interrupted_compile_ends_quietly(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = command(*compile_words(MODEL_FOLDER, out))
+    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".out.partial-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (130, "")
+    assert not out.exists()
+    assert list(tmp_path.glob(".out.partial-*")) == []
+
+
+def limits() -> list[str]:
+    """Ways to make a write fail for want of room that this machine allows; a limit on file sizes always works."""
+    namespaced = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
+    return ["file size", *(["disk of 20k", "disk of 500k"] if namespaced else [])]
+
+
+@pytest.mark.parametrize("limit", limits())
+def test_a_full_disk_leaves_no_package(qeff: Qeff, tmp_path: Path, limit: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = shlex.join(command(*compile_words(MODEL_FOLDER, disk / "out")))
+    if limit == "file size":
+        script = f"ulimit -f 20; {words}; code=$?; ulimit -f unlimited; ls -A {disk}; exit $code"
+        shell, reason = ["bash", "-c", script], "cannot be written (File too large)"
+    else:
+        script = f"mount -t tmpfs -o size={limit.split()[-1]} none {disk} && {words}; code=$?; ls -A {disk}; exit $code"
+        shell, reason = ["unshare", "-rm", "bash", "-c", script], "the disk is full while writing"
+    done = subprocess.run(shell, capture_output=True, text=True, env=environment(), check=False)
+    assert reason in Outcome(done.returncode, done.stdout, done.stderr).complaint
+    assert done.stdout.splitlines()[-1] == ".out.lock"
+    assert "out" not in done.stdout.splitlines()
+    assert "Compiled" in qeff(*compile_words(MODEL_FOLDER, disk / "out")).out
+
+
+def test_debug_shows_the_traceback(qeff: Qeff, tmp_path: Path) -> None:
+    said = qeff("compile", tmp_path / "none", "--debug")
+    assert said.code == 2
+    assert "Traceback (most recent call last)" in said.err
+    assert said.err.splitlines()[-1].startswith("qeff: error: ")
+
+
+def test_unknown_command(qeff: Qeff) -> None:
+    assert "no such command 'compil'" in qeff("compil").complaint
+
+
+def test_the_module_exits_with_the_code(qeff_process: Qeff) -> None:
+    assert qeff_process("compil").complaint
+    assert qeff_process("--version").code == 0
