@@ -53,6 +53,8 @@ def _problem(node: ir.Node, position_ids: ir.Value) -> str | None:
     keys, values = made_by(node.inputs[1], "TensorScatter"), made_by(node.inputs[2], "TensorScatter")
     if keys is None or values is None:
         return "keys or values are not caches"
+    if keys is values:
+        return "keys and values are one cache"
     for write in (keys, values):
         if write.attributes["mode"].as_string() != "linear" or list(write.outputs[0].consumers()) != [node]:
             return "a cache is a ring, or something else reads it"

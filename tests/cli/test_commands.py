@@ -40,7 +40,7 @@ def test_compile_says_target_passes_package_and_next_step(compiled: tuple[Path, 
 def test_compile_writes_the_report(compiled: tuple[Path, Outcome]) -> None:
     report = json.loads((compiled[0].parent / "report.json").read_text())
     assert report["version"] == 1
-    assert [p["id"] for p in report["passes"]][0] == "canonicalize"
+    assert report["passes"][0]["id"] == "canonicalize"
     assert report == json.loads((compiled[0] / "package.json").read_text())["report"]
 
 
