@@ -112,6 +112,8 @@ def _fuse(node: ir.Node, position_ids: ir.Value, lengths: dict[object, list[ir.V
     rewriter.graph.insert_before(node, kernel)
     mixed = kernel.outputs[0]
     mixed.type = node.outputs[0].type
+    for write, present in zip(writes, kernel.outputs[1:], strict=True):
+        rewriter.replace(write, present, "cache")
     flat = flattening(node, heads * width)
     if flat is None:
         split = b("Reshape", mixed, b.const([0, 0, heads, width]))
@@ -119,8 +121,6 @@ def _fuse(node: ir.Node, position_ids: ir.Value, lengths: dict[object, list[ir.V
     else:
         rewriter.replace(flat, mixed, "GroupQueryAttention")
         rewriter.sweep()
-    for write, present in zip(writes, kernel.outputs[1:], strict=True):
-        rewriter.replace(write, present, "cache")
 
 
 def _lengths(past: ir.Value, position_ids: ir.Value, b: OpBuilder) -> list[ir.Value]:

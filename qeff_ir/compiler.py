@@ -132,7 +132,8 @@ def specialize(module: Module, options: CompileOptions) -> None:
     limit = module.dims["ctx_len"].maximum
     if limit is not None and options.ctx_len > limit:
         raise CompileError(
-            f"ctx_len={options.ctx_len} is more than the {limit} positions of {module.name}: use ctx_len={limit}"
+            f"ctx_len={options.ctx_len} is more than the {limit} positions of {module.name}: "
+            f"use ctx_len={limit} or less"
         )
     common = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
     lengths = {"Prefill": options.prefill_seq_len, "Decode": 1}
@@ -215,6 +216,7 @@ def _key(
         "graph": graph,
         "weights": weights,
         "options": asdict(options),
+        "flag files": {n: digest_file(Path(v)) for n, v in options.flags.items() if _is_file(v)},
         "pipeline": str(steps),
         "compiled": not emit_only,
         "target": backend.name,
@@ -225,6 +227,10 @@ def _key(
         },
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, str | Path) and Path(value).is_file()
 
 
 def _weight_digests(module: Module) -> dict[str, str]:

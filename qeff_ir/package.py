@@ -107,8 +107,8 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads(path.read_text())
         if data["version"] != FORMAT_VERSION:
             raise PackageError(
-                f"{folder} is a package of format version {data['version']}, this qeff-ir reads {FORMAT_VERSION}: "
-                "compile the model again"
+                f"{folder} is a package of format version {data['version']}, this qeff-ir reads version "
+                f"{FORMAT_VERSION}: compile the model again"
             )
         files = {name: FileRecord(**record) for name, record in data.pop("files").items()}
         return Manifest(files=files, **data)

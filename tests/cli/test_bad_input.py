@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_no_package(qeff: Qeff, tmp_path: Path, limit: str) -
     disk.mkdir()
     words = shlex.join(command(*compile_words(MODEL_FOLDER, disk / "out")))
     if limit == "file size":
-        script = f"ulimit -f 20; {words}; code=$?; ulimit -f unlimited; ls -A {disk}; exit $code"
+        script = f"(ulimit -f 20; {words}); code=$?; ls -A {disk}; exit $code"
         shell, reason = ["bash", "-c", script], "cannot be written (File too large)"
     else:
         script = f"mount -t tmpfs -o size={limit.split()[-1]} none {disk} && {words}; code=$?; ls -A {disk}; exit $code"

@@ -18,7 +18,7 @@ from qeff_ir.demo import MODEL_FOLDER, problems
 from qeff_ir.module import Module
 from qeff_ir.passing import base
 from qeff_ir.passing.base import Pass, Rewriter, registered_passes
-from qeff_ir.passing.pipeline import options
+from qeff_ir.passing.pipeline import Pipeline, options
 
 from .conftest import Outcome, Qeff, environment
 
@@ -32,7 +32,8 @@ def test_compile_says_target_passes_package_and_next_step(compiled: tuple[Path, 
     for name in find_backend("onnxruntime").pipeline.split(","):
         assert re.search(rf"^{name.partition('{')[0]} ", said.out, re.MULTILINE)
     assert "RMSNormalization ×7" in said.out
-    assert re.search(r"^9 passes +\d+ → \d+ +\d", said.out, re.MULTILINE)
+    passes = len(Pipeline.parse(find_backend("onnxruntime").pipeline).passes)
+    assert re.search(rf"^{passes} passes +\d+ → \d+ +\d", said.out, re.MULTILINE)
     assert f"Package:  {folder}\n" in said.out
     assert f"qeff run {folder} --prompt" in said.out
 
@@ -58,7 +59,7 @@ def test_an_equal_package_is_not_built_again(qeff: Qeff, compiled: tuple[Path, O
     again = qeff("compile", MODEL_FOLDER, "-o", folder, "--target", "onnxruntime")
     assert again.code == 0
     assert "Nothing to do: an equal package was there already." in again.out
-    assert "9 passes" in again.out
+    assert " passes " in again.out
     assert (folder / "package.json").stat().st_mtime_ns == before
     other = qeff("compile", MODEL_FOLDER, "-o", folder, "--target", "onnxruntime", "--ctx-len", 64)
     assert "Compiled LlamaForCausalLM" in other.out
@@ -172,7 +173,7 @@ def test_passes_lists_the_registry(qeff: Qeff) -> None:
         for option in options(cls).values():
             assert re.search(rf"^  {option.name} +{re.escape(option.values)} ", block[1], re.MULTILINE)
         for name_of_property in cls.requires:
-            assert f"requires {name_of_property}" in block[1]
+            assert re.search(rf"requires .*{name_of_property}", block[1])
 
 
 def test_passes_explains_one(qeff: Qeff) -> None:

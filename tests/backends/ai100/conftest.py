@@ -10,7 +10,7 @@ import pytest
 
 from backends.ai100 import BACKEND, sdk
 from backends.base import CompileOptions
-from qeff_ir.module import Module, Specialization
+from qeff_ir.module import Module
 
 OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=40, batch_size=2)
 
@@ -26,26 +26,16 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    from qeff_ir.compiler import specialize
     from qeff_ir.frontend.lower import lower
     from qeff_ir.frontend.weights import memory_weights
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
+    from tests.models import build
 
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "mistral", vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, sliding_window=6,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    _, model = build("mistral")
     module = lower(model, memory_weights(model))
-    shapes = {"batch_size": OPTIONS.batch_size, "ctx_len": OPTIONS.ctx_len}
-    module.specializations = [
-        Specialization("Prefill", {**shapes, "seq_len": OPTIONS.prefill_seq_len}),
-        Specialization("Decode", {**shapes, "seq_len": 1}),
-    ]
+    specialize(module, OPTIONS)
     run_pipeline(module, Pipeline.parse(BACKEND.pipeline))
     BACKEND.check(module, OPTIONS)
     folder = tmp_path_factory.mktemp("tiny")
