@@ -212,7 +212,9 @@ def test_an_interrupted_compile_ends_quietly(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
-    assert (process.returncode, err) == (130, "")
+    # An interrupt inside an exec() of a string makes Python end by the signal itself, which a shell reports as 130 too.
+    assert process.returncode in (130, -signal.SIGINT)
+    assert err == ""
     assert not out.exists()
     assert list(tmp_path.glob(".out.partial-*")) == []
 
