@@ -18,7 +18,15 @@ from qeff_ir.runtime.session import Array
 UNIT_ROUNDOFF = 2.0**-24
 """Of float32."""
 
-_PRODUCTS = {"MatMul": 1, "Gemm": 1, "FusedMatMul": 1, "Einsum": 1, "Attention": 2, "SinkAttention": 2}
+_PRODUCTS = {
+    "MatMul": 1,
+    "Gemm": 1,
+    "FusedMatMul": 1,
+    "Einsum": 1,
+    "Attention": 2,
+    "SinkAttention": 2,
+    "GroupQueryAttention": 2,
+}
 """Matrix products inside an operator."""
 
 
