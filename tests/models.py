@@ -1,8 +1,8 @@
 """Tiny random models, as data: the only place of the repository that names architectures.
 
 Every model is small enough for a laptop and complete: grouped heads, windows shorter than the context, soft-caps,
-sinks, experts. Weights are drawn with a standard deviation above transformers' default of 0.02, so that a wrong mask, scale or
-position shows in the logits, and biases and scales are not the 0 and 1 that would hide that they are dropped.
+sinks, experts. Weights are drawn with a standard deviation above transformers' default of 0.02, so that a wrong mask,
+scale or position shows in the logits, and biases and scales are not the 0 and 1 that would hide that they are dropped.
 
 The models are well-conditioned: transformers in float32 stays within about 0.7 of `tolerance.bound` of itself in
 float64.
