@@ -60,9 +60,7 @@ class Chunks(RuleBasedStateMachine):
         for row, new in enumerate(news):
             if new:
                 error = tolerance.error_over_rms(logits[row, 0], one_shot(self.name, tuple(self.rows[row])))
-                assert error <= self.limit, (
-                    f"row {row} of {len(self.rows[row])} tokens: {error / self.limit:.2f} x bound"
-                )
+                assert error <= self.limit, f"row {row}, {len(self.rows[row])} tokens: {error / self.limit:.2f} x bound"
 
     @precondition(lambda self: max(map(len, self.rows)) + CHUNK <= CTX)
     @rule(lengths=st.tuples(*[st.integers(0, CHUNK)] * ROWS), seed=st.integers(0, 9))
@@ -109,5 +107,4 @@ class Mixed(Chunks):
 TestWindowed = Windowed.TestCase
 TestFull = Full.TestCase
 TestMixed = Mixed.TestCase
-for case in (TestWindowed, TestFull, TestMixed):
-    case.settings = settings(stateful_step_count=12)
+TestWindowed.settings = TestFull.settings = TestMixed.settings = settings(stateful_step_count=12)
