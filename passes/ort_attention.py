@@ -51,11 +51,11 @@ class OrtAttention(Pass):
 def _problem(node: ir.Node, position_ids: ir.Value) -> str | None:
     """Why the kernel cannot stand for an attention, or `None` when it can."""
     keys, values = made_by(node.inputs[1], "TensorScatter"), made_by(node.inputs[2], "TensorScatter")
-    if keys is None or values is None:
-        return "keys or values are not caches"
-    if keys is values:
-        return "keys and values are one cache"
+    if keys is None or values is None or keys is values:
+        return "keys or values are not caches of their own"
     for write in (keys, values):
+        if not write.outputs[0].is_graph_output():
+            return "a cache is not retained"
         if write.attributes["mode"].as_string() != "linear" or list(write.outputs[0].consumers()) != [node]:
             return "a cache is a ring, or something else reads it"
     if keys.inputs[2] is not values.inputs[2]:

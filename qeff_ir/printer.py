@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
@@ -109,4 +110,8 @@ def _attribute(attribute: ir.Attr) -> str:
         tensor = attribute.as_tensor()
         digest = hashlib.sha256(tensor.tobytes()).hexdigest()[:16]
         return f"{tensor.dtype.name.lower()}{list(tensor.shape.numpy())}:{digest}"
+    if attribute.type == ir.AttributeType.FLOAT:
+        return str(np.float32(attribute.as_float()))  # ONNX stores float32; more digits would not survive saving
+    if attribute.type == ir.AttributeType.FLOATS:
+        return str([str(np.float32(number)) for number in attribute.as_floats()])
     return str(attribute.value)

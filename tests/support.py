@@ -29,6 +29,8 @@ CANONICAL = "canonicalize,unflatten"
 OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=48, batch_size=2)
 STEPS = 16
 
+Mutation = Callable[[Module], None]
+
 
 @functools.cache
 def tiny(name: str) -> tuple[PreTrainedConfig, PreTrainedModel]:
@@ -147,4 +149,7 @@ def generate(model: PreTrainedModel, **kwargs: Any) -> torch.Tensor:
     return result
 
 
-Mutation = Callable[[Module], None]
+def forward(name: str, tokens: Sequence[int]) -> Array:
+    """transformers' logits of the last of `tokens`."""
+    with torch.no_grad():
+        return tiny(name)[1](torch.tensor([list(tokens)]), use_cache=False).logits[0, -1].numpy()

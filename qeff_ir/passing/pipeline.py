@@ -124,9 +124,14 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 def _spelled(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
-    if isinstance(value, str) and (not _WORD.fullmatch(value) or value in ("none", "true", "false")):
+    if isinstance(value, str) and (not _WORD.fullmatch(value) or _reads_as_other(value)):
         return json.dumps(value)
     return str(value)
+
+
+def _reads_as_other(text: str) -> bool:
+    """Whether a text, unquoted, could be read as a value that is no text."""
+    return text in ("none", "true", "false") or _read(text, float) is not _MISFIT
 
 
 def _print_pass(item: Pass) -> str:
@@ -199,7 +204,9 @@ class _Parser:
                 raise self._error(f"{word} is not a JSON string ({error})", start) from error
             value = value if str in option.kinds or value in option.kinds else _MISFIT
         else:
-            value = next((v for k in option.kinds if (v := _read(word, k)) is not _MISFIT), _MISFIT)
+            # Any word is a text: that kind comes last.
+            kinds = sorted(option.kinds, key=lambda kind: kind is str)
+            value = next((v for k in kinds if (v := _read(word, k)) is not _MISFIT), _MISFIT)
         if value is _MISFIT:
             raise self._error(f"'{word}' is no value for '{option.name}', which takes {option.values}", start)
         return value
@@ -222,7 +229,8 @@ class _Parser:
         return match.group()
 
     def _error(self, message: str, place: int) -> PipelineError:
-        return PipelineError(f"{message}\n  {self.text}\n  {' ' * place}^")
+        line = re.sub(r"\s", " ", self.text)  # a pipeline over several lines is shown in one, for the caret's sake
+        return PipelineError(f"{message}\n  {line}\n  {' ' * place}^")
 
 
 _MISFIT = object()

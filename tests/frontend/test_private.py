@@ -1,0 +1,117 @@
+"""Tells when a private or young API of transformers or torch, which the frontend wraps, moves."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import PreTrainedModel, cache_utils, conversion_mapping, core_model_loading
+from transformers.exporters import exporter_dynamo, exporter_onnx
+from transformers.exporters import utils as exporter_utils
+from transformers.generation.utils import GenerationMixin
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from qeff_ir.frontend import private
+from tests import support
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (exporter_utils.apply_patches, ["backend"]),
+        (exporter_utils.apply_fx_node_fixes, ["backend", "graph_module"]),
+        (exporter_onnx.apply_onnx_ir_fixes, ["onnx_program"]),
+        (exporter_dynamo.reset_model_state, ["model"]),
+        (conversion_mapping.get_model_conversion_mapping, ["model"]),
+        (
+            core_model_loading.rename_source_key,
+            ["source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"],
+        ),
+        (
+            core_model_loading.WeightConverter.add_tensor,
+            ["self", "target_key", "source_key", "source_pattern"],
+        ),
+        (core_model_loading.WeightConverter.convert, ["self", "layer_name"]),
+        (AttentionInterface.register, ["key", "value"]),
+        (AttentionMaskInterface.register, ["key", "value"]),
+        (cache_utils.Cache.get_mask_sizes, ["self", "query_length", "layer_idx"]),
+        (cache_utils.DynamicLayer.update, ["self", "key_states", "value_states"]),
+        (PreTrainedModel.set_attn_implementation, ["self", "attn_implementation"]),
+        (PreTrainedModel.set_experts_implementation, ["self", "experts_implementation"]),
+        (PreTrainedModel.get_experts_implementation, ["self"]),
+        (GenerationMixin.prepare_inputs_for_generation, ["self", "input_ids"]),
+        (GenerationMixin._optimize_model_for_decode, ["self"]),
+        (GenerationMixin._supports_default_dynamic_cache, []),
+    ],
+    ids=lambda v: getattr(v, "__qualname__", ""),
+)
+def test_signatures_begin_as_expected(function: Callable[..., Any], expected: list[str]) -> None:
+    assert list(inspect.signature(function).parameters)[: len(expected)] == expected
+
+
+def test_the_onnx_translation_table_maps_torch_operators() -> None:
+    table = private.onnx_translations()
+    assert len(table) > 0
+    assert all(callable(v) or isinstance(v, list | tuple) for v in table.values())
+
+
+def test_registries_are_snapshot_and_restored() -> None:
+    before = private.snapshot_registries()
+    assert {"sdpa", "eager"} & set(before[1])
+    AttentionInterface.register("here-today", lambda *a, **k: None)
+    AttentionMaskInterface.register("here-today", lambda *a, **k: None)
+    changed = private.snapshot_registries()
+    assert all("here-today" in r for r in changed)
+    private.restore_registries(before)
+    assert private.snapshot_registries() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "interface", "experts"), [("llama", True, False), ("bloom", False, False), ("mixtral", True, True)]
+)
+def test_models_tell_how_they_attend_and_route(name: str, interface: bool, experts: bool) -> None:
+    model = support.tiny(name)[1]
+    assert private.supports_attention_interface(model) == interface
+    assert private.has_experts(model) == experts
+    assert private.attention_implementation(model) in ("sdpa", "eager")
+
+
+def test_modules_keep_their_tensors_in_tables() -> None:
+    module = torch.nn.Module()
+    module.register_parameter("p", torch.nn.Parameter(torch.zeros(1)))
+    module.register_buffer("kept", torch.zeros(1))
+    module.register_buffer("computed", torch.zeros(1), persistent=False)
+    parameters, buffers = private.tensor_tables(module)
+    assert (set(parameters), set(buffers)) == ({"p"}, {"kept", "computed"})
+    assert private.computed_buffers(module) == {"computed"}
+    buffers["kept"] = torch.ones(1)
+    assert module.kept.item() == 1.0
+
+
+def test_a_parameter_that_is_marked_is_not_initialized_again() -> None:
+    config, _ = support.tiny("llama")
+    model = type(support.tiny("llama")[1])(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(7.0)
+        private.mark_initialized(parameter, True)
+    for module in model.modules():
+        private.mark_initialized(module, False)
+    model.initialize_weights()
+    assert all((p == 7.0).all() for p in model.parameters())
+
+
+def test_fake_tensors_hold_no_data() -> None:
+    with FakeTensorMode():
+        fake = torch.empty(1 << 40)
+    assert isinstance(fake, FakeTensor) and fake.shape == (1 << 40,)
+
+
+def test_cache_layers_are_told_by_their_class() -> None:
+    config, _ = support.tiny("gemma2")
+    kinds = [type(layer) for layer in cache_utils.DynamicCache(config=config).layers]
+    assert kinds == [cache_utils.DynamicSlidingWindowLayer, cache_utils.DynamicLayer]

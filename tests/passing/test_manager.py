@@ -1,0 +1,219 @@
+"""The pass manager: all or nothing for each pass, promises checked, the order checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+import pytest
+
+from qeff_ir.errors import PassError, PipelineError
+from qeff_ir.module import SOURCE_KEY, Dim, Module
+from qeff_ir.passing.base import Pass, Rewriter
+from qeff_ir.passing.manager import PassRun, run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.printer import to_text
+from tests import support
+
+
+@pytest.fixture
+def module() -> Module:
+    return support.lowered("llama")
+
+
+def make(run: Callable[[Module, Rewriter], None], **promises: object) -> Pass:
+    """A pass, not registered, that does `run`."""
+
+    @dataclass(frozen=True, slots=True)
+    class Made(Pass):
+        name: ClassVar[str] = "made"
+
+        def run(self, module: Module, rewriter: Rewriter) -> None:
+            run(module, rewriter)
+
+    for name, value in promises.items():
+        setattr(Made, name, value)
+    return Made()
+
+
+def first(module: Module, op_type: str) -> ir.Node:
+    return next(n for n in module.graph if n.op_type == op_type)
+
+
+def wreck(module: Module, rewriter: Rewriter) -> None:
+    """Change everything that a module consists of."""
+    node = first(module, "Add")
+    rewriter.replace(node, rewriter.at(node)("Sub", *node.inputs))
+    first(module, "Mul").outputs[0].name = "renamed"
+    module.graph.initializers["lm_head.weight"].const_value = None
+    module.input("input_ids").shape = ir.Shape([1, 2])
+    module.states.pop()
+    module.dims["more"] = Dim("more")
+    module.properties.add("canonical")
+    module.model.opset_imports["other"] = 1
+    module.model.functions.clear()
+
+
+@pytest.mark.parametrize(
+    "error", [PassError("no"), ValueError("no"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
+)
+def test_a_pass_that_fails_changes_nothing(module: Module, error: BaseException) -> None:
+    def fail(module: Module, rewriter: Rewriter) -> None:
+        wreck(module, rewriter)
+        assert to_text(module) != before
+        raise error
+
+    before, functions = to_text(module), set(module.model.functions)
+    with pytest.raises(type(error)) as raised:
+        run_pipeline(module, Pipeline((make(fail),)))
+    assert to_text(module) == before
+    assert set(module.model.functions) == functions
+    assert module.graph.initializers["lm_head.weight"].const_value is not None
+    if isinstance(error, PassError):
+        assert str(raised.value) == "pass made: no"
+    else:
+        assert raised.value is error
+
+
+def test_the_passes_before_a_failure_stay(module: Module) -> None:
+    def fail(module: Module, rewriter: Rewriter) -> None:
+        raise PassError("no")
+
+    (canonicalize,) = Pipeline.parse("canonicalize").passes
+    expected = support.lowered("llama")
+    run_pipeline(expected, Pipeline((canonicalize,)))
+    with pytest.raises(PassError):
+        run_pipeline(module, Pipeline((canonicalize, make(fail))))
+    assert to_text(module) == to_text(expected)
+
+
+def test_a_pass_that_breaks_a_rule_of_the_ir_is_undone(module: Module) -> None:
+    def dangle(module: Module, rewriter: Rewriter) -> None:
+        first(module, "Add").replace_input_with(0, ir.val("nowhere"))
+
+    before = to_text(module)
+    with pytest.raises(PassError, match=r"pass made: \[order\] Add .* reads 'nowhere' before it is defined"):
+        run_pipeline(module, Pipeline((make(dangle),)))
+    assert to_text(module) == before
+
+
+def rename_input(module: Module, rewriter: Rewriter) -> None:
+    module.input("position_ids").name = "positions"
+
+
+def test_an_undeclared_change_of_the_interface_is_refused(module: Module) -> None:
+    before = to_text(module)
+    with pytest.raises(PassError, match=r"\[contract\] the interface changed .* 'positions'"):
+        run_pipeline(module, Pipeline((make(rename_input),)))
+    assert to_text(module) == before
+
+
+def test_a_declared_change_of_the_interface_is_taken(module: Module) -> None:
+    run_pipeline(module, Pipeline((make(rename_input, changes_interface=True),)))
+    assert module.input("positions") in module.graph.inputs
+
+
+def test_the_order_of_inputs_is_part_of_the_interface(module: Module) -> None:
+    def swap(module: Module, rewriter: Rewriter) -> None:
+        one, two = module.graph.inputs[0], module.graph.inputs[1]
+        module.graph.inputs[0], module.graph.inputs[1] = ir.val("spare"), ir.val("spare2")
+        module.graph.inputs[0], module.graph.inputs[1] = two, one
+
+    with pytest.raises(PassError, match="the interface changed"):
+        run_pipeline(module, Pipeline((make(swap),)))
+
+
+def test_requirements_are_checked_before_anything_runs(module: Module) -> None:
+    before = to_text(module)
+    with pytest.raises(PipelineError) as error:
+        run_pipeline(module, Pipeline.parse("canonicalize,legalize"))
+    assert str(error.value) == (
+        "legalize requires the property 'attention-lowered', but no pass before establishes it; "
+        "put attention before legalize"
+    )
+    assert to_text(module) == before
+
+
+def test_a_property_that_was_destroyed_is_missing(module: Module) -> None:
+    spoil = make(lambda module, rewriter: None, invalidates=frozenset({"canonical"}))
+    (canonicalize, unflatten) = Pipeline.parse("canonicalize,unflatten").passes
+    with pytest.raises(PipelineError, match=r"unflatten requires .* made destroys it before; put canonicalize before"):
+        run_pipeline(module, Pipeline((canonicalize, spoil, unflatten)))
+    run_pipeline(module, Pipeline((canonicalize, spoil, canonicalize, unflatten)))
+    assert "canonical" in module.properties
+
+
+def test_properties_are_kept(module: Module) -> None:
+    lasting = make(lambda module, rewriter: None, establishes=frozenset({"x"}))
+    run_pipeline(module, Pipeline((lasting,)))
+    run_pipeline(module, Pipeline((make(lambda module, rewriter: None, requires=frozenset({"x"})),)))
+    run_pipeline(module, Pipeline((make(lambda module, rewriter: None, invalidates=frozenset({"x"})),)))
+    with pytest.raises(PipelineError, match="requires the property 'x'"):
+        run_pipeline(module, Pipeline((make(lambda module, rewriter: None, requires=frozenset({"x"})),)))
+
+
+def miss_two(module: Module, rewriter: Rewriter) -> None:
+    for node in [n for n in module.graph if n.op_type == "CacheUpdate"][:2]:
+        rewriter.missed(node, "it is odd")
+
+
+def test_a_missed_site_is_reported(module: Module) -> None:
+    report = run_pipeline(module, Pipeline((make(miss_two),)))
+    assert report.to_json()["passes"][0]["missed"] == [
+        {"source": "model.layers.0.self_attn", "reason": "it is odd"},
+        {"source": "model.layers.0.self_attn", "reason": "it is odd"},
+    ]
+
+
+def test_a_missed_site_fails_a_pass_that_promises_all(module: Module) -> None:
+    with pytest.raises(PassError, match=r"2 sites were not rewritten \(model.layers.0.self_attn: it is odd; "):
+        run_pipeline(module, Pipeline((make(miss_two, all_sites=True),)))
+
+
+def test_modified_is_computed_and_not_claimed(module: Module) -> None:
+    def retype(module: Module, rewriter: Rewriter) -> None:
+        node = first(module, "Add")
+        rewriter.replace(node, rewriter.at(node)("Sub", *node.inputs))
+
+    def claim(module: Module, rewriter: Rewriter) -> None:
+        rewriter.stats.fired["nothing at all"] += 1
+
+    report = run_pipeline(module, Pipeline((make(retype), make(claim))))
+    assert [r.modified for r in report.runs] == [True, False]
+    assert [r.id for r in report.runs] == ["made", "made#2"]
+
+
+def test_watchers_are_told_before_and_after(module: Module) -> None:
+    told: list[tuple[str, bool]] = []
+
+    def watch(name: str, run: PassRun | None) -> None:
+        told.append((name, run is not None))
+
+    run_pipeline(module, Pipeline.parse("canonicalize,unflatten"), watch)
+    assert told == [("canonicalize", False), ("canonicalize", True), ("unflatten", False), ("unflatten", True)]
+
+
+def test_new_nodes_carry_their_source_and_their_pass() -> None:
+    module = support.canonical("llama")
+    support.apply(module, support.rest_of("onnxruntime"))
+    made = [n for n in module.graph if n.op_type in ("GroupQueryAttention", "FusedMatMul", "QuickGelu")]
+    assert len(made) == 2 + 15 + 2
+    assert all(n.metadata_props[SOURCE_KEY] for n in made)
+    assert {n.metadata_props["qeff.pass"] for n in made} == {"ort-attention", "ort-kernels"}
+    kernels = [n.metadata_props[SOURCE_KEY] for n in made if n.op_type == "GroupQueryAttention"]
+    assert kernels == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "bloom"])
+def test_a_second_run_of_the_structural_passes_changes_nothing(name: str) -> None:
+    module = support.lowered(name)
+    fusions = "unflatten,fuse-norms,fuse-rotary,fuse-activations"
+    support.apply(module, "canonicalize")
+    for steps in ("canonicalize", fusions, fusions):
+        report = support.apply(module, steps)
+    assert [r.id for r in report.runs if r.modified] == []
+    support.apply(module, "canonicalize")  # infers the shapes of what the fusions made
+    (again,) = support.apply(module, "canonicalize").runs
+    assert not again.modified

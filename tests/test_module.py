@@ -1,0 +1,62 @@
+"""Facts travel with the model; renaming a dim reaches everything."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qeff_ir.errors import VerificationError
+from qeff_ir.module import METADATA_KEY, Module
+from qeff_ir.printer import to_text
+from qeff_ir.verifier import verify
+from tests import support
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek-v3"])
+def test_facts_go_through_the_metadata_and_back(name: str) -> None:
+    module = support.canonical(name)
+    support.apply(module, support.rest_of("onnxruntime"))
+    back = Module.with_facts(module.model.clone())
+    for part in ("name", "states", "dims", "specializations", "properties"):
+        assert getattr(back, part) == getattr(module, part)
+    assert any(s.ring for s in back.states) == (name == "gemma2")
+    assert to_text(back) == to_text(module)
+
+
+def test_a_foreign_model_is_refused() -> None:
+    module = support.lowered("llama")
+    del module.model.metadata_props[METADATA_KEY]
+    with pytest.raises(VerificationError, match=r"\[facts\] .* was not saved by qeff-ir"):
+        Module.with_facts(module.model)
+
+
+def test_another_version_is_refused() -> None:
+    module = support.lowered("llama")
+    module.model.metadata_props[METADATA_KEY] = json.dumps({**module.facts(), "version": 99})
+    with pytest.raises(VerificationError, match="version 99, this qeff-ir reads 1: lower the model again"):
+        Module.with_facts(module.model)
+
+
+def test_renaming_a_dim_reaches_everything() -> None:
+    module = support.canonical("bloom")
+    assert "4*batch_size" in to_text(module)
+    module.rename_dim("batch_size", "rows")
+    verify(module)
+    assert "batch_size" not in to_text(module)
+    assert "4*rows" in to_text(module)
+
+
+def test_names_that_are_not_there_are_errors() -> None:
+    module = support.lowered("llama")
+    with pytest.raises(VerificationError, match=r"\[interface\] the graph of LlamaForCausalLM has no input named 'x'"):
+        module.input("x")
+    with pytest.raises(VerificationError, match="has no output named 'x'"):
+        module.output("x")
+
+
+def test_state_names_are_those_of_the_contract() -> None:
+    state = support.lowered("llama").states[3]
+    assert (state.layer, state.role) == (1, "value")
+    assert (state.input, state.output) == ("past_value.1", "past_value.1_RetainedState")
+    assert state.ctx_dim == "ctx_len"

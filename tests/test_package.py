@@ -1,0 +1,169 @@
+"""Packages are whole or not there, and tell when they were touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from qeff_ir.errors import PackageError
+from qeff_ir.package import MANIFEST, Manifest, building, open_package, seal
+
+
+def fill(folder: Path, text: str = "content") -> None:
+    (folder / "sub").mkdir()
+    (folder / "a.bin").write_text(text)
+    (folder / "sub" / "b.bin").write_text(text * 2)
+    seal(folder, Manifest("onnxruntime", "Model", "key", True, {}, {}))
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    with building(tmp_path / "out") as partial:
+        fill(partial)
+    return tmp_path / "out"
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if ".partial-" in p.name)
+
+
+def test_a_whole_package_opens(package: Path) -> None:
+    manifest = open_package(package)
+    assert set(manifest.files) == {"a.bin", "sub/b.bin"}
+    assert (manifest.target, manifest.model, manifest.key, manifest.compiled) == ("onnxruntime", "Model", "key", True)
+    assert hidden(package.parent) == []
+
+
+def test_a_missing_file_is_told(package: Path) -> None:
+    (package / "sub" / "b.bin").unlink()
+    with pytest.raises(PackageError, match=r"sub/b\.bin of the package .* is missing: compile the model again"):
+        open_package(package)
+
+
+@pytest.mark.parametrize("text", ["c0ntent", "longer content", ""])
+def test_an_altered_file_is_told(text: str, package: Path) -> None:
+    (package / "a.bin").write_text(text)
+    with pytest.raises(PackageError, match=r"a\.bin of the package .* was altered"):
+        open_package(package)
+
+
+def test_a_copied_package_opens(package: Path) -> None:
+    """Other times, the same bytes: the digest decides."""
+    os.utime(package / "a.bin", (1, 1))
+    open_package(package)
+
+
+def test_another_version_is_told(package: Path) -> None:
+    path = package / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    with pytest.raises(PackageError, match="version 99, this qeff-ir reads 1: compile the model again"):
+        open_package(package)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "files": {"a": {}}}', "\x00"])
+def test_a_damaged_manifest_is_told(text: str, package: Path) -> None:
+    (package / MANIFEST).write_text(text)
+    with pytest.raises(PackageError, match="is damaged"):
+        open_package(package)
+
+
+def test_a_folder_without_a_manifest_is_no_package(tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match=r"is not a qeff package \(it has no package.json\)"):
+        open_package(tmp_path)
+
+
+def test_a_manifest_that_names_a_file_outside_is_refused(package: Path) -> None:
+    (package.parent / "secret").write_text("x")
+    path = package / MANIFEST
+    data = json.loads(path.read_text())
+    data["files"]["../secret"] = data["files"].pop("a.bin")
+    path.write_text(json.dumps(data))
+    with pytest.raises(PackageError, match="a file outside the package: refused"):
+        open_package(package)
+
+
+def fail(out: Path) -> None:
+    with building(out) as partial:
+        fill(partial, "new")
+        raise ZeroDivisionError
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fail(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert hidden(tmp_path) == []
+
+
+def test_a_failed_rebuild_leaves_the_old_package(package: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fail(package)
+    open_package(package)
+    assert (package / "a.bin").read_text() == "content"
+
+
+def test_a_rebuild_takes_the_place_of_the_old_package(package: Path) -> None:
+    (package / "stray").write_text("of before")
+    with building(package) as partial:
+        fill(partial, "new")
+        assert (package / "a.bin").read_text() == "content"  # still there while the new one is built
+    open_package(package)
+    assert (package / "a.bin").read_text() == "new"
+    assert not (package / "stray").exists()
+
+
+def test_what_is_no_package_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(PackageError, match="exists and is not a qeff package: remove it"), building(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with building(tmp_path / "out") as partial:
+        fill(partial)
+    open_package(tmp_path / "out")
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="the disk is full"), building(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert hidden(tmp_path) == []
+
+
+def _build_and_die(out: Path) -> None:
+    with building(out) as partial:
+        fill(partial)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_build_leaves_no_package_and_the_next_one_works(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_build_and_die, args=(tmp_path / "out",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(hidden(tmp_path)) == 1
+    assert not (tmp_path / "out").exists()
+    with building(tmp_path / "out") as partial:
+        fill(partial)
+    open_package(tmp_path / "out")
+    assert hidden(tmp_path) == []
+
+
+def test_a_digest_that_is_known_is_not_taken_again(tmp_path: Path) -> None:
+    source = tmp_path / "weights.bin"
+    source.write_text("weights")
+    folder = tmp_path / "package"
+    folder.mkdir()
+    os.link(source, folder / "linked.bin")
+    manifest = Manifest("t", "m", "k", True, {}, {})
+    seal(folder, manifest, {source: "known"})
+    assert manifest.files["linked.bin"].sha256 == "known"

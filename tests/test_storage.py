@@ -1,0 +1,154 @@
+"""Weights stay in their files: linked, never copied, never outside the folder; saving and loading is exact."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from qeff_ir.errors import PackageError
+from qeff_ir.frontend.source import FolderSource
+from qeff_ir.module import WEIGHT_KEY, Module
+from qeff_ir.printer import fingerprint
+from qeff_ir.snapshot import load_module, save_module
+from qeff_ir.storage import FileRange, file_range
+from tests import support
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    support.tiny("llama")[1].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def _from_folder(checkpoint: Path) -> Module:
+    return FolderSource(checkpoint).lower()
+
+
+@pytest.fixture
+def module(_from_folder: Module) -> Module:
+    return _from_folder.clone()
+
+
+def weights(module: Module) -> dict[str, np.ndarray]:
+    found = {
+        n: v.const_value.numpy().copy()
+        for n, v in module.graph.initializers.items()
+        if WEIGHT_KEY in v.metadata_props and v.const_value is not None
+    }
+    assert len(found) == 21
+    return found
+
+
+def test_lowering_refers_to_the_checkpoint(module: Module, checkpoint: Path) -> None:
+    for value in module.graph.initializers.values():
+        if WEIGHT_KEY in value.metadata_props:
+            where = file_range(value.const_value)
+            assert where is not None and where.file == (checkpoint / "model.safetensors").resolve()
+
+
+def test_saved_weights_are_links(module: Module, checkpoint: Path, tmp_path: Path) -> None:
+    path = save_module(module, tmp_path / "out")
+    linked = tmp_path / "out" / "weights" / "model.safetensors"
+    assert linked.samefile(checkpoint / "model.safetensors")
+    assert [p.name for p in linked.parent.iterdir()] == ["model.safetensors"]  # nothing was written beside it
+    proto = onnx.load(path, load_external_data=False)
+    outside = {t.name for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+    assert outside == set(weights(module))
+
+
+def test_saving_and_loading_is_exact(module: Module, tmp_path: Path) -> None:
+    loaded = load_module(save_module(module, tmp_path))
+    assert fingerprint(loaded) == fingerprint(module)
+    expected, got = weights(module), weights(loaded)
+    assert expected.keys() == got.keys()
+    for name, numbers in expected.items():
+        np.testing.assert_array_equal(got[name], numbers)
+
+
+def test_weights_of_a_model_in_memory_are_written_once(tmp_path: Path) -> None:
+    module = support.lowered("llama")
+    loaded = load_module(save_module(module, tmp_path))
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["model.data"]
+    for name, numbers in weights(module).items():
+        np.testing.assert_array_equal(weights(loaded)[name], numbers)
+
+
+def test_what_was_loaded_can_be_saved_again(module: Module, checkpoint: Path, tmp_path: Path) -> None:
+    once = load_module(save_module(module, tmp_path / "one"))
+    twice = load_module(save_module(once, tmp_path / "two"))
+    assert (tmp_path / "two" / "weights" / "model.safetensors").samefile(checkpoint / "model.safetensors")
+    assert fingerprint(twice) == fingerprint(module)
+
+
+def test_saving_leaves_the_module_as_it_was(module: Module, tmp_path: Path) -> None:
+    before = fingerprint(module)
+    save_module(module, tmp_path)
+    assert fingerprint(module) == before
+    assert file_range(module.graph.initializers["lm_head.weight"].const_value) is not None
+
+
+def test_two_files_of_one_name_stay_apart(tmp_path: Path) -> None:
+    module = support.lowered("llama")
+    names = ["lm_head.weight", "model.norm.weight"]
+    for number, name in enumerate(names):
+        file = tmp_path / str(number) / "part.bin"
+        file.parent.mkdir()
+        value = module.graph.initializers[name]
+        assert value.const_value is not None
+        shape = tuple(value.const_value.shape.numpy())
+        numbers = np.full(shape, float(number + 1), np.float32)
+        file.write_bytes(numbers.tobytes())
+        value.const_value = FileRange(file, 0, numbers.nbytes, ir.DataType.FLOAT, shape).tensor(name)
+    loaded = weights(load_module(save_module(module, tmp_path / "out")))
+    assert [loaded[n].flat[0] for n in names] == [1.0, 2.0]
+
+
+def test_an_onnx_file_that_refers_outside_its_folder_is_refused(module: Module, tmp_path: Path) -> None:
+    path = save_module(module, tmp_path / "in")
+    shutil.copy(tmp_path / "in" / "weights" / "model.safetensors", tmp_path / "secret")
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../secret"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(PackageError, match="outside its own folder: refused"):
+        load_module(path)
+
+
+def test_a_link_out_of_the_folder_is_refused(module: Module, tmp_path: Path) -> None:
+    path = save_module(module, tmp_path / "in")
+    weight = tmp_path / "in" / "weights" / "model.safetensors"
+    weight.rename(tmp_path / "secret")
+    weight.symlink_to(tmp_path / "secret")
+    with pytest.raises(PackageError, match="outside its own folder: refused"):
+        load_module(path)
+
+
+@pytest.mark.parametrize("harm", ["missing", "short"])
+def test_a_damaged_weight_file_is_told(harm: str, module: Module, tmp_path: Path) -> None:
+    path = save_module(module, tmp_path)
+    weight = tmp_path / "weights" / "model.safetensors"
+    data = weight.read_bytes()
+    weight.unlink()  # the checkpoint itself stays whole
+    if harm == "short":
+        weight.write_bytes(data[: len(data) // 2])
+    with pytest.raises(PackageError, match="is missing or too short: compile again"):
+        load_module(path)
+
+
+def test_a_checkpoint_that_is_gone_is_told(module: Module, tmp_path: Path) -> None:
+    value = module.graph.initializers["lm_head.weight"]
+    where = file_range(value.const_value)
+    assert where is not None
+    gone = FileRange(tmp_path / "gone", where.offset, where.length, where.dtype, where.shape)
+    value.const_value = gone.tensor("lm_head.weight")
+    with pytest.raises(PackageError, match="gone is gone: restore it, or lower the model again"):
+        save_module(module, tmp_path / "out")
