@@ -37,18 +37,23 @@ def bars(file: Path | None, title: str, rows: Sequence[Row], label: str, keys: S
     if file is None:
         return
     try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+        from matplotlib.figure import Figure
     except ImportError:
         Console().print("no plot: Matplotlib is not installed (pip install matplotlib)")
         return
-    figure = Figure(figsize=(5.0 * len(keys), 0.6 * len(rows) + 1.4), layout="constrained")
-    figure.suptitle(title)
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+    figure = Figure(figsize=(3.0 + 3.5 * len(keys), 0.5 * len(rows) + 1.4), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left")
+    panels = figure.subplots(1, len(keys), squeeze=False, sharey=True)[0]
+    for axes, key in zip(panels, keys, strict=True):
         drawn = [row for row in rows if isinstance(row[key], int | float)]
-        axes.bar_label(axes.barh([row[label] for row in drawn], [row[key] for row in drawn]), fmt="%.3g", padding=3)
+        # Ours stands out; the labels stand once, at the left panel.
+        colors = ["tab:orange" if "qeff" in str(row[label]) else "lightsteelblue" for row in drawn]
+        made = axes.barh([row[label] for row in drawn], [row[key] for row in drawn], color=colors)
+        axes.bar_label(made, fmt="%.3g", padding=3)
         axes.set_xlabel(key)
-        axes.invert_yaxis()
-        axes.margins(x=0.15)
+        axes.set_xlim(0, 1.2 * max(row[key] for row in drawn))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
     figure.savefig(file)
 
 
