@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from qeff_ir.runtime.decoder import Timings
     from qeff_ir.runtime.generation import SessionLM
 
 _HUB = frozenset({"revision", "cache_dir", "token", "local_files_only"})
@@ -31,38 +29,6 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "torch_dtype": ("float32", "auto", None),
 }
 """Arguments of the incumbent's `from_pretrained`, with the values that ask for what happens here anyway."""
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """Texts and timings of a list of prompts.
-
-    Attributes:
-        generated_texts: The new text of each prompt.
-        generated_ids: The new tokens of each prompt, its stop token included.
-        timings: Of each batch that ran.
-    """
-
-    generated_texts: list[str]
-    generated_ids: list[list[int]]
-    timings: list[Timings]
-
-    @property
-    def time_to_first_token(self) -> float:
-        """Mean seconds from the request to the first token's logits."""
-        return sum(t.prefill for t in self.timings) / len(self.timings)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoded tokens per second, all rows together; 0 when nothing was decoded."""
-        seconds = sum(sum(t.steps) for t in self.timings)
-        return sum(t.tokens for t in self.timings) / seconds if seconds else 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.generated_texts)} prompts, time to first token {self.time_to_first_token * 1e3:.1f} ms, "
-            f"{self.tokens_per_second:.1f} tokens/s"
-        )
 
 
 class QEFFAutoModelForCausalLM:
@@ -216,7 +182,7 @@ class QEFFAutoModelForCausalLM:
             kwargs: Everything else that transformers' ``generate`` takes.
 
         Returns:
-            Token ids as transformers returns them; a `GenerationResult` for `prompts`.
+            Token ids as transformers returns them; a `qeff_ir.runtime.texts.GenerationResult` for `prompts`.
 
         Raises:
             RuntimeInputError: The request does not fit the compiled model.

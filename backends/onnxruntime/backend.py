@@ -9,9 +9,7 @@ from backends.base import Backend, CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.module import Module
 from qeff_ir.runtime.session import Session
-from qeff_ir.storage import save_model
-
-MODEL_FILE = "model.onnx"
+from qeff_ir.snapshot import MODEL_FILE, save_module
 
 
 class OnnxRuntimeBackend(Backend):
@@ -38,7 +36,7 @@ class OnnxRuntimeBackend(Backend):
 
     def emit(self, module: Module, folder: Path, options: CompileOptions) -> None:
         """Write ``model.onnx``, weights by reference."""
-        save_model(module.model, folder, MODEL_FILE)
+        save_module(module, folder)
 
     def compile(self, folder: Path, options: CompileOptions) -> None:
         """Nothing: the runtime compiles when a session opens."""

@@ -9,9 +9,9 @@ import numpy as np
 import onnxruntime as ort
 
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.module import DimValue, Module, Specialization
+from qeff_ir.module import DimValue, Specialization
 from qeff_ir.runtime.session import Array
-from qeff_ir.storage import load_model
+from qeff_ir.snapshot import load_module
 
 
 class OrtSession:
@@ -30,7 +30,7 @@ class OrtSession:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        module = Module.with_facts(load_model(model))
+        module = load_module(model)
         self._specializations = module.specializations
         fixed = dict(self._specializations[0].symbols)
         del fixed["seq_len"]  # the only symbol that differs between the specializations

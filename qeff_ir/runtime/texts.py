@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qeff_ir.errors import RuntimeInputError
@@ -9,9 +10,40 @@ from qeff_ir.errors import RuntimeInputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qeff_ir.auto import GenerationResult
     from qeff_ir.runtime.decoder import Timings
     from qeff_ir.runtime.generation import SessionLM
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Texts and timings of a list of prompts.
+
+    Attributes:
+        generated_texts: The new text of each prompt.
+        generated_ids: The new tokens of each prompt, its stop token included.
+        timings: Of each batch that ran.
+    """
+
+    generated_texts: list[str]
+    generated_ids: list[list[int]]
+    timings: list[Timings]
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Mean seconds from the request to the first token's logits."""
+        return sum(t.prefill for t in self.timings) / len(self.timings)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens per second, all rows together; 0 when nothing was decoded."""
+        seconds = sum(sum(t.steps) for t in self.timings)
+        return sum(t.tokens for t in self.timings) / seconds if seconds else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.generated_texts)} prompts, time to first token {self.time_to_first_token * 1e3:.1f} ms, "
+            f"{self.tokens_per_second:.1f} tokens/s"
+        )
 
 
 def generate_texts(
@@ -30,8 +62,6 @@ def generate_texts(
     Raises:
         RuntimeInputError: There is no prompt, or one of no token, or a request does not fit the compiled model.
     """
-    from qeff_ir.auto import GenerationResult
-
     if not prompts:
         raise RuntimeInputError("there is no prompt: give at least one")
     rows: list[list[int]] = [tokenizer(p)["input_ids"] for p in prompts]  # pyright: ignore[reportAssignmentType]
