@@ -62,7 +62,7 @@ def test_a_copied_package_opens(package: Path) -> None:
 def test_another_version_is_told(package: Path) -> None:
     path = package / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
-    with pytest.raises(PackageError, match="version 99, this qeff-ir reads 1: compile the model again"):
+    with pytest.raises(PackageError, match="version 99, this qeff-ir reads version 1: compile the model again"):
         open_package(package)
 
 
