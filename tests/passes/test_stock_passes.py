@@ -1,0 +1,233 @@
+"""Each pass fires where it should, as often as it should, and keeps the numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qeff_ir.compiler import specialize
+from qeff_ir.errors import PassError
+from qeff_ir.module import WEIGHT_KEY, Module
+from qeff_ir.passing.base import Rewriter
+from qeff_ir.passing.manager import Report
+from qeff_ir.testing import tolerance
+from tests import support
+from tests.models import MODELS
+from tests.support import OPTIONS
+
+SIZES = {"batch_size": 2, "seq_len": OPTIONS.prefill_seq_len, "ctx_len": OPTIONS.ctx_len}
+
+FIRED: dict[str, dict[str, dict[str, int]]] = {
+    "llama": {
+        "fuse-norms": {"RMSNormalization": 5}, "fuse-rotary": {"RotaryEmbedding": 4}, "fuse-activations": {"Swish": 2},
+        "kv-retention": {"CachePositions": 1, "TensorScatter": 4}, "attention": {},
+        "ort-attention": {"GroupQueryAttention": 2, "cache": 4}, "ort-kernels": {"FusedMatMul": 15, "QuickGelu": 2},
+    },
+    "gpt2": {
+        "unflatten": {"Gemm": 8}, "fuse-norms": {}, "fuse-rotary": {}, "fuse-activations": {"Gelu tanh": 2},
+        "ort-attention": {"GroupQueryAttention": 2, "cache": 4}, "ort-kernels": {"FusedMatMul": 1},
+    },
+    "qwen3": {"fuse-norms": {"RMSNormalization": 9}, "fuse-rotary": {"RotaryEmbedding": 4}},
+    "mistral": {"kv-retention": {"CachePositions": 1, "TensorScatter ring": 4}, "ort-attention": {}},
+    "gemma2": {
+        "fuse-norms": {"RMSNormalization": 9}, "fuse-activations": {"Gelu tanh": 2},
+        "kv-retention": {"CachePositions": 2, "TensorScatter ring": 2, "TensorScatter": 2},
+        "ort-attention": {"GroupQueryAttention": 1, "cache": 2},
+    },
+    "gemma3": {"fuse-norms": {"RMSNormalization": 19}, "fuse-rotary": {"RotaryEmbedding": 6}},
+    "gpt-oss": {
+        "attention": {"sinks": 2}, "ort-attention": {},
+        "kv-retention": {"CachePositions": 2, "TensorScatter ring": 2, "TensorScatter": 2},
+    },
+    "bloom": {"fuse-activations": {"Gelu tanh": 3}, "kv-retention": {"CachePositions": 1, "TensorScatter": 6}},
+    "deepseek-v3": {"fuse-norms": {"RMSNormalization": 9}, "fuse-activations": {"Swish": 3}, "ort-attention": {}},
+}  # fmt: skip
+"""Rewrites by model, pass and rule; every count is one that the architecture explains."""
+
+
+def run_all(name: str) -> Report:
+    module = support.lowered(name)
+    specialize(module, OPTIONS)
+    return support.apply(module, f"{support.CANONICAL},{support.rest_of('onnxruntime')}")
+
+
+@pytest.mark.parametrize("name", FIRED)
+def test_passes_fire_as_often_as_the_architecture_has_sites(name: str) -> None:
+    report = run_all(name)
+    fired = {r.id: dict(r.stats.fired) for r in report.runs}
+    assert {p: fired[p] for p in FIRED[name]} == FIRED[name]
+    assert fired["last-logits"] == {"selection": 1}
+
+
+def test_windowed_attention_is_reported_as_missed_by_the_causal_kernel() -> None:
+    report = run_all("mistral")
+    (run,) = [r for r in report.runs if r.id == "ort-attention"]
+    assert [m.source for m in run.stats.missed] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert all("ring" in m.reason for m in run.stats.missed)
+
+
+# The numbers before and after one pass, on the same inputs, ONNX Runtime's own rewriting off.
+
+STEPS = ["unflatten", "fuse-norms", "fuse-rotary", "fuse-activations", "attention{impl=grouped}", "ort-kernels"]
+"""Passes that keep the interface, in an order that works."""
+
+
+def agree(before: dict[str, np.ndarray], after: dict[str, np.ndarray], real: np.ndarray, limit: float) -> None:
+    assert before.keys() == after.keys()
+    for name, expected in before.items():
+        got = after[name]
+        if name == "logits":  # what stands at padding means nothing
+            expected, got = expected[real], got[real]
+        error = tolerance.error_over_rms(got, expected)
+        assert error <= limit, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_pass_keeps_the_numbers(name: str, tmp_path: Path) -> None:
+    module = support.lowered(name)
+    support.apply(module, "canonicalize")
+    limit = tolerance.bound(tolerance.depth(module))
+    feeds = support.random_feeds(module, SIZES)
+    real = feeds["position_ids"] >= 0
+    before = support.run_graph(module, tmp_path / "canonicalize", feeds)
+    for number, step in enumerate(STEPS):
+        support.apply(module, step)
+        after = support.run_graph(module, tmp_path / str(number), feeds)
+        agree(before, after, real, limit)
+        before = after
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt-oss"])
+def test_canonicalization_keeps_the_numbers(name: str, tmp_path: Path) -> None:
+    module = support.lowered(name)
+    feeds = support.random_feeds(module, SIZES)
+    before = support.run_graph(module, tmp_path / "a", feeds)
+    support.apply(module, "canonicalize")
+    after = support.run_graph(module, tmp_path / "b", feeds)
+    agree(before, after, feeds["position_ids"] >= 0, tolerance.bound(tolerance.depth(module)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_last_logits_are_those_of_each_rows_last_token(name: str, seed: int, tmp_path: Path) -> None:
+    module = support.canonical(name)
+    feeds = support.random_feeds(module, SIZES, seed)
+    positions = feeds["position_ids"]
+    positions[0, np.random.default_rng(seed).integers(1, 8) :] = -1
+    before = support.run_graph(module, tmp_path / "a", feeds)["logits"]
+    support.apply(module, "last-logits")
+    after = support.run_graph(module, tmp_path / "b", feeds)["logits"]
+    assert after.shape == (2, 1, 97)
+    last = positions.argmax(axis=1)
+    assert last[0] != last[1]
+    limit = tolerance.bound(tolerance.depth(module))
+    for row in range(2):
+        assert tolerance.error_over_rms(after[row, 0], before[row, last[row]]) <= limit
+        neighbor = before[row, last[row] - 1]
+        assert tolerance.error_over_rms(after[row, 0], neighbor) > 1e3 * limit
+
+
+@pytest.mark.parametrize("impl", ["grouped", "standard"])
+def test_both_forms_of_attention_agree(impl: str, tmp_path: Path) -> None:
+    module = support.canonical("gemma2")
+    feeds = support.random_feeds(module, SIZES)
+    before = support.run_graph(module, tmp_path / "a", feeds)
+    (run,) = support.apply(module, f"attention{{impl={impl}}}").runs
+    assert run.stats.fired == ({"grouped": 2} if impl == "grouped" else {})
+    limit = tolerance.bound(tolerance.depth(module))
+    agree(before, support.run_graph(module, tmp_path / "b", feeds), feeds["position_ids"] >= 0, limit)
+
+
+def test_grouped_attention_copies_no_keys() -> None:
+    """Two products a layer more than the weights', and nothing that repeats a cache."""
+    module = support.canonical("llama")
+    repeats = sum(n.op_type in ("Expand", "Tile") for n in module.graph)
+    support.apply(module, "attention")
+    assert "Attention" not in {n.op_type for n in module.graph}
+    assert sum(n.op_type == "MatMul" for n in module.graph) == 15 + 4
+    assert sum(n.op_type in ("Expand", "Tile") for n in module.graph) == repeats
+
+
+def test_half_range_clip() -> None:
+    module = support.canonical("llama")
+    wide = np.array([1e9, -1e9, np.inf, -np.inf, 5.0], np.float32)
+    for name, numbers in (("wide", wide), ("narrow", np.array([1.0, -65504.0], np.float32))):
+        module.graph.register_initializer(ir.val(name, const_value=ir.tensor(numbers, name=name)))
+    (run,) = support.apply(module, "fp16-clip").runs
+    assert run.stats.fired == {"constant": 1}
+    clipped, kept = (module.graph.initializers[n].const_value for n in ("wide", "narrow"))
+    assert clipped is not None and clipped.numpy().tolist() == [65504.0, -65504.0, 65504.0, -np.inf, 5.0]
+    assert kept is not None and kept.numpy().tolist() == [1.0, -65504.0]
+
+
+def test_weights_are_clipped_only_when_asked() -> None:
+    for text, expected in (("fp16-clip", 1e9), ("fp16-clip{weights=true}", 65504.0)):
+        module = support.canonical("llama")
+        value = module.graph.initializers["model.norm.weight"]
+        assert WEIGHT_KEY in value.metadata_props
+        value.const_value = ir.tensor(np.full(32, 1e9, np.float32), name=value.name)
+        (run,) = support.apply(module, text).runs
+        assert run.stats.fired["weight"] == (expected < 1e9)
+        assert value.const_value.numpy()[0] == np.float32(expected)
+
+
+def test_legalization_refuses_what_the_opset_has_not() -> None:
+    module = support.canonical("mistral")
+    support.apply(module, "last-logits,kv-retention{layout=tensor-scatter},attention")
+    with pytest.raises(PassError, match=r"operator TensorScatter from model\.layers\.0\S* does not exist in opset 18"):
+        support.apply(module, "legalize")
+
+
+def test_retention_needs_specializations() -> None:
+    module = support.lowered("llama")
+    with pytest.raises(PassError, match="set the module's specializations before it"):
+        support.apply(module, "canonicalize,kv-retention")
+
+
+def test_a_cache_that_is_no_state_is_an_error() -> None:
+    module = support.canonical("llama")
+    node = next(n for n in module.graph if n.op_type == "CacheUpdate")
+    b = Rewriter(module, "fault").at(node)
+    past = node.inputs[0]
+    assert past is not None
+    node.replace_input_with(0, b("Neg", past, shape=past.shape, dtype=past.dtype))
+    with pytest.raises(PassError, match=r"1 sites were not rewritten .* does not read a state of the module"):
+        support.apply(module, "kv-retention")
+
+
+def test_logits_that_are_no_product_are_an_error() -> None:
+    module = support.canonical("llama")
+    _replace_logits(module, "Softmax")
+    with pytest.raises(PassError, match="the logits are not a matrix product"):
+        support.apply(module, "last-logits")
+
+
+def _replace_logits(module: Module, op_type: str) -> None:
+    old = module.output("logits")
+    node = ir.node(op_type, [old])
+    module.graph.append(node)
+    new = node.outputs[0]
+    new.shape, new.dtype = old.shape, old.dtype
+    old.name, new.name = "inner", "logits"
+    module.graph.outputs[0] = new
+
+
+def test_a_windowed_mask_over_other_positions_gets_no_ring(tmp_path: Path) -> None:
+    """A mask that does not follow the cache's own positions would be wrong in a ring."""
+    module = support.canonical("mistral")
+    for node in [n for n in module.graph if n.op_type == "CachePositions"]:
+        b = Rewriter(module, "fault").at(node)
+        length = b("Squeeze", b("Shape", node.inputs[0], start=2, end=3))
+        row = b("Unsqueeze", b("Range", b.const(0), length, b.const(1)), b.const([0]))
+        zero = b("Mul", b("ReduceMax", module.input("position_ids"), b.const([1]), keepdims=1), b.const(0))
+        Rewriter(module, "fault").replace(node, b("Add", row, zero))
+    decoder = support.open_decoder(module, tmp_path)
+    assert not any(s.ring for s in module.states)
+    tokens = support.PROMPTS
+    logits = decoder.prefill(tokens)
+    limit = tolerance.bound(tolerance.depth(module))
+    for row in range(2):
+        assert tolerance.error_over_rms(logits[row], support.forward("mistral", tokens[row])) <= limit

@@ -1,0 +1,146 @@
+"""Compilation: the cache knows what matters, and options that cannot work are refused before anything is lowered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir.errors import CompileError, ModelLoadError, PackageError, PipelineError
+from qeff_ir.package import SIDE_FOLDER, open_package
+from tests import support
+from tests.models import build
+
+SHAPES: dict[str, Any] = {"target": "onnxruntime", "batch_size": 2, "prefill_seq_len": 8, "ctx_len": 48}
+
+
+def model() -> QEFFAutoModelForCausalLM:
+    return QEFFAutoModelForCausalLM._from_source(support.Lowered("llama"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved")
+    support.tiny("llama")[1].save_pretrained(path)
+    return path
+
+
+def test_an_equal_package_is_used_again() -> None:
+    one, two = model(), model()
+    assert one.compile(**SHAPES) == two.compile(**SHAPES)
+    assert (one.package.cached, two.package.cached) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 1}, {"prefill_seq_len": 4}, {"ctx_len": 40}, {"emit_only": True},
+        {"pipeline": "canonicalize,last-logits,kv-retention{layout=tensor-scatter},attention{impl=standard}"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_request_is_another_package(change: dict[str, Any]) -> None:
+    one, two = model(), model()
+    assert one.compile(**SHAPES) != two.compile(**{**SHAPES, **change})
+    assert not two.package.cached
+
+
+def test_other_weights_are_another_package() -> None:
+    """Of the same graph: only the numbers differ, in one place."""
+    _, other = build("llama")
+    one, same = (QEFFAutoModelForCausalLM(build("llama")[1]) for _ in range(2))
+    assert one.compile(**SHAPES) == same.compile(**SHAPES)
+    with torch.no_grad():
+        other.model.norm.weight[3] += 1e-6
+    two = QEFFAutoModelForCausalLM(other)
+    assert two.compile(**SHAPES) != str(one.package.folder)
+
+
+def test_a_damaged_package_is_built_anew() -> None:
+    one = model()
+    path = Path(one.compile(**SHAPES))
+    (path / "model.onnx").write_bytes(b"damaged")
+    two = model()
+    assert two.compile(**SHAPES) == str(path)
+    assert not two.package.cached
+    open_package(path)
+
+
+def test_a_folder_compiles_without_loading_weights(folder: Path, tmp_path: Path) -> None:
+    compiled = QEFFAutoModelForCausalLM.from_pretrained(folder)
+    out = Path(compiled.compile(**SHAPES, compile_dir=tmp_path / "out"))
+    assert (out / "weights" / "model.safetensors").samefile(folder / "model.safetensors")
+    assert (out / SIDE_FOLDER / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    again = QEFFAutoModelForCausalLM.from_pretrained(folder)
+    again.compile(**SHAPES, compile_dir=tmp_path / "out")
+    assert again.package.cached
+    (prompt,) = support.prompts([9])
+    expected = support.generate(support.tiny("llama")[1], input_ids=torch.tensor([prompt] * 2), max_new_tokens=8)
+    assert again.generate(torch.tensor([prompt] * 2), max_new_tokens=8).tolist() == expected.tolist()
+
+
+def test_the_manifest_tells_what_the_passes_did() -> None:
+    one = model()
+    one.compile(**SHAPES)
+    report = one.package.manifest.report
+    assert [p["id"] for p in report["passes"]][:2] == ["canonicalize", "unflatten"]
+    fired = {p["id"]: p["fired"] for p in report["passes"]}
+    assert fired["kv-retention"] == {"CachePositions": 1, "TensorScatter": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ctx_len": 4}, "ctx_len=4 is less than prefill_seq_len=8"),
+        ({"ctx_len": 257}, "ctx_len=257 is more than the 256 positions"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"prefill_seq_len": 2.5}, "prefill_seq_len must be a whole number of at least 1, not 2.5"),
+        ({"batch_size": True}, "batch_size must be a whole number of at least 1, not True"),
+        ({"target": "tpu"}, "there is no target 'tpu': use auto, ai100, onnxruntime"),
+        ({"pipeline": "canonicalize"}, "the caches have no physical layout: put kv-retention into the pipeline"),
+    ],
+)
+def test_what_cannot_work_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CompileError) as error:
+        model().compile(**{**SHAPES, **options}, compile_dir=tmp_path / "out")
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_is_read_before_anything_is_lowered(tmp_path: Path) -> None:
+    class Untouchable(support.Lowered):
+        def lower(self) -> Any:
+            raise AssertionError("lowered")
+
+    untouched = QEFFAutoModelForCausalLM._from_source(Untouchable("llama"))
+    with pytest.raises(PipelineError, match="did you mean 'canonicalize'"):
+        untouched.compile(**SHAPES, pipeline="canonicalise")
+    with pytest.raises(CompileError, match="is less than prefill_seq_len"):
+        untouched.compile(**{**SHAPES, "ctx_len": 2})
+
+
+def test_a_folder_of_the_users_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(PackageError, match="exists and is not a qeff package"):
+        model().compile(**SHAPES, compile_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"continuous_batching": True}, {"load_in_8bit": True}])
+def test_what_from_pretrained_cannot_do_is_refused(arguments: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(ModelLoadError, match=f"does not support {next(iter(arguments))}="):
+        QEFFAutoModelForCausalLM.from_pretrained(folder, **arguments)
+
+
+def test_habits_of_its_users_are_taken(folder: Path) -> None:
+    QEFFAutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, continuous_batching=False, qaic_config=None
+    )
