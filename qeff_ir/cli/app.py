@@ -66,32 +66,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     # Anywhere: a user adds it at the end of the command that failed. Without a command, help is what is wanted.
     words = [w for w in words if w != "--debug"] or ["--help"]
-    failure: Exception
     terminal.write_any_text()
     try:
         with terminal.quiet():
             code: int | None = app(words, prog_name="qeff", standalone_mode=False)
         return code or 0
-    except QeffError as error:
-        failure, message, code = error, str(error), _EXIT_USAGE
     except KeyboardInterrupt:
         return _EXIT_INTERRUPT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail once more
         return 0
     except Exception as error:
-        failure = error
-        usage = _usage(error)
-        if usage is not None:
-            message, code = usage, _EXIT_USAGE
-        else:
-            what = f"{type(error).__name__}: {_first_line(error)}"
-            message = f"this is a defect of qeff-ir ({what}): report it with what --debug shows"
-            code = _EXIT_DEFECT
-    if debug:
-        traceback.print_exception(failure)
+        code, message = _explain(error)
+        if debug:
+            traceback.print_exc()
     terminal.complain(message)
     return code
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and message of whatever ended a command."""
+    if isinstance(error, QeffError):
+        return _EXIT_USAGE, str(error)
+    usage = _usage(error)
+    if usage is not None:
+        return _EXIT_USAGE, usage
+    what = f"{type(error).__name__}: {_first_line(error)}"
+    return _EXIT_DEFECT, f"this is a defect of qeff-ir ({what}): report it with what --debug shows"
 
 
 def _usage(error: Exception) -> str | None:
