@@ -12,6 +12,7 @@ from onnxscript import optimizer
 from qeff_ir import dialect
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.matching import same_size
 
 
 @register
@@ -54,7 +55,7 @@ def _fix_reshape(node: ir.Node, rewriter: Rewriter) -> None:
     for axis, dim in enumerate(out):
         if isinstance(dim, int):
             dims.append(dim)
-        elif axis < len(data.shape) and data.shape[axis] == dim and -1 not in dims:
+        elif axis < len(data.shape) and same_size(data.shape[axis], dim) and -1 not in dims:
             dims.append(0)
         elif -1 not in dims:
             dims.append(-1)

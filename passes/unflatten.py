@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
-from qeff_ir.passing.matching import constant, made_by
+from qeff_ir.passing.matching import constant, made_by, same_size
 
 
 @register
@@ -63,7 +63,7 @@ def _problem(flat: ir.Node, gemm: ir.Node, back: ir.Node) -> str | None:
         return "the values around the linear layer have no axes for batch and tokens"
     if not isinstance(target, list) or len(target) != 2 or target[0] != -1 or target[1] != _width(data):
         return "the flattening merges other axes than batch and tokens"
-    if data.shape[0] != out.shape[0] or data.shape[1] != out.shape[1]:
+    if not all(same_size(data.shape[axis], out.shape[axis]) for axis in (0, 1)):
         return "batch and tokens are not restored"
     factors = [gemm.attributes[k].value for k in ("alpha", "beta") if k in gemm.attributes]
     transposed = [gemm.attributes[k].value for k in ("transA", "transB") if k in gemm.attributes]

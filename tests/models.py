@@ -101,6 +101,13 @@ MODELS: dict[str, TinyModel] = {
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
         },
     ),
+    "falcon": TinyModel(  # one key/value head for all queries, and attention of its own
+        "falcon",
+        {
+            "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "initializer_range": 0.05, "bos_token_id": 1, "eos_token_id": 2,
+        },
+    ),
     "deepseek-v3": TinyModel(
         "deepseek_v3",
         {

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
@@ -169,6 +169,11 @@ def _positions_mask(
     """The model's mask function at the true positions: bool ``[batch, 1, seq, ctx]``, True where a key is seen."""
     if _cache is None:
         raise UnsupportedModelError("the model builds a mask outside the traced forward pass")
+    if mask_function is bidirectional_mask_function:
+        raise UnsupportedModelError(
+            "the model's attention sees later tokens, as an encoder's does, so it cannot generate token by token: if "
+            "it is meant to be a decoder, set is_decoder in its configuration"
+        )
     position_ids = _cache.position_ids
     layer = _cache.captured[_cache.mask_layer]
     slots = torch.ops.qeff.cache_positions(layer.keys, position_ids) if layer.is_initialized else position_ids
@@ -223,11 +228,13 @@ def captured(model: PreTrainedModel) -> Generator[None]:
     saved = private.snapshot_registries()
     implementation = private.attention_implementation(model)
     experts = model.get_experts_implementation() if private.has_experts(model) else None
-    # Attention outside the interface adds its mask to the scores, as the "eager" implementation does.
+    # Attention outside the interface takes its mask as the implementation does that the model is fixed to: "eager" adds
+    # it to the scores, "sdpa" hands it to torch.
     try:
         AttentionInterface.register(IMPLEMENTATION, _attention)
         AttentionMaskInterface.register(IMPLEMENTATION, _positions_mask)
         AttentionMaskInterface.register("eager", _additive_mask)
+        AttentionMaskInterface.register("sdpa", _positions_mask)
         model.set_attn_implementation(IMPLEMENTATION if private.supports_attention_interface(model) else "eager")
         if private.has_experts(model):
             model.set_experts_implementation("batched_mm")

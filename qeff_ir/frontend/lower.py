@@ -52,12 +52,18 @@ def lower(model: PreTrainedModel, weights: Weights) -> Module:
         outputs ``logits`` (float32 ``[batch_size, seq_len, vocab]``) and the new states.
 
     Raises:
-        UnsupportedModelError: The model has no key/value cache, or something in it cannot be traced.
+        UnsupportedModelError: The model has no key/value cache, its attention is not causal or builds its own masks, or
+            something in it cannot be traced.
     """
     model = model.eval()
     with torch.no_grad(), captured(model), fake_weights(model) as fake, _quiet():
         specs = _probe(model, fake)
         program = _trace(model, specs, fake)
+    if not any(n.op_type == "CachePositions" for n in program.model.graph):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} builds its attention masks by itself, so it cannot be told where padding and "
+            "earlier chunks are"
+        )
     states = _states(specs)
     graph_model = _clean(program.model, weights, states)
     module = Module(graph_model, type(model).__name__, states)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_ir.errors import ModelLoadError
+from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.module import Module
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class FolderSource(Source):
 
     Raises:
         ModelLoadError: The folder is no model.
+        UnsupportedModelError: Its weights are quantized.
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -70,6 +71,11 @@ class FolderSource(Source):
         self.folder = folder
         self.trust_remote_code = trust_remote_code
         self.config = _read_config(folder, trust_remote_code)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UnsupportedModelError(
+                f"{folder} holds quantized weights (quantization_config in config.json), which are not read yet: use "
+                "the unquantized checkpoint, and let the target compress (mxfp6_matmul)"
+            )
         self.checkpoint = open_checkpoint(folder)
 
     def lower(self) -> Module:

@@ -44,6 +44,11 @@ def slice_bounds(value: ir.Value | None, axis: int) -> tuple[ir.Value, int, int]
     return (data, int(start), int(end)) if start is not None and end is not None else None
 
 
+def same_size(one: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+    """Whether two dims are known to be equal; a dim without a name or a number is equal to none, itself included."""
+    return one == other and not (isinstance(one, ir.SymbolicDim) and one.value is None)
+
+
 def depends_on(value: ir.Value, targets: set[ir.Value]) -> bool:
     """Whether `value` is computed from any of `targets`."""
     seen: set[ir.Value] = set()

@@ -1,0 +1,61 @@
+"""Models that would lower to something wrong are refused, each with a sentence that says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.frontend.source import FolderSource, MemorySource
+from tests.models import build
+
+
+def test_quantized_weights(tmp_path: Path) -> None:
+    build("llama")[1].save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    FolderSource(tmp_path)
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UnsupportedModelError, match=r"holds quantized weights .* use the unquantized checkpoint"):
+        FolderSource(tmp_path)
+
+
+def test_an_encoder() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("bert", **sizes, intermediate_size=64, is_decoder=False)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UnsupportedModelError, match="attention sees later tokens, as an encoder's does"):
+        MemorySource(model).lower()
+    config.is_decoder = True
+    assert MemorySource(AutoModelForCausalLM.from_config(config).eval()).lower().states
+
+
+class OwnMask(PreTrainedModel):
+    """One attention layer with a cache, and a triangular mask that nobody can move."""
+
+    config_class = type(AutoConfig.for_model("llama"))
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = torch.nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **_: Any) -> CausalLMOutputWithPast:
+        x = self.embed(input_ids)[:, None]
+        keys, values = past_key_values.update(x, x, 0)
+        mask = torch.ones(x.shape[2], keys.shape[2], dtype=torch.bool).tril()
+        scores = (x @ keys.transpose(2, 3)).masked_fill(~mask, -1e4)
+        return CausalLMOutputWithPast(logits=self.head((scores.softmax(-1) @ values)[:, 0]))
+
+
+def test_masks_of_the_models_own() -> None:
+    config = AutoConfig.for_model("llama", vocab_size=97, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(UnsupportedModelError, match="OwnMask builds its attention masks by itself"):
+        MemorySource(OwnMask(config).eval()).lower()
