@@ -57,8 +57,10 @@ def lower(model: PreTrainedModel, weights: Weights) -> Module:
     """
     model = model.eval()
     with torch.no_grad(), captured(model), fake_weights(model) as fake, _quiet():
-        specs = _probe(model, fake)
-        program = _trace(model, specs, fake)
+        with _attributes_kept(model):
+            specs = _probe(model, fake)
+        with _attributes_kept(model):
+            program = _trace(model, specs, fake)
     if not any(n.op_type == "CachePositions" for n in program.model.graph):
         raise UnsupportedModelError(
             f"{type(model).__name__} builds its attention masks by itself, so it cannot be told where padding and "
@@ -238,12 +240,30 @@ def _name_dims(module: Module, model: PreTrainedModel) -> None:
         assert shape is not None
         renames |= {str(shape[0]): "batch_size", str(shape[2]): "ctx_len"}
     rename_symbols(module.graph, renames)
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None)
+    positions = module.input("position_ids")
+    if any(node.op_type == "ReduceMax" and node.inputs[0] is positions for node in module.graph):
+        # A run's longest position switches its rotary frequencies: beyond the original length, an answer would depend
+        # on how its prompt is cut into chunks, and on the other rows.
+        longest = (config.rope_parameters or {}).get("original_max_position_embeddings", longest)
     module.dims = {
         "batch_size": Dim("batch_size"),
         "seq_len": Dim("seq_len"),
         "ctx_len": Dim("ctx_len", longest if isinstance(longest, int) else None),
     }
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: PreTrainedModel) -> Generator[None]:
+    """Take back what the model's own code stores on its modules while it runs on fake tensors."""
+    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, before in saved:
+            attributes.clear()
+            attributes.update(before)
 
 
 @contextlib.contextmanager
