@@ -86,7 +86,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     quiet_transformers()
     loader: Any = transformers.AutoTokenizer  # typed in parts only
     try:
-        return loader.from_pretrained(folder)
+        return loader.from_pretrained(folder, trust_remote_code=False)  # never asks, never runs code
     except Exception as error:  # transformers raises whatever its many tokenizers raise
         raise RuntimeInputError(
             f"{folder} has no tokenizer that can be read: save the model's tokenizer beside it and compile again, "

@@ -60,17 +60,19 @@ class SessionLM(GenerationMixin):
 
         Raises:
             RuntimeInputError: The prompt and the new tokens do not fit the compiled context, the batch is of another
-                size, or the request needs a cache that can be rewound (beams).
+                size, an input is malformed, or the request needs another cache (beams, guidance).
         """
         ids = kwargs.pop("input_ids", None)
         ids = inputs if ids is None else ids
-        if ids is None or ids.dim() != 2 or ids.shape[1] == 0:
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] == 0:
             raise RuntimeInputError("generate needs input_ids of shape [batch, tokens] with at least one token")
         mask = kwargs.pop("attention_mask", None)
         config: GenerationConfig = kwargs.get("generation_config") or self.generation_config
         copies = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
         if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
             raise RuntimeInputError("num_beams > 1 needs a cache that can be rewound: use sampling or greedy search")
+        if (kwargs.get("guidance_scale") or config.guidance_scale or 1) != 1:
+            raise RuntimeInputError("guidance_scale needs a second cache: leave it out")
         if ids.shape[0] * copies != self.decoder.batch_size:
             raise RuntimeInputError(
                 f"the model is compiled for a batch of {self.decoder.batch_size}, but got "
@@ -80,6 +82,17 @@ class SessionLM(GenerationMixin):
             pad = kwargs.get("pad_token_id", config.pad_token_id)
             eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             mask = torch.ones_like(ids) if pad is None or pad in eos else (ids != pad).long()
+        if mask.shape != ids.shape:
+            raise RuntimeInputError(
+                f"attention_mask is {list(mask.shape)} and input_ids {list(ids.shape)}: they need one shape"
+            )
+        if not mask.any(1).all():
+            raise RuntimeInputError("a row of attention_mask is all padding: every prompt needs at least one token")
+        vocab = self.config.get_text_config(decoder=True).vocab_size
+        if int(ids.amax()) >= vocab or int(ids[mask.bool()].amin()) < 0:
+            raise RuntimeInputError(
+                f"input_ids has a token outside the vocabulary of {vocab}: use the model's tokenizer"
+            )
         left, left_mask = _pad_left(ids, mask)
         kwargs.update(self._lengths(left_mask, config, kwargs))
         with torch.no_grad():

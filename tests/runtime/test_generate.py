@@ -219,6 +219,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"inputs": torch.empty((1, 0), dtype=torch.long)}, "at least one token"),
     ({"inputs": torch.tensor([5, 6])}, "needs input_ids of shape"),
     ({}, "needs input_ids of shape"),
+    ({"inputs": PROMPT.tolist()}, "needs input_ids of shape [batch"),
+    ({"inputs": PROMPT, "attention_mask": torch.ones(1, 3)}, "they need one shape"),
+    ({"inputs": PROMPT, "attention_mask": torch.zeros_like(PROMPT)}, "is all padding"),
+    ({"inputs": torch.tensor([[4, 97]])}, "outside the vocabulary of 97"),
+    ({"inputs": torch.tensor([[4, -1]])}, "a token outside the vocabulary"),
+    ({"inputs": PROMPT, "guidance_scale": 1.5}, "guidance_scale needs a second cache"),
     ({"prompts": ["a"]}, "prompts need tokenizer="),
 ]
 
