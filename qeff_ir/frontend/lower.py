@@ -10,6 +10,7 @@ import ast
 import contextlib
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Callable, Generator
 from typing import Any
@@ -26,6 +27,7 @@ from transformers.exporters.utils import apply_fx_node_fixes, apply_patches
 from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
 from qeff_ir.frontend.capture import CapturingCache, LayerSpec, captured, tracing
+from qeff_ir.frontend.own_masks import refuse_own_masks
 from qeff_ir.frontend.private import onnx_translations
 from qeff_ir.frontend.skeleton import fake_weights
 from qeff_ir.frontend.weights import Weights
@@ -36,6 +38,8 @@ _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
 _TORCH_OPSET = 18
 _IR_VERSION = 11
 """Opset 24 needs IR version 11 or later."""
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+"""Color codes of a terminal."""
 _PREFIX = "hf."
 """Scope of the model inside `_Step`; taken off every name."""
 
@@ -61,13 +65,9 @@ def lower(model: PreTrainedModel, weights: Weights) -> Module:
             specs = _probe(model, fake)
         with _attributes_kept(model):
             program = _trace(model, specs, fake)
-    if not any(n.op_type == "CachePositions" for n in program.model.graph):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} builds its attention masks by itself, so it cannot be told where padding and "
-            "earlier chunks are"
-        )
     states = _states(specs)
     graph_model = _clean(program.model, weights, states)
+    refuse_own_masks(graph_model.graph, type(model).__name__)
     module = Module(graph_model, type(model).__name__, states)
     _name_dims(module, model)
     dialect.attach(module.model)
@@ -290,5 +290,11 @@ def _as_unsupported(model: PreTrainedModel, what: str) -> Generator[None]:
     except QeffError:
         raise
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise UnsupportedModelError(f"{type(model).__name__} {what}: {type(error).__name__}: {first[:300]}") from error
+        # The exporter wraps what happened in advice about itself; the first cause is what tells.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = next((line for line in str(cause).splitlines() if line.strip()), "no message")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} {what}: {type(cause).__name__}: {_ESCAPES.sub('', first)[:300]}"
+        ) from error

@@ -57,5 +57,13 @@ class OwnMask(PreTrainedModel):
 
 def test_masks_of_the_models_own() -> None:
     config = AutoConfig.for_model("llama", vocab_size=97, hidden_size=32, num_hidden_layers=1)
-    with pytest.raises(UnsupportedModelError, match="OwnMask builds its attention masks by itself"):
+    with pytest.raises(UnsupportedModelError, match="OwnMask builds attention masks by itself, so"):
         MemorySource(OwnMask(config).eval()).lower()
+
+
+def test_a_stored_mask_beside_the_models_own() -> None:
+    """It also takes the mask that is captured, so that nothing but the stored table gives it away."""
+    sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 6}
+    config = AutoConfig.for_model("gpt_neo", **sizes, attention_types=[[["global", "local"], 1]])
+    with pytest.raises(UnsupportedModelError, match=r"builds attention masks by itself in transformer\.h\.0\.attn"):
+        MemorySource(AutoModelForCausalLM.from_config(config).eval()).lower()
