@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
@@ -151,6 +152,7 @@ def building(out: Path) -> Generator[Path]:
     out = out.absolute()
     with _disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        _try_to_write(out)
         with FileLock(out.parent / f".{out.name}.lock"):
             for leftover in out.parent.glob(f".{out.name}.partial-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -180,6 +182,15 @@ def seal(folder: Path, manifest: Manifest, digests: dict[Path, str] | None = Non
         digest = known.get(_inode(path)) or digest_file(path)
         manifest.files[path.relative_to(folder).as_posix()] = FileRecord(stat.st_size, digest, stat.st_mtime_ns)
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, sort_keys=True))
+
+
+def _try_to_write(out: Path) -> None:
+    """Tell of a folder that takes no file; the lock would wait for it for ever."""
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except FileNotFoundError as error:
+        raise PackageError(f"{out} cannot be written (its folder takes no files): choose another -o") from error
 
 
 def _inode(path: Path) -> tuple[int, int, int]:

@@ -167,3 +167,12 @@ def test_a_digest_that_is_known_is_not_taken_again(tmp_path: Path) -> None:
     manifest = Manifest("t", "m", "k", True, {}, {})
     seal(folder, manifest, {source: "known"})
     assert manifest.files["linked.bin"].sha256 == "known"
+
+
+def test_a_folder_that_takes_no_files_is_told() -> None:
+    out = Path("/proc/qeff-out")
+    with (
+        pytest.raises(PackageError, match=r"cannot be written .its folder takes no files.: choose another -o"),
+        building(out),
+    ):
+        pass

@@ -62,6 +62,10 @@ def generate_texts(
     Raises:
         RuntimeInputError: There is no prompt, or one of no token, or a request does not fit the compiled model.
     """
+    refused = [name for name in ("input_ids", "attention_mask") if kwargs.get(name) is not None]
+    if refused or (kwargs.get("num_return_sequences") or 1) > 1:
+        name = refused[0] if refused else "num_return_sequences"
+        raise RuntimeInputError(f"prompts cannot be combined with {name}: give token ids instead of prompts")
     if not prompts:
         raise RuntimeInputError("there is no prompt: give at least one")
     rows: list[list[int]] = [tokenizer(p)["input_ids"] for p in prompts]  # pyright: ignore[reportAssignmentType]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from qeff_ir import QEFFAutoModelForCausalLM
@@ -248,3 +248,12 @@ def test_a_model_that_is_not_compiled_is_told(tmp_path: Path) -> None:
     model = QEFFAutoModelForCausalLM(support.tiny("llama")[1])
     with pytest.raises(PackageError, match="not compiled yet: call compile"):
         model.generate(PROMPT)
+
+
+@pytest.mark.parametrize("extra", [{"input_ids": torch.ones((2, 3), dtype=torch.long)}, {"num_return_sequences": 2}])
+def test_prompts_are_not_combined_with_token_ids(two: QEFFAutoModelForCausalLM, extra: dict[str, Any]) -> None:
+    from qeff_ir.demo import MODEL_FOLDER
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    with pytest.raises(RuntimeInputError, match=f"prompts cannot be combined with {next(iter(extra))}: give token ids"):
+        two.generate(prompts=["1+1="], tokenizer=tokenizer, **extra)
