@@ -15,7 +15,8 @@ from qeff_ir.errors import PackageError, RuntimeInputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qeff_ir.auto import GenerationResult, QEFFAutoModelForCausalLM
+    from qeff_ir.auto import QEFFAutoModelForCausalLM
+    from qeff_ir.runtime.texts import GenerationResult
 
 _SAMPLING = "Sampling (any of these but --repetition-penalty turns it on)"
 
