@@ -62,14 +62,7 @@ def problem(name: str, module: Module) -> str | None:
 
 @define("canonical")
 def _canonical(module: Module) -> str | None:
-    """Constants are initializers, one for each value, and no `Identity` stands between two nodes."""
-    seen: dict[tuple[object, ...], str] = {}
-    for name, value in module.graph.initializers.items():
-        tensor = value.const_value
-        if WEIGHT_KEY not in value.metadata_props and tensor is not None and tensor.size <= 8:
-            key = tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
-            if seen.setdefault(key, name) != name:
-                return f"the constants '{seen[key]}' and '{name}' are equal"
+    """Constants are initializers, and no `Identity` stands between two nodes."""
     for node in module.graph:
         if node.domain == "" and node.op_type == "Constant":
             return f"{_place(node)} is no initializer"
