@@ -45,13 +45,12 @@ class Legalize(Pass):
         for node in self.sites(module):
             rewriter.replace(node, _LOWERINGS[node.op_type](node, rewriter.at(node)))
         rewriter.sweep()
-        device_ops.attach(module.model)
-        if rewriter.refused:
-            return  # some operators are still newer, so the opset stays
-        for node in module.graph:
-            if node.domain == "":
-                _check(node, self.opset)
-        module.model.opset_imports[""] = self.opset
+        if not rewriter.refused:  # else some operators are still newer, and the opset stays
+            for node in module.graph:
+                if node.domain == "":
+                    _check(node, self.opset)
+            module.model.opset_imports[""] = self.opset
+        device_ops.attach(module.model)  # whose bodies are of the opset
 
     def sites(self, module: Module) -> list[ir.Node]:
         """Operators with a lowering that the opset does not have."""
