@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qeff_ir.errors import PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.expect import Exactly, Expect
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"})
 
@@ -27,6 +28,7 @@ class LastLogits(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"last-logits"})
     changes_interface: ClassVar[bool] = True
+    expect: ClassVar[Expect] = Exactly(1)
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Insert the selection at the LM head's input.
@@ -41,6 +43,8 @@ class LastLogits(Pass):
                 "the logits are not a matrix product of one hidden state per token, so one token cannot be selected "
                 "before the LM head"
             )
+        if not rewriter.rewrite("selection"):
+            return
         head = tail[-1]
         hidden = head.inputs[0]
         assert hidden is not None and hidden.shape is not None
@@ -55,7 +59,6 @@ class LastLogits(Pass):
             out = node.outputs[0]
             if out.shape is not None:
                 out.shape = ir.Shape([out.shape[0], 1, *out.shape.dims[2:]])
-        rewriter.stats.fired["selection"] += 1
 
 
 def _row_wise_tail(logits: ir.Value) -> list[ir.Node]:

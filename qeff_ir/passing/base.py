@@ -15,48 +15,29 @@ The fields are the options; the pipeline text `scale-fold{limit=10}` sets them.
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
-import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from qeff_ir.errors import PipelineError
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.module import Module
+from qeff_ir.passing import plugins
+from qeff_ir.passing.expect import AnyNumber, Expect
+from qeff_ir.passing.report import Missed, PassStats
+from qeff_ir.passing.rewriter import OpBuilder, Rewriter
 
-if TYPE_CHECKING:
-    from onnxscript.rewriter import RewriteRule
-
-
-@dataclass(frozen=True, slots=True)
-class Missed:
-    """A site that a pass looked at and did not rewrite.
-
-    Attributes:
-        source: Hugging Face module that the site came from.
-        reason: Why, as one clause.
-    """
-
-    source: str
-    reason: str
-
-
-@dataclass
-class PassStats:
-    """What one run of a pass did.
-
-    Attributes:
-        fired: Rewrites by rule name.
-        missed: Sites that were not rewritten.
-    """
-
-    fired: Counter[str] = field(default_factory=Counter[str])
-    missed: list[Missed] = field(default_factory=list[Missed])
+__all__ = [
+    "Missed",
+    "OpBuilder",
+    "Pass",
+    "PassStats",
+    "Rewriter",
+    "broken_plugins",
+    "find_pass",
+    "register",
+    "registered_passes",
+]
 
 
 class Pass(ABC):
@@ -71,7 +52,9 @@ class Pass(ABC):
         establishes: Properties that hold after it.
         invalidates: Properties that it may destroy.
         changes_interface: Whether it may change names, types or shapes of graph inputs and outputs, or states.
-        all_sites: Whether a missed site is an error rather than a line in the report.
+        changes_weights: Whether it may add, alter or drop weights; they are shared references otherwise.
+        idempotent: Whether a second run changes nothing.
+        expect: How often it must fire; any number is fine by default, and what is left over is reported.
     """
 
     name: ClassVar[str]
@@ -79,7 +62,9 @@ class Pass(ABC):
     establishes: ClassVar[frozenset[str]] = frozenset()
     invalidates: ClassVar[frozenset[str]] = frozenset()
     changes_interface: ClassVar[bool] = False
-    all_sites: ClassVar[bool] = False
+    changes_weights: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = False
+    expect: ClassVar[Expect] = AnyNumber()
 
     __slots__ = ()
 
@@ -90,6 +75,17 @@ class Pass(ABC):
         Raises:
             PassError: The pass cannot keep its promise on this module; the manager restores the module.
         """
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Nodes that the pass should rewrite, found apart from how it matches: too many rather than too few.
+
+        A site that is still found after the pass was missed.
+        """
+        return []
+
+    def explain(self, module: Module, site: ir.Node) -> Missed:
+        """Why the pass left a site alone, when it did not say so itself."""
+        return Missed.at(site, "the pass did not touch it", code="untouched")
 
 
 P = TypeVar("P", bound=Pass)
@@ -103,158 +99,34 @@ def register(cls: type[P]) -> type[P]:
         PipelineError: Another class has that name.
     """
     known = _REGISTRY.get(cls.name)
-    if known is not None and known.__qualname__ != cls.__qualname__:
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise PipelineError(f"two passes are named '{cls.name}': {known.__module__} and {cls.__module__}; rename one")
     _REGISTRY[cls.name] = cls
     return cls
 
 
-def registered_passes() -> dict[str, type[Pass]]:
-    """All known passes by name, those of the `passes` package included."""
+def find_pass(name: str) -> type[Pass] | None:
+    """The pass of that name; a plugin is imported only when nothing else has the name."""
     import passes
 
     passes.load_all()
+    if name not in _REGISTRY:
+        plugins.load(name)
+    if name not in _REGISTRY:
+        plugins.load()  # one plugin may register several passes
+    return _REGISTRY.get(name)
+
+
+def registered_passes() -> dict[str, type[Pass]]:
+    """All known passes by name: those of the `passes` package, and those of plugins."""
+    import passes
+
+    passes.load_all()
+    plugins.load()
     return dict(sorted(_REGISTRY.items()))
 
 
-class OpBuilder:
-    """Writes nodes before an anchor: ``b("MatMul", x, w)``; each new node inherits the anchor's source."""
-
-    def __init__(self, rewriter: Rewriter, anchor: ir.Node) -> None:
-        self._rewriter = rewriter
-        self._anchor = anchor
-
-    def __call__(
-        self,
-        op_type: str,
-        *inputs: ir.Value | None,
-        domain: str = "",
-        shape: Sequence[int | str] | ir.Shape | None = None,
-        dtype: ir.DataType | None = None,
-        **attributes: Any,
-    ) -> ir.Value:
-        """Insert one node with one output and return that output, typed when `shape` and `dtype` are given."""
-        node = ir.node(op_type, inputs, attributes=attributes, domain=domain)
-        self._rewriter.stamp(node, self._anchor)
-        self._rewriter.graph.insert_before(self._anchor, node)
-        out = node.outputs[0]
-        if shape is not None:
-            out.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)
-        if dtype is not None:
-            out.dtype = dtype
-        return out
-
-    def const(self, value: Any, dtype: Any = np.int64) -> ir.Value:
-        """A constant, shared by all its users in the graph (`int64` unless told otherwise)."""
-        return self._rewriter.constant(np.asarray(value, dtype=dtype))
-
-
-class Rewriter:
-    """The way a pass changes the main graph: stamps provenance on new nodes and counts what fired.
-
-    Attributes:
-        graph: The graph being rewritten.
-        stats: What has happened so far.
-    """
-
-    def __init__(self, module: Module, pass_id: str) -> None:
-        self.module = module
-        self.graph = module.graph
-        self.pass_id = pass_id
-        self.stats = PassStats()
-
-    def at(self, anchor: ir.Node) -> OpBuilder:
-        """A builder that inserts before `anchor` and inherits its source."""
-        return OpBuilder(self, anchor)
-
-    def stamp(self, node: ir.Node, anchor: ir.Node) -> None:
-        """Record on `node` which pass made it and which source it stands for."""
-        node.metadata_props[PASS_KEY] = self.pass_id
-        node.metadata_props[SOURCE_KEY] = anchor.metadata_props.get(SOURCE_KEY, "")
-
-    def adopt(self) -> None:
-        """Stamp nodes that a library made without a source: they take that of the node whose result they read."""
-        for node in self.graph:
-            if SOURCE_KEY in node.metadata_props:
-                continue
-            makers = (v.producer() for v in node.inputs if v is not None)
-            known = [m.metadata_props[SOURCE_KEY] for m in makers if m is not None and SOURCE_KEY in m.metadata_props]
-            node.metadata_props[SOURCE_KEY] = max(known, key=len, default="")
-            node.metadata_props[PASS_KEY] = self.pass_id
-
-    @contextlib.contextmanager
-    def hidden_weights(self) -> Generator[None]:
-        """Show the weights as graph inputs while a library works on the graph, so that it cannot read or fold them."""
-        weights = [v for v in self.graph.initializers.values() if WEIGHT_KEY in v.metadata_props]
-        tensors = [v.const_value for v in weights]
-        for value in weights:
-            assert value.name is not None
-            del self.graph.initializers[value.name]
-            value.const_value = None
-            self.graph.inputs.append(value)
-        try:
-            yield
-        finally:
-            hidden = set(weights)
-            for index in reversed(range(len(self.graph.inputs))):
-                if self.graph.inputs[index] in hidden:
-                    del self.graph.inputs[index]
-            for value, tensor in zip(weights, tensors, strict=True):
-                value.const_value = tensor
-                self.graph.register_initializer(value)
-
-    def apply_rules(self, name: str, rules: Sequence[RewriteRule]) -> int:
-        """Apply onnxscript rewrite rules to the graph; returns how often they fired, counted under `name`."""
-        from onnxscript.rewriter import RewriteRuleSet
-
-        with self.hidden_weights():
-            count = RewriteRuleSet(list(rules)).apply_to_model(self.module.model)
-        self.adopt()
-        self.sweep()
-        if count:
-            self.stats.fired[name] += count
-        return count
-
-    def constant(self, array: np.ndarray) -> ir.Value:
-        """An initializer with this value; equal constants are one initializer."""
-        import hashlib
-
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[:8]
-        dims = "x".join(map(str, array.shape)) or "scalar"
-        name = f"const.{array.dtype}.{dims}.{digest}"
-        known = self.graph.initializers.get(name)
-        if known is not None:
-            return known
-        value = ir.val(name, const_value=ir.tensor(np.array(array), name=name))
-        self.graph.register_initializer(value)
-        return value
-
-    def replace(self, node: ir.Node, value: ir.Value, rule: str | None = None) -> None:
-        """Let `value` take the place of the node's only output, in graph outputs too, and drop the node.
-
-        Counts one firing of `rule` (the operator's name by default).
-        """
-        old = node.outputs[0]
-        if value.shape is None:
-            value.shape = old.shape
-        if value.type is None:
-            value.type = old.type
-        if old.is_graph_output():
-            index = next(i for i, o in enumerate(self.graph.outputs) if o is old)
-            if value.is_graph_output() or value.is_graph_input():
-                value = self.at(node)("Identity", value, shape=old.shape, dtype=old.dtype)
-            name = old.name
-            old.name = None
-            value.name = name
-            self.graph.outputs[index] = value
-        old.replace_all_uses_with(value)
-        self.graph.remove(node, safe=True)
-        self.stats.fired[rule or node.op_type] += 1
-
-    def missed(self, site: ir.Node, reason: str) -> None:
-        """Record that a site was not rewritten, and why."""
-        self.stats.missed.append(Missed(site.metadata_props.get(SOURCE_KEY, "") or site.name or site.op_type, reason))
-
-    def sweep(self) -> None:
-        """Drop nodes and initializers that nothing uses any more."""
-        common.RemoveUnusedNodesPass()(self.module.model)
+def broken_plugins() -> dict[str, str]:
+    """Why each plugin that cannot be used cannot, by the name of its entry point."""
+    plugins.load()
+    return dict(plugins.BROKEN)
