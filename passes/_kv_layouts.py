@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -47,6 +48,9 @@ class Layout(ABC):
         self._made: dict[tuple[object, ...], ir.Value] = {}
         # Shared computations stand before the first node, where every layer can read them.
         self.b: OpBuilder = rewriter.at(next(iter(module.graph)))
+
+    op_type: ClassVar[str]
+    """Operator that writes a cache."""
 
     @abstractmethod
     def write(self, node: ir.Node, slots: Slots, state: State) -> None:
@@ -98,6 +102,8 @@ class Layout(ABC):
 class Scatter(Layout):
     """The AI 100 form (contract §2 and §3): custom scatter and gather ops that skip indices out of range."""
 
+    op_type: ClassVar[str] = "CtxScatter"
+
     def write(self, node: ir.Node, slots: Slots, state: State) -> None:
         """``past -> CtxScatter -> retained``; the layer reads ``CtxGather(retained)``."""
         past, new = node.inputs[:2]
@@ -123,7 +129,7 @@ class Scatter(Layout):
             for index, value in enumerate(reader.inputs):
                 if value is node.outputs[0]:
                     reader.replace_input_with(index, read)
-        self.rewriter.replace(node, retained, "CtxScatter ring" if slots.ring else "CtxScatter")
+        self.rewriter.substitute(node, retained)
 
     def _written(self, slots: Slots) -> ir.Value:
         """Slot of each token of this run, ``[batch, seq]``, `DROPPED` for padding."""
@@ -160,6 +166,8 @@ class TensorScatter(Layout):
       later query. A chunk of padding only writes back what it finds.
     """
 
+    op_type: ClassVar[str] = "TensorScatter"
+
     def write(self, node: ir.Node, slots: Slots, state: State) -> None:
         """``TensorScatter(past, new, first slot)``."""
         past, new = node.inputs[:2]
@@ -170,7 +178,7 @@ class TensorScatter(Layout):
             found = b("Slice", past, b.const([0]), self._count(), b.const([2]))
             new = b("Where", self._idle_rows(), found, new)
         retained = b("TensorScatter", past, new, self._start(slots), axis=2, mode=mode)
-        self.rewriter.replace(node, retained, "TensorScatter ring" if slots.ring else "TensorScatter")
+        self.rewriter.substitute(node, retained)
 
     def finish(self) -> None:
         """Name the longer caches, and give them their length."""

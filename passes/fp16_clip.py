@@ -38,6 +38,8 @@ class Fp16Clip(Pass):
             numbers = tensor.numpy()
             if not np.any((numbers > FP16_MAX) | ((numbers < -FP16_MAX) & ~np.isneginf(numbers))):
                 continue
+            if not rewriter.rewrite("weight" if is_weight else "constant"):
+                continue
             value.const_value = (
                 ir.LazyTensor(
                     lambda tensor=tensor: ir.tensor(clip(tensor.numpy()), name=tensor.name),
@@ -48,7 +50,6 @@ class Fp16Clip(Pass):
                 if is_weight
                 else ir.tensor(clip(numbers), name=tensor.name)
             )
-            rewriter.stats.fired["weight" if is_weight else "constant"] += 1
 
 
 def clip(numbers: np.ndarray) -> np.ndarray:

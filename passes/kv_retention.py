@@ -67,7 +67,7 @@ class KVRetention(Pass):
             slots = Slots(state.ctx_dim, state.ring, past)
             if node.op_type == "CachePositions":
                 rewriter.replace(node, layout.positions(node, slots))
-            else:
+            elif rewriter.rewrite(f"{layout.op_type} ring" if slots.ring else layout.op_type):
                 layout.write(node, slots, state)
         layout.finish()
         dialect.attach(module.model)
@@ -106,6 +106,10 @@ def _make_ring(module: Module, window: int) -> None:
     symbol = "sliding_window" if len(windows) == 1 else f"sliding_window_{window}"
     length = _ring_length(module, window)
     new: list[State] = []
+    ours = {module.input(s.input) for s in module.states if s.window == window}
+    for node in module.graph:
+        if node.domain == dialect.DOMAIN and node.inputs and node.inputs[0] in ours:
+            node.attributes["ring"] = ir.AttrInt64("ring", 1)  # so that the ops mean a ring until they are lowered
     for state in module.states:
         if state.window == window:
             state = dataclasses.replace(

@@ -41,6 +41,8 @@ class LastLogits(Pass):
                 "the logits are not a matrix product of one hidden state per token, so one token cannot be selected "
                 "before the LM head"
             )
+        if not rewriter.rewrite("selection"):
+            return
         head = tail[-1]
         hidden = head.inputs[0]
         assert hidden is not None and hidden.shape is not None
@@ -55,7 +57,6 @@ class LastLogits(Pass):
             out = node.outputs[0]
             if out.shape is not None:
                 out.shape = ir.Shape([out.shape[0], 1, *out.shape.dims[2:]])
-        rewriter.stats.fired["selection"] += 1
 
 
 def _row_wise_tail(logits: ir.Value) -> list[ir.Node]:

@@ -43,12 +43,14 @@ class Legalize(Pass):
             lower = _LOWERINGS.get(node.op_type) if node.domain == "" else None
             if lower is not None and _version(node.op_type, self.opset) is None:
                 rewriter.replace(node, lower(node, rewriter.at(node)))
+        rewriter.sweep()
+        device_ops.attach(module.model)
+        if rewriter.refused:
+            return  # some operators are still newer, so the opset stays
         for node in module.graph:
             if node.domain == "":
                 _check(node, self.opset)
-        rewriter.sweep()
         module.model.opset_imports[""] = self.opset
-        device_ops.attach(module.model)
 
 
 def _rms_normalization(node: ir.Node, b: OpBuilder) -> ir.Value:

@@ -39,10 +39,10 @@ class OrtAttention(Pass):
         position_ids = module.input("position_ids")
         for node in [n for n in module.graph if n.op_type == "Attention" and n.domain == ""]:
             problem = _problem(node, position_ids)
-            if problem is None:
-                _fuse(node, position_ids, lengths, rewriter)
-            else:
+            if problem is not None:
                 rewriter.missed(node, problem)
+            elif rewriter.rewrite("GroupQueryAttention"):
+                _fuse(node, position_ids, lengths, rewriter)
         rewriter.sweep()
         if rewriter.stats.fired:
             module.model.opset_imports[ORT_DOMAIN] = 1
@@ -108,18 +108,17 @@ def _fuse(node: ir.Node, position_ids: ir.Value, lengths: dict[object, list[ir.V
         domain=ORT_DOMAIN,
         num_outputs=3,
     )
-    rewriter.stamp(kernel, node)
-    rewriter.graph.insert_before(node, kernel)
+    rewriter.insert(kernel, node)
     mixed = kernel.outputs[0]
     mixed.type = node.outputs[0].type
     for write, present in zip(writes, kernel.outputs[1:], strict=True):
-        rewriter.replace(write, present, "cache")
+        rewriter.substitute(write, present)
     flat = flattening(node, heads * width)
     if flat is None:
         split = b("Reshape", mixed, b.const([0, 0, heads, width]))
-        rewriter.replace(node, b("Transpose", split, perm=SWAP), "GroupQueryAttention")
+        rewriter.substitute(node, b("Transpose", split, perm=SWAP))
     else:
-        rewriter.replace(flat, mixed, "GroupQueryAttention")
+        rewriter.substitute(flat, mixed)
         rewriter.sweep()
 
 

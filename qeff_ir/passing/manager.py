@@ -3,74 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 
 from qeff_ir.errors import PassError, PipelineError, QeffError, VerificationError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, PassStats, Rewriter, registered_passes
+from qeff_ir.passing.instrument import Instrument, Watch
 from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.passing.report import REPORT_VERSION, PassRun, Report
 from qeff_ir.printer import fingerprint
 from qeff_ir.verifier import verify
 
-REPORT_VERSION = 1
-"""Version of `Report.to_json`."""
-
-
-@dataclass(frozen=True)
-class PassRun:
-    """What one pass of a pipeline did.
-
-    Attributes:
-        id: Instance id, for example ``attention#2``.
-        seconds: Wall-clock time, verification included.
-        nodes: Nodes of the main graph before and after.
-        modified: Whether the module's text form changed.
-        stats: Rewrites that fired and sites that were missed.
-    """
-
-    id: str
-    seconds: float
-    nodes: tuple[int, int]
-    modified: bool
-    stats: PassStats
-
-
-@dataclass
-class Report:
-    """What a pipeline did.
-
-    Attributes:
-        pipeline: The pipeline as text.
-        runs: One entry for each pass that ran.
-    """
-
-    pipeline: str
-    runs: list[PassRun] = field(default_factory=list[PassRun])
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock time of all passes."""
-        return sum(r.seconds for r in self.runs)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data with a schema version, for tools."""
-        return {
-            "version": REPORT_VERSION,
-            "pipeline": self.pipeline,
-            "passes": [
-                {
-                    "id": r.id,
-                    "seconds": r.seconds,
-                    "nodes": list(r.nodes),
-                    "modified": r.modified,
-                    "fired": dict(r.stats.fired),
-                    "missed": [{"source": m.source, "reason": m.reason} for m in r.stats.missed],
-                }
-                for r in self.runs
-            ],
-        }
+__all__ = ["REPORT_VERSION", "PassRun", "Report", "check_order", "run_pipeline"]
 
 
 def check_order(pipeline: Pipeline, properties: set[str]) -> None:
@@ -95,7 +40,13 @@ def check_order(pipeline: Pipeline, properties: set[str]) -> None:
 
 
 def run_pipeline(
-    module: Module, pipeline: Pipeline, watch: Callable[[str, PassRun | None], None] | None = None
+    module: Module,
+    pipeline: Pipeline,
+    watch: Callable[[str, PassRun | None], None] | None = None,
+    *,
+    instruments: Sequence[Instrument] = (),
+    check: int = 1,
+    budgets: Mapping[str, int] | None = None,
 ) -> Report:
     """Run every pass of `pipeline` on `module`, in place.
 
@@ -106,42 +57,64 @@ def run_pipeline(
         module: Changed in place.
         pipeline: What to run.
         watch: Called with ``(id, None)`` before a pass and ``(id, run)`` after it.
+        instruments: Told of everything, as a stack.
+        check: How much is checked after each pass: 0 nothing, 1 the structure and the promises.
+        budgets: Most rewrites that a pass may make, by instance id.
 
     Raises:
         PipelineError: The order of the passes cannot work; nothing ran.
         PassError: A pass failed; the message names it.
     """
     check_order(pipeline, module.properties)
+    unknown = sorted(set(budgets or ()) - {id for id, _ in pipeline})
+    if unknown:
+        raise PipelineError(f"there is a budget for '{unknown[0]}', but no such pass in the pipeline")
     report = Report(str(pipeline))
+    stack = [*([Watch(watch)] if watch is not None else ()), *instruments]
+    for instrument in stack:
+        instrument.before_pipeline(module, pipeline)
     before = fingerprint(module)
-    for name, item in pipeline:
-        if watch is not None:
-            watch(name, None)
-        run, before = _run(module, name, item, before)
+    for id, item in pipeline:
+        rewriter = Rewriter(module, id, (budgets or {}).get(id))
+        run, before = _run(module, item, rewriter, before, stack, check)
         report.runs.append(run)
-        if watch is not None:
-            watch(name, run)
     module.write_facts()
+    for instrument in reversed(stack):
+        instrument.after_pipeline(report, module)
     return report
 
 
-def _run(module: Module, name: str, item: Pass, before: str) -> tuple[PassRun, str]:
+def _run(
+    module: Module, item: Pass, rewriter: Rewriter, before: str, stack: Sequence[Instrument], check: int
+) -> tuple[PassRun, str]:
+    id = rewriter.pass_id
+    for instrument in stack:
+        instrument.before_pass(id, item, module)
     started, size, snapshot = time.perf_counter(), len(module.graph), module.clone()
-    rewriter = Rewriter(module, name)
     try:
         item.run(module, rewriter)
+        if rewriter.refused:
+            rewriter.sweep()  # of what was built for rewrites that were then refused
         module.properties = (module.properties - item.invalidates) | item.establishes
-        verify(module)
-        _check_promises(snapshot, module, item, rewriter.stats)
+        if check >= 1:
+            verify(module)
+            _check_promises(snapshot, module, item, rewriter.stats)
+        after = fingerprint(module)
+        seconds = time.perf_counter() - started
+        sizes = size, len(module.graph)
+        run = PassRun(id, seconds, sizes, after != before, rewriter.stats, rewriter.count)
+        for instrument in reversed(stack):
+            instrument.after_pass(run, module)
     except BaseException as error:
         for part in fields(module):
             setattr(module, part.name, getattr(snapshot, part.name))
-        if isinstance(error, QeffError):
-            raise PassError(f"pass {name}: {error}") from error
+        known = PassError(f"pass {id}: {error}") if isinstance(error, QeffError) else error
+        for instrument in reversed(stack):
+            instrument.failed(id, item, module, known)
+        if known is not error:
+            raise known from error
         raise
-    after = fingerprint(module)
-    seconds = time.perf_counter() - started
-    return PassRun(name, seconds, (size, len(module.graph)), after != before, rewriter.stats), after
+    return run, after
 
 
 def _check_promises(before: Module, after: Module, item: Pass, stats: PassStats) -> None:

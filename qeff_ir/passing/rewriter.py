@@ -1,0 +1,255 @@
+"""The way a pass changes a module: every rewrite is admitted, counted and stamped with where it came from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qeff_ir.errors import PassError
+from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.passing.report import Missed, PassStats
+
+if TYPE_CHECKING:
+    from onnxscript.rewriter import RewriteRule
+
+_LEAST_LIMIT = 1000
+_REWRITES_PER_NODE = 20
+_NODES_PER_REWRITE = 100
+"""Bounds of what a pass that ends can do: far above any real one, and reached in seconds by one that loops."""
+
+
+class OpBuilder:
+    """Writes nodes before an anchor: ``b("MatMul", x, w)``; each new node inherits the anchor's source."""
+
+    def __init__(self, rewriter: Rewriter, anchor: ir.Node) -> None:
+        self._rewriter = rewriter
+        self._anchor = anchor
+
+    def __call__(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        domain: str = "",
+        shape: Sequence[int | str] | ir.Shape | None = None,
+        dtype: ir.DataType | None = None,
+        **attributes: Any,
+    ) -> ir.Value:
+        """Insert one node with one output and return that output, typed when `shape` and `dtype` are given."""
+        node = ir.node(op_type, inputs, attributes=attributes, domain=domain)
+        self._rewriter.insert(node, self._anchor)
+        out = node.outputs[0]
+        if shape is not None:
+            out.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)
+        if dtype is not None:
+            out.dtype = dtype
+        return out
+
+    def const(self, value: Any, dtype: Any = np.int64) -> ir.Value:
+        """A constant, shared by all its users in the graph (`int64` unless told otherwise)."""
+        return self._rewriter.constant(np.asarray(value, dtype=dtype))
+
+
+class Rewriter:
+    """The way a pass changes the main graph: admits rewrites, counts them, and stamps provenance on new nodes.
+
+    Attributes:
+        graph: The graph being rewritten.
+        stats: What has happened so far.
+        budget: Rewrites that are admitted in all; `None` for no limit. Bisection sets it.
+        count: Rewrites admitted so far.
+        refused: Whether a rewrite was wanted after the budget was spent.
+    """
+
+    def __init__(self, module: Module, pass_id: str, budget: int | None = None) -> None:
+        self.module = module
+        self.graph = module.graph
+        self.pass_id = pass_id
+        self.stats = PassStats()
+        self.budget = budget
+        self.count = 0
+        self.refused = False
+        self._limit = _LEAST_LIMIT + _REWRITES_PER_NODE * len(module.graph)
+        self._inserted = 0
+        self._recent: deque[str] = deque(maxlen=6)
+
+    def rewrite(self, rule: str) -> bool:
+        """Ask to make one rewrite, and count it under `rule`.
+
+        A pass that changes the graph by other means than `replace` and `apply_rules` asks before each change, and
+        leaves the site alone when the answer is no.
+
+        Returns:
+            Whether the budget has room for it.
+
+        Raises:
+            PassError: The pass has made so many rewrites that it will not end.
+        """
+        if self.budget is not None and self.count >= self.budget:
+            self.refused = True
+            return False
+        self.count += 1
+        self.stats.fired[rule] += 1
+        self._recent.append(rule)
+        if self.count > self._limit:
+            raise PassError(f"it has made {self._limit} rewrites and does not end; {self._suspects()}")
+        return True
+
+    def _suspects(self) -> str:
+        rules = sorted(set(self._recent))
+        return (
+            f"the rules '{rules[0]}' and '{rules[1]}' undo each other"
+            if len(rules) == 2
+            else f"the last were of {', '.join(repr(r) for r in rules)}"
+        )
+
+    def insert(self, node: ir.Node, anchor: ir.Node) -> None:
+        """Put a new node before `anchor`, stamped.
+
+        Raises:
+            PassError: The pass has inserted so many nodes that it will not end.
+        """
+        self._inserted += 1
+        if self._inserted > _NODES_PER_REWRITE * self._limit:
+            raise PassError(f"it has inserted {self._inserted - 1} nodes and does not end; the last was {node.op_type}")
+        self.stamp(node, anchor)
+        self.graph.insert_before(anchor, node)
+
+    def at(self, anchor: ir.Node) -> OpBuilder:
+        """A builder that inserts before `anchor` and inherits its source."""
+        return OpBuilder(self, anchor)
+
+    def stamp(self, node: ir.Node, anchor: ir.Node) -> None:
+        """Record on `node` which pass made it and which source it stands for."""
+        node.metadata_props[PASS_KEY] = self.pass_id
+        node.metadata_props[SOURCE_KEY] = anchor.metadata_props.get(SOURCE_KEY, "")
+
+    def adopt(self) -> None:
+        """Stamp nodes that a library made without a source: they take that of the node whose result they read."""
+        for node in self.graph:
+            if SOURCE_KEY in node.metadata_props:
+                continue
+            makers = (v.producer() for v in node.inputs if v is not None)
+            known = [m.metadata_props[SOURCE_KEY] for m in makers if m is not None and SOURCE_KEY in m.metadata_props]
+            node.metadata_props[SOURCE_KEY] = max(known, key=len, default="")
+            node.metadata_props[PASS_KEY] = self.pass_id
+
+    @contextlib.contextmanager
+    def hidden_weights(self) -> Generator[None]:
+        """Show the weights as graph inputs while a library works on the graph, so that it cannot read or fold them."""
+        weights = [v for v in self.graph.initializers.values() if WEIGHT_KEY in v.metadata_props]
+        tensors = [v.const_value for v in weights]
+        for value in weights:
+            assert value.name is not None
+            del self.graph.initializers[value.name]
+            value.const_value = None
+            self.graph.inputs.append(value)
+        try:
+            yield
+        finally:
+            hidden = set(weights)
+            for index in reversed(range(len(self.graph.inputs))):
+                if self.graph.inputs[index] in hidden:
+                    del self.graph.inputs[index]
+            for value, tensor in zip(weights, tensors, strict=True):
+                value.const_value = tensor
+                self.graph.register_initializer(value)
+
+    def apply_rules(self, name: str, rules: Sequence[RewriteRule]) -> int:
+        """Apply onnxscript rewrite rules to the graph, once at each node.
+
+        Args:
+            name: What each application counts under.
+            rules: The rules; at a node, the first that matches is applied.
+
+        Returns:
+            How often they fired.
+        """
+        from onnxscript.rewriter import RewriteRuleSet
+
+        before, counted = self.count, [_Counted(rule, name, self) for rule in rules]
+        functions = dict(self.module.model.functions)
+        self.module.model.functions.clear()  # the bodies of ops say what the ops mean; rules must not change them
+        try:
+            with self.hidden_weights():
+                RewriteRuleSet(cast("Sequence[RewriteRule]", counted)).apply_to_model(self.module.model)
+        finally:
+            self.module.model.functions.update(functions)
+        self.adopt()
+        self.sweep()
+        return self.count - before
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        """An initializer with this value; equal constants are one initializer."""
+        import hashlib
+
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:8]
+        dims = "x".join(map(str, array.shape)) or "scalar"
+        name = f"const.{array.dtype}.{dims}.{digest}"
+        known = self.graph.initializers.get(name)
+        if known is not None:
+            return known
+        value = ir.val(name, const_value=ir.tensor(np.array(array), name=name))
+        self.graph.register_initializer(value)
+        return value
+
+    def replace(self, node: ir.Node, value: ir.Value, rule: str | None = None) -> bool:
+        """Let `value` take the place of the node's only output, in graph outputs too, and drop the node.
+
+        Counts as one rewrite of `rule` (the operator's name by default).
+
+        Returns:
+            Whether it was done: it is not once the budget is spent.
+        """
+        if not self.rewrite(rule or node.op_type):
+            return False
+        self.substitute(node, value)
+        return True
+
+    def substitute(self, node: ir.Node, value: ir.Value) -> None:
+        """What `replace` does, as a part of a larger rewrite that has been admitted already."""
+        old = node.outputs[0]
+        if value.shape is None:
+            value.shape = old.shape
+        if value.type is None:
+            value.type = old.type
+        if old.is_graph_output():
+            index = next(i for i, o in enumerate(self.graph.outputs) if o is old)
+            if value.is_graph_output() or value.is_graph_input():
+                value = self.at(node)("Identity", value, shape=old.shape, dtype=old.dtype)
+            name = old.name
+            old.name = None
+            value.name = name
+            self.graph.outputs[index] = value
+        old.replace_all_uses_with(value)
+        self.graph.remove(node, safe=True)
+
+    def missed(self, site: ir.Node, reason: str) -> None:
+        """Record that a site was not rewritten, and why."""
+        self.stats.missed.append(Missed(site.metadata_props.get(SOURCE_KEY, "") or site.name or site.op_type, reason))
+
+    def sweep(self) -> None:
+        """Drop nodes and initializers that nothing uses any more."""
+        common.RemoveUnusedNodesPass()(self.module.model)
+
+
+class _Counted:
+    """A rule that asks the rewriter before each application; stands for it in a rule set."""
+
+    def __init__(self, rule: RewriteRule, name: str, rewriter: Rewriter) -> None:
+        self._rule = rule
+        self._name = name
+        self._rewriter = rewriter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rule, name)
+
+    def try_rewrite(self, *args: Any, **kwargs: Any) -> Any:
+        """The replacement when the rule matches and is admitted, else `None`, which leaves the node alone."""
+        found = self._rule.try_rewrite(*args, **kwargs)
+        return found if found is not None and self._rewriter.rewrite(self._name) else None
