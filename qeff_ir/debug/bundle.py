@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ import onnx
 import onnx_ir as ir
 
 from qeff_ir.debug.drive import Answers
-from qeff_ir.errors import BundleError, PackageError, QeffError, VerificationError
+from qeff_ir.errors import BundleError, PackageError, VerificationError
 from qeff_ir.module import Module
 from qeff_ir.runtime.session import Array
 from qeff_ir.snapshot import MODEL_FILE, load_module, save_module
@@ -34,6 +35,11 @@ SCHEMA_VERSION = 1
 METADATA = "metadata.json"
 START = "start"
 DATA_SET = "test_data_set_0"
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("pass_id", "pipeline", "suffix", "error", "code", "message"), str),
+    **dict.fromkeys(("check", "seed"), int),
+    "versions": dict,
+}
 _LIBRARIES = ("qeff-ir", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -82,10 +88,19 @@ class Bundle:
     module: Module
     start: Module
 
+    def other_versions(self) -> list[tuple[str, str, str]]:
+        """Libraries whose version here is another one: name, here, then."""
+        then = self.metadata.versions
+        return [(n, here, then[n]) for n, here in versions().items() if n in then and then[n] != here]
+
 
 def describe(error: BaseException) -> tuple[str, str]:
-    """Class and code of an error: of the cause where the manager only added the pass to its text."""
-    cause = error.__cause__ if isinstance(error, QeffError) and isinstance(error.__cause__, Exception) else error
+    """Class and code of an error, to be called while it is handled.
+
+    Of the cause where the manager only added the pass to its text; an instrument is told before the two are linked, so
+    the exception that is being handled counts as the cause.
+    """
+    cause = error.__cause__ or sys.exception() or error
     return type(cause).__name__, str(getattr(cause, "code", "") or "")
 
 
@@ -128,7 +143,9 @@ def write_bundle(folder: Path, metadata: Metadata, module: Module, start: Module
             shutil.rmtree(folder)
         partial.rename(folder)
     except OSError as error:
-        raise BundleError(f"the bundle {folder} cannot be written ({error.strerror}): choose another --bundle") from error
+        raise BundleError(
+            f"the bundle {folder} cannot be written ({error.strerror}): choose another --bundle"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -164,9 +181,7 @@ def _read_metadata(folder: Path) -> Metadata:
         metadata = Metadata(**data)
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is damaged ({error})") from error
-    texts = (metadata.pass_id, metadata.pipeline, metadata.suffix, metadata.error, metadata.code, metadata.message)
-    numbers = (metadata.check, metadata.seed)
-    if not all(isinstance(t, str) for t in texts) or not all(type(n) is int for n in numbers):
+    if any(type(data[name]) is not kind for name, kind in _FIELDS.items()):
         raise BundleError(f"{path} is damaged (a field is of the wrong type)")
     return metadata
 

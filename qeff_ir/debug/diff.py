@@ -118,7 +118,9 @@ def render(found: ModuleDiff, *, limit: int = 8) -> list[str]:
     lines += [f"- {n} ({size:,} bytes)" for n, size in found.weights_removed.items()]
     for (made_by, source), changes in found.groups().items():
         lines.append(f"{source or 'no module'}, made by {made_by or 'the frontend'}: {summary(changes)}")
-        lines += [f"  {MARKS[c.kind]} {c.op} %{c.name}" + (f": {c.detail}" if c.detail else "") for c in changes[:limit]]
+        lines += [
+            f"  {MARKS[c.kind]} {c.op} %{c.name}" + (f": {c.detail}" if c.detail else "") for c in changes[:limit]
+        ]
         if len(changes) > limit:
             lines.append(f"    and {len(changes) - limit} more")
     return lines
@@ -179,9 +181,7 @@ def _rewiring(old: ir.Node, new: ir.Node, renamed: dict[str | None, str | None])
         if was[i : i + 1] != now[i : i + 1]
     ]
     a, b = _attributes(old), _attributes(new)
-    parts += [
-        f"{key} {a.get(key, 'unset')} → {b.get(key, 'unset')}" for key in a | b if a.get(key) != b.get(key)
-    ]
+    parts += [f"{key} {a.get(key, 'unset')} → {b.get(key, 'unset')}" for key in a | b if a.get(key) != b.get(key)]
     return ", ".join(parts)
 
 

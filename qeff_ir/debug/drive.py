@@ -105,12 +105,12 @@ def drive(module: Module, plan: Plan) -> Answers:
     with tempfile.TemporaryDirectory(prefix="qeff-drive-") as folder:
         session = _open(module, Path(folder))
         states = {s.input: _zeros(s.shape, sizes, s.dtype) for s in module.states}
-        others = [v for v in module.graph.inputs if v.name not in states]
+        others = {v.name or "": v for v in module.graph.inputs if v.name not in states}
         names = [v.name or "" for v in module.graph.outputs]
         outputs: list[dict[str, Array]] = []
         first: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
         for feeds in plan.runs:
-            own = {v.name or "": feeds[v.name] if v.name in feeds else _zeros_of(v, sizes) for v in others}
+            own = {name: feeds[name] if name in feeds else _zeros_of(v, sizes) for name, v in others.items()}
             all_feeds = {**own, **states}
             try:
                 values = session.run(names, all_feeds)

@@ -1,0 +1,56 @@
+"""The data of a report: what the manager tells, plus the diff of every pass and the origin of every final node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from qeff_ir.debug.diff import diff
+from qeff_ir.module import PASS_KEY, SOURCE_KEY, Module
+from qeff_ir.passing.base import Pass
+from qeff_ir.passing.instrument import Instrument
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.passing.report import PassRun, Report
+
+
+class Recorder(Instrument):
+    """Collects, while a pipeline runs, what a report shows beyond `Report.to_json`.
+
+    Attributes:
+        data: The report as plain data once the pipeline has ended: `Report.to_json` with ``model``, a ``diff`` in each
+            pass, and ``origins``, one entry for each Hugging Face module and pass of the final graph.
+    """
+
+    def __init__(self) -> None:
+        self._before: Module | None = None
+        self._diffs: dict[str, dict[str, Any]] = {}
+        self.data: dict[str, Any] = {}
+
+    def before_pipeline(self, module: Module, pipeline: Pipeline) -> None:
+        """Start anew."""
+        self._before, self._diffs, self.data = None, {}, {}
+
+    def before_pass(self, id: str, item: Pass, module: Module) -> None:
+        """Keep the module; weights are shared, so this costs a graph."""
+        self._before = module.clone()
+
+    def after_pass(self, run: PassRun, module: Module) -> None:
+        """Note what changed."""
+        assert self._before is not None
+        self._diffs[run.id] = diff(self._before, module).to_json()
+
+    def after_pipeline(self, report: Report, module: Module) -> None:
+        """Put all together."""
+        self.data = {"model": module.name, **report.to_json(), "origins": origins(module)}
+        for entry in self.data["passes"]:
+            entry["diff"] = self._diffs[entry["id"]]
+
+
+def origins(module: Module) -> list[dict[str, Any]]:
+    """Where the nodes of a graph come from: operators counted by Hugging Face module and pass."""
+    found: dict[tuple[str, str], Counter[str]] = {}
+    for node in module.graph:
+        key = node.metadata_props.get(SOURCE_KEY, ""), node.metadata_props.get(PASS_KEY, "")
+        op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        found.setdefault(key, Counter())[op] += 1
+    return [{"source": s, "pass": p, "ops": dict(ops)} for (s, p), ops in found.items()]
