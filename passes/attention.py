@@ -12,6 +12,7 @@ from qeff_ir import dialect
 from qeff_ir.errors import PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
+from qeff_ir.passing.expect import AllSites, Expect
 
 HIDDEN_SCORE = -65504.0
 """Score of a key that a query may not see: the least finite half-precision number. It vanishes in the softmax at any
@@ -33,7 +34,8 @@ class Attention(Pass):
     name: ClassVar[str] = "attention"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"attention-lowered"})
-    all_sites: ClassVar[bool] = True
+    expect: ClassVar[Expect] = AllSites()
+    idempotent: ClassVar[bool] = True
 
     impl: Literal["grouped", "standard"] = field(default="grouped", metadata={"help": "form of the result"})
 
@@ -43,13 +45,16 @@ class Attention(Pass):
         Raises:
             PassError: The number of heads is not known.
         """
-        for node in list(module.graph):
-            sinks = node.domain == dialect.DOMAIN and node.op_type == "SinkAttention"
-            standard = node.domain == "" and node.op_type == "Attention"
-            if sinks or (standard and self.impl == "grouped"):
-                rewriter.replace(node, _grouped(node, rewriter.at(node)), "sinks" if sinks else "grouped")
+        for node in self.sites(module):
+            rule = "sinks" if node.op_type == "SinkAttention" else "grouped"
+            rewriter.replace(node, _grouped(node, rewriter.at(node)), rule)
         rewriter.sweep()
         dialect.attach(module.model)
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Attention with sinks; with ``impl=grouped`` the standard op too."""
+        lowered = {(dialect.DOMAIN, "SinkAttention"), *([("", "Attention")] if self.impl == "grouped" else ())}
+        return [node for node in module.graph if (node.domain, node.op_type) in lowered]
 
 
 def _grouped(node: ir.Node, b: OpBuilder) -> ir.Value:

@@ -25,6 +25,8 @@ class Fp16Clip(Pass):
 
     name: ClassVar[str] = "fp16-clip"
     establishes: ClassVar[frozenset[str]] = frozenset({"fp16-range"})
+    changes_weights: ClassVar[bool] = True
+    idempotent: ClassVar[bool] = True
 
     weights: bool = field(default=False, metadata={"help": "look at the weights too"})
 

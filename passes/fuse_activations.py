@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from onnxscript.rewriter import pattern
+import onnx_ir as ir
+from onnxscript.rewriter import RewriteRule
 
 from qeff_ir.module import Module
-from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.base import register
+from qeff_ir.passing.matching import scalar
+from qeff_ir.passing.rules import RulePass
 
 _TANH_SCALE = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
@@ -73,7 +77,7 @@ _RULES = {
 
 @register
 @dataclass(frozen=True, slots=True)
-class FuseActivations(Pass):
+class FuseActivations(RulePass):
     """Fuse ``x * sigmoid(x)`` into `Swish`, and the error-function and tanh forms of GELU into `Gelu`.
 
     Activations of other forms stay as they are; they are right, only slower.
@@ -81,8 +85,21 @@ class FuseActivations(Pass):
 
     name: ClassVar[str] = "fuse-activations"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    idempotent: ClassVar[bool] = True
 
-    def run(self, module: Module, rewriter: Rewriter) -> None:
-        """Apply the rules."""
-        for name, pairs in _RULES.items():
-            rewriter.apply_rules(name, [pattern.RewriteRule(match, replace) for match, replace in pairs])
+    def rules(self) -> Mapping[str, Sequence[RewriteRule]]:
+        """The spellings that torch and transformers use."""
+        return {name: [RewriteRule(*pair) for pair in pairs] for name, pairs in _RULES.items()}
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Sigmoids that gate what they are made of, and the ``erf + 1`` and ``tanh + 1`` of a GELU."""
+        return [node for node in module.graph if node.domain == "" and _is_gate(node)]
+
+
+def _is_gate(node: ir.Node) -> bool:
+    users = list(node.outputs[0].consumers())
+    if node.op_type == "Sigmoid":
+        return any(user.op_type == "Mul" and node.inputs[0] in user.inputs for user in users)
+    return node.op_type in ("Erf", "Tanh") and any(
+        user.op_type == "Add" and 1.0 in map(scalar, user.inputs) for user in users
+    )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
+from onnxscript.rewriter import RewriteRule
 from onnxscript.rewriter.rules.fusion import _rms_normalization as rules
 
 from qeff_ir.module import Module
-from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.base import register
+from qeff_ir.passing.rules import RulePass
 
 
 @register
 @dataclass(frozen=True, slots=True)
-class FuseNorms(Pass):
+class FuseNorms(RulePass):
     """Fuse ``x * rsqrt(mean(x^2) + eps) * scale`` into `RMSNormalization` (onnxscript's rules).
 
     Layer normalization needs no rule: the exporter already writes it as one op.
@@ -22,13 +25,15 @@ class FuseNorms(Pass):
 
     name: ClassVar[str] = "fuse-norms"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    idempotent: ClassVar[bool] = True
 
-    def run(self, module: Module, rewriter: Rewriter) -> None:
-        """Apply the rules; a reciprocal root that stays behind is reported as missed."""
-        rewriter.apply_rules("RMSNormalization", rules.rms_normalization_rules)
-        for node in module.graph:
-            if node.op_type == "Reciprocal" and _is_mean_square_root(node):
-                rewriter.missed(node, "the normalized value is not multiplied by a scale")
+    def rules(self) -> Mapping[str, Sequence[RewriteRule]]:
+        """The rules of onnxscript, for both orders of the last product."""
+        return {"RMSNormalization": rules.rms_normalization_rules}
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Reciprocal roots of a mean."""
+        return [node for node in module.graph if node.op_type == "Reciprocal" and _is_mean_square_root(node)]
 
 
 def _is_mean_square_root(node: ir.Node) -> bool:

@@ -26,17 +26,24 @@ class FuseRotary(Pass):
 
     name: ClassVar[str] = "fuse-rotary"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    idempotent: ClassVar[bool] = True
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Rewrite every rotation; ``Concat(-x2, x1)`` marks the sites."""
         halves: dict[ir.Value, ir.Value] = {}
-        for node in list(module.graph):
-            if node.op_type != "Concat" or len(node.inputs) != 2 or made_by(node.inputs[0], "Neg") is None:
-                continue
+        for node in self.sites(module):
             problem = _fuse(node, halves, rewriter)
             if problem is not None:
                 rewriter.missed(node, problem)
         rewriter.sweep()
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Halves swapped, one of them negated."""
+        return [
+            node
+            for node in module.graph
+            if node.op_type == "Concat" and len(node.inputs) == 2 and made_by(node.inputs[0], "Neg") is not None
+        ]
 
 
 def _fuse(rotated: ir.Node, halves: dict[ir.Value, ir.Value], rewriter: Rewriter) -> str | None:

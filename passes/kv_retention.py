@@ -12,6 +12,7 @@ from qeff_ir import device_ops, dialect
 from qeff_ir.errors import PassError
 from qeff_ir.module import Dim, Module, Specialization, State
 from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import depends_on
 
 from ._kv_layouts import LAYOUTS, Slots
@@ -36,7 +37,7 @@ class KVRetention(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"states-lowered"})
     changes_interface: ClassVar[bool] = True
-    all_sites: ClassVar[bool] = True
+    expect: ClassVar[Expect] = AllSites()
 
     layout: Literal["scatter", "tensor-scatter"] = field(default="scatter", metadata={"help": "physical form"})
     ring: Literal["auto", "off"] = field(
@@ -56,9 +57,7 @@ class KVRetention(Pass):
                 _make_ring(module, window)
         layout = LAYOUTS[self.layout](module, rewriter)
         states = {s.input: s for s in module.states}
-        for node in list(module.graph):
-            if node.domain != dialect.DOMAIN or node.op_type not in ("CacheUpdate", "CachePositions"):
-                continue
+        for node in self.sites(module):
             past = node.inputs[0]
             state = states.get(past.name or "") if past is not None else None
             if past is None or state is None:
@@ -72,6 +71,11 @@ class KVRetention(Pass):
         layout.finish()
         dialect.attach(module.model)
         device_ops.attach(module.model)
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Every op of the dialect that writes a cache or looks at its slots."""
+        ops = "CacheUpdate", "CachePositions"
+        return [node for node in module.graph if node.domain == dialect.DOMAIN and node.op_type in ops]
 
 
 def _ring_length(module: Module, window: int) -> int:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qeff_ir.errors import PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.expect import Exactly, Expect
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"})
 
@@ -27,6 +28,7 @@ class LastLogits(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"last-logits"})
     changes_interface: ClassVar[bool] = True
+    expect: ClassVar[Expect] = Exactly(1)
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Insert the selection at the LM head's input.

@@ -15,6 +15,7 @@ from qeff_ir import device_ops
 from qeff_ir.errors import PassError
 from qeff_ir.module import SOURCE_KEY, Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
+from qeff_ir.passing.expect import AllSites, Expect
 
 
 @register
@@ -30,6 +31,8 @@ class Legalize(Pass):
     name: ClassVar[str] = "legalize"
     requires: ClassVar[frozenset[str]] = frozenset({"states-lowered", "attention-lowered"})
     establishes: ClassVar[frozenset[str]] = frozenset({"legal"})
+    expect: ClassVar[Expect] = AllSites()
+    idempotent: ClassVar[bool] = True
 
     opset: int = field(default=18, metadata={"help": "standard opset of the result"})
 
@@ -39,10 +42,8 @@ class Legalize(Pass):
         Raises:
             PassError: An operator has no form in that opset; names the module it comes from.
         """
-        for node in list(module.graph):
-            lower = _LOWERINGS.get(node.op_type) if node.domain == "" else None
-            if lower is not None and _version(node.op_type, self.opset) is None:
-                rewriter.replace(node, lower(node, rewriter.at(node)))
+        for node in self.sites(module):
+            rewriter.replace(node, _LOWERINGS[node.op_type](node, rewriter.at(node)))
         rewriter.sweep()
         device_ops.attach(module.model)
         if rewriter.refused:
@@ -51,6 +52,14 @@ class Legalize(Pass):
             if node.domain == "":
                 _check(node, self.opset)
         module.model.opset_imports[""] = self.opset
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Operators with a lowering that the opset does not have."""
+        return [
+            node
+            for node in module.graph
+            if node.domain == "" and node.op_type in _LOWERINGS and _version(node.op_type, self.opset) is None
+        ]
 
 
 def _rms_normalization(node: ir.Node, b: OpBuilder) -> ir.Value:

@@ -32,12 +32,13 @@ class OrtAttention(Pass):
 
     name: ClassVar[str] = "ort-attention"
     requires: ClassVar[frozenset[str]] = frozenset({"states-lowered", "attention-lowered"})
+    idempotent: ClassVar[bool] = True
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Fuse what can be; report why the rest cannot."""
         lengths: dict[object, list[ir.Value]] = {}
         position_ids = module.input("position_ids")
-        for node in [n for n in module.graph if n.op_type == "Attention" and n.domain == ""]:
+        for node in self.sites(module):
             problem = _problem(node, position_ids)
             if problem is not None:
                 rewriter.missed(node, problem)
@@ -46,6 +47,10 @@ class OrtAttention(Pass):
         rewriter.sweep()
         if rewriter.stats.fired:
             module.model.opset_imports[ORT_DOMAIN] = 1
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Every standard attention."""
+        return [node for node in module.graph if node.op_type == "Attention" and node.domain == ""]
 
 
 def _problem(node: ir.Node, position_ids: ir.Value) -> str | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import onnx_ir as ir
+
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import made_by
 
 ORT_DOMAIN = "com.microsoft"
@@ -21,23 +24,32 @@ class OrtKernels(Pass):
     """
 
     name: ClassVar[str] = "ort-kernels"
+    expect: ClassVar[Expect] = AllSites()
+    idempotent: ClassVar[bool] = True
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Replace every product with a transposed weight, and every `Swish`."""
-        for node in list(module.graph):
-            if node.domain != "":
-                continue
+        for node in self.sites(module):
             b = rewriter.at(node)
             if node.op_type == "Swish":
                 alpha = node.attributes["alpha"].as_float()
                 rewriter.replace(node, b("QuickGelu", node.inputs[0], domain=ORT_DOMAIN, alpha=alpha), "QuickGelu")
-            elif node.op_type == "MatMul":
-                transpose = made_by(node.inputs[1], "Transpose")
-                weight = transpose.inputs[0] if transpose is not None else None
-                if transpose is None or weight is None or not weight.is_initializer() or len(weight.shape or ()) != 2:
-                    continue
-                product = b("FusedMatMul", node.inputs[0], weight, domain=ORT_DOMAIN, transB=1)
+            else:
+                product = b("FusedMatMul", node.inputs[0], _transposed(node), domain=ORT_DOMAIN, transB=1)
                 rewriter.replace(node, product, "FusedMatMul")
         rewriter.sweep()
         if rewriter.stats.fired:
             module.model.opset_imports[ORT_DOMAIN] = 1
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Products with a weight that is stored the other way round, and every `Swish`."""
+        standard = (node for node in module.graph if node.domain == "")
+        return [node for node in standard if node.op_type == "Swish" or _transposed(node) is not None]
+
+
+def _transposed(node: ir.Node) -> ir.Value | None:
+    """The weight that a product takes transposed, if it is one."""
+    transpose = made_by(node.inputs[1], "Transpose") if node.op_type == "MatMul" else None
+    weight = transpose.inputs[0] if transpose is not None else None
+    stored = weight is not None and weight.is_initializer() and len(weight.shape or ()) == 2
+    return weight if stored else None

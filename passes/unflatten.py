@@ -23,17 +23,17 @@ class Unflatten(Pass):
 
     name: ClassVar[str] = "unflatten"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    idempotent: ClassVar[bool] = True
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Rewrite every reshape that undoes the flattening of a Gemm's input."""
-        for node in list(module.graph):
-            gemm = made_by(node.inputs[0], "Gemm") if node.op_type == "Reshape" else None
+        for node in self.sites(module):
+            gemm = made_by(node.inputs[0], "Gemm")
             flat = made_by(gemm.inputs[0], "Reshape") if gemm is not None else None
-            if gemm is None or flat is None:
-                continue
+            assert gemm is not None and flat is not None
             problem = _problem(flat, gemm, node)
             if problem is not None:
-                rewriter.missed(gemm, problem)
+                rewriter.missed(node, problem)
                 continue
             b = rewriter.at(node)
             data = flat.inputs[0]
@@ -46,6 +46,15 @@ class Unflatten(Pass):
                 product = b("Add", product, gemm.inputs[2])
             rewriter.replace(node, product, "Gemm")
         rewriter.sweep()
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Reshapes of a Gemm over something reshaped."""
+        found: list[ir.Node] = []
+        for node in module.graph:
+            gemm = made_by(node.inputs[0], "Gemm") if node.op_type == "Reshape" else None
+            if gemm is not None and made_by(gemm.inputs[0], "Reshape") is not None:
+                found.append(node)
+        return found
 
 
 def _width(data: ir.Value) -> int | None:

@@ -15,6 +15,7 @@ Weights are named, never printed; constants are printed up to eight elements, la
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +24,7 @@ import onnx_ir as ir
 from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
 
 _INLINE = 8
+_VALUE = re.compile(r"%[^\s,:()]+")
 
 
 def to_text(module: Module, *, origins: bool = True) -> str:
@@ -38,6 +40,19 @@ def to_text(module: Module, *, origins: bool = True) -> str:
 def fingerprint(module: Module) -> str:
     """A digest of all that the text form shows: equal for equal modules, whatever the objects."""
     return hashlib.sha256(to_text(module).encode()).hexdigest()
+
+
+def structure(module: Module) -> str:
+    """A digest of the graph alone: equal when only the names of inner values and the origins of nodes differ."""
+    keep = {v.name for v in (*module.graph.inputs, *module.graph.outputs, *module.graph.initializers.values())}
+    numbers: dict[str, str] = {}
+
+    def numbered(match: re.Match[str]) -> str:
+        name = match.group()[1:]
+        return name if name in keep else numbers.setdefault(name, f"%{len(numbers)}")
+
+    lines = (line for line in _lines(module, origins=False) if not line.startswith(("const ", "properties ")))
+    return hashlib.sha256(_VALUE.sub(numbered, "\n".join(lines)).encode()).hexdigest()
 
 
 def _lines(module: Module, origins: bool) -> Iterator[str]:

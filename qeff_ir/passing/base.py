@@ -18,9 +18,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, TypeVar
 
+import onnx_ir as ir
+
 from qeff_ir.errors import PipelineError
 from qeff_ir.module import Module
-from qeff_ir.passing.rewriter import Missed, OpBuilder, PassStats, Rewriter
+from qeff_ir.passing.expect import AnyNumber, Expect
+from qeff_ir.passing.report import Missed, PassStats
+from qeff_ir.passing.rewriter import OpBuilder, Rewriter
 
 __all__ = ["Missed", "OpBuilder", "Pass", "PassStats", "Rewriter", "register", "registered_passes"]
 
@@ -37,7 +41,9 @@ class Pass(ABC):
         establishes: Properties that hold after it.
         invalidates: Properties that it may destroy.
         changes_interface: Whether it may change names, types or shapes of graph inputs and outputs, or states.
-        all_sites: Whether a missed site is an error rather than a line in the report.
+        changes_weights: Whether it may add, alter or drop weights; they are shared references otherwise.
+        idempotent: Whether a second run changes nothing.
+        expect: How often it must fire; any number is fine by default, and what is left over is reported.
     """
 
     name: ClassVar[str]
@@ -45,7 +51,9 @@ class Pass(ABC):
     establishes: ClassVar[frozenset[str]] = frozenset()
     invalidates: ClassVar[frozenset[str]] = frozenset()
     changes_interface: ClassVar[bool] = False
-    all_sites: ClassVar[bool] = False
+    changes_weights: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = False
+    expect: ClassVar[Expect] = AnyNumber()
 
     __slots__ = ()
 
@@ -56,6 +64,17 @@ class Pass(ABC):
         Raises:
             PassError: The pass cannot keep its promise on this module; the manager restores the module.
         """
+
+    def sites(self, module: Module) -> list[ir.Node]:
+        """Nodes that the pass should rewrite, found apart from how it matches: too many rather than too few.
+
+        A site that is still found after the pass was missed.
+        """
+        return []
+
+    def explain(self, module: Module, site: ir.Node) -> Missed:
+        """Why the pass left a site alone, when it did not say so itself."""
+        return Missed.at(site, "the pass did not touch it", code="untouched")
 
 
 P = TypeVar("P", bound=Pass)

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
-from qeff_ir.errors import PassError, PipelineError, QeffError, VerificationError
+from qeff_ir.errors import PassError, PipelineError, QeffError
 from qeff_ir.module import Module
-from qeff_ir.passing.base import Pass, PassStats, Rewriter, registered_passes
+from qeff_ir.passing import checks
+from qeff_ir.passing.base import Pass, Rewriter, registered_passes
 from qeff_ir.passing.instrument import Instrument, Watch
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.report import REPORT_VERSION, PassRun, Report
 from qeff_ir.printer import fingerprint
-from qeff_ir.verifier import verify
 
 __all__ = ["REPORT_VERSION", "PassRun", "Report", "check_order", "run_pipeline"]
 
@@ -58,7 +58,7 @@ def run_pipeline(
         pipeline: What to run.
         watch: Called with ``(id, None)`` before a pass and ``(id, run)`` after it.
         instruments: Told of everything, as a stack.
-        check: How much is checked after each pass: 0 nothing, 1 the structure and the promises.
+        check: How much is checked after each pass, see `qeff_ir.passing.checks.check`; 0 is nothing.
         budgets: Most rewrites that a pass may make, by instance id.
 
     Raises:
@@ -91,18 +91,18 @@ def _run(
     for instrument in stack:
         instrument.before_pass(id, item, module)
     started, size, snapshot = time.perf_counter(), len(module.graph), module.clone()
+    sites = item.sites(module) if check else []
     try:
         item.run(module, rewriter)
         if rewriter.refused:
             rewriter.sweep()  # of what was built for rewrites that were then refused
         module.properties = (module.properties - item.invalidates) | item.establishes
-        if check >= 1:
-            verify(module)
-            _check_promises(snapshot, module, item, rewriter.stats)
+        checks.check(checks.Transition(item, snapshot, module, rewriter, sites), check)
         after = fingerprint(module)
         seconds = time.perf_counter() - started
         sizes = size, len(module.graph)
-        run = PassRun(id, seconds, sizes, after != before, rewriter.stats, rewriter.count)
+        found = len(sites) if check and checks.finds_sites(item) else None
+        run = PassRun(id, seconds, sizes, after != before, rewriter.stats, rewriter.count, found)
         for instrument in reversed(stack):
             instrument.after_pass(run, module)
     except BaseException as error:
@@ -115,23 +115,3 @@ def _run(
             raise known from error
         raise
     return run, after
-
-
-def _check_promises(before: Module, after: Module, item: Pass, stats: PassStats) -> None:
-    if not item.changes_interface and _interface(before) != _interface(after):
-        changed = sorted(map(str, set(_interface(before)) ^ set(_interface(after))))
-        raise VerificationError(
-            "contract", f"the interface changed although the pass does not declare it: {', '.join(changed[:4])}"
-        )
-    if item.all_sites and stats.missed:
-        sites = "; ".join(f"{m.source}: {m.reason}" for m in stats.missed[:4])
-        more = f"; and {len(stats.missed) - 4} more" if len(stats.missed) > 4 else ""
-        raise PassError(f"{len(stats.missed)} sites were not rewritten ({sites}{more})")
-
-
-def _interface(module: Module) -> list[tuple[str, ...]]:
-    values = [("input", v) for v in module.graph.inputs] + [("output", v) for v in module.graph.outputs]
-    return [
-        *((kind, v.name or "", str(v.dtype), str(v.shape)) for kind, v in values),
-        *(("state", str(s)) for s in module.states),
-    ]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import onnx_ir as ir
+
+from qeff_ir.module import SOURCE_KEY
 
 REPORT_VERSION = 1
 """Version of `Report.to_json`."""
@@ -17,10 +21,32 @@ class Missed:
     Attributes:
         source: Hugging Face module that the site came from.
         reason: Why, as one clause.
+        code: Kind of reason: ``refused`` by the pass, ``no-match`` of a pattern, ``condition`` of a rule that failed,
+            ``untouched`` when the pass gave none.
+        node: Operator and result of the site.
+        reached: How far the pattern got, where there is one.
     """
 
     source: str
     reason: str
+    code: str = "refused"
+    node: str = ""
+    reached: str = ""
+
+    @classmethod
+    def at(cls, site: ir.Node, reason: str, *, code: str = "refused", reached: str = "") -> Missed:
+        """The same, with source and node taken from the site."""
+        source = site.metadata_props.get(SOURCE_KEY, "") or site.name or site.op_type
+        return cls(source, reason, code, site_name(site), reached)
+
+    def __str__(self) -> str:
+        reached = f" ({self.reached})" if self.reached else ""
+        return f"{self.source}: {self.node} [{self.code}] {self.reason}{reached}"
+
+
+def site_name(site: ir.Node) -> str:
+    """Operator and result of a node: what a message calls it, the same before and after a graph is rebuilt."""
+    return f"{site.op_type} '{site.outputs[0].name}'"
 
 
 @dataclass
@@ -47,6 +73,7 @@ class PassRun:
         modified: Whether the module's text form changed.
         stats: Rewrites that fired and sites that were missed.
         rewrites: Rewrites that the rewriter admitted: the numbers that a budget counts in.
+        sites: Sites found before the pass, apart from its pattern; `None` when it has no site finder.
     """
 
     id: str
@@ -55,6 +82,7 @@ class PassRun:
     modified: bool
     stats: PassStats
     rewrites: int = 0
+    sites: int | None = None
 
 
 @dataclass
@@ -88,6 +116,8 @@ class Report:
                     "rewrites": r.rewrites,
                     "fired": dict(r.stats.fired),
                     "missed": [{"source": m.source, "reason": m.reason} for m in r.stats.missed],
+                    "sites": r.sites,
+                    "left": [asdict(m) for m in r.stats.missed],
                 }
                 for r in self.runs
             ],

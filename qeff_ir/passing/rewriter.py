@@ -12,7 +12,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.module import PASS_KEY, SOURCE_KEY, Module
+from qeff_ir.passing.hiding import hidden_weights
 from qeff_ir.passing.report import Missed, PassStats
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Rewriter:
     """The way a pass changes the main graph: admits rewrites, counts them, and stamps provenance on new nodes.
 
     Attributes:
-        graph: The graph being rewritten.
+        module: The module being changed.
         stats: What has happened so far.
         budget: Rewrites that are admitted in all; `None` for no limit. Bisection sets it.
         count: Rewrites admitted so far.
@@ -68,7 +69,6 @@ class Rewriter:
 
     def __init__(self, module: Module, pass_id: str, budget: int | None = None) -> None:
         self.module = module
-        self.graph = module.graph
         self.pass_id = pass_id
         self.stats = PassStats()
         self.budget = budget
@@ -77,6 +77,11 @@ class Rewriter:
         self._limit = _LEAST_LIMIT + _REWRITES_PER_NODE * len(module.graph)
         self._inserted = 0
         self._recent: deque[str] = deque(maxlen=6)
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The graph being rewritten."""
+        return self.module.graph
 
     def rewrite(self, rule: str) -> bool:
         """Ask to make one rewrite, and count it under `rule`.
@@ -142,23 +147,8 @@ class Rewriter:
     @contextlib.contextmanager
     def hidden_weights(self) -> Generator[None]:
         """Show the weights as graph inputs while a library works on the graph, so that it cannot read or fold them."""
-        weights = [v for v in self.graph.initializers.values() if WEIGHT_KEY in v.metadata_props]
-        tensors = [v.const_value for v in weights]
-        for value in weights:
-            assert value.name is not None
-            del self.graph.initializers[value.name]
-            value.const_value = None
-            self.graph.inputs.append(value)
-        try:
+        with hidden_weights(self.graph):
             yield
-        finally:
-            hidden = set(weights)
-            for index in reversed(range(len(self.graph.inputs))):
-                if self.graph.inputs[index] in hidden:
-                    del self.graph.inputs[index]
-            for value, tensor in zip(weights, tensors, strict=True):
-                value.const_value = tensor
-                self.graph.register_initializer(value)
 
     def apply_rules(self, name: str, rules: Sequence[RewriteRule]) -> int:
         """Apply onnxscript rewrite rules to the graph, once at each node.
@@ -231,7 +221,7 @@ class Rewriter:
 
     def missed(self, site: ir.Node, reason: str) -> None:
         """Record that a site was not rewritten, and why."""
-        self.stats.missed.append(Missed(site.metadata_props.get(SOURCE_KEY, "") or site.name or site.op_type, reason))
+        self.stats.missed.append(Missed.at(site, reason))
 
     def sweep(self) -> None:
         """Drop nodes and initializers that nothing uses any more."""

@@ -1,0 +1,32 @@
+"""Keep weights out of the sight of libraries that would read, fold or copy them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+
+import onnx_ir as ir
+
+from qeff_ir.module import WEIGHT_KEY
+
+
+@contextlib.contextmanager
+def hidden_weights(graph: ir.Graph) -> Generator[None]:
+    """Show the weights of a graph as graph inputs, behind the real ones."""
+    weights = [v for v in graph.initializers.values() if WEIGHT_KEY in v.metadata_props]
+    tensors = [v.const_value for v in weights]
+    for value in weights:
+        assert value.name is not None
+        del graph.initializers[value.name]
+        value.const_value = None
+        graph.inputs.append(value)
+    try:
+        yield
+    finally:
+        hidden = set(weights)
+        for index in reversed(range(len(graph.inputs))):
+            if graph.inputs[index] in hidden:
+                del graph.inputs[index]
+        for value, tensor in zip(weights, tensors, strict=True):
+            value.const_value = tensor
+            graph.register_initializer(value)
