@@ -33,7 +33,7 @@ def command(
     pipeline: Annotated[str, typer.Option("--pipeline", "-p", help="The passes, as text.", metavar="TEXT")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder or .onnx file for the result.")] = None,
     check: Annotated[
-        int, typer.Option(min=0, max=4, help="0 nothing, 1 structure, 4 also the numbers after every pass.")
+        int, typer.Option(min=0, max=4, help="0 nothing, 1 structure, …, 4 also the numbers after every pass.")
     ] = 1,
     print_before: _Names = None,
     print_after: _Names = None,

@@ -153,6 +153,9 @@ def _open(module: Module, folder: Path) -> ort.InferenceSession:
     path = save_module(module, folder)
     proto = onnx.load(str(path), load_external_data=False)
     device_rules.apply(proto)
+    del proto.graph.value_info[
+        :
+    ]  # a pass may leave the shape of an inner value behind the times; the runtime infers it
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1  # sums in the same order every time
