@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -218,6 +219,7 @@ def _key(
         "options": asdict(options),
         "flag files": {n: digest_file(Path(v)) for n, v in options.flags.items() if _is_file(v)},
         "pipeline": str(steps),
+        "plugins": _plugin_digests(steps),
         "compiled": not emit_only,
         "target": backend.name,
         "versions": {
@@ -227,6 +229,13 @@ def _key(
         },
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _plugin_digests(steps: Pipeline) -> dict[str, str]:
+    """Digest of the file of each pass that is not of this repository, whose code `code_digest` does not see."""
+    root = Path(__file__).parent.parent
+    files = {item.name: Path(inspect.getfile(type(item))) for item in steps.passes}
+    return {name: digest_file(path) for name, path in files.items() if not path.is_relative_to(root)}
 
 
 def _is_file(value: object) -> bool:

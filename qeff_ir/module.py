@@ -150,8 +150,12 @@ class Module:
 
     def clone(self) -> Module:
         """A copy whose graph can be changed freely; weights are shared, never copied."""
+        model = self.model.clone()
+        for value in all_values(model.graph):
+            if isinstance(value.type, ir.TensorType):
+                value.type = ir.TensorType(value.type.dtype)  # onnx_ir shares it, and changes it in place
         return Module(
-            self.model.clone(),
+            model,
             self.name,
             list(self.states),
             dict(self.dims),

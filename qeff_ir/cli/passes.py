@@ -1,4 +1,4 @@
-"""``qeff passes``: every pass with its options, read from the registry."""
+"""``qeff passes``: every pass with its options, and a page of reference for each, read from the passes themselves."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def command(
 ) -> None:
     """List the passes that a pipeline can name, with their options."""
     with working("Loading the passes"):
-        from qeff_ir.passing.base import registered_passes
+        from qeff_ir.passing.base import broken_plugins, registered_passes
         from qeff_ir.passing.pipeline import nearest
 
-        known = registered_passes()
+        known, broken = registered_passes(), broken_plugins()
     if explain is not None and explain not in known:
         raise PipelineError(f"there is no pass '{explain}'; {nearest(explain, known)}")
     if explain is not None:
@@ -35,6 +35,8 @@ def command(
         return
     for cls in known.values():
         _describe(cls)
+    for name in broken:
+        show(Text(f"{name}: this plugin cannot be imported", style="yellow"))
     show('A pipeline is text: qeff compile MODEL --pipeline "canonicalize,kv-retention{layout=scatter ring=off}"')
 
 
@@ -56,6 +58,9 @@ def _describe(cls: type[Pass], *, whole: bool = False) -> None:
         _indented(table)
     for verb, properties in _properties(cls):
         _indented(Text(f"{verb} {', '.join(sorted(properties))}", style="dim"))
+    if whole:
+        for fact in _facts(cls):
+            _indented(Text(fact, style="dim"))
     show()
 
 
@@ -66,6 +71,27 @@ def _indented(what: RenderableType) -> None:
 def _properties(cls: type[Pass]) -> list[tuple[str, frozenset[str]]]:
     found = [("requires", cls.requires), ("establishes", cls.establishes), ("invalidates", cls.invalidates)]
     return [(verb, properties) for verb, properties in found if properties]
+
+
+def _facts(cls: type[Pass]) -> list[str]:
+    """What the manager holds the pass to, beyond the order of pipelines: a line each."""
+    from qeff_ir.passing.base import Pass
+    from qeff_ir.passing.properties import PROPERTIES
+
+    facts: list[str] = []
+    if cls.sites is not Pass.sites:
+        facts.append(f"looks at: {' '.join((inspect.getdoc(cls.sites) or '').split())}")
+    facts.append(f"must fire: {cls.expect}")
+    claims = {"interface": cls.changes_interface, "weights": cls.changes_weights}
+    changed = [name for name, may in claims.items() if may]
+    facts.append(f"may change: {' and '.join(['the graph', *changed])}")
+    if cls.idempotent:
+        facts.append("a second run changes nothing")
+    named = cls.requires | cls.establishes | cls.invalidates
+    facts += [f"{name}: {PROPERTIES[name].meaning}" for name in sorted(named) if name in PROPERTIES]
+    home = inspect.getmodule(cls)
+    facts.append(f"from {cls.__module__}" + (f" ({home.__file__})" if home is not None else ""))
+    return facts
 
 
 def _spelled(value: object) -> str:

@@ -22,11 +22,22 @@ import onnx_ir as ir
 
 from qeff_ir.errors import PipelineError
 from qeff_ir.module import Module
+from qeff_ir.passing import plugins
 from qeff_ir.passing.expect import AnyNumber, Expect
 from qeff_ir.passing.report import Missed, PassStats
 from qeff_ir.passing.rewriter import OpBuilder, Rewriter
 
-__all__ = ["Missed", "OpBuilder", "Pass", "PassStats", "Rewriter", "register", "registered_passes"]
+__all__ = [
+    "Missed",
+    "OpBuilder",
+    "Pass",
+    "PassStats",
+    "Rewriter",
+    "broken_plugins",
+    "find_pass",
+    "register",
+    "registered_passes",
+]
 
 
 class Pass(ABC):
@@ -88,15 +99,34 @@ def register(cls: type[P]) -> type[P]:
         PipelineError: Another class has that name.
     """
     known = _REGISTRY.get(cls.name)
-    if known is not None and known.__qualname__ != cls.__qualname__:
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise PipelineError(f"two passes are named '{cls.name}': {known.__module__} and {cls.__module__}; rename one")
     _REGISTRY[cls.name] = cls
     return cls
 
 
-def registered_passes() -> dict[str, type[Pass]]:
-    """All known passes by name, those of the `passes` package included."""
+def find_pass(name: str) -> type[Pass] | None:
+    """The pass of that name; a plugin is imported only when nothing else has the name."""
     import passes
 
     passes.load_all()
+    if name not in _REGISTRY:
+        plugins.load(name)
+    if name not in _REGISTRY:
+        plugins.load()  # one plugin may register several passes
+    return _REGISTRY.get(name)
+
+
+def registered_passes() -> dict[str, type[Pass]]:
+    """All known passes by name: those of the `passes` package, and those of plugins."""
+    import passes
+
+    passes.load_all()
+    plugins.load()
     return dict(sorted(_REGISTRY.items()))
+
+
+def broken_plugins() -> dict[str, str]:
+    """Why each plugin that cannot be used cannot, by the name of its entry point."""
+    plugins.load()
+    return dict(plugins.BROKEN)

@@ -8,12 +8,12 @@ from dataclasses import fields
 
 from qeff_ir.errors import PassError, PipelineError, QeffError
 from qeff_ir.module import Module
-from qeff_ir.passing import checks
+from qeff_ir.passing import checks, plugins
 from qeff_ir.passing.base import Pass, Rewriter, registered_passes
 from qeff_ir.passing.instrument import Instrument, Watch
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.report import REPORT_VERSION, PassRun, Report
-from qeff_ir.printer import fingerprint
+from qeff_ir.printer import fingerprint, structure
 
 __all__ = ["REPORT_VERSION", "PassRun", "Report", "check_order", "run_pipeline"]
 
@@ -69,14 +69,14 @@ def run_pipeline(
     unknown = sorted(set(budgets or ()) - {id for id, _ in pipeline})
     if unknown:
         raise PipelineError(f"there is a budget for '{unknown[0]}', but no such pass in the pipeline")
-    report = Report(str(pipeline))
+    report = Report(str(pipeline), warnings=[f"plugin '{n}': {why}" for n, why in plugins.BROKEN.items()])
     stack = [*([Watch(watch)] if watch is not None else ()), *instruments]
     for instrument in stack:
         instrument.before_pipeline(module, pipeline)
-    before = fingerprint(module)
+    before, forms = fingerprint(module), {structure(module): "the beginning"} if check >= 2 else {}
     for id, item in pipeline:
         rewriter = Rewriter(module, id, (budgets or {}).get(id))
-        run, before = _run(module, item, rewriter, before, stack, check)
+        run, before = _run(module, item, rewriter, before, stack, check, forms)
         report.runs.append(run)
     module.write_facts()
     for instrument in reversed(stack):
@@ -85,7 +85,13 @@ def run_pipeline(
 
 
 def _run(
-    module: Module, item: Pass, rewriter: Rewriter, before: str, stack: Sequence[Instrument], check: int
+    module: Module,
+    item: Pass,
+    rewriter: Rewriter,
+    before: str,
+    stack: Sequence[Instrument],
+    check: int,
+    forms: dict[str, str],
 ) -> tuple[PassRun, str]:
     id = rewriter.pass_id
     for instrument in stack:
@@ -98,6 +104,7 @@ def _run(
             rewriter.sweep()  # of what was built for rewrites that were then refused
         module.properties = (module.properties - item.invalidates) | item.establishes
         checks.check(checks.Transition(item, snapshot, module, rewriter, sites), check)
+        _check_undone(module, snapshot, id, forms)
         after = fingerprint(module)
         seconds = time.perf_counter() - started
         sizes = size, len(module.graph)
@@ -115,3 +122,13 @@ def _run(
             raise known from error
         raise
     return run, after
+
+
+def _check_undone(module: Module, before: Module, id: str, forms: dict[str, str]) -> None:
+    """Refuse a pass that brings back the graph of an earlier moment; `forms` names the pass that left each graph."""
+    if not forms:
+        return
+    now, was = structure(module), structure(before)
+    if now != was and now in forms:
+        raise PassError(f"it undoes {forms[was]}: the graph is again what it was at {forms[now]}; drop one of the two")
+    forms[now] = id if now != was else forms[was]

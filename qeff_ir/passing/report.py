@@ -92,10 +92,12 @@ class Report:
     Attributes:
         pipeline: The pipeline as text.
         runs: One entry for each pass that ran.
+        warnings: What went wrong without stopping the pipeline, such as a plugin that cannot be imported.
     """
 
     pipeline: str
     runs: list[PassRun] = field(default_factory=list[PassRun])
+    warnings: list[str] = field(default_factory=list[str])
 
     @property
     def seconds(self) -> float:
@@ -107,6 +109,7 @@ class Report:
         return {
             "version": REPORT_VERSION,
             "pipeline": self.pipeline,
+            "warnings": list(self.warnings),
             "passes": [
                 {
                     "id": r.id,

@@ -242,4 +242,8 @@ class _Counted:
     def try_rewrite(self, *args: Any, **kwargs: Any) -> Any:
         """The replacement when the rule matches and is admitted, else `None`, which leaves the node alone."""
         found = self._rule.try_rewrite(*args, **kwargs)
-        return found if found is not None and self._rewriter.rewrite(self._name) else None
+        if found is None or not self._rewriter.rewrite(self._name):
+            return None
+        for node in found.new_nodes:  # now, for onnxscript copies the metadata of what it replaces to unstamped nodes
+            self._rewriter.stamp(node, found.match.nodes[0])
+        return found

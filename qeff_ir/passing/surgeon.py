@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -98,9 +98,8 @@ def _same(one: ir.Node, other: ir.Node) -> bool:
     )
 
 
-def _attributes(node: ir.Node) -> dict[str, Any]:
+def _attributes(node: ir.Node) -> dict[str, bytes]:
+    """Attributes as saved: in memory, a float may have digits that saving drops."""
     return {
-        a.name: a.as_tensor().tobytes() if a.type == ir.AttributeType.TENSOR else a.value
-        for a in node.attributes.values()
-        if a.type != ir.AttributeType.GRAPH
+        a.name: ir.to_proto(a).SerializeToString() for a in node.attributes.values() if a.type != ir.AttributeType.GRAPH
     }

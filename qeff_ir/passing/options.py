@@ -1,0 +1,116 @@
+"""The options of a pass: dataclass fields, how their values are spelled, and what is near a misspelled name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qeff_ir.passing.base import Pass
+
+WORD = re.compile(r'[^\s{},="]+')
+"""A value that needs no quotes."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a pass, as declared by a dataclass field.
+
+    Attributes:
+        name: Name in pipelines, with dashes.
+        field: Name of the field.
+        kinds: What a value may be: types and literal values, `None` included.
+        default: Value when the pipeline says nothing; `dataclasses.MISSING` when it must be given.
+        help: One line.
+    """
+
+    name: str
+    field: str
+    kinds: tuple[Any, ...]
+    default: Any
+    help: str
+
+    @property
+    def values(self) -> str:
+        """What a value may be, for people: ``scatter|tensor-scatter`` or ``int``."""
+        return "|".join(spelled(k) if not isinstance(k, type) else k.__name__ for k in self.kinds)
+
+    def takes(self, value: Any) -> bool:
+        """Whether a Python value is one of the option's."""
+        return any(
+            type(value) is k if isinstance(k, type) else value == k and type(value) is type(k) for k in self.kinds
+        )
+
+
+@functools.cache
+def options(cls: type[Pass]) -> dict[str, Option]:
+    """The options of a pass by field name."""
+    hints = typing.get_type_hints(cls)
+    found: dict[str, Option] = {}
+    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        found[field.name] = Option(
+            field.name.replace("_", "-"), field.name, _kinds(hints[field.name]), default, field.metadata.get("help", "")
+        )
+    return found
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """A clause that suggests the nearest of some names, or lists them when none is near."""
+    names = list(names)
+    close = difflib.get_close_matches(word, names, n=1)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"there are {', '.join(names)}" if names else "there are none"
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return tuple(k for part in typing.get_args(hint) for k in _kinds(part))
+    if hint is type(None):
+        return (None,)
+    return (hint,)
+
+
+def spelled(value: Any) -> str:
+    """A value as pipelines write it."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, str) and (not WORD.fullmatch(value) or _reads_as_other(value)):
+        return json.dumps(value)
+    return str(value)
+
+
+def _reads_as_other(text: str) -> bool:
+    """Whether a text, unquoted, could be read as a value that is no text."""
+    return text in ("none", "true", "false") or read(text, float) is not MISFIT
+
+
+MISFIT = object()
+"""What `read` says of a word that is no value of the kind."""
+
+
+def read(word: str, kind: Any) -> Any:
+    """`word` as a value of one kind, or `MISFIT`."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(word, MISFIT)
+    if kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            return MISFIT
+    if kind is str:
+        return word
+    return kind if word == spelled(kind) else MISFIT

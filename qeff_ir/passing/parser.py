@@ -1,0 +1,132 @@
+"""Reads pipelines; the grammar is in `qeff_ir.passing.pipeline`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from qeff_ir.errors import PipelineError
+from qeff_ir.passing.base import Pass, broken_plugins, find_pass, registered_passes
+from qeff_ir.passing.options import MISFIT, WORD, Option, nearest, options, read
+
+_NAME = re.compile(r"[A-Za-z][\w-]*")
+_NUMBER = re.compile(r"[0-9]+")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+class Parser:
+    """Recursive descent over the grammar in the module's docstring."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+
+    def passes(self) -> Iterator[Pass]:
+        """The passes of the text, stock pipelines expanded."""
+        seen: Counter[str] = Counter()
+        self._space()
+        while self.at < len(self.text):
+            for item in self._stock() if self._take("@") else (self._pass(seen),):
+                seen[item.name] += 1
+                yield item
+            self._space()
+            if self.at < len(self.text) and not self._take(","):
+                raise self._error("a ',' is missing between two passes", self.at)
+            if self.text[self.at - 1] == "," and not self.text[self.at :].strip():
+                raise self._error("a pass is missing after the ','", self.at)
+            self._space()
+
+    def _stock(self) -> tuple[Pass, ...]:
+        from backends import backend_names, find_backend
+
+        start = self.at - 1
+        name = self._match(_NAME, "the name of a stock pipeline")
+        if name not in backend_names():
+            raise self._error(f"there is no stock pipeline '@{name}'; {nearest(name, backend_names())}", start)
+        return tuple(Parser(find_backend(name).pipeline).passes())
+
+    def _pass(self, seen: Counter[str]) -> Pass:
+        start = self.at
+        name = self._match(_NAME, "the name of a pass")
+        cls = find_pass(name)
+        if cls is None:
+            broken = broken_plugins().get(name)
+            why = f"its plugin cannot be imported: {broken}" if broken else nearest(name, registered_passes())
+            raise self._error(f"there is no pass '{name}'; {why}", start)
+        if self._take("#"):
+            self._check_use(name, seen[name] + 1, start)
+        given = self._options(cls) if self._take("{") else {}
+        missing = [o.name for o in options(cls).values() if o.default is dataclasses.MISSING and o.field not in given]
+        if missing:
+            raise self._error(f"{name} needs the option '{missing[0]}'", start)
+        return cls(**given)
+
+    def _check_use(self, name: str, use: int, start: int) -> None:
+        """Check the suffix of an instance id, which may be written and says which use of a pass this is."""
+        written = self._match(_NUMBER, "the number of a use")
+        if int(written) != use:
+            right = f"{name}#{use}" if use > 1 else name
+            raise self._error(f"'{name}#{written}' is use {use} of {name}: write '{right}'", start)
+
+    def _options(self, cls: type[Pass]) -> dict[str, Any]:
+        declared = options(cls)
+        given: dict[str, Any] = {}
+        self._space()
+        while not self._take("}"):
+            start = self.at
+            key = self._match(_NAME, "an option or '}'")
+            option = declared.get(key.replace("-", "_"))
+            if option is None:
+                names = [o.name for o in declared.values()]
+                raise self._error(f"{cls.name} has no option '{key}'; {nearest(key, names)}", start)
+            if option.field in given:
+                raise self._error(f"the option '{option.name}' is given twice", start)
+            if not self._take("="):
+                raise self._error(f"'=' and a value are missing after '{key}'", self.at)
+            given[option.field] = self._value(option)
+            self._space()
+        return given
+
+    def _value(self, option: Option) -> Any:
+        start = self.at
+        quoted = self.text[self.at : self.at + 1] == '"'
+        word = self._match(_STRING if quoted else WORD, "a value")
+        value: Any = MISFIT
+        if quoted:
+            try:
+                value = json.loads(word)
+            except ValueError as error:
+                raise self._error(f"{word} is not a JSON string ({error})", start) from error
+            value = value if str in option.kinds or value in option.kinds else MISFIT
+        else:
+            # Any word is a text: that kind comes last.
+            kinds = sorted(option.kinds, key=lambda kind: kind is str)
+            value = next((v for k in kinds if (v := read(word, k)) is not MISFIT), MISFIT)
+        if value is MISFIT:
+            raise self._error(f"'{word}' is no value for '{option.name}', which takes {option.values}", start)
+        return value
+
+    def _space(self) -> None:
+        while self.at < len(self.text) and self.text[self.at].isspace():
+            self.at += 1
+
+    def _take(self, char: str) -> bool:
+        if self.text.startswith(char, self.at):
+            self.at += 1
+            return True
+        return False
+
+    def _match(self, pattern: re.Pattern[str], what: str) -> str:
+        match = pattern.match(self.text, self.at)
+        if match is None:
+            raise self._error(f"expected {what}", self.at)
+        self.at = match.end()
+        return match.group()
+
+    def _error(self, message: str, place: int) -> PipelineError:
+        line = re.sub(r"\s", " ", self.text)  # a pipeline over several lines is shown in one, for the caret's sake
+        return PipelineError(f"{message}\n  {line}\n  {' ' * place}^")
