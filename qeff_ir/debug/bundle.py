@@ -1,7 +1,7 @@
 """One folder for every failure, from which it can be replayed, bisected and reduced.
 
     BUNDLE/metadata.json              what failed, how, with which versions; written last
-    BUNDLE/model.onnx, weights/       the module before the failing pass; weights hard-linked where the disk allows
+    BUNDLE/model.onnx, weights/       the module before the failing pass; large weights are hard links where possible
     BUNDLE/test_data_set_0/*.pb       one run of it, in the layout of the ONNX backend tests
     BUNDLE/start/model.onnx, weights/ the module before the whole pipeline
 
@@ -34,6 +34,8 @@ SCHEMA_VERSION = 1
 """Version of ``metadata.json`` and of the folder; a bundle of another version is refused."""
 METADATA = "metadata.json"
 START = "start"
+_SMALL_BYTES = 16 << 20
+"""Weights up to this size in all are copied into a bundle."""
 DATA_SET = "test_data_set_0"
 _FIELDS: dict[str, type] = {
     **dict.fromkeys(("pass_id", "pipeline", "suffix", "error", "code", "message"), str),
@@ -134,8 +136,8 @@ def write_bundle(folder: Path, metadata: Metadata, module: Module, start: Module
     partial = folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         partial.mkdir(parents=True)
-        save_module(module.clone(), partial)
-        save_module(start.clone(), partial / START)
+        save_module(_inlined(module), partial)
+        save_module(_inlined(start), partial / START)
         if trace is not None:
             _write_trace(partial / DATA_SET, trace)
         (partial / METADATA).write_text(json.dumps(asdict(metadata), indent=2, sort_keys=True) + "\n")
@@ -168,6 +170,17 @@ def read_trace(folder: Path) -> tuple[list[Array], list[Array]]:
         BundleError: A tensor is damaged or lies outside the bundle.
     """
     return _read_tensors(folder, "input"), _read_tensors(folder, "output")
+
+
+def _inlined(module: Module) -> Module:
+    """A copy to save: the weights of a small model are the bundle's own, not links to all of a checkpoint."""
+    copy = module.clone()
+    tensors = [v.const_value for v in copy.graph.initializers.values() if v.const_value is not None]
+    if sum(t.nbytes for t in tensors) <= _SMALL_BYTES:
+        for value in copy.graph.initializers.values():
+            if isinstance(value.const_value, ir.LazyTensor):
+                value.const_value = ir.tensor(value.const_value.numpy(), value.const_value.dtype, name=value.name)
+    return copy
 
 
 def _read_metadata(folder: Path) -> Metadata:

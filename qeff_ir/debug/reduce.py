@@ -2,8 +2,8 @@
 
 Outputs are dropped in halves (`ddmin`), a state's output with the state. Then the graph is cut from both ends: an inner
 value becomes the only output, and inner values become inputs, so that all nodes behind and before them fall away. Each
-trial runs the failing pass; one that fails in another way, or not at all, is undone. The largest module that passed is
-kept beside the result: the two differ by what makes it fail.
+trial runs the failing pass; one that fails in another way, or not at all, is undone. The largest part of the result
+that passes is kept beside it: the two differ by what makes it fail.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Reduction:
 
     Attributes:
         failing: The smallest module found that fails in the same way.
-        passing: The tried module nearest to it in size that runs without an error; `None` when every one failed.
+        passing: The largest part of it that was tried and runs without an error; `None` when there is none.
         nodes: Nodes before and after.
         trials: Modules that were tried.
     """
@@ -63,7 +63,8 @@ def reduce(bundle: Bundle, *, say: Say = lambda _: None, trials: int = _TRIALS) 
     search = _Search(bundle, say, trials)
     search.drop_outputs()
     search.cut_behind()
-    search.cut_before()
+    while search.cut_before():
+        pass  # a later cut can make an earlier one possible; the last round also tries all neighbors of the result
     return Reduction(search.best, search.passing, (len(bundle.module.graph), len(search.best.graph)), search.count)
 
 
@@ -90,7 +91,7 @@ class _Search:
     """The state of a reduction: the best module so far, and the nearest that passed."""
 
     def __init__(self, bundle: Bundle, say: Say, trials: int) -> None:
-        self.best, self.passing, self.count = bundle.module, None, 0
+        self.best, self.count = bundle.module, 0
         self._pipeline, self._data, self._was = failing_pass(bundle), bundle.metadata, recorded(bundle)
         self._say, self._trials = say, trials
         self.passing: Module | None = None
@@ -126,12 +127,18 @@ class _Search:
             else:
                 low = middle + 1
 
-    def cut_before(self) -> None:
-        """Make inner values inputs, those nearest to the output first, so that the first cuts take most away."""
+    def cut_before(self) -> bool:
+        """Make inner values inputs, those nearest to the output first, so that the first cuts take most away.
+
+        Returns:
+            Whether any cut was kept.
+        """
+        size = len(self.best.graph)
         for node in reversed(_typed_nodes(self.best)):
             name = node.outputs[0].name or ""
             if any(n.outputs[0].name == name for n in self.best.graph):
                 self._try(_with_input(self.best, name), f"%{name} as an input")
+        return len(self.best.graph) < size
 
     def _try(self, candidate: Module | None, what: str) -> bool:
         if candidate is None or self.count >= self._trials or len(candidate.graph) == 0:
@@ -140,11 +147,17 @@ class _Search:
         failure = attempt(candidate, self._pipeline, self._data.check, seed=self._data.seed)
         if self._was.like(failure):
             self.best = candidate
+            if self.passing is not None and not _names(self.passing) <= _names(candidate):
+                self.passing = None  # it has what the best has not: it is no neighbor any more
             self._say(f"{len(candidate.graph)} nodes: {what}")
             return True
-        if failure is None and (self.passing is None or len(candidate.graph) <= len(self.passing.graph)):
+        if failure is None and (self.passing is None or len(candidate.graph) > len(self.passing.graph)):
             self.passing = candidate
         return False
+
+
+def _names(module: Module) -> set[str | None]:
+    return {n.outputs[0].name for n in module.graph}
 
 
 def _typed_nodes(module: Module) -> list[ir.Node]:
