@@ -49,3 +49,26 @@ class PackageError(QeffError):
 
 class RuntimeInputError(QeffError):
     """A request does not fit the compiled model: batch size, prompt length, number of new tokens."""
+
+
+class EquivalenceError(PassError):
+    """A pass changed what the model computes.
+
+    Attributes:
+        run: Number of the run of the trace whose output differs most.
+        output: Name of that output.
+        error: ``max|error| / rms`` of it.
+        limit: The largest error that rounding explains.
+    """
+
+    def __init__(self, run: int, output: str, error: float, limit: float) -> None:
+        super().__init__(
+            f"[equivalence] it changed behavior: '{output}' of run {run} differs by {error:.1e} of its rms, "
+            f"rounding explains {limit:.1e}"
+        )
+        self.code = "equivalence"
+        self.run, self.output, self.error, self.limit = run, output, error, limit
+
+
+class BundleError(QeffError):
+    """A failure bundle is incomplete, altered, or of another version, or does not fail here."""

@@ -89,7 +89,7 @@ def _nodes(graph: ir.Graph, indent: str, origins: bool) -> Iterator[str]:
         inputs = ", ".join(f"%{v.name}" if v is not None else "_" for v in node.inputs)
         name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         plain = [a for a in sorted(node.attributes.values(), key=lambda a: a.name) if a.type != ir.AttributeType.GRAPH]
-        options = " {" + " ".join(f"{a.name}={_attribute(a)}" for a in plain) + "}" if plain else ""
+        options = " {" + " ".join(f"{a.name}={attribute_text(a)}" for a in plain) + "}" if plain else ""
         line = f"{indent}{outputs} = {name}({inputs}){options}"
         source, made = node.metadata_props.get(SOURCE_KEY), node.metadata_props.get(PASS_KEY)
         if origins and (source or made):
@@ -101,10 +101,15 @@ def _nodes(graph: ir.Graph, indent: str, origins: bool) -> Iterator[str]:
                 yield from _nodes(attribute.as_graph(), indent + "    ", origins)
 
 
-def _typed(value: ir.Value) -> str:
+def type_text(value: ir.Value) -> str:
+    """Element type and shape of a value: ``float[batch_size, 64]``, ``?`` for what is not known."""
     dtype = value.dtype.name.lower() if value.dtype is not None else "?"
     shape = "?" if value.shape is None else ", ".join(_dim(d) for d in value.shape)
-    return f"%{value.name}: {dtype}[{shape}]"
+    return f"{dtype}[{shape}]"
+
+
+def _typed(value: ir.Value) -> str:
+    return f"%{value.name}: {type_text(value)}"
 
 
 def _dim(dim: int | ir.SymbolicDim) -> str:
@@ -120,7 +125,10 @@ def _numbers(value: ir.Value) -> str:
     return f"sha256:{hashlib.sha256(tensor.tobytes()).hexdigest()[:16]}"
 
 
-def _attribute(attribute: ir.Attr) -> str:
+def attribute_text(attribute: ir.Attr) -> str:
+    """The value of an attribute, large tensors as a digest; a graph is told by the number of its nodes."""
+    if attribute.type == ir.AttributeType.GRAPH:
+        return f"{len(attribute.as_graph())} nodes"
     if attribute.type == ir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()
         digest = hashlib.sha256(tensor.tobytes()).hexdigest()[:16]

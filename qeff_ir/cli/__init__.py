@@ -1,4 +1,4 @@
-"""The command line: ``qeff compile``, ``run``, ``verify``, ``passes`` and ``demo``.
+"""The command line: ``qeff compile``, ``run``, ``verify`` and ``demo``; for pass authors ``passes``, ``opt`` and more.
 
 Nothing here imports torch, transformers or onnx before a command needs it, so that help is there at once.
 """

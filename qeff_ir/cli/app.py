@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from qeff_ir import __version__
+from qeff_ir.cli import bundles, demo, looking, opt, passes, run, terminal, verify
 from qeff_ir.cli import compile as compiling
-from qeff_ir.cli import demo, passes, run, terminal, verify
 from qeff_ir.cli.flags import FlagCommand
 from qeff_ir.errors import QeffError
 
@@ -31,6 +31,12 @@ app = typer.Typer(
 app.command("compile", cls=FlagCommand)(compiling.command)
 app.command("run", cls=FlagCommand)(run.command)
 app.command("verify", cls=FlagCommand)(verify.command)
+app.command("opt")(opt.command)
+app.command("diff")(looking.diff_command)
+app.command("view")(looking.view_command)
+app.command("replay")(bundles.replay_command)
+app.command("bisect")(bundles.bisect_command)
+app.command("reduce")(bundles.reduce_command)
 app.command("passes")(passes.command)
 app.command("demo")(demo.command)
 

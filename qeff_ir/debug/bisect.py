@@ -1,0 +1,184 @@
+"""Find the guilty pass, and the guilty rewrite within it, by running less and less of a pipeline.
+
+The oracle says whether a module is bad: the numeric check against the module before the pipeline, or a command of the
+user's. The search over passes is binary, for what one pass spoils the next ones seldom mend; the search over the
+rewrites of one pass sets a `Rewriter` budget: the first number of rewrites that fails is the guilty one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qeff_ir.debug.bundle import Bundle
+from qeff_ir.debug.diff import ModuleDiff, diff
+from qeff_ir.debug.replay import Failure, attempt, failing_pass, recorded
+from qeff_ir.errors import BundleError
+from qeff_ir.module import Module
+from qeff_ir.passing.instrument import Instrument
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.passing.report import Report
+from qeff_ir.snapshot import save_module
+
+Say = Callable[[str], None]
+_MOST = 1 << 20
+"""Rewrites after which a pass is taken to have no end."""
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """What bisection found.
+
+    Attributes:
+        pass_id: The guilty pass.
+        failure: How it fails.
+        rewrite: Number of the guilty rewrite, from 1; `None` when the pass fails without any.
+        rule: Name of the rewrite.
+        change: What that rewrite changed; `None` when the pass raised in it, so that nothing is left to look at.
+    """
+
+    pass_id: str
+    failure: Failure
+    rewrite: int | None = None
+    rule: str = ""
+    change: ModuleDiff | None = None
+
+    def __str__(self) -> str:
+        if self.rewrite is None:
+            return f"{self.pass_id} fails before its first rewrite: {self.failure.message}"
+        where = f" in {', '.join(self.sources)}" if self.sources else ""
+        return f"{self.pass_id}, rewrite {self.rewrite} ({self.rule}){where}: {self.failure.message}"
+
+    @property
+    def sources(self) -> list[str]:
+        """Hugging Face modules whose nodes the guilty rewrite made or re-wired."""
+        changes = self.change.nodes if self.change is not None else ()
+        return sorted({c.source for c in changes if c.kind == "added" and c.source})
+
+
+def bisect(bundle: Bundle, *, command: str | None = None, say: Say = lambda _: None) -> Culprit:
+    """Find what makes a bundle fail.
+
+    Args:
+        bundle: From a failed run.
+        command: Run as ``COMMAND FOLDER`` through the shell on a saved module; a code other than 0 says that it is bad.
+            It stands for the bundle's own failure.
+        say: Told of each trial.
+
+    Raises:
+        BundleError: Nothing fails here.
+        PipelineError: A pass is not known here.
+    """
+    data = bundle.metadata
+    if command is None:
+        one = failing_pass(bundle)
+        (inner, _), *_ = one
+        return _rewrite(bundle.module, one, inner, data.pass_id, _same(recorded(bundle), data.check, data.seed), say)
+    pipeline = Pipeline.parse(data.pipeline)
+    return _by_command(bundle.start, pipeline, command, say)
+
+
+Oracle = Callable[[Module, Pipeline, "dict[str, int] | None"], Failure | None]
+"""Runs a pipeline on a copy of a module; tells the failure that is looked for, or `None`."""
+
+
+def _same(was: Failure, check: int, seed: int) -> Oracle:
+    def oracle(module: Module, pipeline: Pipeline, budgets: dict[str, int] | None) -> Failure | None:
+        now = attempt(module, pipeline, check, seed=seed, budgets=budgets)
+        return now if was.like(now) else None
+
+    return oracle
+
+
+def _commanded(command: str) -> Oracle:
+    def oracle(module: Module, pipeline: Pipeline, budgets: dict[str, int] | None) -> Failure | None:
+        kept = _Keep()
+        failure = attempt(module, pipeline, 0, budgets=budgets, instruments=[kept])
+        if failure is not None or kept.module is None:
+            return failure
+        with tempfile.TemporaryDirectory(prefix="qeff-bisect-") as folder:
+            save_module(kept.module, Path(folder))
+            done = subprocess.run(f"{command} {folder}", shell=True, check=False, capture_output=True)  # the user's own
+        last = [id for id, _ in pipeline][-1:]
+        message = f"the command fails with code {done.returncode}"
+        return Failure(last[0] if last else "(start)", "command", "", message) if done.returncode else None
+
+    return oracle
+
+
+class _Keep(Instrument):
+    """Keeps the result of a pipeline."""
+
+    module: Module | None = None
+
+    def after_pipeline(self, report: Report, module: Module) -> None:
+        self.module = module
+
+
+def _by_command(start: Module, pipeline: Pipeline, command: str, say: Say) -> Culprit:
+    oracle, passes = _commanded(command), pipeline.passes
+    ids = [id for id, _ in pipeline]
+    if oracle(start, Pipeline(), None) is not None:
+        raise BundleError("the command fails already on the module before the pipeline: no pass is guilty")
+    if oracle(start, pipeline, None) is None:
+        raise BundleError("the command accepts the result of the whole pipeline: there is nothing to find")
+    good, bad = 0, len(passes)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        failure = oracle(start, Pipeline(passes[:middle]), None)
+        say(f"the first {middle} passes, up to {ids[middle - 1]}: {'bad' if failure else 'good'}")
+        good, bad = (good, middle) if failure else (middle, bad)
+    guilty = ids[bad - 1]
+    return _rewrite(start, Pipeline(passes[:bad]), guilty, guilty, oracle, say)
+
+
+def _rewrite(module: Module, pipeline: Pipeline, inner: str, name: str, oracle: Oracle, say: Say) -> Culprit:
+    """The guilty rewrite of the last pass that matters, called `inner` in this pipeline and `name` in the whole."""
+    failure = oracle(module, pipeline, None)
+    if failure is None:
+        raise BundleError(f"{name} does not fail here as the bundle says: run 'qeff replay' to see what it does")
+
+    def bad(budget: int) -> bool:
+        found = oracle(module, pipeline, {inner: budget}) is not None
+        say(f"{name} with {budget} rewrite{'s' * (budget != 1)}: {'bad' if found else 'good'}")
+        return found
+
+    if bad(0):
+        return Culprit(name, failure)
+    good, limit = 0, 1
+    while not bad(limit):
+        good, limit = limit, limit * 2
+        if limit > _MOST:
+            raise BundleError(f"{name} fails only without a budget: it changes the graph past its rewriter")
+    while limit - good > 1:
+        middle = (good + limit) // 2
+        good, limit = (good, middle) if bad(middle) else (middle, limit)
+    return _witness(module, pipeline, inner, name, failure, limit)
+
+
+def _witness(module: Module, pipeline: Pipeline, inner: str, name: str, failure: Failure, number: int) -> Culprit:
+    """Name the rewrite, by what the pass counts and makes with it and without it."""
+    without, with_it = (_apply(module, pipeline, inner, budget) for budget in (number - 1, number))
+    rules = [rule for rule, count in with_it[1].items() if count > without[1].get(rule, 0)]
+    change = diff(without[0], with_it[0]) if without[0] is not None and with_it[0] is not None else None
+    return Culprit(name, failure, number, rules[0] if rules else "unnamed", change)
+
+
+def _apply(module: Module, pipeline: Pipeline, inner: str, budget: int) -> tuple[Module | None, dict[str, int]]:
+    """Result and counters of the pass `inner` under a budget, without checks."""
+    from qeff_ir.passing.rewriter import Rewriter
+
+    copy = module.clone()
+    for id, item in pipeline:
+        rewriter = Rewriter(copy, id, budget if id == inner else None)
+        try:
+            item.run(copy, rewriter)
+        except Exception:
+            return None, dict(rewriter.stats.fired)
+        rewriter.sweep()
+        if id == inner:
+            return copy, dict(rewriter.stats.fired)
+    return copy, {}

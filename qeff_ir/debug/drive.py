@@ -1,0 +1,195 @@
+"""Run any module on one trace: chunked prefill of unequal prompts, then decode steps, states carried over.
+
+A module is driven by what it says of itself: its states are fed back, its dims take the sizes of its specializations or
+small ones, whatever a pass did to the shape of a cache or to the logits. A graph that is no decoder (a plain ONNX file)
+is run once on random inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from qeff_ir.errors import RuntimeInputError
+from qeff_ir.module import Module
+from qeff_ir.runtime.session import Array
+from qeff_ir.snapshot import save_module
+
+SMALL = {"batch_size": 2, "seq_len": 4, "ctx_len": 24}
+"""Sizes of the dims of a module without specializations."""
+_OTHER = 3
+_DECODE_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fed, the same for every module that is compared.
+
+    Attributes:
+        sizes: A size for each symbol that was known when the plan was made.
+        runs: ``input_ids`` and ``position_ids`` of each run; for a graph that is no decoder, its inputs for one run.
+        decoder: Whether the runs are those of a decoder.
+    """
+
+    sizes: Mapping[str, int]
+    runs: Sequence[Mapping[str, Array]]
+    decoder: bool
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a module answered.
+
+    Attributes:
+        outputs: Outputs of each run by name; of a decoder, ``logits`` of each row's last real token.
+        first_feeds: All inputs of the first run.
+        first_outputs: All outputs of the first run, as the graph gives them.
+    """
+
+    outputs: list[dict[str, Array]]
+    first_feeds: dict[str, Array]
+    first_outputs: dict[str, Array]
+
+
+def sizes_of(module: Module) -> dict[str, int]:
+    """A size for each dim: that of the longest specialization, else a small one."""
+    found = {name: SMALL.get(name, _OTHER) for name in module.dims}
+    found = {n: size if (top := module.dims[n].maximum) is None else min(size, top) for n, size in found.items()}
+    longest = max(module.specializations, key=lambda s: s.symbols.get("seq_len", 0), default=None)
+    return found | (dict(longest.symbols) if longest is not None else {})
+
+
+def make_plan(module: Module, seed: int = 0) -> Plan:
+    """The trace for a module and all that passes make of it."""
+    sizes, random = sizes_of(module), np.random.default_rng(seed)
+    if not is_decoder(module):
+        feeds = {v.name or "": _random(v, sizes, random) for v in module.graph.inputs}
+        return Plan(sizes, [feeds], decoder=False)
+    vocabulary = module.output("logits").shape
+    last = vocabulary[-1] if vocabulary is not None else None
+    if not isinstance(last, int):
+        raise RuntimeInputError(f"the logits of {module.name} have no fixed width: no token can be drawn")
+    batch, chunk, room = sizes["batch_size"], sizes["seq_len"], sizes["ctx_len"]
+    steps = min(_DECODE_STEPS, room - 1)
+    wanted = itertools.cycle((chunk + chunk // 2 + 1, max(1, chunk // 3), 2 * chunk))
+    prompts = [random.integers(0, last, min(n, room - steps)) for n in itertools.islice(wanted, batch)]
+    runs = list(_prefill(prompts, chunk))
+    for step in range(steps):
+        positions = np.array([[len(p) + step] for p in prompts], dtype=np.int64)
+        runs.append({"input_ids": random.integers(0, last, (batch, 1)), "position_ids": positions})
+    return Plan(sizes, runs, decoder=True)
+
+
+def is_decoder(module: Module) -> bool:
+    """Whether the graph has the inputs and the output of a decoder."""
+    inputs = {v.name for v in module.graph.inputs}
+    return {"input_ids", "position_ids"} <= inputs and any(v.name == "logits" for v in module.graph.outputs)
+
+
+def drive(module: Module, plan: Plan) -> Answers:
+    """Run a module on a trace, ONNX Runtime's own rewriting off, so that only the passes are judged.
+
+    Raises:
+        RuntimeInputError: ONNX Runtime cannot load or run the graph.
+    """
+    sizes = {**plan.sizes, **sizes_of(module)} if plan.decoder else plan.sizes
+    with tempfile.TemporaryDirectory(prefix="qeff-drive-") as folder:
+        session = _open(module, Path(folder))
+        states = {s.input: _zeros(s.shape, sizes, s.dtype) for s in module.states}
+        others = {v.name or "": v for v in module.graph.inputs if v.name not in states}
+        names = [v.name or "" for v in module.graph.outputs]
+        outputs: list[dict[str, Array]] = []
+        first: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
+        for feeds in plan.runs:
+            own = {name: feeds[name] if name in feeds else _zeros_of(v, sizes) for name, v in others.items()}
+            all_feeds = {**own, **states}
+            try:
+                values = session.run(names, all_feeds)
+            except Exception as error:  # ONNX Runtime raises several private types
+                raise RuntimeInputError(f"ONNX Runtime cannot run {module.name}: {_first_line(error)}") from error
+            result: dict[str, Any] = dict(zip(names, values, strict=True))
+            first = first if first[0] else (all_feeds, result)
+            states = {s.input: result[s.output] for s in module.states}
+            outputs.append(_answers(result, feeds["position_ids"]) if plan.decoder else result)
+    return Answers(outputs, *first)
+
+
+def _answers(result: Mapping[str, Array], positions: Array) -> dict[str, Array]:
+    """The logits of the last real token of each row that has one; a graph may give those of all tokens or only them."""
+    logits = result["logits"]
+    rows = np.flatnonzero((positions >= 0).any(axis=1))
+    last = positions.argmax(axis=1) if logits.shape[1] > 1 else np.zeros(len(positions), dtype=np.int64)
+    return {"logits": logits[rows, last[rows]]}
+
+
+def _prefill(prompts: Sequence[Array], chunk: int) -> list[dict[str, Array]]:
+    """Runs of one chunk each; all rows end in the last, shorter ones are padding before (position -1)."""
+    chunks = -(-max(map(len, prompts)) // chunk)
+    ids = np.zeros((len(prompts), chunks * chunk), dtype=np.int64)
+    positions = np.full_like(ids, -1)
+    for row, tokens in enumerate(prompts):
+        start = (chunks - -(-len(tokens) // chunk)) * chunk
+        ids[row, start : start + len(tokens)] = tokens
+        positions[row, start : start + len(tokens)] = np.arange(len(tokens))
+    return [
+        {"input_ids": ids[:, start : start + chunk], "position_ids": positions[:, start : start + chunk]}
+        for start in range(0, chunks * chunk, chunk)
+    ]
+
+
+def _open(module: Module, folder: Path) -> ort.InferenceSession:
+    """A session on a snapshot, device ops under the device's rules for indices out of range."""
+    from backends.ai100 import device_rules
+
+    path = save_module(module, folder)
+    proto = onnx.load(str(path), load_external_data=False)
+    device_rules.apply(proto)
+    del proto.graph.value_info[
+        :
+    ]  # a pass may leave the shape of an inner value behind the times; the runtime infers it
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1  # sums in the same order every time
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    try:
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises several private types
+        raise RuntimeInputError(f"ONNX Runtime cannot load {module.name}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _dims(value: ir.Value, sizes: Mapping[str, int]) -> list[int]:
+    dims = [d if isinstance(d, int) else sizes.get(d.value or "", _OTHER) for d in value.shape or ()]
+    return [max(d, 1) for d in dims]
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    return value.dtype or ir.DataType.FLOAT
+
+
+def _zeros(shape: Sequence[str | int], sizes: Mapping[str, int], dtype: ir.DataType) -> Array:
+    return np.zeros([d if isinstance(d, int) else sizes[d] for d in shape], dtype=dtype.numpy())
+
+
+def _zeros_of(value: ir.Value, sizes: Mapping[str, int]) -> Array:
+    return np.zeros(_dims(value, sizes), dtype=_dtype(value).numpy())
+
+
+def _random(value: ir.Value, sizes: Mapping[str, int], random: np.random.Generator) -> Array:
+    """Numbers for an input of unknown meaning: normal ones, or small integers that any table can be indexed by."""
+    dtype, shape = _dtype(value), _dims(value, sizes)
+    numbers = random.standard_normal(shape) if dtype.is_floating_point() else random.integers(0, 2, shape)
+    return np.asarray(numbers).astype(dtype.numpy())

@@ -1,0 +1,116 @@
+"""The numeric check passes what is right, and names what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from backends import backend_names
+from qeff_ir.debug.drive import drive, make_plan
+from qeff_ir.debug.equivalence import Equivalence, error_of
+from qeff_ir.errors import PassError, QeffError, RuntimeInputError
+from qeff_ir.module import Module
+from qeff_ir.passing.manager import run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from tests import support
+
+from .models import plain
+
+
+def check(module: Module, pipeline: str) -> Equivalence:
+    numeric = Equivalence()
+    run_pipeline(module, Pipeline.parse(pipeline), instruments=[numeric])
+    return numeric
+
+
+@pytest.mark.parametrize("target", backend_names())
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt-oss", "bloom"])
+def test_the_stock_passes_are_equivalent(name: str, target: str) -> None:
+    """Through rings, physical caches, last-token logits, device ops with indices out of range, and another opset."""
+    numeric = check(support.canonical(name), support.rest_of(target))
+    assert numeric.errors.keys() >= {"fuse-norms", "last-logits", "kv-retention"}
+    assert 0 < max(numeric.errors.values()) <= numeric.limit < 1e-4
+
+
+def test_a_module_without_specializations_gets_small_sizes() -> None:
+    module = support.lowered("mistral")
+    assert not module.specializations
+    plan = make_plan(module)
+    assert [run["input_ids"].shape for run in plan.runs] == [(2, 4), (2, 4), (2, 1), (2, 1), (2, 1)]
+    assert (plan.runs[0]["position_ids"][1] == -1).all()  # the shorter prompt idles in the first chunk
+    assert set(check(module, "canonicalize,fuse-norms").errors) == {"canonicalize", "fuse-norms"}
+
+
+def test_the_guilty_pass_is_named_and_undone() -> None:
+    module = support.canonical("llama")
+    with pytest.raises(
+        PassError,
+        match=r"^pass flipped-sign: \[equivalence\] it changed behavior: 'logits' of run \d differs by \d\.\de[+-]\d\d "
+        r"of its rms, rounding explains \d\.\de-0\d$",
+    ) as caught:
+        check(module, "fuse-norms,flipped-sign,fuse-activations")
+    assert caught.value.__cause__ is not None
+    assert {n.op_type for n in module.graph} >= {"RMSNormalization"}
+    assert "Sub" not in {n.op_type for n in module.graph if n.metadata_props.get("qeff.pass") == "flipped-sign"}
+
+
+def test_a_cache_that_forgets_shows_in_the_steps_after() -> None:
+    """States are carried over: the first run cannot see this fault."""
+    module = support.canonical("llama")
+    plan = make_plan(module)
+    before = drive(module, plan)
+    for node in module.graph:
+        if node.op_type == "CacheUpdate":
+            past = node.inputs[0]
+            assert past is not None
+            zero = ir.node("Sub", [past, past])
+            zero.outputs[0].shape, zero.outputs[0].dtype = past.shape, past.dtype
+            module.graph.insert_before(node, zero)
+            node.replace_input_with(0, zero.outputs[0])
+    after = drive(module, plan)
+    errors = [error_of(a["logits"], b["logits"]) for a, b in zip(after.outputs, before.outputs, strict=True)]
+    assert errors[0] == 0.0
+    assert errors[-1] > 0.01
+
+
+def test_a_plain_graph_is_run_on_random_inputs(tmp_path: Path) -> None:
+    module = plain(tmp_path)
+    plan = make_plan(module)
+    assert not plan.decoder
+    assert drive(module, plan).outputs[0]["y"].shape == (3, 3, 16)
+    assert check(module, "canonicalize").errors["canonicalize"] <= 1e-6
+
+
+def test_errors_of_numbers_that_say_little() -> None:
+    one, two = np.ones(3, np.float32), np.full(3, 2, np.float32)
+    assert error_of(one, one) == 0.0
+    assert error_of(two, one) == np.inf
+    assert error_of(np.ones(4, np.float32), one) == np.inf
+    with pytest.raises(
+        QeffError, match=r"^the module gives infinities or no numbers before the pass: its numbers cannot"
+    ):
+        error_of(one, np.array([1, np.nan, 2], np.float32))
+
+
+def test_a_graph_that_cannot_run_is_said_to_be_one(tmp_path: Path) -> None:
+    module = plain(tmp_path)
+    next(n for n in module.graph if n.op_type == "Relu").op_type = "NoSuchOp"
+    with pytest.raises(RuntimeInputError, match=r"^ONNX Runtime cannot load plain: .*NoSuchOp"):
+        drive(module, make_plan(module))
+    module = plain(tmp_path)
+    plan = make_plan(module)
+    plan.runs[0]["x"] = np.zeros((2, 2, 5), np.float32)  # pyright: ignore[reportIndexIssue]
+    with pytest.raises(RuntimeInputError, match=r"^ONNX Runtime cannot run plain: .*x.*"):
+        drive(module, plan)
+
+
+def test_logits_without_a_width_are_refused() -> None:
+    module = support.canonical("llama")
+    module.output("logits").shape = ir.Shape(["batch_size", "seq_len", "vocab"])
+    with pytest.raises(
+        RuntimeInputError, match=r"^the logits of LlamaForCausalLM have no fixed width: no token can be"
+    ):
+        make_plan(module)

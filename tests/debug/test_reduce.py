@@ -1,0 +1,50 @@
+"""Reduction keeps the failure, and what is left is about as large as the fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qeff_ir.debug.bisect import bisect
+from qeff_ir.debug.bundle import read_bundle
+from qeff_ir.debug.reduce import PASSING, reduce, write_reduction
+from qeff_ir.debug.replay import replay
+from qeff_ir.errors import BundleError
+from qeff_ir.snapshot import load_module
+
+from .test_bisect import FUSIONS, fail
+from .wrong_passes import FlippedSign, residuals
+
+
+def test_a_numeric_failure_is_reduced_to_a_few_nodes(tmp_path: Path) -> None:
+    bundle = fail(f"{FUSIONS},flipped-sign", tmp_path / "bundle", 4)
+    said: list[str] = []
+    found = reduce(bundle, say=said.append)
+    assert found.nodes[0] == len(bundle.module.graph) > 70
+    assert len(residuals(found.failing)) >= 3  # the third is the wrong one
+    assert found.nodes[1] <= 12
+    assert found.trials <= 400
+    assert said[-1].startswith(f"{found.nodes[1]} nodes: ")
+    small = read_bundle(write_reduction(bundle, found, tmp_path / "small"))
+    assert replay(small)[0]
+    assert bisect(small).rewrite == 3
+    assert found.passing is not None
+    neighbor = load_module(tmp_path / "small" / PASSING / "model.onnx")
+    names = [{n.outputs[0].name for n in m.graph} for m in (neighbor, found.failing)]
+    assert names[0] < names[1]
+    assert len(names[1] - names[0]) <= 2
+
+
+def test_a_crash_is_reduced_too(tmp_path: Path) -> None:
+    bundle = fail("raises", tmp_path / "bundle", 1)
+    found = reduce(bundle, trials=150)
+    assert found.nodes[1] < found.nodes[0] // 4
+    assert len(residuals(found.failing)) == 3
+
+
+def test_a_bundle_that_does_not_fail_is_not_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = fail("flipped-sign", tmp_path / "bundle", 4)
+    monkeypatch.setattr(FlippedSign, "run", lambda *_: None)
+    with pytest.raises(BundleError, match=r"^flipped-sign does not fail here as the bundle says: run 'qeff replay' to"):
+        reduce(bundle)
