@@ -95,10 +95,10 @@ def _check_weights(run: Transition) -> None:
         if storage not in {s for s, _ in before.values()}:
             what = "is no longer the tensor that it was" if name in before else f"is new, with {size} bytes"
             raise VerificationError("contract", f"'{name}' {what}, although the pass does not declare changes_weights")
-    lost = sorted({s for s, _ in before.values()} - {s for s, _ in after.values()}, key=str)
-    if lost:
-        name = next(n for n, (s, _) in before.items() if s == lost[0])
-        raise VerificationError("contract", f"'{name}' is gone, although the pass does not declare changes_weights")
+    kept, values = {s for s, _ in after.values()}, run.before.graph.initializers
+    for name, (storage, _) in before.items():
+        if storage not in kept and values[name].uses():  # what nothing read may go
+            raise VerificationError("contract", f"'{name}' is gone, although the pass does not declare changes_weights")
 
 
 def _stored(module: Module) -> dict[str, tuple[object, int]]:
