@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from qeff_ir.errors import PassError, VerificationError
 from qeff_ir.module import WEIGHT_KEY, Module
@@ -95,10 +96,16 @@ def _check_weights(run: Transition) -> None:
         if storage not in {s for s, _ in before.values()}:
             what = "is no longer the tensor that it was" if name in before else f"is new, with {size} bytes"
             raise VerificationError("contract", f"'{name}' {what}, although the pass does not declare changes_weights")
-    kept, values = {s for s, _ in after.values()}, run.before.graph.initializers
-    for name, (storage, _) in before.items():
-        if storage not in kept and values[name].uses():  # what nothing read may go
-            raise VerificationError("contract", f"'{name}' is gone, although the pass does not declare changes_weights")
+    kept = {storage for storage, _ in after.values()}
+    lost = {name for name, (storage, _) in before.items() if storage not in kept}
+    if lost:
+        swept = run.before.clone()
+        common.RemoveUnusedNodesPass()(swept.model)  # what reaches no output may go
+        for name in before:
+            if name in lost & swept.graph.initializers.keys():
+                raise VerificationError(
+                    "contract", f"'{name}' is gone, although the pass does not declare changes_weights"
+                )
 
 
 def _stored(module: Module) -> dict[str, tuple[object, int]]:
