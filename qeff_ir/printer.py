@@ -87,6 +87,12 @@ def excerpt(module: Module, subject: ir.Node | str, word: str = "") -> str:
     return "\n".join(shown)
 
 
+def interface(module: Module) -> list[str]:
+    """The lines of all that a caller relies on: dims, states, specializations, graph inputs and outputs, in order."""
+    values = [*(("in ", v) for v in module.graph.inputs), *(("out", v) for v in module.graph.outputs)]
+    return [*(line for _, line in _facts(module)), *(f"{kind} {_typed(value)}" for kind, value in values)]
+
+
 def bodies(module: Module) -> dict[str, str]:
     """A digest of what each function of the model computes, by domain and name; types and opsets aside."""
     found: dict[str, str] = {}
@@ -101,17 +107,7 @@ def _lines(module: Module, origins: bool) -> Iterator[tuple[ir.Node | str, str]]
     """Each line with what it is about: a node, or a word and a name."""
     opsets = sorted((domain or "standard", version) for domain, version in module.model.opset_imports.items())
     yield "module", f"module {module.name} ({', '.join(f'{domain} {version}' for domain, version in opsets)})"
-    for dim in module.dims.values():
-        yield f"dim {dim.name}", f"dim {dim.name}" + (f" <= {dim.maximum}" if dim.maximum is not None else "")
-    for state in module.states:
-        marks = [f"window={state.window}"] if state.window is not None else []
-        marks += ["ring"] if state.ring else []
-        shape = ", ".join(map(str, state.shape))
-        text = f"state {state.input}: {state.dtype.name.lower()}[{shape}]"
-        yield f"state {state.input}", " ".join([text, *marks])
-    for item in module.specializations:
-        symbols = " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
-        yield f"specialization {item.name}", f"specialization {item.name}: {symbols}"
+    yield from _facts(module)
     if module.properties:
         yield "properties", f"properties {' '.join(sorted(module.properties))}"
     for value in module.graph.inputs:
@@ -127,6 +123,20 @@ def _lines(module: Module, origins: bool) -> Iterator[tuple[ir.Node | str, str]]
         yield f"out {value.name}", f"out {_typed(value)}"
     for name, digest in bodies(module).items():
         yield f"function {name}", f"function {name}: {digest}"
+
+
+def _facts(module: Module) -> Iterator[tuple[str, str]]:
+    for dim in module.dims.values():
+        yield f"dim {dim.name}", f"dim {dim.name}" + (f" <= {dim.maximum}" if dim.maximum is not None else "")
+    for state in module.states:
+        marks = [f"window={state.window}"] if state.window is not None else []
+        marks += ["ring"] if state.ring else []
+        shape = ", ".join(map(str, state.shape))
+        text = f"state {state.input}: {state.dtype.name.lower()}[{shape}]"
+        yield f"state {state.input}", " ".join([text, *marks])
+    for item in module.specializations:
+        symbols = " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
+        yield f"specialization {item.name}", f"specialization {item.name}: {symbols}"
 
 
 def _nodes(graph: ir.Graph, indent: str, origins: bool, *, typed: bool = True) -> Iterator[tuple[ir.Node, str]]:
