@@ -50,8 +50,8 @@ def check(transition: Transition, level: int) -> None:
     Args:
         transition: The run.
         level: 0 nothing; 1 the rules of the IR, the contract (interface, weights, bodies of ops) and the expectation;
-            2 also types and shapes, properties, reported rewrites and idempotence, and the manager sees passes that undo
-            each other; 3 also that the text form survives saving.
+            2 also types and shapes, properties, reported rewrites and idempotence (and the manager sees passes that
+            undo each other); 3 also that the text form survives saving.
 
     Raises:
         VerificationError, PassError: The first check that does not hold.

@@ -262,10 +262,11 @@ def test_other_weights_are_a_change_although_the_text_only_names_them(module: Mo
 def test_a_type_that_is_wrong_is_shown(module: Module) -> None:
     with pytest.raises(PassError) as error:
         run_pipeline(module, make(resize), check=2)
-    assert str(error.value).splitlines()[3:5] == [
-        "  >   73 | %linear: float[batch_size, seq_len, 7] = MatMul(%mul_73, %val_63)  ; model.layers.0.self_attn.q_proj",
-        "         | ^^^^^^^",
-    ]
+    line, caret = str(error.value).splitlines()[3:5]
+    assert line.startswith(
+        "  >   73 | %linear: float[batch_size, seq_len, 7] = MatMul(%mul_73, %val_63)  ; model.layers.0"
+    )
+    assert caret == "         | ^^^^^^^"
     assert str(error.value).splitlines()[-1].startswith("  hint: give a new node the shape and dtype of what it makes")
 
 
