@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from qeff_ir import dialect
+from qeff_ir import device_ops, dialect
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.matching import same_size
@@ -32,18 +32,18 @@ class Canonicalize(Pass):
         if not rewriter.rewrite("optimize"):
             return
         before = len(module.graph)
-        # The optimizer inlines every function it finds; the dialect has to survive as ops.
-        for key in [k for k in module.model.functions if k[0] == dialect.DOMAIN]:
+        # The optimizer inlines every function it finds; the dialect and the device's ops have to survive.
+        for key in [k for k in module.model.functions if k[0] in (dialect.DOMAIN, *device_ops.DOMAINS)]:
             del module.model.functions[key]
         for _ in range(2):
             with rewriter.hidden_weights():
                 optimizer.optimize_ir(module.model)
-            rewriter.adopt()
             for node in module.graph:
                 if node.op_type == "Reshape" and node.domain == "":
                     _fix_reshape(node, rewriter)
             rewriter.sweep()
         dialect.attach(module.model)
+        device_ops.attach(module.model)
         rewriter.stats.fired["removed"] = before - len(module.graph)
 
 

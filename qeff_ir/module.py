@@ -7,6 +7,7 @@ and loading is exact and every snapshot opens in any ONNX tool.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
@@ -149,17 +151,19 @@ class Module:
         raise VerificationError("interface", f"the graph of {self.name} has no output named '{name}'")
 
     def clone(self) -> Module:
-        """A copy whose graph can be changed freely; weights are shared, never copied."""
+        """A copy whose graph can be changed freely; tensors are shared, never copied, and made read-only for it."""
         model = self.model.clone()
-        for value in all_values(model.graph):
-            if isinstance(value.type, ir.TensorType):
-                value.type = ir.TensorType(value.type.dtype)  # onnx_ir shares it, and changes it in place
+        for graph in (model.graph, *(f.graph for f in model.functions.values())):
+            for value in all_values(graph):
+                value.type = _copied(value.type)  # onnx_ir shares it, and changes it in place
+                if isinstance(value.const_value, ir.Tensor) and isinstance(value.const_value.raw, np.ndarray):
+                    value.const_value.raw.flags.writeable = False
         return Module(
             model,
             self.name,
             list(self.states),
             dict(self.dims),
-            list(self.specializations),
+            [Specialization(s.name, dict(s.symbols)) for s in self.specializations],
             set(self.properties),
         )
 
@@ -222,6 +226,12 @@ class Module:
             [Specialization(s["name"], s["symbols"]) for s in facts["specializations"]],
             set(facts["properties"]),
         )
+
+
+def _copied(type_: ir.TypeProtocol | None) -> ir.TypeProtocol | None:
+    if isinstance(type_, ir.TensorType):
+        return ir.TensorType(type_.dtype, denotation=type_.denotation)
+    return copy.deepcopy(type_)
 
 
 def all_values(graph: ir.Graph) -> Iterable[ir.Value]:

@@ -79,7 +79,8 @@ def command(
             if capture.written is None:
                 raise
             what = str(error) if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
-            raise PassError(f"{what}; next: qeff bisect {capture.written}") from error
+            more = "\n  next" if "\n" in what else "; next"  # the first line stays one sentence
+            raise PassError(f"{what}{more}: qeff bisect {capture.written}") from error
     show(pipeline_table(recorder.data))
     if out is not None:
         line("Result:  ", (str(_save(module, out)), "bold"))

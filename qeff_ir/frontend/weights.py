@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
@@ -70,8 +71,18 @@ def memory_weights(model: PreTrainedModel) -> Weights:
         if data.is_floating_point() and data.dtype != torch.float32:
             weights[name] = _lazy(name, tuple(data.shape), torch.float32, lambda data=data: data.float())
         else:
-            weights[name] = tensor_adapters.TorchTensor(data.contiguous(), name=name)
+            weights[name] = _Shared(data.contiguous(), name=name)
     return weights
+
+
+class _Shared(tensor_adapters.TorchTensor):
+    """A tensor of the user's model: its numbers can be read, and written by nobody."""
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """A read-only view."""
+        view = super().numpy().view()
+        view.flags.writeable = False
+        return view
 
 
 class _Loader:

@@ -102,14 +102,16 @@ def _run(
         item.run(module, rewriter)
         if rewriter.refused:
             rewriter.sweep()  # of what was built for rewrites that were then refused
-        module.properties = (module.properties - item.invalidates) | item.establishes
+        rewriter.adopt()
+        module.properties = (snapshot.properties - item.invalidates) | item.establishes
         checks.check(checks.Transition(item, snapshot, module, rewriter, sites), check)
         _check_undone(module, snapshot, id, forms)
         after = fingerprint(module)
         seconds = time.perf_counter() - started
         sizes = size, len(module.graph)
         found = len(sites) if check and checks.finds_sites(item) else None
-        run = PassRun(id, seconds, sizes, after != before, rewriter.stats, rewriter.count, found)
+        modified = after != before or not checks.same_weights(snapshot, module)
+        run = PassRun(id, seconds, sizes, modified, rewriter.stats, rewriter.count, found)
         for instrument in reversed(stack):
             instrument.after_pass(run, module)
     except BaseException as error:
