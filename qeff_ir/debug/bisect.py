@@ -4,8 +4,8 @@ The oracle says whether a module is bad: the failure that the bundle tells of, t
 before the pipeline, or a command of the user's. A pass that fails may be the victim of one before it: unless every pass
 was held against its input already (check level 4), the numbers of the passes before it are asked first.
 
-The search over passes is binary, for what one pass spoils the next ones seldom mend; the search over the rewrites of one
-pass sets a `Rewriter` budget: the first number of rewrites that fails is the guilty one.
+The search over passes is binary, for what one pass spoils the next ones seldom mend; the search over the rewrites of
+one pass sets a `Rewriter` budget: the first number of rewrites that fails is the guilty one.
 """
 
 from __future__ import annotations
