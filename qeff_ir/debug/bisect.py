@@ -1,8 +1,11 @@
 """Find the guilty pass, and the guilty rewrite within it, by running less and less of a pipeline.
 
-The oracle says whether a module is bad: the numeric check against the module before the pipeline, or a command of the
-user's. The search over passes is binary, for what one pass spoils the next ones seldom mend; the search over the
-rewrites of one pass sets a `Rewriter` budget: the first number of rewrites that fails is the guilty one.
+The oracle says whether a module is bad: the failure that the bundle tells of, the numeric check against the module
+before the pipeline, or a command of the user's. A pass that fails may be the victim of one before it: unless every pass
+was held against its input already (check level 4), the numbers of the passes before it are asked first.
+
+The search over passes is binary, for what one pass spoils the next ones seldom mend; the search over the rewrites of
+one pass sets a `Rewriter` budget: the first number of rewrites that fails is the guilty one.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from pathlib import Path
 
 from qeff_ir.debug.bundle import Bundle
 from qeff_ir.debug.diff import ModuleDiff, diff
-from qeff_ir.debug.replay import Failure, attempt, failing_pass, recorded
-from qeff_ir.errors import BundleError
+from qeff_ir.debug.equivalence import EndToEnd
+from qeff_ir.debug.replay import NUMERIC, Failure, attempt, failing_pass, recorded
+from qeff_ir.errors import BundleError, EquivalenceError
 from qeff_ir.module import Module
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline
@@ -73,12 +77,30 @@ def bisect(bundle: Bundle, *, command: str | None = None, say: Say = lambda _: N
         PipelineError: A pass is not known here.
     """
     data = bundle.metadata
-    if command is None:
-        one = failing_pass(bundle)
-        (inner, _), *_ = one
-        return _rewrite(bundle.module, one, inner, data.pass_id, _same(recorded(bundle), data.check, data.seed), say)
-    pipeline = Pipeline.parse(data.pipeline)
-    return _by_command(bundle.start, pipeline, command, say)
+    if command is not None:
+        return _by_command(bundle.start, Pipeline.parse(data.pipeline), command, say)
+    one = failing_pass(bundle)
+    earlier = _earlier(bundle, say) if data.check < NUMERIC else None
+    if earlier is not None:
+        return earlier
+    (inner, _), *_ = one
+    return _rewrite(bundle.module, one, inner, data.pass_id, _same(recorded(bundle), data.check, data.seed), say)
+
+
+def _earlier(bundle: Bundle, say: Say) -> Culprit | None:
+    """The first pass before the failing one that changes the numbers, if one does."""
+    name, whole = bundle.metadata.pass_id, Pipeline.parse(bundle.metadata.pipeline)
+    ids = [id for id, _ in whole]
+    before = Pipeline(whole.passes[: ids.index(name)] if name in ids else ())
+    if not before.passes:
+        return None
+    oracle = _numeric(bundle.metadata.seed)
+    bad = oracle(bundle.start, before, None) is not None
+    say(f"the numbers before {name}: {'bad' if bad else 'good'}")
+    if not bad:
+        return None
+    say(f"{name} may be a victim: bisect again once the pass found here is mended")
+    return _search(bundle.start, before, oracle, say)
 
 
 Oracle = Callable[[Module, Pipeline, "dict[str, int] | None"], Failure | None]
@@ -89,6 +111,17 @@ def _same(was: Failure, check: int, seed: int) -> Oracle:
     def oracle(module: Module, pipeline: Pipeline, budgets: dict[str, int] | None) -> Failure | None:
         now = attempt(module, pipeline, check, seed=seed, budgets=budgets)
         return now if was.like(now) else None
+
+    return oracle
+
+
+def _numeric(seed: int) -> Oracle:
+    """Whether a pipeline changes the numbers; one whose module cannot be driven tells nothing."""
+    check = EndToEnd(seed)
+
+    def oracle(module: Module, pipeline: Pipeline, budgets: dict[str, int] | None) -> Failure | None:
+        failure = attempt(module, pipeline, 0, budgets=budgets, instruments=[check])
+        return failure if failure is not None and failure.error == EquivalenceError.__name__ else None
 
     return oracle
 
@@ -119,12 +152,17 @@ class _Keep(Instrument):
 
 
 def _by_command(start: Module, pipeline: Pipeline, command: str, say: Say) -> Culprit:
-    oracle, passes = _commanded(command), pipeline.passes
-    ids = [id for id, _ in pipeline]
+    oracle = _commanded(command)
     if oracle(start, Pipeline(), None) is not None:
         raise BundleError("the command fails already on the module before the pipeline: no pass is guilty")
     if oracle(start, pipeline, None) is None:
         raise BundleError("the command accepts the result of the whole pipeline: there is nothing to find")
+    return _search(start, pipeline, oracle, say)
+
+
+def _search(start: Module, pipeline: Pipeline, oracle: Oracle, say: Say) -> Culprit:
+    """The pass, and the rewrite in it, that turns a good module bad; the whole pipeline does."""
+    passes, ids = pipeline.passes, [id for id, _ in pipeline]
     good, bad = 0, len(passes)
     while bad - good > 1:
         middle = (good + bad) // 2

@@ -83,6 +83,25 @@ def test_a_command_finds_the_pass_that_makes_what_it_dislikes(tmp_path: Path) ->
     assert said[0] == "the first 3 passes, up to fuse-activations: bad"
 
 
+def test_a_pass_that_fails_for_another_ones_fault_is_told_from_it(tmp_path: Path) -> None:
+    """Level 1 does not look at the numbers: the flipped sign is only found by asking for them."""
+    bundle = fail(f"{FUSIONS},flipped-sign,fuse-norms,breaks-facts", tmp_path / "bundle", 1)
+    assert bundle.metadata.pass_id == "breaks-facts"
+    said: list[str] = []
+    culprit = bisect(bundle, say=said.append)
+    assert (culprit.pass_id, culprit.rewrite, culprit.rule) == ("flipped-sign", 3, "add-to-sub")
+    assert culprit.sources == ["model.layers.1"]
+    assert said[:4] == [
+        "the numbers before breaks-facts: bad",
+        "breaks-facts may be a victim: bisect again once the pass found here is mended",
+        "the first 2 passes, up to fuse-rotary: good",
+        "the first 3 passes, up to fuse-activations: good",
+    ]
+    said.clear()
+    culprit = bisect(fail(f"{FUSIONS},raises", tmp_path / "own", 1), say=said.append)
+    assert (culprit.pass_id, said[0]) == ("raises", "the numbers before raises: good")
+
+
 def test_a_command_that_fails_on_everything_or_nothing_is_refused(tmp_path: Path) -> None:
     bundle = fail("fuse-norms,breaks-facts", tmp_path / "bundle", 1)
     with pytest.raises(BundleError, match=r"^the command fails already on the module before the pipeline: no pass is"):
