@@ -97,8 +97,8 @@ def _run(
     for instrument in stack:
         instrument.before_pass(id, item, module)
     started, size, snapshot = time.perf_counter(), len(module.graph), module.clone()
-    sites = item.sites(module) if check else []
     try:
+        sites = item.sites(module) if check else []
         item.run(module, rewriter)
         if rewriter.refused:
             rewriter.sweep()  # of what was built for rewrites that were then refused

@@ -13,6 +13,7 @@ from qeff_ir.errors import PassError, PipelineError
 from qeff_ir.module import PASS_KEY, SOURCE_KEY, Dim, Module
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.expect import AllSites
+from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.manager import PassRun, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.printer import to_text
@@ -80,11 +81,7 @@ def test_a_pass_that_fails_changes_nothing(module: Module, error: BaseException)
 
 def attack(module: Module, rewriter: Rewriter) -> None:
     """Change in place what a copy could share."""
-    for value in (
-        *module.graph.inputs,
-        *module.graph.initializers.values(),
-        *(v for n in module.graph for v in n.outputs),
-    ):
+    for value in all_values(module.graph):
         if value.dtype is not None:
             value.dtype = ir.DataType.BFLOAT16
         if value.shape is not None and len(value.shape):
@@ -130,6 +127,24 @@ def test_the_numbers_of_tensors_cannot_be_changed_in_place(name: str) -> None:
     before = to_text(module)
     with pytest.raises(ValueError, match="read-only"):
         run_pipeline(module, Pipeline((make(scribble),)))
+    assert to_text(module) == before
+
+
+def test_a_site_finder_that_raises_is_a_failure_of_its_pass(module: Module) -> None:
+    def sites(self: Pass, module: Module) -> list[ir.Node]:
+        module.states.clear()
+        raise PassError("no site")
+
+    told: list[str] = []
+
+    class Told(Instrument):
+        def failed(self, id: str, item: Pass, module_before: Module, error: BaseException) -> None:
+            told.append(f"{id} {len(module_before.states)}")
+
+    before = to_text(module)
+    with pytest.raises(PassError) as error:
+        run_pipeline(module, Pipeline((make(lambda module, rewriter: None, sites=sites),)), instruments=[Told()])
+    assert (str(error.value), told) == ("pass made: no site", ["made 4"])
     assert to_text(module) == before
 
 
