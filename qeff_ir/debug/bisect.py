@@ -20,7 +20,7 @@ from qeff_ir.debug.bundle import Bundle
 from qeff_ir.debug.diff import ModuleDiff, diff
 from qeff_ir.debug.equivalence import EndToEnd
 from qeff_ir.debug.replay import NUMERIC, Failure, attempt, failing_pass, recorded
-from qeff_ir.errors import BundleError, EquivalenceError
+from qeff_ir.errors import BundleError, EquivalenceError, PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline
@@ -39,8 +39,10 @@ class Culprit:
     Attributes:
         pass_id: The guilty pass.
         failure: How it fails.
-        rewrite: Number of the guilty rewrite, from 1; `None` when the pass fails without any.
+        rewrite: Number of the guilty rewrite, from 1; `None` when it is none of them: the pass fails without any, or
+            for what it left undone.
         rule: Name of the rewrite.
+        whole: Whether no rewrite is wrong by itself, but the result is not what the pass promises: a site is left, say.
         change: What that rewrite changed; `None` when the pass raised in it, so that nothing is left to look at.
     """
 
@@ -48,9 +50,12 @@ class Culprit:
     failure: Failure
     rewrite: int | None = None
     rule: str = ""
+    whole: bool = False
     change: ModuleDiff | None = None
 
     def __str__(self) -> str:
+        if self.whole:
+            return f"{self.pass_id} as a whole, none of its rewrites: {self.failure.message}"
         if self.rewrite is None:
             return f"{self.pass_id} fails before its first rewrite: {self.failure.message}"
         where = f" in {', '.join(self.sources)}" if self.sources else ""
@@ -200,13 +205,15 @@ def _rewrite(module: Module, pipeline: Pipeline, inner: str, name: str, oracle: 
 def _witness(module: Module, pipeline: Pipeline, inner: str, name: str, failure: Failure, number: int) -> Culprit:
     """Name the rewrite, by what the pass counts and makes with it and without it."""
     without, with_it = (_apply(module, pipeline, inner, budget) for budget in (number - 1, number))
+    if failure.error == PassError.__name__ and with_it[0] is not None and not with_it[2]:
+        return Culprit(name, failure, whole=True)  # the pass came to its end; the manager asked for more
     rules = [rule for rule, count in with_it[1].items() if count > without[1].get(rule, 0)]
     change = diff(without[0], with_it[0]) if without[0] is not None and with_it[0] is not None else None
-    return Culprit(name, failure, number, rules[0] if rules else "unnamed", change)
+    return Culprit(name, failure, number, rules[0] if rules else "unnamed", change=change)
 
 
-def _apply(module: Module, pipeline: Pipeline, inner: str, budget: int) -> tuple[Module | None, dict[str, int]]:
-    """Result and counters of the pass `inner` under a budget, without checks."""
+def _apply(module: Module, pipeline: Pipeline, inner: str, budget: int) -> tuple[Module | None, dict[str, int], bool]:
+    """Result and counters of the pass `inner` under a budget, without checks, and whether it wanted more."""
     from qeff_ir.passing.rewriter import Rewriter
 
     copy = module.clone()
@@ -215,8 +222,8 @@ def _apply(module: Module, pipeline: Pipeline, inner: str, budget: int) -> tuple
         try:
             item.run(copy, rewriter)
         except Exception:
-            return None, dict(rewriter.stats.fired)
+            return None, dict(rewriter.stats.fired), rewriter.refused
         rewriter.sweep()
         if id == inner:
-            return copy, dict(rewriter.stats.fired)
-    return copy, {}
+            return copy, dict(rewriter.stats.fired), rewriter.refused
+    return copy, {}, False

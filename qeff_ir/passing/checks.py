@@ -107,8 +107,9 @@ def _check_weights(run: Transition) -> None:
     if lost:
         swept = run.before.clone()
         common.RemoveUnusedNodesPass()(swept.model)  # what reaches no output may go
+        lost &= swept.graph.initializers.keys()
         for name in before:
-            if name in lost & swept.graph.initializers.keys():
+            if name in lost:
                 raise VerificationError(
                     "contract", f"'{name}' is gone, although the pass does not declare changes_weights"
                 )

@@ -61,6 +61,14 @@ def test_a_fault_before_the_first_rewrite_is_said_to_be_one(tmp_path: Path) -> N
     assert str(culprit).startswith("breaks-facts fails before its first rewrite: pass breaks-facts: [state-pair] ")
 
 
+def test_a_site_left_over_is_the_fault_of_no_rewrite(tmp_path: Path) -> None:
+    culprit = bisect(fail("leaves-one", tmp_path / "bundle", 1))
+    assert (culprit.rewrite, culprit.whole) == (None, True)
+    assert str(culprit).startswith(
+        "leaves-one as a whole, none of its rewrites: pass leaves-one: 1 of 9 sites were not rewritten:\n  model.norm: "
+    )
+
+
 def test_the_second_use_of_a_pass_keeps_its_name(tmp_path: Path) -> None:
     """In the bundle's suffix it is the first."""
     bundle = fail("flipped-sign,flipped-sign", tmp_path / "bundle", 4)

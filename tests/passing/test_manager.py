@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from qeff_ir.errors import PassError, PipelineError
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, Dim, Module
+from qeff_ir.module import PASS_KEY, SOURCE_KEY, Dim, Module, all_values
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.expect import AllSites
 from qeff_ir.passing.instrument import Instrument
