@@ -26,6 +26,7 @@ class Canonicalize(Pass):
 
     name: ClassVar[str] = "canonicalize"
     establishes: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    folds_constants: ClassVar[bool] = True
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Optimize in place; see the class."""

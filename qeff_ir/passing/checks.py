@@ -90,7 +90,8 @@ def _check_weights(run: Transition) -> None:
     """Weights stay the very tensors that they were: none copied, altered, untied, or lost."""
     if run.item.changes_weights:
         return
-    before, after = _stored(run.before), _stored(run.after)
+    folds = run.item.folds_constants
+    before, after = _stored(run.before, weights_only=folds), _stored(run.after, weights_only=folds)
     for name, (storage, size) in after.items():
         if storage not in {s for s, _ in before.values()}:
             what = "is no longer the tensor that it was" if name in before else f"is new, with {size} bytes"
@@ -101,13 +102,13 @@ def _check_weights(run: Transition) -> None:
         raise VerificationError("contract", f"'{name}' is gone, although the pass does not declare changes_weights")
 
 
-def _stored(module: Module) -> dict[str, tuple[object, int]]:
-    """Storage and bytes of every initializer that is a weight, or as large as one."""
+def _stored(module: Module, *, weights_only: bool) -> dict[str, tuple[object, int]]:
+    """Storage and bytes of every initializer that is a weight, or as large as one unless `weights_only`."""
     return {
         name: (_storage(tensor), tensor.nbytes)
         for name, value in module.graph.initializers.items()
         if (tensor := value.const_value) is not None
-        and (WEIGHT_KEY in value.metadata_props or tensor.nbytes > _FREE_BYTES)
+        and (WEIGHT_KEY in value.metadata_props or (tensor.nbytes > _FREE_BYTES and not weights_only))
     }
 
 
