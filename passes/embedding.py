@@ -58,8 +58,9 @@ class Embedding(Pass):
             raise PassError(
                 f"the output '{hidden.name}' is {hidden.shape}, not [batch, tokens, features]: it cannot be pooled"
             )
-        if self.dim is not None and not (isinstance(width, int) and 1 <= self.dim <= width * max(1, len(modes))):
-            raise PassError(f"dim is {self.dim}, but an embedding has {width} features: give 1 to {width}")
+        features = width * max(1, len(modes)) if isinstance(width, int) else 0
+        if self.dim is not None and not 1 <= self.dim <= features:
+            raise PassError(f"dim is {self.dim}, but an embedding has {features} features: give 1 to {features}")
         if not rewriter.rewrite(self.pooling):
             return
         last = next(reversed(list(module.graph)))
@@ -86,6 +87,8 @@ class Embedding(Pass):
             graph.outputs.clear()
             taken = hidden.is_graph_input()
             value = rewriter.at(anchor)("Identity", hidden) if taken else hidden
+        if value is not hidden and hidden.name == OUTPUT:
+            hidden.name = f"{OUTPUT}.whole"
         value.name, value.dtype = OUTPUT, _FLOAT
         value.shape = ir.Shape([hidden.shape[0], *inner, features])
         graph.outputs[:] = [value]

@@ -50,7 +50,8 @@ def lower_forward(
         UnsupportedModelError: Something in the model cannot be traced.
     """
     model = model.eval()
-    step = _Forward(model, pooling)
+    names: list[str] = []
+    step = _Forward(model, pooling, names)
     with torch.no_grad(), captured_forward(model), fake_weights(model) as fake, quiet(), attributes_kept(model):
         with fake:
             examples = {i.name: _example(i) for i in inputs}
@@ -68,7 +69,7 @@ def lower_forward(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            program = convert(exported, [i.name for i in inputs], step.names)
+            program = convert(exported, [i.name for i in inputs], names)
     _drop_outputs_without_weights(program.model.graph, weights, model)
     module = Module(clean(program.model, weights, []), type(model).__name__)
     _name_dims(module, inputs, model)
@@ -80,15 +81,17 @@ def lower_forward(
 class _Forward(torch.nn.Module):
     """The forward pass with its outputs as a flat tuple, the function that is traced.
 
-    Attributes:
-        names: Of the outputs, once it ran.
+    Args:
+        model: Whose forward pass.
+        pooling: The user's own, if any.
+        names: Takes the names of the outputs when it runs.
     """
 
-    def __init__(self, model: PreTrainedModel, pooling: Callable[..., torch.Tensor] | None) -> None:
+    def __init__(self, model: PreTrainedModel, pooling: Callable[..., torch.Tensor] | None, names: list[str]) -> None:
         super().__init__()
         self.hf = model
         self.pooling = pooling.eval() if isinstance(pooling, torch.nn.Module) else pooling
-        self.names: list[str] = []
+        self.note = lambda found: names.__setitem__(slice(None), found)  # tracing takes back what is set on a module
         taken = inspect.signature(model.forward).parameters
         self.settings = {"use_cache": False} if "use_cache" in taken or hasattr(model.config, "use_cache") else {}
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
@@ -102,7 +105,7 @@ class _Forward(torch.nn.Module):
             if mask is None:
                 mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
             outputs = {"output": self.pooling(hidden, mask)}
-        self.names = list(outputs)
+        self.note(list(outputs))
         return tuple(outputs.values())
 
 

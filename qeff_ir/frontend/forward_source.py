@@ -80,7 +80,7 @@ class ForwardFolder(FolderSource):
         if options.part is not None:
             part = getattr(self.config, f"{options.part}_config", None)
             if part is None:
-                parts = [n.removesuffix("_config") for n in self.config.sub_configs] or ["none"]
+                parts = sorted(n.removesuffix("_config") for n in self.config.sub_configs) or ["none"]
                 raise ModelLoadError(
                     f"{type(self.config).__name__} has no part '{options.part}': there is {', '.join(parts)}"
                 )

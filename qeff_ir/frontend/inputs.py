@@ -55,9 +55,8 @@ def find_inputs(model: PreTrainedModel, wanted: Wanted | None = None) -> list[In
         wanted = [main]
         if main == "input_ids" and "attention_mask" in parameters:
             wanted = [main, "attention_mask"]
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in wanted:
-        if name not in parameters and not open_ended:
+        if name not in parameters:
             takes = ", ".join(n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD)
             raise ModelLoadError(f"{type(model).__name__} has no input '{name}': it takes {takes}")
     if isinstance(wanted, Mapping):

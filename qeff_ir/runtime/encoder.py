@@ -78,17 +78,16 @@ class Encoder:
         found: dict[str, int] = {}
         for tensor in self.interface.inputs:
             array = given[tensor.name]
-            problem = len(array.shape) != len(tensor.shape)
+            before = dict(found)
+            wrong = len(array.shape) != len(tensor.shape)
             for dim, size in zip(tensor.shape, array.shape, strict=False):
-                problem |= size != (found.setdefault(dim, size) if isinstance(dim, str) else dim)
-            if problem:
-                sizes = ", ".join(
-                    str(found.get(d, d) if isinstance(d, str) and d in found else d) for d in tensor.shape
-                )
+                wrong |= size != (found.setdefault(dim, size) if isinstance(dim, str) else dim)
+            if wrong:
                 wanted = ", ".join(map(str, tensor.shape))
+                told = ", ".join(f"{n}={before[n]}" for n in tensor.shape if isinstance(n, str) and n in before)
                 raise RuntimeInputError(
                     f"{tensor.name} is {list(array.shape)}, the model takes [{wanted}]"
-                    + (f", here [{sizes}]" if sizes != wanted else "")
+                    + (f", here with {told}" if told else "")
                 )
         if 0 in found.values():
             raise RuntimeInputError(f"the inputs are empty ({_counts(found)}): give at least one row and one token")
