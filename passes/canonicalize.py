@@ -61,6 +61,7 @@ class Canonicalize(Pass):
 
     name: ClassVar[str] = "canonicalize"
     establishes: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    folds_constants: ClassVar[bool] = True
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Optimize in place; see the class."""
@@ -78,6 +79,7 @@ class Canonicalize(Pass):
                 if node.op_type == "Reshape" and node.domain == "":
                     _fix_reshape(node, rewriter)
             rewriter.sweep()
+        _forget_computed_sizes(module)
         dialect.attach(module.model)
         device_ops.attach(module.model)
         rewriter.stats.fired["removed"] = before - len(module.graph)
@@ -99,6 +101,18 @@ def _optimize(model: ir.Model) -> None:
         common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
+
+
+def _forget_computed_sizes(module: Module) -> None:
+    """Take the names off sizes of outputs that the optimizer found formulas for; only declared dims have a name."""
+    for value in module.graph.outputs:
+        if value.shape is not None and any(_is_formula(d, module) for d in value.shape.dims):
+            dims = [ir.SymbolicDim(None) if _is_formula(d, module) else d for d in value.shape.dims]
+            value.shape = ir.Shape(dims)
+
+
+def _is_formula(dim: int | ir.SymbolicDim, module: Module) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value not in module.dims
 
 
 def _fix_reshape(node: ir.Node, rewriter: Rewriter) -> None:

@@ -53,6 +53,8 @@ class KVRetention(Pass):
         """
         if not module.specializations:
             raise PassError("kv-retention sizes the caches: set the module's specializations before it")
+        if not module.states:
+            return
         for window in sorted({s.window for s in module.states if s.window is not None}):
             if self.ring == "auto" and _ring_fits(module, window):
                 _make_ring(module, window)

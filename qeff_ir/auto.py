@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,18 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "torch_dtype": ("float32", "auto", None),
 }
 """Arguments of the incumbent's `from_pretrained`, with the values that ask for what happens here anyway."""
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that are for the hub; those that ask for what happens anyway are dropped.
+
+    Raises:
+        ModelLoadError: One asks for something else.
+    """
+    for name, value in kwargs.items():
+        if name not in _HUB and str(value).removeprefix("torch.") not in map(str, _DEFAULTS.get(name, ())):
+            raise ModelLoadError(f"from_pretrained does not support {name}={value!r}: leave it out")
+    return {k: v for k, v in kwargs.items() if k in _HUB}
 
 
 class QEFFAutoModelForCausalLM:
@@ -67,10 +79,7 @@ class QEFFAutoModelForCausalLM:
         Raises:
             ModelLoadError: There is no such model, it cannot be read, or an argument asks for what is not supported.
         """
-        for name, value in kwargs.items():
-            if name not in _HUB and str(value).removeprefix("torch.") not in map(str, _DEFAULTS.get(name, ())):
-                raise ModelLoadError(f"from_pretrained does not support {name}={value!r}: leave it out")
-        hub = {k: v for k, v in kwargs.items() if k in _HUB}
+        hub = hub_arguments(kwargs)
         source = open_source(pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub)
         return cls._from_source(source)
 

@@ -92,6 +92,8 @@ def _states(module: Module) -> Iterator[Violation]:
         for name, names, kind in ((state.input, inputs, "input"), (state.output, outputs, "output")):
             if name not in names:
                 yield Violation("state-pair", f"layer {state.layer} has no {kind} named {name}: keep both of a state")
+    if not module.states:  # a forward pass: its inputs and outputs are the model's own
+        return
     expected = ["input_ids", "position_ids", *(s.input for s in module.states)]
     if [v.name for v in module.graph.inputs] != expected:
         yield Violation("inputs", f"the inputs must be {', '.join(expected[:4])}, ... in this order")

@@ -39,7 +39,7 @@ def check(folder: Path) -> None:
 def violations(folder: Path) -> Iterator[Violation]:
     """Everything in an emitted folder that breaks the contract of the SDK that it was made for."""
     models = sorted(folder.glob("*.onnx"))
-    missing = [n for n in (COMMAND, CUSTOM_IO, specializations.FILE) if not (folder / n).is_file()]
+    missing = [n for n in (COMMAND, specializations.FILE) if not (folder / n).is_file()]
     if len(models) != 1:
         yield Violation("file", f"{folder} has {len(models)} ONNX files: it must have one")
     for name in missing:
@@ -64,9 +64,14 @@ def violations(folder: Path) -> Iterator[Violation]:
     yield from _ops(graph, sdk)
     yield from _interface(graph)
     yield from _specializations(graph, recorded, sdk)
-    yield from _custom_io(graph, (folder / CUSTOM_IO).read_text())
+    retains = _retains(graph)
+    if retains and not (folder / CUSTOM_IO).is_file():
+        yield Violation("file", f"{folder} has no {CUSTOM_IO}: emit the package again")
+        return
+    if retains:
+        yield from _custom_io(graph, (folder / CUSTOM_IO).read_text())
     yield from _weights(proto, folder)
-    yield from _command(command["argv"], models[0].name, folder, sdk)
+    yield from _command(command["argv"], models[0].name, folder, sdk, retains=retains)
 
 
 def _json(path: Path) -> Any:
@@ -111,6 +116,34 @@ def _by_name(tensors: Sequence[Any]) -> dict[str, Any]:
 def _interface(graph: gs.Graph) -> Iterator[Violation]:
     """Names, order, types and shapes (contract §1.1 and §1.2)."""
     inputs, outputs = _by_name(graph.inputs), _by_name(graph.outputs)
+    if _retains(graph):
+        yield from _decoder_interface(inputs, outputs)
+    else:
+        yield from _forward_interface(inputs, outputs)
+
+
+def _retains(graph: gs.Graph) -> bool:
+    """Whether a graph has retained states."""
+    names: list[str] = [*_by_name(graph.inputs), *_by_name(graph.outputs)]
+    return any(name.endswith(_SUFFIX) or _STATE.fullmatch(name) for name in names)
+
+
+def _forward_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
+    """A forward pass: its batch comes first, token ids before their mask, both int64 (§1.10)."""
+    for name, tensor in inputs.items():
+        shape = list(tensor.shape or [])
+        if not shape or shape[0] != "batch_size":
+            yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, ...]")
+        if name in ("input_ids", "attention_mask") and (tensor.dtype != np.int64 or shape != ["batch_size", "seq_len"]):
+            yield Violation("dtype-shape", f"{name} is {tensor.dtype} {shape}, not int64 [batch_size, seq_len]")
+    names = list(inputs)
+    if "input_ids" in names and names[:2] != ["input_ids", "attention_mask"][: len(names)]:
+        yield Violation("inputs", "the inputs must start with input_ids, attention_mask")
+    if not outputs:
+        yield Violation("outputs", "there is no output")
+
+
+def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
     for name in sorted(n for n in outputs if n.endswith(_SUFFIX) and n.removesuffix(_SUFFIX) not in inputs):
         yield Violation("state-pair", f"output {name} has no input {name.removesuffix(_SUFFIX)}")
     states = [n for n in inputs if n not in ("input_ids", "position_ids")]
@@ -154,7 +187,7 @@ def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Viola
         yield Violation(
             "duplicate-specialization", "two specializations have the same name or the same sizes: drop one"
         )
-    symbols = {d for t in [*graph.inputs, *graph.outputs] for d in t.shape or [] if not isinstance(d, int)}
+    symbols = {d for t in [*graph.inputs, *graph.outputs] for d in t.shape or [] if d and not isinstance(d, int)}
     for symbol in sorted(symbols, key=str):
         for index, entry in enumerate(entries):
             if symbol not in entry:
@@ -194,8 +227,9 @@ def _weights(proto: onnx.ModelProto, folder: Path) -> Iterator[Violation]:
             yield Violation("external-data", f"{location}, which holds {tensor.name}, is missing or too short")
 
 
-def _command(argv: list[str], model: str, folder: Path, sdk: Sdk) -> Iterator[Violation]:
-    """The command starts as the SDK wants, names files of the folder only, and asks for retained states (§4.1)."""
+def _command(argv: list[str], model: str, folder: Path, sdk: Sdk, *, retains: bool) -> Iterator[Violation]:
+    """The command starts as the SDK wants, names files of the folder only, and asks for retained states where there are
+    some (§4.1 and §4.6)."""
     given: dict[str, str] = {}
     for argument in argv[1:]:
         flag, _, value = argument.removeprefix("-").partition("=")
@@ -203,13 +237,9 @@ def _command(argv: list[str], model: str, folder: Path, sdk: Sdk) -> Iterator[Vi
     head = [sdk.compiler, *sdk.standing_arguments]
     if argv[: len(head)] != head:
         yield Violation("command", f"the command does not start with {' '.join(head)}")
-    required = {
-        "m": model,
-        "retained-state": "",
-        "network-specialization-config": specializations.FILE,
-        "custom-IO-list-file": CUSTOM_IO,
-        "aic-binary-dir": "qpc",
-    }
+    required = {"m": model, "network-specialization-config": specializations.FILE, "aic-binary-dir": "qpc"}
+    if retains:
+        required |= {"retained-state": "", "custom-IO-list-file": CUSTOM_IO}
     for flag, value in required.items():
         if given.get(flag) != value:
             yield Violation("command", f"the command has not -{flag}{'=' + value if value else ''}")

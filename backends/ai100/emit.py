@@ -43,21 +43,29 @@ def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardwa
     for name, source in user.files.items():
         shutil.copyfile(source, folder / name)
     (folder / specializations.FILE).write_text(specializations.dumps(module.specializations, sdk.specializations))
-    (folder / CUSTOM_IO).write_text(custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None))
+    if module.states:
+        (folder / CUSTOM_IO).write_text(custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None))
     partition = user.partition
     if partition is None and options.num_devices > 1:
         partition = f"mdp_ts_{options.num_devices}.json"
         _write_json(folder / partition, tensor_slicing(options.num_devices, options.num_cores))
-    argv = command(model, options, sdk, user, hardware, partition)
+    argv = command(model, options, sdk, user, hardware, partition, retains=bool(module.states))
     _write_json(folder / COMMAND, {"sdk": sdk.version, "argv": argv})
 
 
 def command(
-    model: str, options: CompileOptions, sdk: Sdk, user: flags.Flags, hardware: str, partition: str | None
+    model: str,
+    options: CompileOptions,
+    sdk: Sdk,
+    user: flags.Flags,
+    hardware: str,
+    partition: str | None,
+    *,
+    retains: bool = True,
 ) -> list[str]:
-    """The compiler's command line, to be run inside the package's folder."""
+    """The compiler's command line, to be run inside the package's folder; without states it is shorter (§4.6)."""
     own = {
-        "retained_state": True,
+        "retained_state": retains,
         "convert_to_fp16": True,
         "aic_num_cores": options.num_cores,
         "mxfp6_matmul": options.mxfp6_matmul,
@@ -73,7 +81,7 @@ def command(
         *user.arguments,
         *(["-sub-functions"] if user.sub_functions else []),
         f"-network-specialization-config={specializations.FILE}",
-        f"-custom-IO-list-file={CUSTOM_IO}",
+        *([f"-custom-IO-list-file={CUSTOM_IO}"] if retains else []),
         f"-aic-binary-dir={BINARY_FOLDER}",
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -21,6 +21,14 @@ from qeff_ir.module import Specialization
 from qeff_ir.runtime.session import Array
 
 _SUFFIX = "_RetainedState"
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+"""Types of inputs by ONNX Runtime's names."""
 
 
 class EmulatedSession:
@@ -36,6 +44,8 @@ class EmulatedSession:
     Raises:
         PackageError: The artefact cannot be loaded.
     """
+
+    free = False
 
     def __init__(self, model: Path, *, threads: int | None = None) -> None:
         self._specializations = specializations.load(model.parent / specializations.FILE)
@@ -59,9 +69,9 @@ class EmulatedSession:
         expected = self._programs[0].inputs
         if set(inputs) != set(expected):
             raise RuntimeInputError(f"the inputs are {' and '.join(expected)}, not {', '.join(sorted(inputs))}")
-        wrong = [name for name, array in inputs.items() if array.dtype != np.int64]
-        if wrong:
-            raise RuntimeInputError(f"{wrong[0]} is {inputs[wrong[0]].dtype}: give int64")
+        for name, array in inputs.items():
+            if array.dtype != self._programs[0].types[name]:
+                raise RuntimeInputError(f"{name} is {array.dtype}: give {self._programs[0].types[name]}")
         shapes = {name: array.shape for name, array in inputs.items()}
         program = next((p for p in self._programs if p.inputs == shapes), None)
         if program is None:
@@ -83,6 +93,7 @@ class _Program:
 
     Attributes:
         inputs: Shapes of the inputs that are given at every run.
+        types: Their types.
         states: Shapes of the retained inputs.
     """
 
@@ -105,6 +116,7 @@ class _Program:
         self._results = [name for name in outputs if not name.endswith(_SUFFIX)]
         retained = {name.removesuffix(_SUFFIX) for name in outputs if name.endswith(_SUFFIX)}
         shapes = {i.name: _static(model, item, i.name, i.shape) for i in self._session.get_inputs()}
+        self.types = {i.name: _DTYPES[i.type] for i in self._session.get_inputs() if i.name not in retained}
         self.inputs = {name: shape for name, shape in shapes.items() if name not in retained}
         self.states = {name: shape for name, shape in shapes.items() if name in retained}
 

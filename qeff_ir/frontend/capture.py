@@ -28,7 +28,7 @@ Tensor = torch.Tensor
 _lib = torch.library.Library("qeff", "DEF")
 _lib.define("cache_update(Tensor past, Tensor new, Tensor position_ids) -> Tensor")
 _lib.define("cache_positions(Tensor past, Tensor position_ids) -> Tensor")
-_lib.define("attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale, float softcap) -> Tensor")
+_lib.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap) -> Tensor")
 _lib.define(
     "sink_attention(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor sinks, float scale, float softcap) -> Tensor"
 )
@@ -192,7 +192,7 @@ def _additive_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
     return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), -65504.0, dtype=dtype))
 
 
-_HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
+HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
 """Tensor keyword arguments of attention functions that do not change the attention itself."""
 
 
@@ -209,7 +209,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as one op; signature and return value are those of transformers' attention functions."""
-    unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in _HARMLESS]
+    unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in HARMLESS]
     if unknown or attention_mask is None:
         what = f"takes {', '.join(sorted(unknown))}" if unknown else "has no mask"
         raise UnsupportedModelError(f"attention of {type(module).__name__} {what}, which is not captured yet")

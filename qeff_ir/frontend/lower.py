@@ -12,7 +12,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -40,7 +40,7 @@ _IR_VERSION = 11
 """Opset 24 needs IR version 11 or later."""
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 """Color codes of a terminal."""
-_PREFIX = "hf."
+PREFIX = "hf."
 """Scope of the model inside `_Step`; taken off every name."""
 
 
@@ -60,13 +60,13 @@ def lower(model: PreTrainedModel, weights: Weights) -> Module:
             something in it cannot be traced.
     """
     model = model.eval()
-    with torch.no_grad(), captured(model), fake_weights(model) as fake, _quiet():
-        with _attributes_kept(model):
+    with torch.no_grad(), captured(model), fake_weights(model) as fake, quiet():
+        with attributes_kept(model):
             specs = _probe(model, fake)
-        with _attributes_kept(model):
+        with attributes_kept(model):
             program = _trace(model, specs, fake)
     states = _states(specs)
-    graph_model = _clean(program.model, weights, states)
+    graph_model = clean(program.model, weights, states)
     refuse_own_masks(graph_model.graph, type(model).__name__)
     module = Module(graph_model, type(model).__name__, states)
     _name_dims(module, model)
@@ -103,7 +103,7 @@ def _probe(model: PreTrainedModel, fake: FakeTensorMode) -> list[LayerSpec]:
         ids = torch.zeros((_BATCH, _SEQ), dtype=torch.long)
         cache = CapturingCache(model, ids, [], [])
         positions = {"position_ids": ids} if step.takes_positions else {}
-        with tracing(cache), _as_unsupported(model, "cannot be run with a key/value cache"):
+        with tracing(cache), as_unsupported(model, "cannot be run with a key/value cache"):
             model(input_ids=ids, past_key_values=cache, use_cache=True, **positions)
     specs = cache.specs()
     if not specs:
@@ -132,7 +132,7 @@ def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode)
         apply_patches("onnx"),
         apply_patches("dynamo"),
         reset_model_state(model),
-        _as_unsupported(model, "cannot be traced"),
+        as_unsupported(model, "cannot be traced"),
     ):
         exported = torch.export.export(
             _Step(model, specs),
@@ -142,18 +142,28 @@ def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode)
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        apply_fx_node_fixes("onnx", exported.graph_module)
-        program = torch.onnx.export(
-            exported,
-            custom_translation_table={**onnx_translations(), **_TRANSLATIONS},
-            opset_version=_TORCH_OPSET,
-            optimize=False,
-            verbose=False,
-            input_names=["input_ids", "position_ids", *(s.input for s in states)],
-            output_names=["logits", *(s.output for s in states)],
+        program = convert(
+            exported, ["input_ids", "position_ids", *(s.input for s in states)], ["logits", *(s.output for s in states)]
         )
-        assert program is not None
-        apply_onnx_ir_fixes(program)
+    return program
+
+
+def convert(
+    exported: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
+) -> torch.onnx.ONNXProgram:
+    """Convert a traced program to ONNX under transformers' export patches, with these names at its edge."""
+    apply_fx_node_fixes("onnx", exported.graph_module)
+    program = torch.onnx.export(
+        exported,
+        custom_translation_table={**onnx_translations(), **_TRANSLATIONS},
+        opset_version=_TORCH_OPSET,
+        optimize=False,
+        verbose=False,
+        input_names=inputs,
+        output_names=outputs,
+    )
+    assert program is not None
+    apply_onnx_ir_fixes(program)
     return program
 
 
@@ -164,7 +174,7 @@ def _states(specs: list[LayerSpec]) -> list[State]:
     return [made for s in specs for made in (state(s, "key", *s.key), state(s, "value", *s.value))]
 
 
-# The exporter works at an older opset, so it only sees opaque ops of the dialect's domain; `_clean` gives them bodies,
+# The exporter works at an older opset, so it only sees opaque ops of the dialect's domain; `clean` gives them bodies,
 # or their standard name where ONNX has one.
 _STANDARD = {"Attention"}
 
@@ -187,13 +197,13 @@ _TRANSLATIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
+def clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
     """Give standard names, one opset, short metadata, and references for weights to what the exporter made."""
     graph = model.graph
     for node in ir.traversal.RecursiveGraphIterator(graph):
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         # The last scope is the node itself, the one before it the module that ran it.
-        source = scopes[-2].removeprefix(_PREFIX.rstrip(".")).removeprefix(".") if len(scopes) > 1 else ""
+        source = scopes[-2].removeprefix(PREFIX.rstrip(".")).removeprefix(".") if len(scopes) > 1 else ""
         node.metadata_props.clear()
         node.metadata_props[SOURCE_KEY] = source
         node.doc_string = None
@@ -216,9 +226,9 @@ def _clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
 
 def _refer_to_weights(graph: ir.Graph, weights: Weights) -> None:
     for name, value in list(graph.initializers.items()):
-        if not name.startswith(_PREFIX):
+        if not name.startswith(PREFIX):
             continue
-        plain = name.removeprefix(_PREFIX)
+        plain = name.removeprefix(PREFIX)
         del graph.initializers[name]
         value.name = plain
         if plain in weights:
@@ -255,7 +265,7 @@ def _name_dims(module: Module, model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _attributes_kept(model: PreTrainedModel) -> Generator[None]:
+def attributes_kept(model: PreTrainedModel) -> Generator[None]:
     """Take back what the model's own code stores on its modules while it runs on fake tensors."""
     saved = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
@@ -267,7 +277,7 @@ def _attributes_kept(model: PreTrainedModel) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Keep the exporter's notes to itself: they are about its own internals, or repeat an exception that follows."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [log.level for log in loggers]
@@ -283,7 +293,7 @@ def _quiet() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _as_unsupported(model: PreTrainedModel, what: str) -> Generator[None]:
+def as_unsupported(model: PreTrainedModel, what: str) -> Generator[None]:
     """Turn whatever a model's own code raises into one sentence; the cause stays chained."""
     try:
         yield

@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.module import Module
@@ -19,13 +19,15 @@ _SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
 
 
 class Source(ABC):
-    """A causal LM that can be lowered.
+    """A model that can be lowered.
 
     Attributes:
         config: The model's configuration.
+        retains: Whether it is a causal LM with a cache, not a forward pass without one.
     """
 
     config: PreTrainedConfig
+    retains: ClassVar[bool] = True
 
     @abstractmethod
     def lower(self) -> Module:
@@ -87,7 +89,7 @@ class FolderSource(Source):
         skeleton = build_skeleton(self.config, trust_remote_code=self.trust_remote_code)
         return lower(skeleton, checkpoint_weights(skeleton, self.checkpoint))
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any] | None:
         """The configuration, where the weights are, and the folder's code if it may run."""
         code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
         return {
@@ -147,22 +149,26 @@ class MemorySource(Source):
 
 
 def open_source(name_or_folder: str | Path, *, trust_remote_code: bool = False, **hub: Any) -> FolderSource:
-    """Open a local folder, or the snapshot of a hub id (downloaded once; only the cache is used when offline).
+    """Open a causal LM; arguments and errors are those of `find_folder` and `FolderSource`."""
+    return FolderSource(find_folder(name_or_folder, **hub), trust_remote_code=trust_remote_code)
+
+
+def find_folder(name_or_folder: str | Path, **hub: Any) -> Path:
+    """A local folder, or the snapshot of a hub id (downloaded once; only the cache is used when offline).
 
     Args:
         name_or_folder: The folder or hub id.
-        trust_remote_code: Whether code that comes with the model may run.
         hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` of `huggingface_hub.snapshot_download`.
 
     Raises:
-        ModelLoadError: There is no such model, or it cannot be read.
+        ModelLoadError: There is no such model.
     """
     folder = Path(name_or_folder)
     if not folder.is_dir():
         if folder.exists() or str(name_or_folder).startswith((".", "/", "~")) or str(name_or_folder).count("/") > 1:
             raise ModelLoadError(f"{name_or_folder} is not a model folder: give a folder with config.json, or a hub id")
         folder = _snapshot(str(name_or_folder), hub)
-    return FolderSource(folder, trust_remote_code=trust_remote_code)
+    return folder
 
 
 def _snapshot(name: str, hub: dict[str, Any]) -> Path:

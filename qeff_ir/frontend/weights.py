@@ -28,8 +28,13 @@ Weights = dict[str, ir.TensorProtocol]
 """Parameter or persistent buffer name to its tensor."""
 
 
-def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> Weights:
+def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint, *, partial: bool = False) -> Weights:
     """Find every parameter and persistent buffer of `model` in the checkpoint.
+
+    Args:
+        model: Its names are wanted.
+        checkpoint: Where to look.
+        partial: Whether parameters may be missing.
 
     Raises:
         ModelLoadError: A parameter is missing or has another shape.
@@ -57,7 +62,7 @@ def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> Weight
             group.add_tensor(name, key, pattern, _Loader(entry, key, wanted[name].dtype))  # pyright: ignore[reportArgumentType]
     for name, group in groups.items():
         weights.update(_converted(model, name, group))
-    _check(model, wanted, weights, checkpoint)
+    _check(model, wanted, weights, checkpoint, partial)
     return weights
 
 
@@ -144,7 +149,9 @@ def _natural(key: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
 
 
-def _check(model: PreTrainedModel, wanted: dict[str, torch.Tensor], weights: Weights, checkpoint: Checkpoint) -> None:
+def _check(
+    model: PreTrainedModel, wanted: dict[str, torch.Tensor], weights: Weights, checkpoint: Checkpoint, partial: bool
+) -> None:
     for name, tensor in weights.items():
         shape = tuple(tensor.shape.numpy())
         if name in wanted and shape != tuple(wanted[name].shape):
@@ -157,7 +164,7 @@ def _check(model: PreTrainedModel, wanted: dict[str, torch.Tensor], weights: Wei
             weights.setdefault(one, weights.get(other, weights.get(one)))  # pyright: ignore[reportArgumentType]
             weights.setdefault(other, weights[one])
     missing = [name for name, _ in model.named_parameters() if name not in weights]
-    if missing:
+    if missing and not partial:
         raise ModelLoadError(
             f"{checkpoint.folder} lacks {len(missing)} tensors of {type(model).__name__}, the first is "
             f"'{min(missing, key=_natural)}': the checkpoint is incomplete or of another model"

@@ -53,6 +53,7 @@ class Pass(ABC):
         invalidates: Properties that it may destroy.
         changes_interface: Whether it may change names, types or shapes of graph inputs and outputs, or states.
         changes_weights: Whether it may add, alter or drop weights; they are shared references otherwise.
+        folds_constants: Whether it may compute large constants from other constants; weights are none.
         idempotent: Whether a second run changes nothing.
         expect: How often it must fire; any number is fine by default, and what is left over is reported.
     """
@@ -63,6 +64,7 @@ class Pass(ABC):
     invalidates: ClassVar[frozenset[str]] = frozenset()
     changes_interface: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False
+    folds_constants: ClassVar[bool] = False
     idempotent: ClassVar[bool] = False
     expect: ClassVar[Expect] = AnyNumber()
 

@@ -96,7 +96,8 @@ def _check_weights(run: Transition) -> None:
     """Weights stay the very tensors that they were: none copied, altered, untied, swapped, or lost."""
     if run.item.changes_weights:
         return
-    before, after = _stored(run.before), _stored(run.after)
+    folds = run.item.folds_constants
+    before, after = _stored(run.before, weights_only=folds), _stored(run.after, weights_only=folds)
     known = {storage for storage, _ in before.values()}
     for name, (storage, size) in after.items():
         if storage not in known or (name in before and storage != before[name][0]):
@@ -117,16 +118,16 @@ def _check_weights(run: Transition) -> None:
 
 def same_weights(before: Module, after: Module) -> bool:
     """Whether all weights are the tensors that they were; the text form only names them."""
-    return _stored(before) == _stored(after)
+    return _stored(before, weights_only=False) == _stored(after, weights_only=False)
 
 
-def _stored(module: Module) -> dict[str, tuple[object, int]]:
-    """Storage and bytes of every initializer that is a weight, or as large as one."""
+def _stored(module: Module, *, weights_only: bool) -> dict[str, tuple[object, int]]:
+    """Storage and bytes of every initializer that is a weight, or as large as one unless `weights_only`."""
     return {
         name: (_storage(tensor), tensor.nbytes)
         for name, value in module.graph.initializers.items()
         if (tensor := value.const_value) is not None
-        and (WEIGHT_KEY in value.metadata_props or tensor.nbytes > _FREE_BYTES)
+        and (WEIGHT_KEY in value.metadata_props or (tensor.nbytes > _FREE_BYTES and not weights_only))
     }
 
 

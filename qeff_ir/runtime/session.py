@@ -41,3 +41,33 @@ class Session(Protocol):
     def reset(self) -> None:
         """Forget all states (set them to zero)."""
         ...
+
+
+class ForwardSession(Protocol):
+    """A compiled forward pass that retains nothing.
+
+    Attributes:
+        free: Whether inputs of any batch, and of any length up to the largest, run as they are; otherwise only those of
+            the specializations do.
+    """
+
+    free: bool
+
+    @property
+    def specializations(self) -> Sequence[Specialization]:
+        """The static shapes, by symbol."""
+        ...
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once.
+
+        Args:
+            inputs: All inputs by name, in their types, of one specialization's shapes (see `free`).
+
+        Returns:
+            All outputs by name, float32.
+
+        Raises:
+            RuntimeInputError: The inputs are of no compiled shape.
+        """
+        ...

@@ -19,7 +19,7 @@ UNIT_ROUNDOFF = 2.0**-24
 """Of float32."""
 
 _PRODUCTS = {
-    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Einsum"), 1),
+    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Einsum", "Conv"), 1),
     **dict.fromkeys(("Attention", "SinkAttention", "GroupQueryAttention"), 2),
 }
 """Matrix products inside an operator."""
@@ -47,11 +47,11 @@ def error_over_rms(values: Array, reference: Array) -> float:
     return float(np.abs(values - reference).max() / np.sqrt(np.mean(reference**2)))
 
 
-def depth(module: Module) -> int:
-    """The largest number of matrix products on a way from the inputs to ``logits``."""
+def depth(module: Module, output: str = "logits") -> int:
+    """The largest number of matrix products on a way from the inputs to an output."""
     longest: dict[ir.Value, int] = {}
     for node in module.graph:
         before = max((longest.get(v, 0) for v in node.inputs if v is not None), default=0)
         for out in node.outputs:
             longest[out] = before + _PRODUCTS.get(node.op_type, 0)
-    return longest.get(module.output("logits"), 0)
+    return longest.get(module.output(output), 0)
