@@ -11,6 +11,7 @@ Each rule has a stable code, which `VerificationError.code` carries:
 ``state-roles``       no two states share layer and role; key before value, layers ascending
 ``dims``              every specialization gives a size of at least 1 to every dim of the interface; its name is unique
 ``bounds``            no specialization exceeds the maximum of a dim
+``adapter``           every adapter input is a graph input of its shape, and has its output where it is retained
 ====================  =================================================================================================
 """
 
@@ -35,6 +36,7 @@ def verify(module: Module) -> None:
     _check_operators(module.model)
     _check_interface(module)
     _check_states(module)
+    _check_adapters(module)
     _check_specializations(module)
 
 
@@ -127,11 +129,26 @@ def _check_states(module: Module) -> None:
         raise VerificationError(
             "state-roles", f"the states are not ordered by layer, key before value, each once: {order}"
         )
-    stray = [n for n in outputs if n and n.endswith(State.SUFFIX) and n not in {s.output for s in module.states}]
+    paired = {s.output for s in module.states} | {a.output for a in module.adapters if a.retained}
+    stray = [n for n in outputs if n and n.endswith(State.SUFFIX) and n not in paired]
     if stray:
         raise VerificationError(
             "state-pair", f"graph output '{stray[0]}' is named like a state, but the module declares none"
         )
+
+
+def _check_adapters(module: Module) -> None:
+    inputs = {v.name: v for v in module.graph.inputs}
+    outputs = {v.name: v for v in module.graph.outputs}
+    for item in module.adapters:
+        sides = {"input": inputs.get(item.name)}
+        if item.retained:
+            sides["output"] = outputs.get(item.output)
+        for kind, value in sides.items():
+            if value is None or _dims(value) != item.shape:
+                raise VerificationError(
+                    "adapter", f"the adapter input '{item.name}' has no {kind} of the shape {list(item.shape)}"
+                )
 
 
 def _dims(value: ir.Value) -> tuple[str | int | None, ...]:

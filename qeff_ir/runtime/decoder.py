@@ -41,6 +41,8 @@ class Decoder:
         ctx_len: Positions that the cache has room for.
         positions: Position of the next token of each row; -1 for a row without a prompt.
         timings: Of the request since the last `prefill`.
+        lora_ids: Slot of each row's adapter, int64 ``[batch]``, for a model with slots; 0 is the base model. It may
+            change between two runs.
     """
 
     def __init__(self, session: Session) -> None:
@@ -51,6 +53,8 @@ class Decoder:
         self.ctx_len = specializations[0].symbols["ctx_len"]
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)
         self.timings = Timings()
+        self.lora_ids = np.zeros(self.batch_size, dtype=np.int64)
+        self._takes_ids = any(a.slots for a in session.adapters)
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> Array:
         """Forget everything and read the prompts.
@@ -125,4 +129,6 @@ class Decoder:
 
     def _run(self, ids: Array, positions: Array) -> Array:
         inputs = {"input_ids": np.ascontiguousarray(ids), "position_ids": np.ascontiguousarray(positions)}
+        if self._takes_ids:
+            inputs["lora_ids"] = self.lora_ids[:, None]
         return self.session.run(inputs)["logits"][:, 0]
