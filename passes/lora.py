@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.adapters.layers import Layer, bias_name, find_layers, output_layer
@@ -19,12 +18,8 @@ LORA_IDS = "lora_ids"
 """Input that selects each row's slot, int64 ``[batch_size, 1]``; 0 and less is the base model."""
 
 Part = Literal["a", "b", "bias"]
-_SINGLE: dict[tuple[str, Part], str] = {
-    ("linear", "a"): "lora_A.weight",
-    ("linear", "b"): "lora_B.weight",
-    ("embedding", "a"): "lora_embedding_A",
-    ("embedding", "b"): "lora_embedding_B",
-}
+_SINGLE: dict[Part, str] = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_bias"}
+_SINGLE_EMBEDDING: dict[Part, str] = {**_SINGLE, "a": "lora_embedding_A", "b": "lora_embedding_B"}
 _SLOTS: dict[Part, str] = {"a": "lora_a_weights", "b": "lora_b_weights", "bias": "lora_biases"}
 
 
@@ -126,7 +121,7 @@ class _Branches:
         factor_a = self._input(layer.path, layer.kind, "a", a_shape)
         factor_b = self._input(layer.path, layer.kind, "b", b_shape)
         narrow = self._looked_up(layer, factor_a, b) if layer.kind == "embedding" else self._product(layer, factor_a, b)
-        delta = b("MatMul", narrow, self._of_row(factor_b, b))
+        delta = b("MatMul", narrow, self._of_row(factor_b, layer, b))
         if self._is_flat(layer):
             delta = b("Reshape", delta, b.const([-1, width]))
         total = self._plus(layer.node, delta, b)
@@ -160,7 +155,8 @@ class _Branches:
         if self.slots:
             name, shape = f"{path}.{_SLOTS[part]}", (self.options.n + 1, *shape)
         else:
-            name = f"base_model.model.{path}.{_SINGLE.get((kind, part), 'lora_bias')}"
+            names = _SINGLE_EMBEDDING if kind == "embedding" else _SINGLE
+            name = f"base_model.model.{path}.{names[part]}"
         if name not in self.inputs:
             value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
             self.module.graph.inputs.append(value)
@@ -175,7 +171,7 @@ class _Branches:
             ids = self.module.input("input_ids")
             rows = b("Shape", ids, start=0, end=1)
             x = b("Reshape", x, b("Concat", rows, b.const([-1, layer.features[0]]), axis=0))
-        return b("MatMul", x, self._of_row(factor, b))
+        return b("MatMul", x, self._of_row(factor, layer, b))
 
     def _looked_up(self, layer: Layer, factor: ir.Value, b: OpBuilder) -> ir.Value:
         """The column of ``A`` for each token: ``[batch, seq, rank]``."""
@@ -187,24 +183,31 @@ class _Branches:
         index = b("Concat", b("Unsqueeze", slot, b.const([2])), b("Unsqueeze", tokens, b.const([2])), axis=2)
         return b("GatherND", factor, index)
 
-    def _of_row(self, factor: ir.Value, b: OpBuilder) -> ir.Value:
-        return b("Gather", factor, self.rows, axis=0) if self.slots else b("Transpose", factor, perm=[1, 0])
+    def _of_row(self, factor: ir.Value, layer: Layer, b: OpBuilder) -> ir.Value:
+        """The factor of each row, ``[batch, ..., in, out]``; without slots ``[in, out]``."""
+        if not self.slots:
+            return b("Transpose", factor, perm=[1, 0])
+        rows = b("Gather", factor, self.rows, axis=0)
+        between = list(range(1, _rank(layer.node) - 2))  # axes between rows and tokens, such as heads
+        return b("Unsqueeze", rows, b.const(between)) if between else rows
 
     def _plus(self, last: ir.Node, delta: ir.Value, b: OpBuilder) -> ir.Value:
+        """What a node returns and `delta`: a `Sum`, which no runtime fuses, so the base model's numbers stay."""
         old = last.outputs[0]
-        return b("Add", self._again(last, b), delta, shape=old.shape, dtype=old.dtype)
+        return b("Sum", self._again(last, b), delta, shape=old.shape, dtype=old.dtype)
 
     def _plus_bias(self, total: ir.Value, last: ir.Node, bias: ir.Value, b: OpBuilder, *, flat: bool) -> ir.Value:
         old = last.outputs[0]
         if self.slots:
             assert bias.shape is not None
             width = int(bias.shape.numpy()[-1])
-            bias = b("Unsqueeze", b("Gather", bias, self.rows, axis=0), b.const([1]))
+            between = list(range(1, max(_rank(last), 3) - 1))
+            bias = b("Unsqueeze", b("Gather", bias, self.rows, axis=0), b.const(between))
             if flat:  # as many tokens of each row as there are in a run
                 tokens = b("Shape", self.module.input("input_ids"))
                 full = b("Concat", tokens, b.const([width]), axis=0)
                 bias = b("Reshape", b("Expand", bias, full), b.const([-1, width]))
-        return b("Add", total, bias, shape=old.shape, dtype=old.dtype)
+        return b("Sum", total, bias, shape=old.shape, dtype=old.dtype)
 
     def _again(self, node: ir.Node, b: OpBuilder) -> ir.Value:
         """What a node returns, without the users it has."""
@@ -214,7 +217,7 @@ class _Branches:
 
     def _is_flat(self, layer: Layer) -> bool:
         """Whether rows and tokens are one axis, so that a row's slot has to be found again."""
-        return self.slots and layer.kind == "linear" and _rank(layer.node) == 2
+        return self.slots and layer.kind != "embedding" and _rank(layer.node) == 2
 
 
 def _rank(node: ir.Node) -> int:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qeff_ir.auto import QEFFAutoModelForCausalLM as QEFFAutoModelForCausalLM
+    from qeff_ir.auto_lora import QEffAutoLoraModelForCausalLM as QEffAutoLoraModelForCausalLM
+    from qeff_ir.auto_peft import QEffAutoPeftModelForCausalLM as QEffAutoPeftModelForCausalLM
+    from qeff_ir.auto_peft import QEffPeftModelForCausalLM as QEffPeftModelForCausalLM
 
 __version__ = "0.1.0"
-__all__ = ["QEFFAutoModelForCausalLM"]
+_MODULES = {
+    "QEFFAutoModelForCausalLM": "auto",
+    "QEffAutoLoraModelForCausalLM": "auto_lora",
+    "QEffAutoPeftModelForCausalLM": "auto_peft",
+    "QEffPeftModelForCausalLM": "auto_peft",
+}
+__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """Import the heavy parts on first use only."""
-    if name in __all__:
-        from qeff_ir import auto
-
-        return getattr(auto, name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"qeff_ir.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'qeff_ir' has no attribute '{name}'")

@@ -31,7 +31,8 @@ WEIGHT_KEY = "qeff.weight"
 """Initializer metadata: the parameter's name in the Hugging Face model; absent on constants."""
 
 LAYER_KEY = "qeff.layer"
-"""Initializer metadata: ``linear`` or ``embedding`` when the weight is that of a whole such layer, as PEFT adapts them."""
+"""Initializer metadata of a matrix: ``linear`` or ``embedding`` when it is the weight of such a layer, ``parameter``
+when another kind of module multiplies by it (a router, say)."""
 
 DimValue = str | int
 Role = Literal["key", "value"]
@@ -131,6 +132,12 @@ class AdapterInput:
     def output(self) -> str:
         """Name of the output that returns it, where it is `retained`."""
         return self.name + State.SUFFIX
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> AdapterInput:
+        """The input that plain JSON data describes."""
+        shape = tuple(data["shape"])
+        return cls(data["name"], data["layer"], data["part"], shape, data["slots"], data["retained"])
 
 
 @dataclass
@@ -257,7 +264,7 @@ class Module:
             {d["name"]: Dim(**d) for d in facts["dims"]},
             [Specialization(s["name"], s["symbols"]) for s in facts["specializations"]],
             set(facts["properties"]),
-            [AdapterInput(**{**a, "shape": tuple(a["shape"])}) for a in facts.get("adapters", ())],
+            [AdapterInput.from_json(a) for a in facts.get("adapters", ())],
         )
 
 

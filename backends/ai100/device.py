@@ -14,7 +14,7 @@ import numpy as np
 from backends.ai100 import runtime_path, specializations
 from backends.ai100.emit import BINARY_FOLDER, COMMAND
 from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
-from qeff_ir.module import Specialization
+from qeff_ir.module import AdapterInput, Specialization
 from qeff_ir.runtime.session import Array
 
 _SUFFIX = "_RetainedState"
@@ -78,7 +78,9 @@ class DeviceSession:
         descriptor = api.IoDesc()
         descriptor.ParseFromString(bytes(described))
         self._bindings = _bindings(descriptor, api)
-        for name in (*_INPUTS, "logits"):
+        self._adapters = _adapters(folder)
+        self._names = (*_INPUTS, "lora_ids") if any(a.slots for a in self._adapters.values()) else _INPUTS
+        for name in (*self._names, *self._adapters, "logits"):
             if name not in self._bindings:
                 raise PackageError(f"the program in {folder} has no buffer {name}: compile the package again")
         self._choices = self._match(folder)
@@ -91,8 +93,10 @@ class DeviceSession:
         self._expect(self._program.load(), "load the program")
         self._expect(self._program.activate(), "activate the program")
         self._execution = self._rt.ExecObj(context, self._program)
-        # Every buffer starts out empty, those of the states for good.
+        # Every buffer starts out empty, those of the states for good; adapters are passed with the run after a change.
         self._buffers: list[Any] = [self._rt.QBuffer(b"") for _ in self._bindings]
+        self._contents = {n: np.zeros(a.shape, self._bindings[n].dtype) for n, a in self._adapters.items()}
+        self._changed = set(self._adapters)
         sizes = [(b.dtype.itemsize, [0]) for b in sorted(self._bindings.values(), key=lambda b: b.index)]
         self._dims: Any = self._rt.BufferDimensionsVecRef(sizes)
 
@@ -108,8 +112,8 @@ class DeviceSession:
             RuntimeInputError: The inputs are of no compiled shape.
             DeviceError: The run failed or took too long.
         """
-        if set(inputs) != set(_INPUTS):
-            raise RuntimeInputError(f"the inputs are input_ids and position_ids, not {', '.join(sorted(inputs))}")
+        if set(inputs) != set(self._names):
+            raise RuntimeInputError(f"the inputs are {' and '.join(self._names)}, not {', '.join(sorted(inputs))}")
         shape = inputs["input_ids"].shape
         choice = self._choices.get(shape)
         if choice is None or inputs["position_ids"].shape != shape:
@@ -118,8 +122,10 @@ class DeviceSession:
                 f"input_ids {list(shape)} and position_ids {list(inputs['position_ids'].shape)} are not of a compiled "
                 f"shape: {allowed}"
             )
-        for name in _INPUTS:
+        for name in self._names:
             self._set(name, inputs[name])
+        for name in self._changed:
+            self._set(name, self._contents[name])
         logits = self._bindings["logits"]
         self._set("logits", np.zeros(logits.shapes[choice], dtype=logits.dtype))
 
@@ -131,8 +137,21 @@ class DeviceSession:
         )
         status, results = self._execution.getData()
         self._expect(status, "return the results")
+        for name in self._changed:  # the device keeps them from now on
+            self._buffers[self._bindings[name].index] = self._rt.QBuffer(b"")
+        self._changed = set()
         data = np.frombuffer(bytes(results[logits.index]), dtype=logits.dtype)
         return {"logits": data.reshape(logits.shapes[choice]).astype(np.float32)}
+
+    @property
+    def adapters(self) -> Sequence[AdapterInput]:
+        """The inputs that hold adapters."""
+        return list(self._adapters.values())
+
+    def write(self, name: str, data: Array, slot: int | None = None) -> None:
+        """See `qeff_ir.runtime.session.Session.write`; the next run takes it to the device (contract §5.3)."""
+        self._contents[name][... if slot is None else slot] = data
+        self._changed.add(name)
 
     def reset(self) -> None:
         """Start a new request.
@@ -182,6 +201,16 @@ def _bindings(descriptor: Any, api: Any) -> dict[str, _Binding]:
         shapes = [tuple(shapes.shapes[binding.index].dims) for shapes in descriptor.allowed_shapes]
         found[name] = _Binding(binding.index, dtype, tuple(shapes or [tuple(binding.dims)]))
     return found
+
+
+def _adapters(folder: Path) -> dict[str, AdapterInput]:
+    """The adapter inputs, as the package's ONNX file has them."""
+    import onnx
+
+    from backends.ai100.emulator import adapter_inputs
+
+    models = list(folder.glob("*.onnx"))
+    return adapter_inputs(onnx.load(str(models[0]), load_external_data=False)) if models else {}
 
 
 def _device_count(folder: Path) -> int:

@@ -91,8 +91,7 @@ class OrtSession:
         sizes = dict(zip(("batch_size", "seq_len"), shape, strict=True))
         values = {
             **{
-                name: ort.OrtValue.ortvalue_from_numpy(np.zeros([sizes.get(d, d) for d in dims], dtype=np.int64))
-                for name, dims in self._shapes.items()
+                name: ort.OrtValue.ortvalue_from_numpy(_zeros_int64(dims, sizes)) for name, dims in self._shapes.items()
             },
             "logits": ort.OrtValue.ortvalue_from_numpy(np.zeros((shape[0], 1, vocab), dtype=np.float32)),
         }
@@ -122,6 +121,10 @@ class _Adapter:
         self.item = item
         self.data: Array = np.zeros(item.shape, dtype=np.float32)
         self.value = ort.OrtValue.ortvalue_from_numpy(self.data)
+
+
+def _zeros_int64(dims: Sequence[DimValue], sizes: Mapping[str, int]) -> Array:
+    return np.zeros([sizes[d] if isinstance(d, str) else d for d in dims], dtype=np.int64)
 
 
 def _zeros(shape: Sequence[DimValue], symbols: Mapping[str, int]) -> Array:

@@ -33,7 +33,6 @@ _REFUSED = {
     "use_dora": "uses DoRA, which rescales the weights of the base model",
     "modules_to_save": "replaces whole modules (modules_to_save)",
     "trainable_token_indices": "replaces rows of an embedding (trainable_token_indices)",
-    "target_parameters": "changes parameters that are no layer's (target_parameters)",
     "layer_replication": "repeats layers of the base model (layer_replication)",
     "alora_invocation_tokens": "is active from a token on only (alora_invocation_tokens)",
     "use_qalora": "uses QALoRA",
@@ -104,6 +103,30 @@ class Adapter:
         return self.config.base_model_name_or_path or ""
 
 
+def open_adapter(name_or_folder: str | Path, **hub: Any) -> Adapter:
+    """Read an adapter from a local folder, or from the snapshot of a hub id (only the cache is used when offline).
+
+    Args:
+        name_or_folder: The folder or hub id.
+        hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        AdapterError: There is no such adapter; see `read_adapter`.
+    """
+    if Path(name_or_folder).is_dir():
+        return read_adapter(name_or_folder)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(str(name_or_folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **hub)
+    except Exception as error:  # the hub client and its transport raise many unrelated types
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise AdapterError(
+            f"'{name_or_folder}' is neither a folder nor an adapter that the hub or its cache has ({reason})"
+        ) from error
+    return read_adapter(folder)
+
+
 def read_adapter(folder: str | Path) -> Adapter:
     """Read an adapter's configuration and the header of its weights.
 
@@ -146,6 +169,12 @@ def _factors(folder: Path, config: LoraConfig, path: str, found: dict[str, FileR
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), path), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
+    leaf = path.removesuffix(".base_layer").rpartition(".")[2]
+    if config.target_parameters and (path.endswith(".base_layer") or leaf == "experts"):
+        raise AdapterError(
+            f"the adapter {folder} changes the stacked parameters of {path} (target_parameters), which is not "
+            "supported: train it on layers, or on routers"
+        )
     fits = len(a.shape) == 2 and len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank
     if not fits or (b_bias is not None and b_bias.shape != b.shape[:1]):
         raise AdapterError(
@@ -193,7 +222,8 @@ def _entries(folder: Path) -> dict[str, FileRange]:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
         found = f"only {', '.join(others)}, which can run code when it is read" if others else "no weights"
         raise AdapterError(
-            f"the adapter {folder} has no {WEIGHTS_FILE} ({found}): save it with save_pretrained, which writes safetensors"
+            f"the adapter {folder} has no {WEIGHTS_FILE} ({found}): save it with save_pretrained, which writes "
+            "safetensors"
         )
     from qeff_ir.frontend.checkpoint import read_header
 

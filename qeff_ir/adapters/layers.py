@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.matching import made_by
 
-Kind = Literal["linear", "embedding"]
+Kind = Literal["linear", "embedding", "parameter"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Layer:
 
     Attributes:
         path: Of the Hugging Face module, which is PEFT's name for it.
-        kind: What the layer is.
+        kind: What the layer is; a ``parameter`` is a product inside of another kind of module.
         node: The matrix product, without the bias; or the look-up.
         weight: The stored weight.
         features: ``(in, out)``; of an embedding, the size of the vocabulary and the width.
@@ -36,10 +36,9 @@ class Layer:
 
 
 def find_layers(module: Module) -> list[Layer]:
-    """Every linear and embedding layer that runs as a module of its own, in the order of the graph.
+    """Every linear and embedding layer, in the order of the graph.
 
-    A layer counts by where its node comes from, so the two users of a tied weight are two layers; products with
-    parameters that are no layer's (routers, stacked experts) are none.
+    A layer counts by where its node comes from, so the two users of a tied weight are two layers.
     """
     return [layer for node in module.graph if (layer := _layer(node)) is not None]
 
@@ -86,5 +85,7 @@ def _made(path: str, kind: Kind, node: ir.Node, weight: ir.Value | None, *, tran
     sizes = weight.shape.numpy()
     if len(sizes) != 2:
         return None
+    if weight.metadata_props[LAYER_KEY] == "parameter":
+        kind = "parameter"
     features = (int(sizes[1]), int(sizes[0])) if transposed else (int(sizes[0]), int(sizes[1]))
     return Layer(path, kind, node, weight, features, transposed)

@@ -233,7 +233,7 @@ def _refer_to_weights(graph: ir.Graph, weights: Weights) -> None:
 
 
 def _mark_layers(graph: ir.Graph, model: PreTrainedModel) -> None:
-    """Note on each weight whether it is that of a whole linear or embedding layer, by the class of the module."""
+    """Note on each matrix what it is to the module that owns it, see `LAYER_KEY`."""
     for value in graph.initializers.values():
         owner, _, own = value.metadata_props.get(WEIGHT_KEY, "").rpartition(".")
         if own == "weight":
@@ -242,6 +242,8 @@ def _mark_layers(graph: ir.Graph, model: PreTrainedModel) -> None:
                 value.metadata_props[LAYER_KEY] = "linear"
             elif isinstance(module, torch.nn.Embedding):
                 value.metadata_props[LAYER_KEY] = "embedding"
+            elif value.shape is not None and len(value.shape) == 2:
+                value.metadata_props[LAYER_KEY] = "parameter"
 
 
 def _name_dims(module: Module, model: PreTrainedModel) -> None:

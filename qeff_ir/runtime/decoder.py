@@ -54,7 +54,8 @@ class Decoder:
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)
         self.timings = Timings()
         self.lora_ids = np.zeros(self.batch_size, dtype=np.int64)
-        self._takes_ids = any(a.slots for a in session.adapters)
+        self._slots = max((a.shape[0] - 1 for a in session.adapters if a.slots), default=0)
+        self._takes_ids = self._slots > 0
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> Array:
         """Forget everything and read the prompts.
@@ -130,5 +131,9 @@ class Decoder:
     def _run(self, ids: Array, positions: Array) -> Array:
         inputs = {"input_ids": np.ascontiguousarray(ids), "position_ids": np.ascontiguousarray(positions)}
         if self._takes_ids:
+            if self.lora_ids.shape != (self.batch_size,) or int(self.lora_ids.max()) > self._slots:
+                raise RuntimeInputError(
+                    f"lora_ids is {self.lora_ids.tolist()}: give {self.batch_size} numbers of at most {self._slots}"
+                )
             inputs["lora_ids"] = self.lora_ids[:, None]
         return self.session.run(inputs)["logits"][:, 0]

@@ -48,9 +48,7 @@ def make(model: PreTrainedModel, folder: Path, seed: int, **config: Any) -> Peft
 def rows_reference(models: Sequence[Any], prompts: Sequence[Sequence[int]], steps: int) -> Trace:
     """The trace of a batch whose rows are answered by different models."""
     traces = [reference_trace(model, [row], steps) for model, row in zip(models, prompts, strict=True)]
-    return Trace(
-        np.concatenate([t.tokens for t in traces], axis=1), np.concatenate([t.logits for t in traces], axis=1)
-    )
+    return Trace(np.concatenate([t.tokens for t in traces], axis=1), np.concatenate([t.logits for t in traces], axis=1))
 
 
 @functools.cache
