@@ -35,9 +35,7 @@ def running(good: Path) -> QEffAutoPeftModelForCausalLM:
     """A session with one adapter and one more slot, for adapters of rank 8 on the same layers."""
     model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
     model.load_adapter(good, "good")
-    model.compile(
-        target="onnxruntime", adapter_slots=2, max_lora_rank=8, batch_size=2, prefill_seq_len=8, ctx_len=32
-    )
+    model.compile(target="onnxruntime", adapter_slots=2, max_lora_rank=8, batch_size=2, prefill_seq_len=8, ctx_len=32)
     model.use_adapters(["good", None])
     return model
 
@@ -91,10 +89,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncated, "damaged"),
     "half": (half, "only one of the factors"),
     "whole module": (whole_module, "lm_head.weight of its own"),
-    "not json": (lambda f: (f / CONFIG_FILE).write_text("{"), "cannot be read") and (
-        lambda f: _write(f / CONFIG_FILE, "{"),
-        "cannot be read",
-    ),
+    "not json": (lambda f: _write(f / CONFIG_FILE, "{"), "cannot be read"),
     "dora": (lambda f: configured(f, use_dora=True), "DoRA"),
     "modules_to_save": (lambda f: configured(f, modules_to_save=["lm_head"]), "modules_to_save"),
     "pissa": (lambda f: configured(f, init_lora_weights="pissa"), "changes the base model"),
@@ -144,7 +139,7 @@ def test_an_adapter_of_another_base_model_is_refused(good: Path, tmp_path: Path)
     folder = tmp_path / "adapter"
     shutil.copytree(good, folder)
     configured(folder, base_model_name_or_path="somebody/large-model")
-    with pytest.raises(AdapterError, match="large-model.*small-model"):
+    with pytest.raises(AdapterError, match=r"large-model.*small-model"):
         model.load_adapter(folder, "other")
     model.load_adapter(folder, "other", check_base_model=False)
     configured(folder, base_model_name_or_path="/elsewhere/small-model")
