@@ -36,7 +36,7 @@ class MergeLora(Pass):
     changes_weights: ClassVar[bool] = True
     expect: ClassVar[Expect] = AtLeast(1)
 
-    adapter: str = field(metadata={"help": "folder of the adapter"})
+    adapter: str = field(default="", metadata={"help": "folder of the adapter; it must be given"})
     digest: str = field(default="", metadata={"help": "start of the digest that the adapter must have"})
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
@@ -46,6 +46,8 @@ class MergeLora(Pass):
             PassError: The adapter changed, or does not fit the model.
             AdapterError: It cannot be read.
         """
+        if not self.adapter:
+            raise PassError("no adapter is named: give its folder, merge-lora{adapter=FOLDER}")
         folder = Path(self.adapter)
         adapter = read_adapter(folder)
         if not adapter_digest(folder).startswith(self.digest):
