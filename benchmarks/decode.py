@@ -78,12 +78,12 @@ def main(
         batch, context, new_tokens, ctx_len, chunk, threads, rounds,
     )  # fmt: skip
     torch.set_num_threads(threads)
-    model = _model(race)
+    model = random_model(race)
     rows = torch.randint(0, vocab, (batch, context), generator=torch.Generator().manual_seed(1)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         contenders, failure = _contenders(race, model, rows, Path(folder), compiled)
         laps = run(contenders, rows, new_tokens, rounds)
-    figures = _figures(laps)
+    figures = figures_of(laps)
     title = f"decode: batch {batch}, {context} tokens of context, {new_tokens} new, {threads} threads, float32"
     report.table(title, figures, f"torch.compile failed: {failure}" if failure else "")
     report.write_json(json, "decode", asdict(race), figures)
@@ -112,7 +112,8 @@ def _lap(contender: Contender, rows: Rows, new_tokens: int, laps: Laps) -> None:
     laps.tokens = generated
 
 
-def _model(race: Race) -> Any:
+def random_model(race: Race) -> Any:
+    """A Llama of the race's shape with random weights, float32."""
     config = LlamaConfig(
         vocab_size=race.vocab,
         hidden_size=race.hidden,
@@ -141,7 +142,7 @@ def _contenders(race: Race, model: Any, rows: Rows, folder: Path, compiled: bool
     return contenders, None
 
 
-def _figures(laps: dict[str, Laps]) -> list[dict[str, Any]]:
+def figures_of(laps: dict[str, Laps]) -> list[dict[str, Any]]:
     """Medians over the rounds; ratios to the first contender, and how many steps gave its tokens."""
     base = next(iter(laps.values()))
     rate, first = statistics.median(base.rate), statistics.median(base.prefill)

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from qeff_ir.auto_forward import QEFFAutoModelForCTC as QEFFAutoModelForCTC
     from qeff_ir.auto_forward import QEFFAutoModelForSequenceClassification as QEFFAutoModelForSequenceClassification
     from qeff_ir.auto_forward import QEFFAutoModelForTokenClassification as QEFFAutoModelForTokenClassification
+    from qeff_ir.auto_lora import QEffAutoLoraModelForCausalLM as QEffAutoLoraModelForCausalLM
+    from qeff_ir.auto_peft import QEffAutoPeftModelForCausalLM as QEffAutoPeftModelForCausalLM
+    from qeff_ir.auto_peft import QEffPeftModelForCausalLM as QEffPeftModelForCausalLM
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -19,6 +22,9 @@ _HOMES = {
     "QEFFAutoModelForCausalLM": "auto",
     "QEFFAutoModelForSequenceClassification": "auto_forward",
     "QEFFAutoModelForTokenClassification": "auto_forward",
+    "QEffAutoLoraModelForCausalLM": "auto_lora",
+    "QEffAutoPeftModelForCausalLM": "auto_peft",
+    "QEffPeftModelForCausalLM": "auto_peft",
 }
 """The module that each public name lives in."""
 
@@ -28,6 +34,9 @@ __all__ = [
     "QEFFAutoModelForCausalLM",
     "QEFFAutoModelForSequenceClassification",
     "QEFFAutoModelForTokenClassification",
+    "QEffAutoLoraModelForCausalLM",
+    "QEffAutoPeftModelForCausalLM",
+    "QEffPeftModelForCausalLM",
 ]
 
 

@@ -56,6 +56,10 @@ class RuntimeInputError(QeffError):
     """A request does not fit the compiled model: batch size, prompt length, number of new tokens."""
 
 
+class AdapterError(QeffError):
+    """An adapter cannot be read or does not fit the compiled model, or there is none of that name."""
+
+
 class EquivalenceError(PassError):
     """A pass changed what the model computes.
 

@@ -32,6 +32,10 @@ PASS_KEY = "qeff.pass"
 WEIGHT_KEY = "qeff.weight"
 """Initializer metadata: the parameter's name in the Hugging Face model; absent on constants."""
 
+LAYER_KEY = "qeff.layer"
+"""Initializer metadata of a matrix: ``linear`` or ``embedding`` when it is the weight of such a layer, ``parameter``
+when another kind of module multiplies by it (a router, say)."""
+
 DimValue = str | int
 Role = Literal["key", "value"]
 
@@ -103,6 +107,41 @@ class Specialization:
     symbols: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterInput:
+    """One graph input that holds a part of the low-rank adapters; a session keeps it until it is written anew.
+
+    With slots, the first axis counts them; slot 0 is the base model and stays zero.
+
+    Attributes:
+        name: Of the graph input.
+        layer: Path of the adapted layer, as PEFT names it: ``model.layers.0.self_attn.q_proj``.
+        part: ``a`` and ``b`` are the factors, ``bias`` is added to what the layer returns.
+        shape: Sizes. Without slots ``[rank, in]`` (a), ``[out, rank]`` (b), ``[out]`` (bias), as PEFT stores them; with
+            slots ``[slots, in, rank]``, ``[slots, rank, out]``, ``[slots, out]``.
+        slots: Whether the first axis counts slots.
+        retained: Whether an output of the same name and `State.SUFFIX` hands it on to the next run.
+    """
+
+    name: str
+    layer: str
+    part: Literal["a", "b", "bias"]
+    shape: tuple[int, ...]
+    slots: bool
+    retained: bool
+
+    @property
+    def output(self) -> str:
+        """Name of the output that returns it, where it is `retained`."""
+        return self.name + State.SUFFIX
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> AdapterInput:
+        """The input that plain JSON data describes."""
+        shape = tuple(data["shape"])
+        return cls(data["name"], data["layer"], data["part"], shape, data["slots"], data["retained"])
+
+
 @dataclass
 class Module:
     """A model on its way from Hugging Face to a target.
@@ -114,6 +153,7 @@ class Module:
         dims: Symbolic dims of the interface by name.
         specializations: Static shapes to compile for; empty until a target is chosen.
         properties: Names of the properties that passes have established so far.
+        adapters: Graph inputs that hold low-rank adapters, in the order of the graph.
     """
 
     model: ir.Model
@@ -122,6 +162,7 @@ class Module:
     dims: dict[str, Dim] = field(default_factory=dict[str, Dim])
     specializations: list[Specialization] = field(default_factory=list[Specialization])
     properties: set[str] = field(default_factory=set[str])
+    adapters: list[AdapterInput] = field(default_factory=list[AdapterInput])
 
     @property
     def graph(self) -> ir.Graph:
@@ -165,6 +206,7 @@ class Module:
             dict(self.dims),
             [Specialization(s.name, dict(s.symbols)) for s in self.specializations],
             set(self.properties),
+            list(self.adapters),
         )
 
     def rename_dim(self, old: str, new: str) -> None:
@@ -190,6 +232,7 @@ class Module:
             "dims": [dataclasses.asdict(d) for d in self.dims.values()],
             "specializations": [{"name": s.name, "symbols": dict(s.symbols)} for s in self.specializations],
             "properties": sorted(self.properties),
+            **({"adapters": [dataclasses.asdict(a) for a in self.adapters]} if self.adapters else {}),
         }
 
     def write_facts(self) -> None:
@@ -225,6 +268,7 @@ class Module:
             {d["name"]: Dim(**d) for d in facts["dims"]},
             [Specialization(s["name"], s["symbols"]) for s in facts["specializations"]],
             set(facts["properties"]),
+            [AdapterInput.from_json(a) for a in facts.get("adapters", ())],
         )
 
 

@@ -14,6 +14,7 @@ Each rule has a stable code, which `VerificationError.code` carries:
 ``state-roles``       no two states share layer and role; key before value, layers ascending
 ``dims``              every specialization gives a size of at least 1 to every dim of the interface; its name is unique
 ``bounds``            no specialization exceeds the maximum of a dim
+``adapter``           every adapter input is a graph input of its shape, and has its output where it is retained
 ====================  =================================================================================================
 """
 
@@ -43,6 +44,7 @@ def verify(module: Module) -> None:
     _check_interface(module)
     _check_states(module)
     _check_flow(module)
+    _check_adapters(module)
     _check_specializations(module)
 
 
@@ -203,7 +205,8 @@ def _check_states(module: Module) -> None:
         at = next(i for i in range(len(order)) if i and order[i] <= order[i - 1])
         message = f"the states are not ordered by layer, key before value, each once: {order}"
         raise broken(module, "state-roles", message, f"state {module.states[at].input}", hint="sort module.states")
-    stray = [n for n in outputs if n and n.endswith(State.SUFFIX) and n not in {s.output for s in module.states}]
+    paired = {s.output for s in module.states} | {a.output for a in module.adapters if a.retained}
+    stray = [n for n in outputs if n and n.endswith(State.SUFFIX) and n not in paired]
     if stray:
         message = f"graph output '{stray[0]}' is named like a state, but the module declares none"
         hint = f"the device pairs outputs by the ending {State.SUFFIX}: declare a State, or choose another name"
@@ -234,6 +237,20 @@ def _reaches(value: ir.Value, source: ir.Value) -> bool:
         seen.update(found)
         queue.extend(found)
     return False
+
+
+def _check_adapters(module: Module) -> None:
+    inputs = {v.name: v for v in module.graph.inputs}
+    outputs = {v.name: v for v in module.graph.outputs}
+    for item in module.adapters:
+        sides = {"input": inputs.get(item.name)}
+        if item.retained:
+            sides["output"] = outputs.get(item.output)
+        for kind, value in sides.items():
+            if value is None or _dims(value) != item.shape:
+                message = f"the adapter input '{item.name}' has no {kind} of the shape {list(item.shape)}"
+                hint = "change module.adapters and the graph together"
+                raise broken(module, "adapter", message, f"in {item.name}", hint=hint)
 
 
 def _dims(value: ir.Value) -> tuple[str | int | None, ...]:

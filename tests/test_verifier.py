@@ -14,7 +14,7 @@ import pytest
 
 from qeff_ir import verifier
 from qeff_ir.errors import VerificationError
-from qeff_ir.module import Dim, Module, Specialization
+from qeff_ir.module import AdapterInput, Dim, Module, Specialization
 from qeff_ir.printer import excerpt
 from qeff_ir.verifier import verify
 from tests import support
@@ -174,6 +174,11 @@ def inputs_of_one_layer_swapped(module: Module) -> None:
 @fault("state-flow", "the state output 'past_key.1_RetainedState' is not made of its input 'past_key.1'")
 def layers_swapped(module: Module) -> None:
     swap(module.output("past_key.0_RetainedState"), module.output("past_key.1_RetainedState"))
+
+
+@fault("adapter", "the adapter input 'lora_a' has no input of the shape [5, 64, 8]")
+def adapter_without_input(module: Module) -> None:
+    module.adapters.append(AdapterInput("lora_a", "model.layers.0", "a", (5, 64, 8), slots=True, retained=False))
 
 
 @fault(

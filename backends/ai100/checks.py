@@ -94,10 +94,14 @@ def _states(module: Module) -> Iterator[Violation]:
                 yield Violation("state-pair", f"layer {state.layer} has no {kind} named {name}: keep both of a state")
     if not module.states:  # a forward pass: its inputs and outputs are the model's own
         return
-    expected = ["input_ids", "position_ids", *(s.input for s in module.states)]
-    if [v.name for v in module.graph.inputs] != expected:
+    ids = ["lora_ids"] if any(a.slots for a in module.adapters) else []
+    adapters = [a.name for a in module.adapters]
+    expected = ["input_ids", "position_ids", *(s.input for s in module.states), *ids, *adapters]
+    if not all(a.retained for a in module.adapters):
+        yield Violation("state-pair", "adapters must be retained: put lora{retained=true} into the pipeline")
+    elif [v.name for v in module.graph.inputs] != expected:
         yield Violation("inputs", f"the inputs must be {', '.join(expected[:4])}, ... in this order")
-    expected = ["logits", *(s.output for s in module.states)]
+    expected = ["logits", *(s.output for s in module.states), *(a.output for a in module.adapters)]
     if [v.name for v in module.graph.outputs] != expected:
         yield Violation("outputs", f"the outputs must be {', '.join(expected[:3])}, ... in this order")
 

@@ -23,6 +23,7 @@ from backends.ai100.violation import Violation, refuse_first
 
 _SUFFIX = "_RetainedState"
 _STATE = re.compile(r"past_(key|value)\.(0|[1-9]\d*)")
+_ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
 
@@ -146,17 +147,21 @@ def _forward_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
 def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
     for name in sorted(n for n in outputs if n.endswith(_SUFFIX) and n.removesuffix(_SUFFIX) not in inputs):
         yield Violation("state-pair", f"output {name} has no input {name.removesuffix(_SUFFIX)}")
-    states = [n for n in inputs if n not in ("input_ids", "position_ids")]
-    for name in states:
+    retained = [n for n in inputs if n not in ("input_ids", "position_ids", "lora_ids")]
+    adapters = [n for n in retained if _ADAPTER.search(n)]
+    states = [n for n in retained if n not in adapters]
+    for name in retained:
         if name + _SUFFIX not in outputs:
             yield Violation("state-pair", f"input {name} has no output {name}{_SUFFIX}")
+    for name in states:
         if _STATE.fullmatch(name) is None:
             yield Violation("inputs", f"input {name} is no past_key.<layer> or past_value.<layer>")
     layers = sorted({int(m[2]) for m in map(_STATE.fullmatch, states) if m is not None})
     expected = [f"past_{role}.{layer}" for layer in layers for role in ("key", "value")]
+    expected += (["lora_ids"] if "lora_ids" in inputs else []) + adapters
     if list(inputs) != ["input_ids", "position_ids", *expected]:
         yield Violation("inputs", "the inputs must be input_ids, position_ids, past_key.0, past_value.0, ... in order")
-    if list(outputs) != ["logits", *(name + _SUFFIX for name in expected)]:
+    if list(outputs) != ["logits", *(name + _SUFFIX for name in expected if name != "lora_ids")]:
         yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
     for name in ("input_ids", "position_ids"):
         tensor = inputs.get(name)
@@ -167,10 +172,16 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         shape = list(logits.shape or [])
         if logits.dtype != np.float32 or shape[:2] != ["batch_size", 1] or len(shape) != 3:
             yield Violation("dtype-shape", f"logits are {logits.dtype} {shape}, not float32 [batch_size, 1, vocab]")
-    for name in states:
+    ids = inputs.get("lora_ids")
+    if ids is not None and (ids.dtype != np.int64 or ids.shape != ["batch_size", 1]):
+        yield Violation("dtype-shape", f"lora_ids is {ids.dtype} {ids.shape}, not int64 [batch_size, 1]")
+    for name in retained:
         before, after = inputs[name], outputs.get(name + _SUFFIX)
         shape = list(before.shape or [])
-        if len(shape) != 4 or shape[0] != "batch_size":
+        if name in adapters:
+            if not all(isinstance(size, int) for size in shape):
+                yield Violation("dtype-shape", f"the adapter {name} is {shape}, not of a fixed size")
+        elif len(shape) != 4 or shape[0] != "batch_size":
             yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, slots, width]")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
@@ -204,8 +215,12 @@ def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
     for name in sorted(names ^ set(entries)):
         what = "lacks" if name in names else "has the unknown tensor"
         yield Violation("custom-io", f"{CUSTOM_IO} {what} {name}: it lists every state twice, and nothing else")
-    if len(set(entries.values())) > 1 or not set(entries.values()) <= _PRECISIONS:
-        found = ", ".join(sorted(set(entries.values())))
+    adapters = {name for name in entries if _ADAPTER.search(name)}
+    if any(entries[name] != "float16" for name in adapters):
+        yield Violation("custom-io", f"{CUSTOM_IO} has adapters of another precision than float16")
+    precisions = {precision for name, precision in entries.items() if name not in adapters}
+    if len(precisions) > 1 or not precisions <= _PRECISIONS:
+        found = ", ".join(sorted(precisions))
         yield Violation("custom-io", f"{CUSTOM_IO} has the precisions {found}: use float16 or mxint8 for all states")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from backends.ai100 import runtime_path, specializations
 from backends.ai100.emit import BINARY_FOLDER, COMMAND
 from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
-from qeff_ir.module import Specialization
+from qeff_ir.module import AdapterInput, Specialization
 from qeff_ir.runtime.interface import read_interface, sized
 from qeff_ir.runtime.session import Array
 
@@ -83,7 +83,8 @@ class DeviceSession:
         self._expect(status, "read the program's description")
         descriptor = api.IoDesc()
         descriptor.ParseFromString(bytes(described))
-        names = [*(t.name for t in self._inputs), *self._outputs]
+        self._adapters = _adapters(folder)
+        names = [*(t.name for t in self._inputs), *self._adapters, *self._outputs]
         self._bindings = _bindings(descriptor, api, names)
         for name in names:
             if name not in self._bindings:
@@ -98,8 +99,10 @@ class DeviceSession:
         self._expect(self._program.load(), "load the program")
         self._expect(self._program.activate(), "activate the program")
         self._execution = self._rt.ExecObj(context, self._program)
-        # Every buffer starts out empty, those of the states for good.
+        # Every buffer starts out empty, those of the states for good; adapters are passed with the run after a change.
         self._buffers: list[Any] = [self._rt.QBuffer(b"") for _ in self._bindings]
+        self._contents = {n: np.zeros(a.shape, self._bindings[n].dtype) for n, a in self._adapters.items()}
+        self._changed = set(self._adapters)
         sizes = [(b.dtype.itemsize, [0]) for b in sorted(self._bindings.values(), key=lambda b: b.index)]
         self._dims: Any = self._rt.BufferDimensionsVecRef(sizes)
 
@@ -126,6 +129,8 @@ class DeviceSession:
             raise RuntimeInputError(f"{given} are not of a compiled shape: {allowed}")
         for name in names:
             self._set(name, inputs[name])
+        for name in self._changed:
+            self._set(name, self._contents[name])
         for name in self._outputs:
             binding = self._bindings[name]
             self._set(name, np.zeros(binding.shapes[choice], dtype=binding.dtype))
@@ -135,12 +140,25 @@ class DeviceSession:
         self._expect(self._execution.waitForCompletion(), f"complete the run of {given}")
         status, results = self._execution.getData()
         self._expect(status, "return the results")
+        for name in self._changed:  # the device keeps them from now on
+            self._buffers[self._bindings[name].index] = self._rt.QBuffer(b"")
+        self._changed = set()
         return {name: self._read(name, results, choice) for name in self._outputs}
 
     def _read(self, name: str, results: Any, choice: int) -> Array:
         binding = self._bindings[name]
         data = np.frombuffer(bytes(results[binding.index]), dtype=binding.dtype).reshape(binding.shapes[choice])
         return data.astype(np.float32) if np.issubdtype(binding.dtype, np.floating) else data
+
+    @property
+    def adapters(self) -> Sequence[AdapterInput]:
+        """The inputs that hold adapters."""
+        return list(self._adapters.values())
+
+    def write(self, name: str, data: Array, slot: int | None = None) -> None:
+        """See `qeff_ir.runtime.session.Session.write`; the next run takes it to the device (contract §5.3)."""
+        self._contents[name][... if slot is None else slot] = data
+        self._changed.add(name)
 
     def reset(self) -> None:
         """Start a new request.
@@ -191,6 +209,16 @@ def _bindings(descriptor: Any, api: Any, names: Sequence[str]) -> dict[str, _Bin
         shapes = [tuple(shapes.shapes[binding.index].dims) for shapes in descriptor.allowed_shapes]
         found[name] = _Binding(binding.index, dtype, tuple(shapes or [tuple(binding.dims)]))
     return found
+
+
+def _adapters(folder: Path) -> dict[str, AdapterInput]:
+    """The adapter inputs, as the package's ONNX file has them."""
+    import onnx
+
+    from backends.ai100.emulator import adapter_inputs
+
+    models = list(folder.glob("*.onnx"))
+    return adapter_inputs(onnx.load(str(models[0]), load_external_data=False)) if models else {}
 
 
 def _device_count(folder: Path) -> int:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from backends.ai100 import flags, specializations
 from backends.ai100.sdk import Sdk
 from backends.base import CompileOptions
-from qeff_ir.module import Module, State
+from qeff_ir.module import AdapterInput, Module, State
 from qeff_ir.storage import save_model
 
 CUSTOM_IO = "custom_io.yaml"
@@ -44,7 +44,9 @@ def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardwa
         shutil.copyfile(source, folder / name)
     (folder / specializations.FILE).write_text(specializations.dumps(module.specializations, sdk.specializations))
     if module.states:
-        (folder / CUSTOM_IO).write_text(custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None))
+        (folder / CUSTOM_IO).write_text(
+            custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None, module.adapters)
+        )
     partition = user.partition
     if partition is None and options.num_devices > 1:
         partition = f"mdp_ts_{options.num_devices}.json"
@@ -86,12 +88,17 @@ def command(
     ]
 
 
-def custom_io(states: Sequence[State], precision: str | None) -> str:
-    """``custom_io.yaml``: each state as input and as output, in `precision` or its own half-sized one (§4.3)."""
+def custom_io(states: Sequence[State], precision: str | None, adapters: Sequence[AdapterInput] = ()) -> str:
+    """``custom_io.yaml``: each state as input and as output, in `precision` or its own half-sized one (§4.3).
+
+    Adapters follow, always float16.
+    """
     entries: list[str] = []
     for state in states:
         stored = precision or ("bfloat16" if state.dtype == ir.DataType.BFLOAT16 else "float16")
         entries += [f" - IOName: {name}\n   Precision: {stored}\n\n" for name in (state.input, state.output)]
+    names = [name for item in adapters for name in (item.name, item.output)]
+    entries += [f" - IOName: {name}\n   Precision: float16\n\n" for name in names]
     return "".join(entries)
 
 

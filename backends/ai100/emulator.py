@@ -7,6 +7,7 @@ exchanged (`device_rules`). Not emulated is the arithmetic: it stays in the prec
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ import onnxruntime as ort
 
 from backends.ai100 import device_rules, specializations
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.module import Specialization
+from qeff_ir.module import METADATA_KEY, AdapterInput, Specialization
 from qeff_ir.runtime.session import Array
 
 _SUFFIX = "_RetainedState"
@@ -56,6 +57,7 @@ class EmulatedSession:
         shapes = self._programs[0].states
         if any(p.states != shapes for p in self._programs):
             raise PackageError(f"the states of {model} differ in size between its specializations: compile again")
+        self._adapters = adapter_inputs(proto)
         self._states = {name: _zeros(shape) for name, shape in shapes.items()}
         self._spare = {name: _zeros(shape) for name, shape in shapes.items()}
 
@@ -82,10 +84,31 @@ class EmulatedSession:
         self._states, self._spare = self._spare, self._states
         return outputs
 
+    @property
+    def adapters(self) -> Sequence[AdapterInput]:
+        """The inputs that hold adapters."""
+        return list(self._adapters.values())
+
+    def write(self, name: str, data: Array, slot: int | None = None) -> None:
+        """See `qeff_ir.runtime.session.Session.write`."""
+        contents = np.array(data, dtype=np.float32)
+        if slot is not None:
+            entry, contents = contents, self._states[name].numpy().copy()
+            contents[slot] = entry
+        self._states[name].update_inplace(np.ascontiguousarray(contents))
+
     def reset(self) -> None:
-        """Set all states to zero."""
-        for value in self._states.values():
-            value.update_inplace(np.zeros(value.shape(), dtype=np.float32))
+        """Set all states but the adapters to zero."""
+        for name, value in self._states.items():
+            if name not in self._adapters:
+                value.update_inplace(np.zeros(value.shape(), dtype=np.float32))
+
+
+def adapter_inputs(proto: onnx.ModelProto) -> dict[str, AdapterInput]:
+    """The inputs of an artefact that hold adapters, by name, as its facts have them."""
+    facts: dict[str, Any] = next((json.loads(p.value) for p in proto.metadata_props if p.key == METADATA_KEY), {})
+    items = [AdapterInput.from_json(a) for a in facts.get("adapters", ())]
+    return {item.name: item for item in items}
 
 
 class _Program:
@@ -108,7 +131,10 @@ class _Program:
             "session.model_external_initializers_file_folder_path", str(model.parent.resolve())
         )
         try:
-            self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            # A bias stays a sum of its own, so that a branch between product and bias leaves other numbers alone.
+            self._session = ort.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+            )
         except Exception as error:  # ONNX Runtime raises several private types
             reason = str(error).splitlines()[0]
             raise PackageError(f"ONNX Runtime cannot load {model} as {item.name}: {reason}") from error

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
 from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes
 from transformers.exporters.utils import apply_fx_node_fixes, apply_patches
+from transformers.pytorch_utils import Conv1D
 
 from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
@@ -31,7 +32,7 @@ from qeff_ir.frontend.own_masks import refuse_own_masks
 from qeff_ir.frontend.private import onnx_translations
 from qeff_ir.frontend.skeleton import fake_weights
 from qeff_ir.frontend.weights import Weights
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State, all_values, rename_symbols
+from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State, all_values, rename_symbols
 
 # Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
 _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
@@ -67,6 +68,7 @@ def lower(model: PreTrainedModel, weights: Weights) -> Module:
             program = _trace(model, specs, fake)
     states = _states(specs)
     graph_model = clean(program.model, weights, states)
+    _mark_layers(graph_model.graph, model)
     refuse_own_masks(graph_model.graph, type(model).__name__)
     module = Module(graph_model, type(model).__name__, states)
     _name_dims(module, model)
@@ -238,6 +240,20 @@ def _refer_to_weights(graph: ir.Graph, weights: Weights) -> None:
         elif isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             raise ModelLoadError(f"the checkpoint has no tensor for '{plain}', which the traced model uses")
         graph.register_initializer(value)
+
+
+def _mark_layers(graph: ir.Graph, model: PreTrainedModel) -> None:
+    """Note on each matrix what it is to the module that owns it, see `LAYER_KEY`."""
+    for value in graph.initializers.values():
+        owner, _, own = value.metadata_props.get(WEIGHT_KEY, "").rpartition(".")
+        if own == "weight":
+            module = model.get_submodule(owner)
+            if isinstance(module, torch.nn.Linear | Conv1D):
+                value.metadata_props[LAYER_KEY] = "linear"
+            elif isinstance(module, torch.nn.Embedding):
+                value.metadata_props[LAYER_KEY] = "embedding"
+            elif value.shape is not None and len(value.shape) == 2:
+                value.metadata_props[LAYER_KEY] = "parameter"
 
 
 def _name_dims(module: Module, model: PreTrainedModel) -> None:
