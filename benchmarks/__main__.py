@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import decode, lora, memory, passes
+from benchmarks import decode, embed, lora, memory, passes
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_show_locals=False)
 app.command("decode")(decode.main)
+app.command("embed")(embed.main)
 app.command("lora")(lora.main)
 app.command("memory")(memory.main)
 app.command("passes")(passes.main)

@@ -313,6 +313,12 @@ class QEFFAutoModel(ForwardModel):
             raise ModelLoadError(str(error)) from error
         self._embedding = Embedding(mode, normalize, dim) if wanted else None
 
+    @property
+    def pools(self) -> bool:
+        """Whether `encode` will work once it is compiled: there is a pooling."""
+        own = self._source is not None and self._source.options.pooling is not None
+        return own or (self._embedding is not None and self._embedding.pooling != "none")
+
     def pipeline_for(self, target: str) -> Pipeline:
         """See `ForwardModel.pipeline_for`; with `embedding` where it is asked for."""
         from passes.embedding import Embedding
@@ -357,10 +363,11 @@ class QEFFAutoModel(ForwardModel):
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         found = encode(
             self.encoder(),
-            [prompt + text for text in texts],
+            texts,
             tokenizer or self.tokenizer(),
             batch_size=batch_size,
             truncate=truncate,
+            prompt=prompt,
             show_progress=show_progress,
         )
         return found[0] if isinstance(sentences, str) else found

@@ -27,6 +27,7 @@ def encode(
     *,
     batch_size: int | None = None,
     truncate: bool = False,
+    prompt: str = "",
     show_progress: bool | None = None,
 ) -> Array:
     """One embedding of each text.
@@ -37,6 +38,7 @@ def encode(
         tokenizer: The model's.
         batch_size: Texts of a run; by default 32 where any number runs, else what the model is compiled for.
         truncate: Whether a text that is too long is cut.
+        prompt: What every text starts with.
         show_progress: Whether to show a progress bar; by default when it takes over two seconds, in a terminal.
 
     Returns:
@@ -51,7 +53,10 @@ def encode(
     size = batch_size or (_BATCH if encoder.session.free else encoder.batch_size)
     if size < 1:
         raise RuntimeInputError(f"batch_size must be at least 1, not {batch_size}")
-    rows = _tokens(encoder, texts, tokenizer, truncate)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RuntimeInputError(f"text {index} is a {type(text).__name__}: give texts")
+    rows = _tokens(encoder, [prompt + text for text in texts], tokenizer, truncate)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     width = output.shape[-1]
     result = np.empty((len(rows), width if isinstance(width, int) else 0), dtype=np.float32)
@@ -84,9 +89,6 @@ def _tokens(
     encoder: Encoder, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, truncate: bool
 ) -> list[list[int]]:
     """Token ids of each text, special tokens included."""
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise RuntimeInputError(f"text {index} is a {type(text).__name__}: give texts")
     if not texts:
         return []
     limit = encoder.longest
