@@ -88,7 +88,7 @@ class OrtSession:
 
     def _bind(self, shape: list[int], vocab: int) -> _Binding:
         io = self._session.io_binding()
-        sizes: dict[str, int] = dict(zip(("batch_size", "seq_len"), shape, strict=True))
+        sizes: dict[str, int] = {"batch_size": shape[0], "seq_len": shape[1]}
         values = {
             **{
                 name: ort.OrtValue.ortvalue_from_numpy(_zeros_int64(dims, sizes)) for name, dims in self._shapes.items()
