@@ -6,8 +6,8 @@ Each rule has a stable code, which `VerificationError.code` carries:
 ``order``             every node stands after the nodes whose results it reads, and every value read is defined
 ``names``             values have unique names
 ``operator``          every operator exists in the declared opset, or has a body in the model
-``interface``         graph inputs and outputs have a type and a shape of sizes and declared dims; a size of an output
-                      that the model computes has no name
+``interface``         graph inputs and outputs have a type and a shape of sizes and declared dims; without states,
+                      a size of an output that the model computes has no name
 ``state-pair``        every state has its input and its output, of the state's type and shape
 ``state-roles``       no two states share layer and role; key before value, layers ascending
 ``dims``              every specialization gives a size of at least 1 to every dim of the interface; its name is unique
@@ -100,8 +100,9 @@ def _check_interface(module: Module) -> None:
             if value.dtype is None or value.shape is None:
                 raise VerificationError("interface", f"graph {kind} '{value.name}' has no type or no shape")
             for dim in value.shape:
-                if kind == "output" and isinstance(dim, ir.SymbolicDim) and dim.value is None:
-                    continue  # a size that the model computes
+                computed = kind == "output" and not module.states
+                if computed and isinstance(dim, ir.SymbolicDim) and dim.value is None:
+                    continue
                 if isinstance(dim, ir.SymbolicDim) and dim.value not in module.dims:
                     raise VerificationError(
                         "interface",
