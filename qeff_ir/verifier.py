@@ -7,8 +7,8 @@ Each rule has a stable code, which `VerificationError.code` carries:
 ``names``             values have unique names
 ``initializer``       every initializer has a tensor, of the type and the shape that it declares
 ``operator``          every operator exists in the declared opset, or has a body in the model
-``interface``         graph inputs and outputs have a type and a shape of sizes and declared dims; a size of an output
-                      that the model computes has no name
+``interface``         graph inputs and outputs have a type and a shape of sizes and declared dims; without states,
+                      a size of an output that the model computes has no name
 ``state-pair``        every state has its input and its output, of the state's type and shape
 ``state-flow``        every state's output is made of its own input
 ``state-roles``       no two states share layer and role; key before value, layers ascending
@@ -174,8 +174,9 @@ def _check_interface(module: Module) -> None:
                 hint = "a new graph input or output needs both: set its dtype and its shape"
                 raise broken(module, "interface", f"{name} has no type or no shape", at, hint=hint)
             for dim in value.shape:
-                if kind == "output" and isinstance(dim, ir.SymbolicDim) and dim.value is None:
-                    continue  # a size that the model computes
+                computed = kind == "output" and not module.states
+                if computed and isinstance(dim, ir.SymbolicDim) and dim.value is None:
+                    continue
                 if isinstance(dim, ir.SymbolicDim) and dim.value not in module.dims:
                     message = f"{name} has the dim '{dim.value}', which the module does not declare"
                     hint = f"use one of {', '.join(module.dims)}, or add it to module.dims"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import (
@@ -260,3 +261,18 @@ def test_lengths_that_cannot_work_are_refused(options: Any, message: str) -> Non
 def test_unknown_inputs_are_refused() -> None:
     with pytest.raises(ModelLoadError, match="ViTModel has no input 'pixels': it takes pixel_values, "):
         QEFFAutoModel(build("vit"), inputs=["pixels"]).compile(target="onnxruntime")
+
+
+def test_the_host_may_look_up_the_token_embeddings(tmp_path: Path) -> None:
+    """The graph then takes vectors, and the table stays out of the package."""
+    model = QEFFAutoModel(build("distilbert"), inputs=["inputs_embeds", "attention_mask"], pooling="mean")
+    model.compile(target="ai100", seq_len=12, emit_only=True, compile_dir=tmp_path / "package")
+    table = build("distilbert").get_input_embeddings()
+    vectors = table(torch.tensor(IDS["input_ids"])).detach().numpy()
+    found = model.generate(inputs_embeds=vectors, attention_mask=IDS["attention_mask"])["output"]
+    hidden, mask = reference("distilbert", **IDS).last_hidden_state.numpy(), IDS["attention_mask"][..., None]
+    expected = (hidden * mask).sum(1) / mask.sum(1)
+    assert tolerance.error_over_rms(found, expected) <= 2 * tolerance.bound(7)
+    (file,) = (tmp_path / "package").glob("*.onnx")
+    names = {i.name for i in onnx.load(str(file), load_external_data=False).graph.initializer}
+    assert "embeddings.position_embeddings.weight" in names and "embeddings.word_embeddings.weight" not in names

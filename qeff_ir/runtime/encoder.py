@@ -60,8 +60,9 @@ class Encoder:
         arrays = {n: np.asarray(v) for n, v in inputs.items() if v is not None}
         if "token_type_ids" in arrays and "token_type_ids" not in known and not arrays["token_type_ids"].any():
             del arrays["token_type_ids"]  # tokenizers add them
-        if "attention_mask" in known and "attention_mask" not in arrays and "input_ids" in arrays:
-            arrays["attention_mask"] = np.ones_like(arrays["input_ids"])
+        tokens = next((arrays[n] for n in ("input_ids", "inputs_embeds") if n in arrays), None)
+        if "attention_mask" in known and "attention_mask" not in arrays and tokens is not None:
+            arrays["attention_mask"] = np.ones(tokens.shape[:2], dtype=np.int64)
         if not set(known) & set(arrays):
             raise RuntimeInputError(f"there is no input: give {_and(known)}")
         for name in arrays:
