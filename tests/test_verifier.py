@@ -11,7 +11,7 @@ import pytest
 
 from qeff_ir import verifier
 from qeff_ir.errors import VerificationError
-from qeff_ir.module import Dim, Module, Specialization
+from qeff_ir.module import AdapterInput, Dim, Module, Specialization
 from qeff_ir.verifier import verify
 from tests import support
 from tests.models import MODELS
@@ -151,6 +151,11 @@ def context_beyond_the_model(module: Module) -> None:
     module.dims["ctx_len"] = Dim("ctx_len", 32)
 
 
+@fault("adapter", "'q.lora_a_weights' has no input of the shape [2, 32, 4]")
+def adapter_without_its_input(module: Module) -> None:
+    module.adapters = [AdapterInput("q.lora_a_weights", "q", "a", (2, 32, 4), slots=True, retained=False)]
+
+
 @pytest.mark.parametrize(("code", "message", "plant"), [pytest.param(*f, id=f[2].__name__) for f in FAULTS])
 def test_a_broken_rule_is_told_by_its_code(code: str, message: str, plant: Callable[[Module], None]) -> None:
     module = support.canonical("llama")
@@ -164,7 +169,7 @@ def test_a_broken_rule_is_told_by_its_code(code: str, message: str, plant: Calla
 
 def test_every_rule_is_broken() -> None:
     codes = set(re.findall(r"^``([\w-]+)``", verifier.__doc__ or "", re.MULTILINE))
-    assert len(codes) == 8
+    assert len(codes) == 9
     assert {code for code, _, _ in FAULTS} == codes
 
 
