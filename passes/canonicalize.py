@@ -13,6 +13,7 @@ from qeff_ir import dialect
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.matching import same_size
+from qeff_ir.testing.tolerance import Exact, Numeric
 
 
 @register
@@ -26,6 +27,7 @@ class Canonicalize(Pass):
 
     name: ClassVar[str] = "canonicalize"
     establishes: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    numeric: ClassVar[Numeric] = Exact()
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Optimize in place; see the class."""
