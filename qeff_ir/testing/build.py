@@ -192,7 +192,7 @@ class _Builder:
         r, shape = self.r, list(x.shape or ())
         width = int(shape[-1])  # pyright: ignore[reportArgumentType]
         scale = self.weight(f"{name}.weight", width)
-        if r.norm == "layer" and not name.endswith(("q_norm", "k_norm")):
+        if r.norm == "layer" and not name.endswith((".q_norm", ".k_norm")):
             bias = self.weight(f"{name}.bias", width)
             return self.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=r.EPSILON, shape=shape)
         strange = odd and r.odd == "norm-power"

@@ -206,7 +206,7 @@ class _Reference:
     def norm(self, name: str, x: Array, *, odd: bool = False) -> Array:
         width = x.shape[-1]
         scale = self.weight(f"{name}.weight", width)
-        if self.r.norm == "layer" and not name.endswith(("q_norm", "k_norm")):
+        if self.r.norm == "layer" and not name.endswith((".q_norm", ".k_norm")):
             centered = x - x.mean(-1, keepdims=True)
             normal = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + self.r.EPSILON)
             return normal * scale + self.weight(f"{name}.bias", width)

@@ -27,7 +27,7 @@ from qeff_ir.testing.judge import explained, prepare
 from qeff_ir.testing.recipe import Recipe
 from qeff_ir.testing.strategies import Request, recipes, requests, stock_pipelines
 from qeff_ir.verifier import verify
-from tests.properties import scaled
+from tests.properties import rich, scaled
 
 
 @st.composite
@@ -148,6 +148,7 @@ def test_p4_damage_is_told_with_its_code(case: tuple[Recipe, Request], damage: C
 
 
 @scaled(0.6)
+@rich()
 @given(cases(), stock_pipelines())
 def test_p5_p8_p9_every_pass_keeps_its_word(case: tuple[Recipe, Request], stock: tuple[str, str]) -> None:
     recipe, request = case
@@ -265,6 +266,7 @@ def check_sites(recipe: Recipe, request: Request, text: str) -> None:
 
 
 @scaled(0.6)
+@rich()
 @given(cases(odd=False), stock_pipelines())
 def test_p7_passes_fire_at_every_planted_site(case: tuple[Recipe, Request], stock: tuple[str, str]) -> None:
     check_sites(*case, stock[1])

@@ -25,7 +25,7 @@ from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import expected, explained, module_answers, options, prepare, session_answers
 from qeff_ir.testing.recipe import Recipe
 from qeff_ir.testing.strategies import Request, orders, recipes, requests, stock_pipelines
-from tests.properties import scaled
+from tests.properties import rich, scaled
 
 
 @st.composite
@@ -40,7 +40,8 @@ def hold(values: np.ndarray, exact: np.ndarray, module: Module) -> None:
     assert error <= limit, f"the error is {error:.2e} of {limit:.2e} allowed"
 
 
-@scaled(0.7)
+@scaled(0.5)
+@rich()
 @given(cases(), stock_pipelines())
 def test_p10_every_pass_keeps_its_numeric_promise(case: tuple[Recipe, Request], stock: tuple[str, str]) -> None:
     recipe, request = case
@@ -69,7 +70,8 @@ def opened(module: Module, request: Request, stock: tuple[str, str], folder: Pat
     return backend.open(folder, threads=1)
 
 
-@scaled(1.4)
+@scaled(0.8)
+@rich()
 @given(cases(), stock_pipelines())
 def test_p11_packages_answer_as_the_recipe_however_the_request_is_cut(
     case: tuple[Recipe, Request], stock: tuple[str, str]
@@ -88,6 +90,7 @@ def test_p11_packages_answer_as_the_recipe_however_the_request_is_cut(
 
 
 @scaled(0.3)
+@rich()
 @given(cases(), stock_pipelines())
 def test_p12_rows_do_not_know_of_each_other(case: tuple[Recipe, Request], stock: tuple[str, str]) -> None:
     """Whoever shares the batch: a row that is alone with idle rows answers the same."""
@@ -151,6 +154,7 @@ def check_any(module: Module, text: str, recipe: Recipe, request: Request) -> No
 
 
 @scaled(0.4)
+@rich(stock=False)
 @given(cases())
 def test_p15_both_targets_have_one_interface(case: tuple[Recipe, Request]) -> None:
     recipe, request = case
