@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -14,6 +15,12 @@ from pathlib import Path
 from tests.kill.faults import FAULTS, PROPERTIES, Fault
 
 ROOT = Path(__file__).parents[2]
+SHARED = (
+    "hypothesis.stateful", "onnx.reference", "onnx_ir.passes.common", "onnxruntime", "onnxscript.optimizer",
+    "onnxscript.rewriter", "onnxscript.version_converter", "pytest", "torch.export", "torch.onnx",
+    "transformers.cache_utils", "transformers.exporters.exporter_onnx", "transformers.masking_utils",
+)  # fmt: skip
+"""What every copy imports."""
 COPIED = ("qeff_ir", "passes", "backends", "tests", "pyproject.toml")
 
 
@@ -93,14 +100,10 @@ def main() -> int:
         parser.error(f"no fault is called '{min(unknown)}'")
     faults = [f for f in FAULTS if given.only is None or f.name in given.only]
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # Imported once, before the processes part; nothing of the project is.
-    import hypothesis
-    import onnx_ir
-    import onnxruntime
-    import onnxscript
-    import transformers
-
-    del hypothesis, onnx_ir, onnxruntime, onnxscript, transformers
+    for module in SHARED:  # imported once, before the processes part; nothing of the project is
+        importlib.import_module(module)
+    transformers = importlib.import_module("transformers")
+    assert transformers.PreTrainedModel and transformers.AutoModelForCausalLM  # which it imports when asked
     if not given.unchecked:
         wrong = sound(sorted({f.by for f in faults}))
         if wrong:

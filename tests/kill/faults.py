@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 PROPERTIES = {
     "P2 saved": "test_modules.py::test_p1_p2_saving_and_loading_is_the_identity",
+    "P1 text": "test_modules.py::test_p1_every_change_shows_in_the_text",
     "P4 verifier": "test_modules.py::test_p4_damage_is_told_with_its_code",
     "P5 word": "test_modules.py::test_p5_p8_p9_every_pass_keeps_its_word",
     "P6 transaction": "test_modules.py::test_p6_a_pass_that_fails_leaves_the_module_alone",
@@ -302,6 +303,43 @@ def _faults() -> list[Fault]:
             "P4 verifier",
             "if specialization.symbols.get(dim, 0) < 1:",
             "if specialization.symbols.get(dim, 1) < 1:",
+        ),
+    )
+    plant(
+        "qeff_ir/verifier.py",
+        (
+            "operators of other opsets taken",
+            "P13 orders",
+            'raise VerificationError("operator", f"{_place(node)} does not exist in opset {opset}") from error',
+            "del opset",
+        ),
+    )
+    plant(
+        "qeff_ir/printer.py",
+        ("rings not printed", "P1 text", 'marks += ["ring"] if state.ring else []', "marks += []"),
+        (
+            "attributes not printed",
+            "P1 text",
+            'for a in plain) + "}" if plain else',
+            'for a in plain) + "}" if not plain else',
+        ),
+    )
+    plant(
+        "passes/last_logits.py",
+        (
+            "one token chosen twice",
+            "P14 sequences",
+            "if logits.shape is not None and logits.shape[1] == 1:",
+            "if False:",
+        ),
+    )
+    plant(
+        "passes/_kv_layouts.py",
+        (
+            "last position of all rows",
+            "P12 rows",
+            'b("ReduceMax", self.position_ids, b.const([1]), keepdims=1)',
+            'b("ReduceMax", self.position_ids, b.const([0, 1]), keepdims=1)',
         ),
     )
     plant(

@@ -20,7 +20,7 @@ from qeff_ir.module import WEIGHT_KEY, Module, State
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.manager import PassRun, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.printer import structure, to_text
+from qeff_ir.printer import fingerprint, structure, to_text
 from qeff_ir.snapshot import load_module, save_module
 from qeff_ir.testing.build import Built, build
 from qeff_ir.testing.judge import explained, prepare
@@ -70,6 +70,61 @@ def test_p1_p2_saving_and_loading_is_the_identity(case: tuple[Recipe, Request]) 
         assert to_text(again) == to_text(module)
         again.graph.outputs.pop()
         assert len(module.graph.outputs) == len(again.graph.outputs) + 1
+
+
+def _other_number(module: Module) -> None:
+    node = next(n for n in module.graph if n.op_type == "Constant" or n.attributes)
+    name, attribute = next(iter(node.attributes.items()))
+    if isinstance(attribute.value, ir.Tensor):
+        node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.value.numpy() + 1))
+    else:
+        node.attributes[name] = ir.AttrInt64(name, 17)
+
+
+def _other_operand(module: Module) -> None:
+    node = next(n for n in reversed(list(module.graph)) if n.op_type == "MatMul")
+    node.replace_input_with(0, node.inputs[1])
+
+
+def _other_window(module: Module) -> None:
+    module.states[0] = dataclasses.replace(module.states[0], window=(module.states[0].window or 0) + 1)
+
+
+def _ring(module: Module) -> None:
+    module.states[-1] = dataclasses.replace(module.states[-1], ring=True)
+
+
+def _other_size(module: Module) -> None:
+    module.specializations[0].symbols["ctx_len"] += 1  # type: ignore[index]
+
+
+def _other_type(module: Module) -> None:
+    module.graph.inputs[-1].dtype = ir.DataType.FLOAT16
+
+
+def _one_output_less(module: Module) -> None:
+    module.graph.outputs.pop()
+
+
+def _another_property(module: Module) -> None:
+    module.properties.add("odd")
+
+
+CHANGES = [
+    _other_number, _other_operand, _other_window, _ring, _other_size, _other_type, _one_output_less, _another_property
+]  # fmt: skip
+
+
+@scaled(1.0)
+@given(cases(), st.sampled_from(CHANGES))
+def test_p1_every_change_shows_in_the_text(case: tuple[Recipe, Request], change: Callable[[Module], None]) -> None:
+    """Packages are found again by the fingerprint: what does not show in the text would be served from another one."""
+    recipe, request = case
+    module = prepare(build(recipe).module, request)
+    before = fingerprint(module)
+    assert fingerprint(module.clone()) == before
+    change(module)
+    assert fingerprint(module) != before, change.__name__
 
 
 # P4: the verifier takes every drawn module, and each kind of damage is told with its code.

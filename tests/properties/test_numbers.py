@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backends import backend_names, find_backend
@@ -25,7 +25,7 @@ from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import expected, explained, module_answers, options, prepare, session_answers
 from qeff_ir.testing.recipe import Recipe
 from qeff_ir.testing.strategies import Request, orders, recipes, requests, stock_pipelines
-from tests.properties import rich, scaled
+from tests.properties import LONG, RICH, rich, scaled
 
 
 @st.composite
@@ -119,25 +119,29 @@ def test_p12_rows_do_not_know_of_each_other(case: tuple[Recipe, Request], stock:
 
 
 @scaled(0.4)
-@given(cases(), st.data())
-def test_p13_legal_orders_answer_alike(case: tuple[Recipe, Request], data: st.DataObject) -> None:
+@given(cases(), st.sampled_from(backend_names()).flatmap(lambda name: orders(find_backend(name).pipeline)))
+@example((RICH[0], LONG), "canonicalize,last-logits,kv-retention{layout=scatter},attention,legalize,fuse-norms")
+def test_p13_legal_orders_answer_alike(case: tuple[Recipe, Request], text: str) -> None:
     """Any order that the declared properties allow is refused in a sentence, or right."""
     recipe, request = case
-    module = prepare(build(recipe).module, request)
-    text = data.draw(orders(find_backend(data.draw(st.sampled_from(backend_names()))).pipeline))
-    check_any(module, text, recipe, request)
+    check_any(prepare(build(recipe).module, request), text, recipe, request)
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> str:
+    """Any passes after the first, some more than once."""
+    layout = draw(st.sampled_from(["{layout=scatter}", "{layout=tensor-scatter}"]))
+    items = draw(st.lists(st.sampled_from(list(registered_passes())), max_size=5))
+    return ",".join(["canonicalize", *(i + (layout if i == "kv-retention" else "") for i in items)])
 
 
 @scaled(0.5)
-@given(cases(), st.data())
-def test_p14_any_sequence_of_passes_is_refused_or_right(case: tuple[Recipe, Request], data: st.DataObject) -> None:
+@given(cases(), sequences())
+@example((RICH[1], LONG), "canonicalize,last-logits,last-logits")
+@example((RICH[0], LONG), "canonicalize,kv-retention{layout=scatter},kv-retention{layout=tensor-scatter},unflatten")
+def test_p14_any_sequence_of_passes_is_refused_or_right(case: tuple[Recipe, Request], text: str) -> None:
     recipe, request = case
-    module = prepare(build(recipe).module, request)
-    names = list(registered_passes())
-    items = data.draw(st.lists(st.sampled_from(names), max_size=5))
-    layout = data.draw(st.sampled_from(["{layout=scatter}", "{layout=tensor-scatter}"]))
-    text = ",".join(["canonicalize", *(i + (layout if i == "kv-retention" else "") for i in items)])
-    check_any(module, text, recipe, request)
+    check_any(prepare(build(recipe).module, request), text, recipe, request)
 
 
 def check_any(module: Module, text: str, recipe: Recipe, request: Request) -> None:
