@@ -117,7 +117,12 @@ def _faults() -> list[Fault]:
             "new = new",
         ),
         ("ring does not wrap", "P11 packages", 'mode = "circular"', 'mode = "linear"'),
-        ("no spare slots", "P11 packages", 's.symbols["ctx_len"] + spare}', 's.symbols["ctx_len"] + spare - 1}'),
+        (
+            "one spare slot",
+            "P11 packages",
+            'spare = max(s.symbols["seq_len"] for s in module.specializations)',
+            "spare = 1",
+        ),
         (
             "keys written to the slot after",
             "P10 passes",
