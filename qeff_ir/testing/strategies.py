@@ -160,7 +160,9 @@ def requests(draw: st.DrawFn, recipe: Recipe, *, batch: int | None = None, most_
     """
     rows = draw(st.integers(1, 3)) if batch is None else batch
     chunk = draw(st.sampled_from([3, 1, 2, 4, 5]))
-    ctx_len = draw(st.sampled_from([12, 7, 9, 16]))
+    rings = [window + chunk - 1 for i in recipe.owners if (window := recipe.window(i)) is not None]
+    edges = [n + more for n in rings for more in (0, 1)]  # a ring as long as the context is none; one slot less is one
+    ctx_len = max(chunk, draw(st.sampled_from([12, 7, 9, 16, *edges])))
     lengths = [0] * rows
     runs: list[Run] = []
     for _ in range(draw(st.integers(1, most_runs))):

@@ -48,6 +48,10 @@ LONG = Request(
 """Whole chunks, parts of one, rows that idle or start anew, up to the last slot and past every window."""
 
 
+EDGE = Request(5, 3, _runs((3, 3, 3), (2, 1, 0), (0, 1, 1)), 11)
+"""A context just as long as the ring of a window of three tokens would be."""
+
+
 def rich(*, stock: bool = True) -> Callable[[T], T]:
     """Decorator: the property is tried on `RICH` first, for both targets where it takes a stock pipeline."""
 

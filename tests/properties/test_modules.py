@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given, note
+from hypothesis import example, given, note
 from hypothesis import strategies as st
 
 from backends import find_backend
@@ -27,7 +27,7 @@ from qeff_ir.testing.judge import explained, prepare
 from qeff_ir.testing.recipe import Recipe
 from qeff_ir.testing.strategies import Request, recipes, requests, stock_pipelines
 from qeff_ir.verifier import verify
-from tests.properties import rich, scaled
+from tests.properties import EDGE, RICH, rich, scaled
 
 
 @st.composite
@@ -322,6 +322,7 @@ def check_sites(recipe: Recipe, request: Request, text: str) -> None:
 
 @scaled(0.6)
 @rich()
+@example((RICH[0], EDGE), ("onnxruntime", find_backend("onnxruntime").pipeline))
 @given(cases(odd=False), stock_pipelines())
 def test_p7_passes_fire_at_every_planted_site(case: tuple[Recipe, Request], stock: tuple[str, str]) -> None:
     check_sites(*case, stock[1])
