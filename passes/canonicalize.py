@@ -16,6 +16,7 @@ from qeff_ir import device_ops, dialect
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.matching import same_size
+from qeff_ir.testing.tolerance import Exact, Numeric
 
 # Not `optimizer.optimize_ir`: its default rules contain one with two results, which looks at every pair of slices and
 # walks the graph for each node, so that its time grows with the square of the model; most others are for convolutions.
@@ -62,6 +63,7 @@ class Canonicalize(Pass):
     name: ClassVar[str] = "canonicalize"
     establishes: ClassVar[frozenset[str]] = frozenset({"canonical"})
     folds_constants: ClassVar[bool] = True
+    numeric: ClassVar[Numeric] = Exact()
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Optimize in place; see the class."""
