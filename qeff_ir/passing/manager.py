@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 
 from qeff_ir.errors import PassError, PipelineError, QeffError
@@ -74,14 +76,25 @@ def run_pipeline(
     for instrument in stack:
         instrument.before_pipeline(module, pipeline)
     before, forms = fingerprint(module), {structure(module): "the beginning"} if check >= 2 else {}
-    for id, item in pipeline:
-        rewriter = Rewriter(module, id, (budgets or {}).get(id))
-        run, before = _run(module, item, rewriter, before, stack, check, forms)
-        report.runs.append(run)
+    with _settled():
+        for id, item in pipeline:
+            rewriter = Rewriter(module, id, (budgets or {}).get(id))
+            run, before = _run(module, item, rewriter, before, stack, check, forms)
+            report.runs.append(run)
     module.write_facts()
     for instrument in reversed(stack):
         instrument.after_pipeline(report, module)
     return report
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Spare the garbage collector what already lives: it would look at all of it again and again while passes run."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _run(
