@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 
@@ -88,7 +88,7 @@ def run_pipeline(
 
 
 @contextmanager
-def _settled() -> Iterator[None]:
+def _settled() -> Generator[None]:
     """Spare the garbage collector what already lives: it would look at all of it again and again while passes run."""
     gc.freeze()
     try:
