@@ -81,6 +81,7 @@ def run_pipeline(
             rewriter = Rewriter(module, id, (budgets or {}).get(id))
             run, before = _run(module, item, rewriter, before, stack, check, forms)
             report.runs.append(run)
+            gc.collect()
     module.write_facts()
     for instrument in reversed(stack):
         instrument.after_pipeline(report, module)
@@ -89,12 +90,20 @@ def run_pipeline(
 
 @contextmanager
 def _settled() -> Generator[None]:
-    """Spare the garbage collector what already lives: it would look at all of it again and again while passes run."""
+    """Collect garbage between passes only, and not among what lives already.
+
+    Passes make so many objects that the collector would look through all of them, and all of torch, again and again:
+    the time for a node would grow with the number of nodes.
+    """
+    enabled = gc.isenabled()
     gc.freeze()
+    gc.disable()
     try:
         yield
     finally:
         gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def _run(
