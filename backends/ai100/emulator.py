@@ -111,6 +111,11 @@ def adapter_inputs(proto: onnx.ModelProto) -> dict[str, AdapterInput]:
     return {item.name: item for item in items}
 
 
+_FUSE_BIASES = ["MatMulAddFusion", "SkipLayerNormFusion"]
+"""What the runtime must leave: a bias stays a sum of its own, so that a branch between product and bias leaves all
+other numbers as they are without it."""
+
+
 class _Program:
     """One specialization.
 
@@ -131,9 +136,8 @@ class _Program:
             "session.model_external_initializers_file_folder_path", str(model.parent.resolve())
         )
         try:
-            # A bias stays a sum of its own, so that a branch between product and bias leaves other numbers alone.
             self._session = ort.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+                content, options, providers=["CPUExecutionProvider"], disabled_optimizers=_FUSE_BIASES
             )
         except Exception as error:  # ONNX Runtime raises several private types
             reason = str(error).splitlines()[0]

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir import dialect
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State
+from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State
 from qeff_ir.runtime.session import Array
 from qeff_ir.testing.recipe import Layer, Recipe
 
@@ -127,12 +127,14 @@ class _Builder:
     def number(self, value: float) -> ir.Value:
         return self.const(value, np.float32)
 
-    def weight(self, name: str, *shape: int, numbers: Array | None = None) -> ir.Value:
+    def weight(self, name: str, *shape: int, numbers: Array | None = None, layer: str = "") -> ir.Value:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         array = self.r.tensor(name, *shape) if numbers is None else numbers
         made = ir.val(name, const_value=ir.tensor(array, name=name))
         made.metadata_props[WEIGHT_KEY] = name
+        if layer:
+            made.metadata_props[LAYER_KEY] = layer
         self.graph.register_initializer(made)
         return made
 
@@ -152,7 +154,7 @@ class _Builder:
     def decoder(self) -> ir.Value:
         r = self.r
         self.source = "model.embed"
-        table = self.weight("embed.weight", r.vocab, r.HIDDEN)
+        table = self.weight("embed.weight", r.vocab, r.HIDDEN, layer="embedding")
         x = self.node("Gather", table, self.ids, axis=0, shape=[*ROWS, r.HIDDEN])
         if r.learned_positions:
             places = self.weight("positions.weight", r.POSITIONS, r.HIDDEN)
@@ -208,12 +210,18 @@ class _Builder:
         """The weight of a product: stored the other way round as torch does, or as it is."""
         numbers = self.r.product(name, rows, columns)
         if self.pick(3) == 2:
-            return self.weight(f"{name}.weight", numbers=numbers)
+            return self.weight(f"{name}.weight", numbers=numbers, layer="linear")
         self.planted["FusedMatMul"] += 1
-        turned = self.weight(f"{name}.weight", numbers=np.ascontiguousarray(numbers.T))
+        turned = self.weight(f"{name}.weight", numbers=np.ascontiguousarray(numbers.T), layer="linear")
         return self.node("Transpose", turned, perm=[1, 0], shape=[rows, columns])
 
     def linear(self, name: str, x: ir.Value, columns: int, *, odd: bool = False) -> ir.Value:
+        around, self.source = self.source, f"model.{name}"
+        out = self.product(name, x, columns, odd=odd)
+        self.source = around
+        return out
+
+    def product(self, name: str, x: ir.Value, columns: int, *, odd: bool) -> ir.Value:
         r, rows = self.r, int(list(x.shape or ())[-1])  # pyright: ignore[reportArgumentType]
         shape = [*ROWS, columns]
         bias = self.weight(f"{name}.bias", columns) if r.bias else None
@@ -221,7 +229,7 @@ class _Builder:
             out = self.node("MatMul", x, self.stored(name, rows, columns), shape=shape)
             return self.pair("Add", out, bias, shape=shape) if bias is not None else out
         flat = self.node("Reshape", x, self.const([-1, rows]), shape=["batch_size*seq_len", rows])
-        weight = self.weight(f"{name}.weight", numbers=r.product(name, rows, columns))
+        weight = self.weight(f"{name}.weight", numbers=r.product(name, rows, columns), layer="linear")
         strange = odd and r.odd == "gemm-beta" and bias is not None
         beta = 0.5 if strange else 1.0
         out = self.node(

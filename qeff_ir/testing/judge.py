@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +59,14 @@ def module_answers(module: Module, request: Request) -> Array:
     return np.concatenate([run["logits"] for run in given.outputs])
 
 
-def session_answers(session: Session, request: Request) -> Array:
-    """The answers of an open session, which is reset first."""
+def session_answers(session: Session, request: Request, more: Mapping[str, Array] | None = None) -> Array:
+    """The answers of an open session, which is reset first; `more` are inputs that every run takes besides."""
     session.reset()
     found: list[Array] = []
     for feeds, rows, reset in request.feeds():
         if reset:
             session.reset()
-        logits = session.run(feeds)["logits"]
+        logits = session.run({**feeds, **(more or {})})["logits"]
         found += [logits[i, 0] for i, row in enumerate(rows) if row is not None]
     return np.stack(found)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -167,17 +167,23 @@ class Recipe:
         return self.tensor(f"{name}.weight", rows, columns)
 
 
-def answer(recipe: Recipe, tokens: Sequence[int]) -> Array:
-    """Logits of every token of one row, float64 ``[len(tokens), vocab]``."""
-    return _Reference(recipe).run(np.asarray(tokens, dtype=np.int64))
+def answer(recipe: Recipe, tokens: Sequence[int], added: Mapping[str, Array] | None = None) -> Array:
+    """Logits of every token of one row, float64 ``[len(tokens), vocab]``.
+
+    Args:
+        recipe: The decoder.
+        tokens: The row.
+        added: What an adapter adds to the weights of products, ``[rows, columns]`` by the product's name.
+    """
+    return _Reference(recipe, added or {}).run(np.asarray(tokens, dtype=np.int64))
 
 
 class _Reference:
     """One row through a decoder, all tokens at once."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, added: Mapping[str, Array]) -> None:
         self.r = recipe
-        self.odd_left = recipe.odd != "none"
+        self.added = added
 
     def run(self, tokens: Array) -> Array:
         """See `answer`."""
@@ -214,7 +220,7 @@ class _Reference:
         return x / np.sqrt((x**power).mean(-1, keepdims=True) + np.float32(self.r.EPSILON)) * scale
 
     def linear(self, name: str, x: Array, columns: int, *, odd: bool = False) -> Array:
-        out = x @ self.r.product(name, x.shape[-1], columns).astype(np.float64)
+        out = x @ (self.r.product(name, x.shape[-1], columns).astype(np.float64) + self.added.get(name, 0.0))
         beta = 0.5 if odd and self.r.odd == "gemm-beta" else 1.0
         return out + beta * self.weight(f"{name}.bias", columns) if self.r.bias else out
 

@@ -17,6 +17,7 @@ PROPERTIES = {
     "P11 packages": "test_numbers.py::test_p11_packages_answer_as_the_recipe_however_the_request_is_cut",
     "P11 driver": "test_driver.py::TestRequests",
     "P12 rows": "test_numbers.py::test_p12_rows_do_not_know_of_each_other",
+    "P12 adapters": "test_adapters.py::test_p12_rows_answer_with_their_own_adapter",
     "P13 orders": "test_numbers.py::test_p13_legal_orders_answer_alike",
     "P14 sequences": "test_numbers.py::test_p14_any_sequence_of_passes_is_refused_or_right",
     "P15 targets": "test_numbers.py::test_p15_both_targets_have_one_interface",
@@ -227,11 +228,52 @@ def _faults() -> list[Fault]:
         ),
     )
     plant(
+        "passes/lora.py",
+        (
+            "adapter applied twice",
+            "P12 adapters",
+            "total = self._plus(layer.node, delta, b)",
+            'total = self._plus(layer.node, b("Add", delta, delta), b)',
+        ),
+        (
+            "adapter of the slot before",
+            "P12 adapters",
+            'b("Squeeze", self.ids, b.const([1])), b.const([0]))',
+            'b("Sub", b("Squeeze", self.ids, b.const([1])), b.const([1])), b.const([0]))',
+        ),
+        (
+            "all rows with the last row's adapter",
+            "P12 adapters",
+            'rows = b("Gather", factor, self.rows, axis=0)',
+            'rows = b("Gather", factor, b("ReduceMax", self.rows, keepdims=1), axis=0)',
+        ),
+        (
+            "layer lost for its branch",
+            "P12 adapters",
+            'return b("Sum", self._again(last, b), delta, shape=old.shape, dtype=old.dtype)',
+            'return b("Sum", delta, shape=old.shape, dtype=old.dtype)',
+        ),
+        ("one layer without a branch", "P12 adapters", "for layer in found:\n", "for layer in found[2:]:\n"),
+    )
+    plant(
+        "backends/onnxruntime/session.py",
+        (
+            "adapter written into all slots",
+            "P12 adapters",
+            "self._adapters[name].data[... if slot is None else slot] = data",
+            "self._adapters[name].data[...] = data",
+        ),
+    )
+    plant(
+        "backends/ai100/emulator.py",
+        ("adapters forgotten between requests", "P12 adapters", "if name not in self._adapters:", "if True:"),
+    )
+    plant(
         "passes/ort_attention.py",
         ("scale left to the kernel", "P10 passes", 'for name in ("scale", "softcap")', 'for name in ("softcap",)'),
         (
             "part of a mask taken for all of it",
-            "P7 near misses",
+            "P10 passes",
             '    node = made_by(mask, "LessOrEqual")\n',
             '    both = made_by(mask, "And")\n'
             '    node = made_by(mask if both is None else both.inputs[0], "LessOrEqual")\n',
@@ -245,7 +287,7 @@ def _faults() -> list[Fault]:
         ("idle rows forgotten", "P11 packages", 'b("Where", b("Less", last, zero), kept, last)', "last"),
         (
             "a shared cache is fused",
-            "P5 word",
+            "P7 sites",
             "list(write.outputs[0].consumers()) != [node]",
             "node not in write.outputs[0].consumers()",
         ),
@@ -268,7 +310,7 @@ def _faults() -> list[Fault]:
             "                module.graph.register_initializer(copy)\n"
             "                uses[-1].node.replace_input_with(uses[-1].idx, copy)\n",
         ),
-        ("axis kept that is another", "P5 word", "dims.append(0)\n        elif", "dims.append(1)\n        elif"),
+        ("axis kept that is another", "P10 passes", "dims.append(0)\n        elif", "dims.append(1)\n        elif"),
     )
     plant(
         "qeff_ir/passing/manager.py",

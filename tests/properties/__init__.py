@@ -52,6 +52,10 @@ EDGE = Request(5, 3, _runs((3, 3, 3), (2, 1, 0), (0, 1, 1)), 11)
 """A context just as long as the ring of a window of three tokens would be."""
 
 
+FULL = Request(6, 3, _runs((3, 1, 1), (2, 1, 1), (0, 3, 0), (1, 1, 1)), 11)
+"""A row idles, one token short of a full context, while others take a chunk."""
+
+
 def rich(*, stock: bool = True) -> Callable[[T], T]:
     """Decorator: the property is tried on `RICH` first, for both targets where it takes a stock pipeline."""
 

@@ -25,7 +25,10 @@ from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import expected, explained, module_answers, options, prepare, session_answers
 from qeff_ir.testing.recipe import Recipe
 from qeff_ir.testing.strategies import Request, orders, recipes, requests, stock_pipelines
-from tests.properties import LONG, RICH, rich, scaled
+from tests.properties import FULL, LONG, RICH, rich, scaled
+
+STRIDED = Recipe(head_dim=8, value_dim=8, odd="strided-mask")
+"""All that a kernel for causal attention could want, but for keys that are skipped."""
 
 
 @st.composite
@@ -42,6 +45,7 @@ def hold(values: np.ndarray, exact: np.ndarray, module: Module) -> None:
 
 @scaled(0.5)
 @rich()
+@example((STRIDED, LONG), ("onnxruntime", find_backend("onnxruntime").pipeline))
 @given(cases(), stock_pipelines())
 def test_p10_every_pass_keeps_its_numeric_promise(case: tuple[Recipe, Request], stock: tuple[str, str]) -> None:
     recipe, request = case
@@ -72,6 +76,7 @@ def opened(module: Module, request: Request, stock: tuple[str, str], folder: Pat
 
 @scaled(0.8)
 @rich()
+@example((RICH[2], FULL), ("onnxruntime", find_backend("onnxruntime").pipeline))
 @given(cases(), stock_pipelines())
 def test_p11_packages_answer_as_the_recipe_however_the_request_is_cut(
     case: tuple[Recipe, Request], stock: tuple[str, str]
@@ -173,6 +178,9 @@ def test_p15_both_targets_have_one_interface(case: tuple[Recipe, Request]) -> No
             opened(module, request, (name, text), Path(folder))
             if name == "ai100":
                 assert list(contract.violations(Path(folder))) == []
+            sizes = {(s.symbols["batch_size"], s.symbols["ctx_len"]) for s in module.specializations}
+            assert sizes == {(request.batch, request.ctx_len)}
+            assert max(s.symbols["seq_len"] for s in module.specializations) == request.chunk
             faces.append(
                 (
                     [(v.name, v.dtype) for v in (*module.graph.inputs, *module.graph.outputs)],
