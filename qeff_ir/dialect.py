@@ -122,7 +122,19 @@ def Attention(q: T, k: T, v: T, mask: BOOL, scale: float = 1.0, softcap: float =
     return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)
 
 
-OPS = {f.name: f for f in (CacheUpdate, CachePositions, SinkAttention, Attention)}
+@script(_qeff, default_opset=op)
+def LayerInput(hidden: T) -> T:  # noqa: N802
+    """The hidden states where they enter a layer that is lowered once for many; the frontend takes the mark out."""
+    return op.Identity(hidden)
+
+
+@script(_qeff, default_opset=op)
+def LayerOutput(hidden: T) -> T:  # noqa: N802
+    """The hidden states where they leave such a layer."""
+    return op.Identity(hidden)
+
+
+OPS = {f.name: f for f in (CacheUpdate, CachePositions, SinkAttention, Attention, LayerInput, LayerOutput)}
 """The ops of the dialect by name."""
 
 

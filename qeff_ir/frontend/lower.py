@@ -12,11 +12,12 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir import tensor_adapters
 from onnxscript import values, version_converter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
@@ -27,9 +28,11 @@ from transformers.exporters.utils import apply_fx_node_fixes, apply_patches
 from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
 from qeff_ir.frontend.capture import CapturingCache, LayerSpec, captured, tracing
+from qeff_ir.frontend.layers import INPUT, OUTPUT, Fold, Prepared, cut, find_fold, marked
 from qeff_ir.frontend.own_masks import refuse_own_masks
 from qeff_ir.frontend.private import onnx_translations
 from qeff_ir.frontend.skeleton import fake_weights
+from qeff_ir.frontend.stamp import cut_weights, find_layers, unfold
 from qeff_ir.frontend.weights import Weights
 from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State, all_values, rename_symbols
 
@@ -44,12 +47,15 @@ _PREFIX = "hf."
 """Scope of the model inside `_Step`; taken off every name."""
 
 
-def lower(model: PreTrainedModel, weights: Weights) -> Module:
+def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> Module:
     """Lower a causal LM with retained key/value states.
+
+    Layers that are shown to be copies of each other are traced once (`qeff_ir.frontend.layers`).
 
     Args:
         model: The model; its parameters may be on the meta device. Unchanged on return.
         weights: Where each parameter and persistent buffer is.
+        whole: Whether to trace every layer all the same.
 
     Returns:
         A module with inputs ``input_ids``, ``position_ids`` (int64 ``[batch_size, seq_len]``) and the states, and
@@ -64,12 +70,44 @@ def lower(model: PreTrainedModel, weights: Weights) -> Module:
         with _attributes_kept(model):
             specs = _probe(model, fake)
         with _attributes_kept(model):
+            fold = None if whole else find_fold(model, lambda kept: _prepared(model, specs, kept, fake))
+        folded = None if fold is None else _folded(model, weights, specs, fold, fake)
+        if folded is not None:
+            return folded
+        with _attributes_kept(model):
             program = _trace(model, specs, fake)
+    return _finished(_module(program, model, weights, specs))
+
+
+def _folded(
+    model: PreTrainedModel, weights: Weights, specs: list[LayerSpec], fold: Fold, fake: FakeTensorMode
+) -> Module | None:
+    """The module made from one layer of each kind; `None` when the cut graph is not a chain of layers."""
+    kept = [s for s in specs if s.layer in fold.states]
+    buffers = [(n, b) for n, b in model.named_buffers() if not isinstance(b, FakeTensor)]
+    tensors = {**{n: tensor_adapters.TorchTensor(b, name=n) for n, b in buffers}, **weights}
+    with _attributes_kept(model), cut(model, fold.path, fold.traced), marked(model, fold.path):
+        program = _trace(model, kept, fake)
+        module = _module(program, model, cut_weights(weights, fold), kept)
+    layers = find_layers(module, fold, tensors)
+    if layers is None:
+        return None
+    unfold(module, fold, layers, tensors)
+    return _finished(module)
+
+
+def _module(
+    program: torch.onnx.ONNXProgram, model: PreTrainedModel, weights: Weights, specs: list[LayerSpec]
+) -> Module:
     states = _states(specs)
     graph_model = _clean(program.model, weights, states)
     refuse_own_masks(graph_model.graph, type(model).__name__)
     module = Module(graph_model, type(model).__name__, states)
     _name_dims(module, model)
+    return module
+
+
+def _finished(module: Module) -> Module:
     dialect.attach(module.model)
     module.write_facts()
     return module
@@ -113,7 +151,8 @@ def _probe(model: PreTrainedModel, fake: FakeTensorMode) -> list[LayerSpec]:
     return specs
 
 
-def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode) -> torch.onnx.ONNXProgram:
+def _inputs(specs: list[LayerSpec], fake: FakeTensorMode) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Token ids (or positions), and states, for a run on fake tensors."""
     with fake:
         ids = torch.zeros((_BATCH, _SEQ), dtype=torch.long)
         past = [
@@ -121,6 +160,28 @@ def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode)
             for s in specs
             for heads, width in (s.key, s.value)
         ]
+    return ids, past
+
+
+def _prepared(
+    model: PreTrainedModel, specs: list[LayerSpec], kept: frozenset[int] | None, fake: FakeTensorMode
+) -> Prepared:
+    """A run of the model with the states of some layers only, for `find_fold`."""
+    specs = [s for s in specs if kept is None or s.layer in kept]
+    ids, past = _inputs(specs, fake)
+    with fake:
+        positions = ids.clone()
+    names = ["input_ids", "position_ids", *(s.input for s in _states(specs))]
+
+    def work() -> Sequence[torch.Tensor]:
+        with apply_patches("onnx"), apply_patches("dynamo"), reset_model_state(model), fake:
+            return _Step(model, specs)(ids, positions, past)
+
+    return dict(zip(names, [ids, positions, *past], strict=True)), work
+
+
+def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode) -> torch.onnx.ONNXProgram:
+    ids, past = _inputs(specs, fake)
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {
         "input_ids": {0: dynamic, 1: dynamic},
@@ -182,6 +243,8 @@ def _opaque(name: str, *attributes: str) -> Callable[..., Any]:
 _TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.qeff.cache_update.default: _opaque("CacheUpdate"),
     torch.ops.qeff.cache_positions.default: _opaque("CachePositions"),
+    torch.ops.qeff.layer_input.default: _opaque(INPUT),
+    torch.ops.qeff.layer_output.default: _opaque(OUTPUT),
     torch.ops.qeff.attention.default: _opaque("Attention", "scale", "softcap"),
     torch.ops.qeff.sink_attention.default: _opaque("SinkAttention", "scale", "softcap"),
 }

@@ -115,3 +115,8 @@ def test_cache_layers_are_told_by_their_class() -> None:
     config, _ = support.tiny("gemma2")
     kinds = [type(layer) for layer in cache_utils.DynamicCache(config=config).layers]
     assert kinds == [cache_utils.DynamicSlidingWindowLayer, cache_utils.DynamicLayer]
+
+
+def test_operators_tell_whether_they_write_into_an_argument() -> None:
+    assert private.changes_arguments(torch.ops.aten.add_.Tensor)
+    assert not private.changes_arguments(torch.ops.aten.add.Tensor)
