@@ -92,8 +92,9 @@ def _check_weights(run: Transition) -> None:
     if run.item.changes_weights:
         return
     before, after = _stored(run.before), _stored(run.after)
+    known = {storage for storage, _ in before.values()}
     for name, (storage, size) in after.items():
-        if storage not in {s for s, _ in before.values()}:
+        if storage not in known:
             what = "is no longer the tensor that it was" if name in before else f"is new, with {size} bytes"
             raise VerificationError("contract", f"'{name}' {what}, although the pass does not declare changes_weights")
     kept = {storage for storage, _ in after.values()}
