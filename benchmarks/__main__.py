@@ -1,15 +1,19 @@
-"""``python -m benchmarks <name>``."""
+"""``python -m benchmarks SUITE``."""
 
 from __future__ import annotations
 
 import typer
 
-from benchmarks import decode, memory, passes
+from benchmarks import compare, lowering, package, passes, pipeline, race
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_show_locals=False)
-app.command("decode")(decode.main)
-app.command("memory")(memory.main)
+app.command("lowering")(lowering.main)
+app.command("pipeline")(pipeline.main)
+app.command("decode")(race.decode)
+app.command("prefill")(race.prefill)
+app.command("package")(package.main)
 app.command("passes")(passes.main)
+app.command("compare")(compare.main)
 
 if __name__ == "__main__":
     app()
