@@ -196,7 +196,7 @@ def _shapes(module: Module, symbols: Mapping[str, int]) -> dict[str, tuple[int, 
         proto = ir.to_proto(clone.model)
     graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     found: dict[str, tuple[int, ...]] = {
-        name: tuple(int(d) for d in value.shape)
+        name: tuple(value.shape.numpy())
         for name, value in module.graph.initializers.items()
         if value.shape is not None and value.shape.is_static()
     }
@@ -211,4 +211,5 @@ def _size(dim: int | ir.SymbolicDim, symbols: Mapping[str, int]) -> int | ir.Sym
     """The size of a dim; what is an expression is left to shape inference."""
     if isinstance(dim, int):
         return dim
-    return symbols[dim.value] if dim.value in symbols else ir.SymbolicDim(None)
+    size = symbols.get(dim.value or "")
+    return ir.SymbolicDim(None) if size is None else size

@@ -59,7 +59,7 @@ def read_device(file: Path) -> Device:
     try:
         data: Any = json.loads(file.read_text())
         device = Device(**data)
-        figures = (device.memory_gb, device.bandwidth_gb_s, device.tera_multiply_adds)
+        figures: list[Any] = [device.memory_gb, device.bandwidth_gb_s, device.tera_multiply_adds]
         if any(n is not None and (isinstance(n, bool) or not isinstance(n, int | float) or n <= 0) for n in figures):
             raise ValueError("a figure is not a positive number")
     except (OSError, ValueError, TypeError) as error:

@@ -91,7 +91,7 @@ def _show(costs: list[Cost]) -> None:
             if op.multiply_adds or op.weight_bytes:
                 share = f"{op.multiply_adds / total:.1%}" if total else "-"
                 bytes_, adds = f"{op.weight_bytes / 1e6:,.3f}", f"{op.multiply_adds / 1e9:,.4f}"
-                table.add_row("", name, str(op.nodes), bytes_, "", adds, share)
+                table.add_row("", name.rpartition(".")[2], str(op.nodes), bytes_, "", adds, share)
     show(table)
 
 
