@@ -1,0 +1,100 @@
+"""One architecture of the coverage benchmark, checked from configuration to logits."""
+
+from __future__ import annotations
+
+import importlib.util
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from backends import backend_names, find_backend
+from backends.base import CompileOptions
+from benchmarks.coverage import PASSED, Job, Row
+from benchmarks.coverage_models import build, data, shrink, small_config
+from qeff_ir.compiler import specialize
+from qeff_ir.errors import QeffError
+from qeff_ir.frontend.source import MemorySource, open_source
+from qeff_ir.passing.manager import run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.testing import tolerance
+from qeff_ir.testing.trace import compare, reference_trace, session_trace
+
+OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=48, batch_size=2)
+LENGTHS = (19, 5)
+"""Longer than two chunks of eight, and shorter than one and than the windows."""
+STEPS = 16
+
+
+def check(job: Job, folder: Path) -> Row:
+    """Build, lower, compile for every backend, drive the trace.
+
+    Args:
+        job: What to check.
+        folder: An empty folder for the packages.
+
+    Returns:
+        The row; whatever fails is its reason.
+    """
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    row = Row(job.name)
+    absent = data().get("absent", {})
+    try:
+        _check(job, row, folder)
+    except QeffError as error:
+        row.reason = _first_line(error)
+    except Exception as error:  # a model's own code raises anything, and that is a result
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        row.reason = f"{type(error).__name__}: {_first_line(error)} ({Path(place.filename).name}:{place.lineno})"
+    if row.result != PASSED and job.name in absent:
+        row.result, row.reason = "absent", absent[job.name]
+    return row
+
+
+def _check(job: Job, row: Row, folder: Path) -> None:
+    for file in job.files:
+        _import(file)
+    if job.folder is not None:
+        config: Any = open_source(job.folder, trust_remote_code=job.trust).config
+        config = shrink(type(config), config)
+    else:
+        config = small_config(job.name)
+    model = build(config, trust_remote_code=job.trust)
+    row.model = type(model).__name__
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(4, 89, n).tolist() for n in LENGTHS]
+    reference = reference_trace(model, prompts, STEPS)
+    module = MemorySource(model).lower()
+    row.nodes, row.states = len(module.graph), len(module.states)
+    row.limit = tolerance.bound(tolerance.depth(module))
+    failures: list[str] = []
+    for target in backend_names():
+        backend, copy = find_backend(target), module.clone()
+        specialize(copy, OPTIONS)
+        run_pipeline(copy, Pipeline.parse(backend.pipeline))
+        backend.check(copy, OPTIONS)
+        backend.emit(copy, folder / target, OPTIONS)
+        decoder = Decoder(backend.open(folder / target, threads=1))
+        comparison = compare(session_trace(decoder, prompts, reference.tokens), reference)
+        row.error[target] = comparison.error
+        if not comparison.equal(row.limit):
+            failures.append(f"{target} differs by {comparison.error:.1e}, tokens agree for {comparison.agreement} steps")
+    row.reason = "; ".join(failures)
+    row.result = "fail" if failures else PASSED
+
+
+def _import(file: Path) -> None:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise QeffError(f"{file} is no Python file")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def _first_line(error: Exception) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return " ".join(line.split())[:300]
