@@ -122,10 +122,10 @@ def _check_states(module: Module) -> None:
                     f"graph {kind} '{name}' is {value.dtype} {list(_dims(value))}, its state says {state.dtype} "
                     f"{list(state.shape)}",
                 )
-    order = [(s.layer, s.role) for s in module.states]
+    order = [s.order for s in module.states]
     if len(set(order)) != len(order) or order != sorted(order):
         raise VerificationError(
-            "state-roles", f"the states are not ordered by layer, key before value, each once: {order}"
+            "state-roles", f"the states are not ordered by layer, key before value, each once: {[s.input for s in module.states]}"
         )
     stray = [n for n in outputs if n and n.endswith(State.SUFFIX) and n not in {s.output for s in module.states}]
     if stray:

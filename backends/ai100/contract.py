@@ -22,7 +22,9 @@ from backends.ai100.sdk import Sdk, description
 from backends.ai100.violation import Violation, refuse_first
 
 _SUFFIX = "_RetainedState"
-_STATE = re.compile(r"past_(key|value)\.(0|[1-9]\d*)")
+_ROLES = ("past_key", "past_value", "past_indexer", "conv_state", "recurrent_state")
+"""Kinds of retained state (contract §1.1 and §1.6), in the order that they have in a layer."""
+_STATE = re.compile(rf"({'|'.join(_ROLES)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
 
@@ -118,11 +120,15 @@ def _interface(graph: gs.Graph) -> Iterator[Violation]:
         if name + _SUFFIX not in outputs:
             yield Violation("state-pair", f"input {name} has no output {name}{_SUFFIX}")
         if _STATE.fullmatch(name) is None:
-            yield Violation("inputs", f"input {name} is no past_key.<layer> or past_value.<layer>")
-    layers = sorted({int(m[2]) for m in map(_STATE.fullmatch, states) if m is not None})
-    expected = [f"past_{role}.{layer}" for layer in layers for role in ("key", "value")]
+            yield Violation("inputs", f"input {name} is no retained state: name it {_ROLES[0]}.<layer>, say")
+    expected = sorted((n for n in states if _STATE.fullmatch(n) is not None), key=_order)
     if list(inputs) != ["input_ids", "position_ids", *expected]:
         yield Violation("inputs", "the inputs must be input_ids, position_ids, past_key.0, past_value.0, ... in order")
+    pairs = {n for n in states if (_STATE.fullmatch(n) or [""])[0].startswith(("past_key", "past_value"))}
+    for name in sorted(pairs, key=_order):
+        other = name.replace("past_key", "past_value") if "key" in name else name.replace("past_value", "past_key")
+        if other not in pairs:
+            yield Violation("inputs", f"input {name} has no {other} beside it")
     if list(outputs) != ["logits", *(name + _SUFFIX for name in expected)]:
         yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
     for name in ("input_ids", "position_ids"):
@@ -137,10 +143,19 @@ def _interface(graph: gs.Graph) -> Iterator[Violation]:
     for name in states:
         before, after = inputs[name], outputs.get(name + _SUFFIX)
         shape = list(before.shape or [])
-        if len(shape) != 4 or shape[0] != "batch_size":
+        if name.startswith("past_") and (len(shape) != 4 or shape[0] != "batch_size"):
             yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, slots, width]")
+        if not name.startswith("past_") and (shape[:1] != ["batch_size"] or any(isinstance(d, str) for d in shape[1:])):
+            yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is batch_size")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
+
+
+def _order(name: str) -> tuple[int, int, int]:
+    """Layer, role and index of a state's name."""
+    found = _STATE.fullmatch(name)
+    assert found is not None
+    return int(found[2]), _ROLES.index(found[1]), int(found[3] or 0)
 
 
 def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Violation]:

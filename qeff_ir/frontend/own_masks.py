@@ -8,6 +8,10 @@ from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.module import SOURCE_KEY
 
 
+_PLACED = ("CachePositions", "StateWindow", "LinearAttention")
+"""Ops that look at the positions in a state."""
+
+
 def refuse_own_masks(graph: ir.Graph, name: str) -> None:
     """Check that the only masks of a lowered graph are those made from the positions in the cache.
 
@@ -18,7 +22,12 @@ def refuse_own_masks(graph: ir.Graph, name: str) -> None:
     Raises:
         UnsupportedModelError: No mask was captured, or a stored one is cut to the length of this run.
     """
-    captured = any(node.op_type == "CachePositions" for node in graph)
+    if any(node.op_type == "EveryToken" and node.outputs[0].uses() for node in graph):
+        raise UnsupportedModelError(
+            f"{name} is not causal: its attention sees later tokens, as an encoder's does, so it cannot generate token "
+            "by token; if it is meant to be a decoder, set is_decoder in its configuration"
+        )
+    captured = any(node.op_type in _PLACED for node in graph)
     stored = next((node for node in graph if _cuts_stored_mask(node)), None)
     if captured and stored is None:
         return

@@ -12,7 +12,7 @@ from qeff_ir.errors import PassError, VerificationError
 from qeff_ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing import properties
 from qeff_ir.passing.base import Pass, Rewriter
-from qeff_ir.passing.hiding import hidden_weights
+from qeff_ir.passing.hiding import LARGE, hidden_weights
 from qeff_ir.passing.report import Missed, site_name
 from qeff_ir.printer import structure, to_text
 from qeff_ir.storage import file_range
@@ -20,9 +20,6 @@ from qeff_ir.verifier import verify
 
 if TYPE_CHECKING:
     from onnx_ir import TensorProtocol
-
-_FREE_BYTES = 1024
-"""Constants up to this size are arithmetic, not weights: a pass may add and drop them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +104,7 @@ def _stored(module: Module) -> dict[str, tuple[object, int]]:
         name: (_storage(tensor), tensor.nbytes)
         for name, value in module.graph.initializers.items()
         if (tensor := value.const_value) is not None
-        and (WEIGHT_KEY in value.metadata_props or tensor.nbytes > _FREE_BYTES)
+        and (WEIGHT_KEY in value.metadata_props or tensor.nbytes > LARGE)
     }
 
 
