@@ -72,13 +72,26 @@ def _grouped(node: ir.Node, b: OpBuilder) -> ir.Value:
     scores = b("MatMul", grouped, keys)
     if cap > 0.0:
         scores = b("Mul", b("Tanh", b("Div", scores, b.const(cap, np.float32))), b.const(cap, np.float32))
-    scores = b("Where", b("Unsqueeze", mask, b.const([1])), scores, b.const(HIDDEN_SCORE, np.float32))
+    mask = _by_group(mask, heads, kv_heads, b)
+    if mask.dtype == ir.DataType.BOOL:
+        scores = b("Where", mask, scores, b.const(HIDDEN_SCORE, np.float32))
+    else:
+        scores = b("Add", scores, mask)
     if len(node.inputs) > 4 and node.inputs[4] is not None:
         weights = _softmax_with_sinks(scores, node.inputs[4], heads, kv_heads, b)
     else:
         weights = b("Softmax", scores, axis=-1)
     mixed = b("MatMul", weights, b("Unsqueeze", v, b.const([2])))
     return b("Reshape", mixed, b.const([0, heads, -1, value_width]))
+
+
+def _by_group(mask: ir.Value, heads: int, kv_heads: int, b: OpBuilder) -> ir.Value:
+    """A mask ``[batch, 1 or heads, seq, ctx]`` as ``[batch, 1 or kv_heads, 1 or group, seq, ctx]``."""
+    if heads == 1 or mask.shape is None or mask.shape[1] == 1:
+        return b("Unsqueeze", mask, b.const([1]), dtype=mask.dtype)
+    split = b.const([kv_heads, heads // kv_heads])
+    target = b("Concat", b("Shape", mask, start=0, end=1), split, b("Shape", mask, start=2, end=4), axis=0)
+    return b("Reshape", mask, target, dtype=mask.dtype)
 
 
 def _softmax_with_sinks(scores: ir.Value, sinks: ir.Value, heads: int, kv_heads: int, b: OpBuilder) -> ir.Value:

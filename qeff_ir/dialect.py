@@ -8,7 +8,7 @@ run, ``D`` head width.
 """
 
 import functools
-from typing import Tuple, TypeVar, Union  # noqa: UP035 (onnxscript reads the old form)
+from typing import TypeVar, Union
 
 import onnx
 import onnx_ir as ir
@@ -128,7 +128,9 @@ def StateWindow(past: T, new: T, position_ids: INT64) -> T:  # noqa: N802
     Returns:
         ``[B, C, K + S]``.
     """
-    first = op.Slice(position_ids, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[1]))
+    first = op.Slice(
+        position_ids, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[1])
+    )
     starts = op.Unsqueeze(op.Equal(first, op.Constant(value_int=0)), op.Constant(value_ints=[2]))
     before = op.Where(starts, op.CastLike(op.Constant(value_float=0.0), past), past)
     return op.Concat(before, new, axis=2)
@@ -157,7 +159,7 @@ def StateNext(window: T, position_ids: INT64, size: int = 1) -> T:  # noqa: N802
 @script(_qeff, default_opset=op)
 def LinearAttention(  # noqa: N802
     q: T, k: T, v: T, decay: T, beta: T, past: T, position_ids: INT64, delta: float = 0.0
-) -> Tuple[T, T]:
+) -> tuple[T, T]:
     """A recurrence over tokens: linear attention, state-space layers, gated delta rules.
 
     With ``S`` the state of a head, ``[K, V]``, every token does ``S := exp(decay) S``, then ``S := S + k u`` with ``u =
@@ -179,7 +181,9 @@ def LinearAttention(  # noqa: N802
     zero = op.CastLike(op.Constant(value_float=0.0), past)
     one = op.CastLike(op.Constant(value_float=1.0), past)
     rule = op.CastLike(op.Constant(value_float=delta), past)
-    first = op.Slice(position_ids, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[1]))
+    first = op.Slice(
+        position_ids, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[1])
+    )
     starts = op.Unsqueeze(op.Equal(first, op.Constant(value_int=0)), op.Constant(value_ints=[2, 3]))
     padded = op.Unsqueeze(op.Less(position_ids, op.Constant(value_int=0)), op.Constant(value_ints=[1, 3]))
     kept = op.Where(padded, one, op.Exp(decay))
@@ -188,7 +192,7 @@ def LinearAttention(  # noqa: N802
     count = op.Squeeze(op.Shape(position_ids, start=1, end=2))
 
     @graph()
-    def token(i: INT64, go: BOOL, state: T):  # noqa: ANN202
+    def token(i: INT64, go: BOOL, state: T):
         key = op.Gather(written, i, axis=2)
         faded = op.Mul(state, op.Unsqueeze(op.Gather(kept, i, axis=2), op.Constant(value_ints=[3])))
         row = op.Unsqueeze(key, op.Constant(value_ints=[2]))
@@ -207,7 +211,13 @@ def LinearAttention(  # noqa: N802
 @script(_qeff, default_opset=op)
 def EveryToken(slots: INT64, position_ids: INT64) -> BOOL:  # noqa: N802
     """A mask that hides nothing, ``[B, 1, S, C]``: what an encoder asks for. The frontend refuses graphs that use it."""
-    shown = op.GreaterOrEqual(op.Add(op.Abs(op.Unsqueeze(position_ids, op.Constant(value_ints=[1, 3]))), op.Abs(op.Unsqueeze(slots, op.Constant(value_ints=[1, 2])))), op.Constant(value_int=0))
+    shown = op.GreaterOrEqual(
+        op.Add(
+            op.Abs(op.Unsqueeze(position_ids, op.Constant(value_ints=[1, 3]))),
+            op.Abs(op.Unsqueeze(slots, op.Constant(value_ints=[1, 2]))),
+        ),
+        op.Constant(value_int=0),
+    )
     return shown
 
 
@@ -217,7 +227,19 @@ def Attention(q: T, k: T, v: T, mask: BOOL, scale: float = 1.0, softcap: float =
     return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)
 
 
-OPS = {f.name: f for f in (CacheUpdate, CachePositions, SinkAttention, StateWindow, StateNext, LinearAttention, EveryToken, Attention)}
+OPS = {
+    f.name: f
+    for f in (
+        CacheUpdate,
+        CachePositions,
+        SinkAttention,
+        StateWindow,
+        StateNext,
+        LinearAttention,
+        EveryToken,
+        Attention,
+    )
+}
 """The ops of the dialect by name."""
 
 

@@ -236,7 +236,15 @@ class Module:
             model,
             facts["name"],
             [
-                State(s["layer"], s["role"], tuple(s["shape"]), ir.DataType[s["dtype"]], s["window"], s["ring"], s["index"])
+                State(
+                    s["layer"],
+                    s["role"],
+                    tuple(s["shape"]),
+                    ir.DataType[s["dtype"]],
+                    s["window"],
+                    s["ring"],
+                    s["index"],
+                )
                 for s in facts["states"]
             ],
             {d["name"]: Dim(**d) for d in facts["dims"]},

@@ -125,7 +125,8 @@ def _check_states(module: Module) -> None:
     order = [s.order for s in module.states]
     if len(set(order)) != len(order) or order != sorted(order):
         raise VerificationError(
-            "state-roles", f"the states are not ordered by layer, key before value, each once: {[s.input for s in module.states]}"
+            "state-roles",
+            f"the states are not ordered by layer, key before value, each once: {[s.input for s in module.states]}",
         )
     stray = [n for n in outputs if n and n.endswith(State.SUFFIX) and n not in {s.output for s in module.states}]
     if stray:

@@ -51,8 +51,11 @@ def _additive_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
     The hidden value is the least finite half: it vanishes in a softmax at any precision, and no row becomes NaN.
     """
     mask = _positions_mask(**kwargs)
-    return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), -65504.0, dtype=dtype))
+    return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), _HIDDEN, dtype=dtype))
 
+
+_HIDDEN = -65504.0
+"""What a hidden key adds to a score, in masks that are added: the least finite half."""
 
 _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
 """Tensor keyword arguments of attention functions that do not change the attention itself."""
@@ -68,16 +71,27 @@ def _attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as one op; signature and return value are those of transformers' attention functions."""
+    """Attention as one op; signature and return value are those of transformers' attention functions.
+
+    `indices` are the keys that an indexer chose for each query, ``[batch, seq, chosen]``.
+    """
     unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in _HARMLESS]
     if unknown or attention_mask is None:
         what = f"takes {', '.join(sorted(unknown))}" if unknown else "has no mask"
         raise UnsupportedModelError(f"attention of {type(module).__name__} {what}, which is not captured yet")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     cap = float(softcap or 0.0)
+    if attention_mask.is_floating_point():  # -inf in a whole row would be NaN, which spreads through the cache
+        attention_mask = attention_mask.clamp(min=_HIDDEN)
+    if indices is not None:
+        nothing = torch.zeros((*indices.shape[:2], key.shape[2]), dtype=torch.bool)
+        attention_mask = attention_mask & nothing.scatter(-1, indices.long(), True).unsqueeze(1)
     if s_aux is not None:
+        if attention_mask.is_floating_point():
+            attention_mask = attention_mask > _HIDDEN
         out = torch.ops.qeff.sink_attention(query, key, value, attention_mask, s_aux, scale, cap)
     else:
         out = torch.ops.qeff.attention(query, key, value, attention_mask, scale, cap)

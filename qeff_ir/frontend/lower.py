@@ -12,7 +12,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import onnx_ir as ir
@@ -34,7 +34,7 @@ from qeff_ir.frontend.private import onnx_translations
 from qeff_ir.frontend.skeleton import fake_weights
 from qeff_ir.frontend.states import CapturingCache
 from qeff_ir.frontend.weights import Weights
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Dim, DimValue, Module, Role, State, all_values, rename_symbols
+from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Dim, DimValue, Module, State, all_values, rename_symbols
 
 # Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
 _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
@@ -214,9 +214,11 @@ def _refer_to_weights(graph: ir.Graph, weights: Weights) -> None:
 
 def _name_dims(module: Module, model: PreTrainedModel) -> None:
     """Replace the exporter's symbols by ours, on the inputs and everywhere else."""
-    ids = module.input("input_ids").shape
-    assert ids is not None
-    renames = {str(ids[0]): "batch_size", str(ids[1]): "seq_len"}
+    renames: dict[str, str] = {}
+    for name in ("input_ids", "position_ids"):
+        shape = module.input(name).shape
+        assert shape is not None
+        renames |= {str(shape[0]): "batch_size", str(shape[1]): "seq_len"}
     for state in module.states:
         shape = module.input(state.input).shape
         assert shape is not None

@@ -30,7 +30,9 @@ Current = Callable[[], CapturingCache | None]
 """Gives the cache of the run that is being traced."""
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None, current: Current) -> tuple[Tensor, Tensor]:
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None, current: Current
+) -> tuple[Tensor, Tensor]:
     """The recurrence, from the state that the model asked for last.
 
     Args:
@@ -46,7 +48,9 @@ def _run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None, cu
         width]``.
     """
     cache = current()
-    past = cache.recurrent if cache is not None else None
+    past = cache.next_recurrent() if cache is not None else None
+    if past is not None and past.dim() > 4:  # heads of their own call, stacked on axis 1
+        past = past[:, cache.recurrent_calls - 1] if cache is not None else None
     if past is None:
         past = v.new_zeros((v.shape[0], v.shape[1], k.shape[3], v.shape[3]))
     positions = cache.position_ids if cache is not None else torch.zeros(v.shape[0], v.shape[2], dtype=torch.long)

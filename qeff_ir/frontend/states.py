@@ -164,6 +164,7 @@ class CapturingCache(Cache):
         self.position_ids = position_ids
         self.mask_layer = 0
         self.recurrent: Tensor | None = None
+        self.recurrent_calls = 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """As in transformers; also notes which layer the next mask is for."""
@@ -186,7 +187,12 @@ class CapturingCache(Cache):
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """As in transformers; also notes the state that the next recurrence starts from."""
-        self.recurrent = super().get_recurrent_state(layer_idx, state_idx)
+        self.recurrent, self.recurrent_calls = super().get_recurrent_state(layer_idx, state_idx), 0
+        return self.recurrent
+
+    def next_recurrent(self) -> Tensor | None:
+        """The state that a kernel starts from; counts the kernels that a layer calls with one state."""
+        self.recurrent_calls += 1
         return self.recurrent
 
     def found(self) -> list[State]:

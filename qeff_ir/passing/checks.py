@@ -103,8 +103,7 @@ def _stored(module: Module) -> dict[str, tuple[object, int]]:
     return {
         name: (_storage(tensor), tensor.nbytes)
         for name, value in module.graph.initializers.items()
-        if (tensor := value.const_value) is not None
-        and (WEIGHT_KEY in value.metadata_props or tensor.nbytes > LARGE)
+        if (tensor := value.const_value) is not None and (WEIGHT_KEY in value.metadata_props or tensor.nbytes > LARGE)
     }
 
 
