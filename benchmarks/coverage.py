@@ -183,9 +183,10 @@ def _markdown(rows: list[Row]) -> str:
         f"{len(passed)} of {len(rows)} causal LMs of transformers {report.versions()['transformers']} answer as "
         "transformers does, on the onnxruntime session and in the AI 100 emulator.",
         "",
-        "Made by `python -m benchmarks coverage`: each architecture small, with random weights, in float32; two prompts "
-        "of unequal lengths, prefill in chunks of 8, decode past the windows. `error` is the largest `max|error| / rms` "
-        "of the logits on any backend.",
+        "Made by `python -m benchmarks coverage`: each architecture small, with random weights, in float32; two "
+        "prompts of unequal lengths, prefill in chunks of 8, decode past the windows. `error` is the largest "
+        "`max|error| / rms` of the logits on any backend. `limit` is the tests' bound, or 4 times what transformers "
+        "differs from itself by, in float64 and with its own cache (at most 16 times the bound), if that is more.",
         "",
         "| architecture | model | result | error | limit | nodes | states | seconds | reason |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.coverage import PASSED, Job, Row
 from benchmarks.coverage_models import build, data, shrink, small_config
 from qeff_ir.compiler import specialize
 from qeff_ir.errors import QeffError
-from qeff_ir.frontend.source import MemorySource, open_source
+from qeff_ir.frontend.source import MemorySource, read_config
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
@@ -68,8 +69,8 @@ def _check(job: Job, row: Row, folder: Path) -> None:
     for file in job.files:
         _import(file)
     if job.folder is not None:
-        config: Any = open_source(job.folder, trust_remote_code=job.trust).config
-        config = shrink(type(config), config)
+        config: Any = read_config(job.folder, job.trust)
+        config = shrink(config, {"auto_map": config.auto_map} if hasattr(config, "auto_map") else {})
     else:
         config = small_config(job.name)
     model = build(config, trust_remote_code=job.trust)
@@ -146,7 +147,9 @@ def _import(file: Path) -> None:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise QeffError(f"{file} is no Python file")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
 
 
 def _first_line(error: Exception) -> str:

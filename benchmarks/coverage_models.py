@@ -30,19 +30,19 @@ def architectures() -> list[str]:
 
 def small_config(model_type: str) -> PreTrainedConfig:
     """The small configuration of one architecture."""
-    return shrink(CONFIG_MAPPING[model_type], data()["architectures"].get(model_type, {}))
+    own = dict(data()["architectures"].get(model_type, {}))
+    default = CONFIG_MAPPING[model_type](**own.pop("_default", {}))
+    return shrink(default, own)
 
 
-def shrink(kind: type[PreTrainedConfig], own: Mapping[str, Any]) -> PreTrainedConfig:
-    """A configuration class at small sizes.
+def shrink(config: PreTrainedConfig, own: Mapping[str, Any]) -> PreTrainedConfig:
+    """A configuration of the same class at small sizes.
 
     Args:
-        kind: The class; its defaults say which fields there are.
-        own: What this architecture needs besides; ``_default`` are arguments without which the class has no default.
+        config: Says which fields there are, and which layers.
+        own: What this architecture needs besides.
     """
-    own = dict(own)
-    default = kind(**own.pop("_default", {}))
-    return kind(**_small(default, own))
+    return type(config)(**_small(config, own))
 
 
 def _small(default: PreTrainedConfig, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -210,15 +210,10 @@ def LinearAttention(  # noqa: N802
 
 @script(_qeff, default_opset=op)
 def EveryToken(slots: INT64, position_ids: INT64) -> BOOL:  # noqa: N802
-    """A mask that hides nothing, ``[B, 1, S, C]``: what an encoder asks for. The frontend refuses graphs that use it."""
-    shown = op.GreaterOrEqual(
-        op.Add(
-            op.Abs(op.Unsqueeze(position_ids, op.Constant(value_ints=[1, 3]))),
-            op.Abs(op.Unsqueeze(slots, op.Constant(value_ints=[1, 2]))),
-        ),
-        op.Constant(value_int=0),
-    )
-    return shown
+    """A mask that hides nothing, ``[B, 1, S, C]``: what an encoder asks for. The frontend refuses its use."""
+    rows = op.Unsqueeze(op.Abs(position_ids), op.Constant(value_ints=[1, 3]))
+    columns = op.Unsqueeze(op.Abs(slots), op.Constant(value_ints=[1, 2]))
+    return op.GreaterOrEqual(op.Add(rows, columns), op.Constant(value_int=0))
 
 
 @script(_qeff, default_opset=op)

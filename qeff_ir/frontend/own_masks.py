@@ -30,8 +30,8 @@ def refuse_own_masks(graph: ir.Graph, name: str) -> None:
     kept = next((node for node in graph if _looks_up_tokens_by_slot(node)), None)
     if kept is not None:
         raise UnsupportedModelError(
-            f"{name} makes a mask in {kept.metadata_props.get(SOURCE_KEY) or 'the model itself'} from what each token of "
-            "the prompt is, which no cache keeps beyond a run"
+            f"{name} makes a mask in {kept.metadata_props.get(SOURCE_KEY) or 'the model itself'} from what each token "
+            "of the prompt is, which no cache keeps beyond a run"
         )
     stored = next((node for node in graph if _cuts_stored_mask(node)), None)
     if captured and stored is None:
@@ -53,6 +53,7 @@ def _looks_up_tokens_by_slot(node: ir.Node) -> bool:
 
 
 def _depends_on(value: ir.Value, op_types: set[str]) -> bool:
+    """Whether a value is made from one of these ops' by arithmetic on whole numbers and truths alone."""
     todo, seen = [value], {value}
     while todo:
         node = todo.pop().producer()
@@ -60,7 +61,7 @@ def _depends_on(value: ir.Value, op_types: set[str]) -> bool:
             continue
         if node.op_type in op_types:
             return True
-        new = [v for v in node.inputs if v is not None and v not in seen]
+        new = [v for v in node.inputs if v is not None and v not in seen and v.dtype != ir.DataType.FLOAT]
         seen.update(new)
         todo.extend(new)
     return False

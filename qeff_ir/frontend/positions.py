@@ -1,8 +1,9 @@
 """Position tables that a model indexes by counting tokens: from the traced run on, the given positions index them.
 
 Some models take no positions. They count (``arange(seq) + length of the cache``, or the tokens that are no padding)
-and look the count up in a table. Which lookups these are is not guessed from names: the index is computed on an example,
-without the rest of the model, and is a count if it gives ``c, c + 1, ...`` in every row, whatever the tokens are.
+and look the count up in a table. Which lookups these are is not guessed from names: the index is computed on an
+example, without the rest of the model, and is a count if it gives ``c, c + 1, ...`` in every row, whatever the tokens
+are.
 """
 
 from __future__ import annotations

@@ -161,14 +161,13 @@ def replaced(model: PreTrainedModel, current: Current) -> Generator[None]:
     """Let the kernels that the model's code calls be our op for as long as the block lasts."""
     saved: list[tuple[Any, str, Any]] = []
     try:
-        for name in {type(module).__module__ for module in model.modules()}:
-            code = sys.modules[name]
-            for function in [n for n, value in vars(code).items() if callable(value)]:
-                made = next((make for pattern, make in KERNELS.items() if re.fullmatch(pattern, function)), None)
+        for code in {name: sys.modules.get(name) for name in {type(m).__module__ for m in model.modules()}}.values():
+            for name in [] if code is None else [n for n, value in vars(code).items() if callable(value)]:
+                made = next((make for pattern, make in KERNELS.items() if re.fullmatch(pattern, name)), None)
                 if made is not None:
-                    saved.append((code, function, getattr(code, function)))
-                    setattr(code, function, made(current))
+                    saved.append((code, name, getattr(code, name)))
+                    setattr(code, name, made(current))
         yield
     finally:
-        for code, function, before in saved:
-            setattr(code, function, before)
+        for code, name, before in saved:
+            setattr(code, name, before)
