@@ -12,6 +12,7 @@ from onnxscript import optimizer
 from qeff_ir import dialect
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.hiding import LARGE
 from qeff_ir.passing.matching import same_size
 
 
@@ -37,7 +38,7 @@ class Canonicalize(Pass):
             del module.model.functions[key]
         for _ in range(2):
             with rewriter.hidden_weights():
-                optimizer.optimize_ir(module.model)
+                optimizer.optimize_ir(module.model, output_size_limit=LARGE // 4)
             rewriter.adopt()
             for node in module.graph:
                 if node.op_type == "Reshape" and node.domain == "":

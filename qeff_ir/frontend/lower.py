@@ -28,6 +28,7 @@ from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
 from qeff_ir.frontend import ops
 from qeff_ir.frontend.capture import captured, tracing
+from qeff_ir.frontend.complexes import spell_out_complex
 from qeff_ir.frontend.own_masks import refuse_own_masks
 from qeff_ir.frontend.positions import give_positions
 from qeff_ir.frontend.private import onnx_translations
@@ -147,6 +148,7 @@ def _trace(model: PreTrainedModel, states: list[State], fake: FakeTensorMode) ->
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+        spell_out_complex(exported)
         give_positions(exported, "input_ids", "position_ids")
         apply_fx_node_fixes("onnx", exported.graph_module)
         program = torch.onnx.export(

@@ -21,7 +21,7 @@ _LOOKUPS: dict[Any, int] = {
 }
 """Which argument of a lookup is the index."""
 
-_SEQ, _BATCH = 5, 2
+_SEQ, _BATCH, _SLOTS = 5, 2, 11
 
 
 def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int:
@@ -74,9 +74,17 @@ class _Example:
         signature = program.graph_signature
         held = {**program.state_dict, **program.constants}
         buffers = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-        for node in program.graph_module.graph.nodes:
+        inputs = {node.name: node for node in program.graph_module.graph.nodes if node.op == "placeholder"}
+        rows, columns = (str(size) for size in inputs[tokens].meta["val"].shape)
+        sizes = {rows: _BATCH, columns: _SEQ}
+        for node in inputs.values():
             if node.name == tokens:
                 self.values[node] = torch.randint(3, 50, (_BATCH, _SEQ), generator=generator)
+            elif node.name in signature.user_inputs:  # only its size can count
+                shape = [
+                    size if isinstance(size, int) else sizes.get(str(size), _SLOTS) for size in node.meta["val"].shape
+                ]
+                self.values[node] = torch.zeros(shape, dtype=node.meta["val"].dtype)
             elif node.name in buffers:
                 self.values[node] = held.get(buffers[node.name])
 
