@@ -170,6 +170,7 @@ def _write(file: Path, known: dict[str, Row]) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text)
     partial.replace(file)

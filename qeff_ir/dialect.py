@@ -1,4 +1,5 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportInvalidTypeVarUse=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportUnknownParameterType=false
 # (onnxscript reads these functions as a language of its own; its stubs describe eager tensors)
 """The `qeff` dialect: the few ops that ONNX has no standard form for, each with a body that defines its meaning.
 

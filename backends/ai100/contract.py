@@ -129,7 +129,9 @@ def _interface(graph: gs.Graph) -> Iterator[Violation]:
         other = name.replace("past_key", "past_value") if "key" in name else name.replace("past_value", "past_key")
         if other not in pairs:
             yield Violation("inputs", f"input {name} has no {other} beside it")
-    if list(outputs) != ["logits", *(name + _SUFFIX for name in expected)]:
+    retained = [n.removesuffix(_SUFFIX) for n in outputs if n.endswith(_SUFFIX)]
+    retained = sorted((n for n in retained if _STATE.fullmatch(n) is not None), key=_order)
+    if list(outputs) != ["logits", *(name + _SUFFIX for name in retained)]:
         yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
     for name in ("input_ids", "position_ids"):
         tensor = inputs.get(name)
@@ -145,7 +147,7 @@ def _interface(graph: gs.Graph) -> Iterator[Violation]:
         shape = list(before.shape or [])
         if name.startswith("past_") and (len(shape) != 4 or shape[0] != "batch_size"):
             yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, slots, width]")
-        if not name.startswith("past_") and (shape[:1] != ["batch_size"] or any(isinstance(d, str) for d in shape[1:])):
+        if name.startswith(_ROLES[3:]) and (shape[:1] != ["batch_size"] or any(isinstance(d, str) for d in shape[1:])):
             yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is batch_size")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")

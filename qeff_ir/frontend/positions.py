@@ -132,9 +132,10 @@ def _index_by(node: Node, place: int, start: Node, offset: int) -> None:
             index.meta = dict(start.meta)
             _update(index)
     old = node.args[place]
-    if node.target is torch.ops.aten.index_select.default:  # which takes one axis only
+    axis = node.args[1]
+    if node.target is torch.ops.aten.index_select.default and isinstance(axis, int):  # which takes one axis only
         node.target = torch.ops.aten.index.Tensor
-        node.args = (node.args[0], [*[None] * int(node.args[1]), index])
+        node.args = (node.args[0], [*[None] * axis, index])
     else:
         node.update_arg(place, [index] if isinstance(old, (list, tuple)) else index)
     todo = [node]
@@ -150,7 +151,8 @@ def _update(node: Node) -> bool:
     if node.op != "call_function":
         return False
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = next(a.fake_mode for a in torch.utils._pytree.tree_leaves((args, kwargs)) if hasattr(a, "fake_mode"))
+    examples = [n.meta["val"] for n in node.all_input_nodes]
+    mode = next(e.fake_mode for e in examples if hasattr(e, "fake_mode"))
     with mode, torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
     after = node.meta["val"]

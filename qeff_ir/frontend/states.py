@@ -134,7 +134,7 @@ class RecurrentLayer(LinearAttentionLayer):
         return self.held.replace(("recurrent", state_idx), recurrent_states)
 
 
-class HybridLayer(RecurrentLayer, AttentionLayer):
+class HybridLayer(RecurrentLayer, AttentionLayer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Both in one layer."""
 
     def __init__(self, window: int | None, held: _Held, number_of_states: int = 1) -> None:
@@ -174,7 +174,8 @@ class CapturingCache(Cache):
             if not attention:
                 return query_length, 0
             self.mask_layer = attention[0]
-        return self.attention_layer().get_mask_sizes(query_length)
+        layer = self.attention_layer()
+        return (query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
 
     def attention_layer(self) -> AttentionLayer | None:
         """The layer that the next mask is for; `None` when no layer has attention."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.coverage import PASSED, Job
+from benchmarks.coverage import PASSED, RESULTS, Job
 from benchmarks.coverage_check import check
 from benchmarks.coverage_models import architectures, data, small_config
 
@@ -56,6 +56,14 @@ def test_what_cannot_be_a_decoder_says_why(tmp_path: Path) -> None:
     assert [r["architecture"] for r in rows] == ["no-such-model", "openai-gpt"]
     assert json.loads(known)["rows"][0] in rows
     assert "no-such-model" in rows[0]["reason"]
+
+
+def test_the_readme_counts_what_the_table_has() -> None:
+    rows = json.loads(RESULTS.read_text())["rows"]
+    passed = sum(row["result"] == PASSED for row in rows)
+    assert passed > 100
+    assert f"{passed} pass so far" in " ".join((RESULTS.parent.parent / "README.md").read_text().split())
+    assert all(row["reason"] for row in rows if row["result"] != PASSED)
 
 
 def test_small_configurations_have_every_kind_of_layer() -> None:
