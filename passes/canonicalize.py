@@ -15,6 +15,7 @@ from onnxscript.rewriter.rules import common as rules
 from qeff_ir import device_ops, dialect
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.hiding import LARGE
 from qeff_ir.passing.matching import same_size
 from qeff_ir.testing.tolerance import Exact, Numeric
 
@@ -90,7 +91,7 @@ class Canonicalize(Pass):
 def _optimize(model: ir.Model) -> None:
     """Simplify until nothing changes, in a few rounds at most; then merge what is equal."""
     for _ in range(_ROUNDS):
-        folded = optimizer.fold_constants(model, onnx_shape_inference=True)
+        folded = optimizer.fold_constants(model, onnx_shape_inference=True, output_size_limit=LARGE // 4)
         fired = _RULES.apply_to_model(model)
         common.RemoveUnusedNodesPass()(model)
         if not folded and not fired:

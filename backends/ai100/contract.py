@@ -22,7 +22,9 @@ from backends.ai100.sdk import Sdk, description
 from backends.ai100.violation import Violation, refuse_first
 
 _SUFFIX = "_RetainedState"
-_STATE = re.compile(r"past_(key|value)\.(0|[1-9]\d*)")
+_ROLES = ("past_key", "past_value", "past_indexer", "conv_state", "recurrent_state")
+"""Kinds of retained state (contract §1.1 and §1.6), in the order that they have in a layer."""
+_STATE = re.compile(rf"({'|'.join(_ROLES)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
 _ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
@@ -155,13 +157,22 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
             yield Violation("state-pair", f"input {name} has no output {name}{_SUFFIX}")
     for name in states:
         if _STATE.fullmatch(name) is None:
-            yield Violation("inputs", f"input {name} is no past_key.<layer> or past_value.<layer>")
-    layers = sorted({int(m[2]) for m in map(_STATE.fullmatch, states) if m is not None})
-    expected = [f"past_{role}.{layer}" for layer in layers for role in ("key", "value")]
+            yield Violation("inputs", f"input {name} is no retained state: name it {_ROLES[0]}.<layer>, say")
+    expected = sorted((n for n in states if _STATE.fullmatch(n) is not None), key=_order)
+    pairs = {n for n in expected if n.startswith(("past_key", "past_value"))}
+    for name in sorted(pairs, key=_order):
+        other = name.replace("past_key", "past_value") if "key" in name else name.replace("past_value", "past_key")
+        if other not in pairs:
+            yield Violation("inputs", f"input {name} has no {other} beside it")
     expected += (["lora_ids"] if "lora_ids" in inputs else []) + adapters
     if list(inputs) != ["input_ids", "position_ids", *expected]:
         yield Violation("inputs", "the inputs must be input_ids, position_ids, past_key.0, past_value.0, ... in order")
-    if list(outputs) != ["logits", *(name + _SUFFIX for name in expected if name != "lora_ids")]:
+    returned = [n.removesuffix(_SUFFIX) for n in outputs if n.endswith(_SUFFIX)]
+    returned = [
+        *sorted((n for n in returned if _STATE.fullmatch(n) is not None), key=_order),
+        *(n for n in adapters if n in returned),
+    ]
+    if list(outputs) != ["logits", *(name + _SUFFIX for name in returned)]:
         yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
     for name in ("input_ids", "position_ids"):
         tensor = inputs.get(name)
@@ -181,10 +192,19 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         if name in adapters:
             if not all(isinstance(size, int) for size in shape):
                 yield Violation("dtype-shape", f"the adapter {name} is {shape}, not of a fixed size")
-        elif len(shape) != 4 or shape[0] != "batch_size":
+        elif name.startswith("past_") and (len(shape) != 4 or shape[0] != "batch_size"):
             yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, slots, width]")
+        if name.startswith(_ROLES[3:]) and (shape[:1] != ["batch_size"] or any(isinstance(d, str) for d in shape[1:])):
+            yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is batch_size")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
+
+
+def _order(name: str) -> tuple[int, int, int]:
+    """Layer, role and index of a state's name."""
+    found = _STATE.fullmatch(name)
+    assert found is not None
+    return int(found[2]), _ROLES.index(found[1]), int(found[3] or 0)
 
 
 def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Violation]:
