@@ -88,7 +88,7 @@ def excerpt(module: Module, subject: ir.Node | str, word: str = "") -> str:
 
 
 def interface(module: Module) -> list[str]:
-    """The lines of all that a caller relies on: dims, states, specializations, graph inputs and outputs, in order."""
+    """The lines of all a caller relies on: dims, states, adapters, specializations, graph inputs, outputs, in order."""
     values = [*(("in ", v) for v in module.graph.inputs), *(("out", v) for v in module.graph.outputs)]
     return [*(line for _, line in _facts(module)), *(f"{kind} {_typed(value)}" for kind, value in values)]
 
@@ -134,6 +134,10 @@ def _facts(module: Module) -> Iterator[tuple[str, str]]:
         shape = ", ".join(map(str, state.shape))
         text = f"state {state.input}: {state.dtype.name.lower()}[{shape}]"
         yield f"state {state.input}", " ".join([text, *marks])
+    for part in module.adapters:
+        marks = [word for word, holds in (("slots", part.slots), ("retained", part.retained)) if holds]
+        text = f"adapter {part.name}: {part.part} of {part.layer} [{', '.join(map(str, part.shape))}]"
+        yield f"adapter {part.name}", " ".join([text, *marks])
     for item in module.specializations:
         symbols = " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
         yield f"specialization {item.name}", f"specialization {item.name}: {symbols}"

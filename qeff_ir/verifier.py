@@ -252,7 +252,7 @@ def _check_adapters(module: Module) -> None:
             if value is None or _dims(value) != item.shape:
                 message = f"the adapter input '{item.name}' has no {kind} of the shape {list(item.shape)}"
                 hint = "change module.adapters and the graph together"
-                raise broken(module, "adapter", message, f"in {item.name}", hint=hint)
+                raise broken(module, "adapter", message, f"adapter {item.name}", hint=hint)
 
 
 def _dims(value: ir.Value) -> tuple[str | int | None, ...]:
