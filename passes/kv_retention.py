@@ -58,6 +58,10 @@ class KVRetention(Pass):
         for window in sorted({s.window for s in module.states if s.window is not None}):
             if self.ring == "auto" and _ring_fits(module, window):
                 _make_ring(module, window)
+        first = next(iter(module.graph))
+        anchor = ir.node("Identity", [module.input("position_ids")])  # keeps the front when `first` is replaced
+        anchor.metadata_props.update(first.metadata_props)
+        module.graph.insert_before(first, anchor)
         layout = LAYOUTS[self.layout](module, rewriter)
         states = {s.input: s for s in module.states}
         for node in self.sites(module):
@@ -74,6 +78,7 @@ class KVRetention(Pass):
             elif rewriter.rewrite(f"{layout.op_type} ring" if slots.ring else layout.op_type):
                 layout.write(node, slots, state)
         layout.finish()
+        module.graph.remove(anchor, safe=True)
         dialect.attach(module.model)
         device_ops.attach(module.model)
 

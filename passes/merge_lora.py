@@ -15,7 +15,7 @@ from qeff_ir.adapters.fit import numbers
 from qeff_ir.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, Adapter, Factors, read_adapter
 from qeff_ir.adapters.layers import Layer, find_layers
 from qeff_ir.errors import AdapterError, PassError
-from qeff_ir.module import WEIGHT_KEY, Module
+from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 from qeff_ir.passing.matching import made_by
@@ -101,9 +101,10 @@ def _merge(uses: list[Layer], factors: Factors, rewriter: Rewriter) -> None:
     readers = [made_by(use.node.inputs[1], "Transpose") or use.node for use in uses]
     if all(user in readers for user in weight.consumers()) and not _shared_transpose(readers, uses):
         weight.const_value = new
+        weight.metadata_props[CHANGED_KEY] = "merge-lora"
         return
     own = ir.Value(name=f"{layer.path}.merged.weight", shape=weight.shape, type=weight.type, const_value=new)
-    own.metadata_props.update({**weight.metadata_props, WEIGHT_KEY: f"{layer.path}.weight"})
+    own.metadata_props.update({**weight.metadata_props, WEIGHT_KEY: f"{layer.path}.weight", CHANGED_KEY: "merge-lora"})
     rewriter.graph.register_initializer(own)
     for use in uses:
         index = 0 if layer.kind == "embedding" else 1

@@ -128,7 +128,6 @@ def _fuse(node: ir.Node, position_ids: ir.Value, lengths: dict[object, list[ir.V
         rewriter.substitute(node, b("Transpose", split, perm=SWAP))
     else:
         rewriter.substitute(flat, mixed)
-        rewriter.sweep()
 
 
 def _lengths(past: ir.Value, position_ids: ir.Value, b: OpBuilder) -> list[ir.Value]:

@@ -30,7 +30,14 @@ PASS_KEY = "qeff.pass"
 """Node metadata: the pass instance that created a node; absent on nodes that the frontend made."""
 
 WEIGHT_KEY = "qeff.weight"
-"""Initializer metadata: the parameter's name in the Hugging Face model; absent on constants."""
+"""Initializer metadata: the parameter's name in the Hugging Face model; absent on constants. On the graph input
+`EMBEDS`: the name of the table."""
+
+CHANGED_KEY = "qeff.changed"
+"""Initializer metadata: set when a pass has changed the numbers, which are then no longer the checkpoint's."""
+
+EMBEDS = "inputs_embeds"
+"""Graph input of token embeddings that the host looks up, float ``[batch_size, seq_len, hidden]``."""
 
 LAYER_KEY = "qeff.layer"
 """Initializer metadata of a matrix: ``linear`` or ``embedding`` when it is the weight of such a layer, ``parameter``

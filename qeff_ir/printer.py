@@ -134,10 +134,10 @@ def _facts(module: Module) -> Iterator[tuple[str, str]]:
         shape = ", ".join(map(str, state.shape))
         text = f"state {state.input}: {state.dtype.name.lower()}[{shape}]"
         yield f"state {state.input}", " ".join([text, *marks])
-    for part in module.adapters:
-        marks = [word for word, holds in (("slots", part.slots), ("retained", part.retained)) if holds]
-        text = f"adapter {part.name}: {part.part} of {part.layer} [{', '.join(map(str, part.shape))}]"
-        yield f"adapter {part.name}", " ".join([text, *marks])
+    for adapter in module.adapters:
+        marks = [word for word, holds in (("slots", adapter.slots), ("retained", adapter.retained)) if holds]
+        text = f"adapter {adapter.name}: {adapter.part} of {adapter.layer} {list(adapter.shape)}"
+        yield f"adapter {adapter.name}", " ".join([text, *marks])
     for item in module.specializations:
         symbols = " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
         yield f"specialization {item.name}", f"specialization {item.name}: {symbols}"

@@ -78,3 +78,26 @@ def test_a_lost_mask_is_caught(tmp_path: Path) -> None:
         real(blind["last_hidden_state"], inputs), real(reference["last_hidden_state"].numpy(), inputs)
     )
     assert error > 1000 * tolerance.bound(tolerance.depth(module, "last_hidden_state"))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_a_decoder_embeds_texts_that_are_padded_on_the_left(name: str, tmp_path: Path) -> None:
+    """The last token is the last column of the text, also where the session adds padding on the right."""
+    module, inputs, _ = lowered(name)
+    left = {key: torch.stack([value[0], value[1].roll(4)]) for key, value in inputs.items()}
+    assert left["attention_mask"][1].tolist() == [0] * 4 + [1] * 7
+    exact = copy.deepcopy(build(name)).double()
+    with torch.no_grad():
+        hidden = exact(**left).last_hidden_state.numpy()
+        alone = exact(input_ids=left["input_ids"][1:, 4:]).last_hidden_state.numpy()[:, -1]
+    limit = tolerance.bound(tolerance.depth(module, "last_hidden_state"))
+    for target in TARGETS:
+        model = compiled(name, target, tmp_path / target, "embedding{pooling=last}")
+        found = model.run(left)["output"]
+        assert tolerance.error_over_rms(found, hidden[:, -1]) <= limit, target
+        for column in (0, -2):
+            assert tolerance.error_over_rms(found, hidden[:, column]) > 1000 * limit
+        if name == "qwen3":  # its positions are relative: padding changes nothing
+            assert tolerance.error_over_rms(found[1:], alone) <= limit, target
+        blind = model.run({**left, "attention_mask": torch.ones_like(left["attention_mask"])})["output"]
+        assert tolerance.error_over_rms(blind[1:], hidden[1:, -1]) > 1000 * limit

@@ -15,6 +15,7 @@ import pytest
 
 from backends import backend_names
 from qeff_ir import QEFFAutoModelForCausalLM, dialect
+from qeff_ir.errors import PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.runtime.decoder import Decoder
@@ -317,6 +318,15 @@ def test_a_planted_fault_is_caught(
     comparison = compare(session_trace(support.open_decoder(module, tmp_path), PROMPTS, reference.tokens), reference)
     record_property("error/bound", comparison.error / limit(support.lowered(name)))
     assert comparison.error > KILL_FACTOR * limit(support.lowered(name))
+
+
+def test_swapped_states_do_not_come_as_far_as_a_run(tmp_path: Path) -> None:
+    module = support.canonical("llama")
+    states_of_two_layers_swapped(module)
+    with pytest.raises(
+        PassError, match=r"\[state-flow\] the state output 'past_key.0_RetainedState' is not made of its"
+    ):
+        support.open_decoder(module, tmp_path)
 
 
 class _Stuck(Decoder):

@@ -12,8 +12,7 @@ import pytest
 from tests.kill.faults import FAULTS, PROPERTIES, Fault
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = ["keys and values swapped", "failure leaves half a pass", "position not advanced"]
-"""One each in a pass, in the manager and in the runtime."""
+SAMPLE = ["ring one slot short", "states of two layers swapped", "first token's logits"]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name.replace(" ", "-"))

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from backends.ai100.sdk import Sdk
 from backends.ai100.violation import Violation
 from backends.base import CompileOptions
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Module, all_values
+from qeff_ir.module import EMBEDS, SOURCE_KEY, WEIGHT_KEY, Module, all_values
 
 _FP16_MAX = 65504.0
 _LOWERED = {"states-lowered": "kv-retention", "attention-lowered": "attention", "legal": "legalize"}
@@ -96,7 +96,8 @@ def _states(module: Module) -> Iterator[Violation]:
         return
     ids = ["lora_ids"] if any(a.slots for a in module.adapters) else []
     adapters = [a.name for a in module.adapters]
-    expected = ["input_ids", "position_ids", *(s.input for s in module.states), *ids, *adapters]
+    tokens = [n for n in (EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
+    expected = [*tokens, "position_ids", *(s.input for s in module.states), *ids, *adapters]
     if not all(a.retained for a in module.adapters):
         yield Violation("state-pair", "adapters must be retained: put lora{retained=true} into the pipeline")
     elif [v.name for v in module.graph.inputs] != expected:

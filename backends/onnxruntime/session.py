@@ -13,6 +13,9 @@ from qeff_ir.module import AdapterInput, DimValue, Specialization
 from qeff_ir.runtime.session import Array
 from qeff_ir.snapshot import load_module
 
+_TYPES: dict[str, type[np.generic]] = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
+"""Types of the inputs of a run, by ONNX Runtime's names."""
+
 
 class OrtSession:
     """Runs a package's ``model.onnx``.
@@ -46,7 +49,9 @@ class OrtSession:
         }
         self._adapters = {a.name: _Adapter(a) for a in module.adapters}
         kept = {s.input for s in module.states} | set(self._adapters)
-        self._shapes = {v.name: list(v.shape) for v in self._session.get_inputs() if v.name not in kept}
+        given = [v for v in self._session.get_inputs() if v.name not in kept]
+        self._shapes = {v.name: list(v.shape) for v in given}
+        self._types = {v.name: _TYPES[v.type] for v in given}
         vocab = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
         self._bindings = {
             tuple(shape): self._bind(shape, vocab)
@@ -62,7 +67,7 @@ class OrtSession:
         """See `qeff_ir.runtime.session.Session.run`."""
         if set(inputs) != set(self._shapes):
             raise RuntimeInputError(f"the inputs are {' and '.join(self._shapes)}, not {', '.join(sorted(inputs))}")
-        binding = self._bindings.get(inputs["input_ids"].shape)
+        binding = self._bindings.get(inputs["position_ids"].shape)
         if binding is None or any(inputs[n].shape != tuple(binding.values[n].shape()) for n in self._shapes):
             given = " and ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
             allowed = " or ".join(str(list(shape)) for shape in self._bindings)
@@ -91,7 +96,8 @@ class OrtSession:
         sizes: dict[str, int] = {"batch_size": shape[0], "seq_len": shape[1]}
         values = {
             **{
-                name: ort.OrtValue.ortvalue_from_numpy(_zeros_int64(dims, sizes)) for name, dims in self._shapes.items()
+                name: ort.OrtValue.ortvalue_from_numpy(_zeros(dims, sizes, self._types[name]))
+                for name, dims in self._shapes.items()
             },
             "logits": ort.OrtValue.ortvalue_from_numpy(np.zeros((shape[0], 1, vocab), dtype=np.float32)),
         }
@@ -123,9 +129,5 @@ class _Adapter:
         self.value = ort.OrtValue.ortvalue_from_numpy(self.data)
 
 
-def _zeros_int64(dims: Sequence[DimValue], sizes: Mapping[str, int]) -> Array:
-    return np.zeros([sizes[d] if isinstance(d, str) else d for d in dims], dtype=np.int64)
-
-
-def _zeros(shape: Sequence[DimValue], symbols: Mapping[str, int]) -> Array:
-    return np.zeros([symbols[d] if isinstance(d, str) else d for d in shape], dtype=np.float32)
+def _zeros(dims: Sequence[DimValue], sizes: Mapping[str, int], dtype: type[np.generic] = np.float32) -> Array:
+    return np.zeros([sizes[d] if isinstance(d, str) else d for d in dims], dtype=dtype)

@@ -13,6 +13,7 @@ from qeff_ir.frontend.source import MemorySource
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qeff_ir.frontend.weights import Weights
     from qeff_ir.module import Module
 
 
@@ -34,6 +35,11 @@ class AdaptedMemorySource(MemorySource):
         """
         with set_aside(self.model):
             return super().lower()
+
+    def weights(self) -> Weights:
+        """See `Source.weights`."""
+        with set_aside(self.model):
+            return super().weights()
 
     def reference(self) -> PreTrainedModel:
         """The model itself, whose adapters are active unless they are disabled."""

@@ -221,7 +221,7 @@ def _apply(module: Module, pipeline: Pipeline, inner: str, budget: int) -> tuple
         rewriter = Rewriter(copy, id, budget if id == inner else None)
         try:
             item.run(copy, rewriter)
-        except Exception:
+        except Exception:  # the oracle has seen and described it; here only how far the pass came is asked
             return None, dict(rewriter.stats.fired), rewriter.refused
         rewriter.sweep()
         if id == inner:

@@ -14,6 +14,8 @@ from qeff_ir.module import Module
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from qeff_ir.frontend.weights import Weights
+
 _SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
 """Configuration and tokenizer files; everything of a model folder that is neither weights nor code."""
 
@@ -41,6 +43,14 @@ class Source(ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any] | None:
         """What determines the lowered graph, software versions apart, as JSON data; `None` if only lowering tells."""
+
+    @abstractmethod
+    def weights(self) -> Weights:
+        """The tensors by the names of the parameters; none is read.
+
+        Raises:
+            ModelLoadError: See `lower`.
+        """
 
     def weight_files(self) -> list[Path]:
         """The checkpoint's files; none for a model in memory."""
@@ -89,6 +99,14 @@ class FolderSource(Source):
         skeleton = build_skeleton(self.config, trust_remote_code=self.trust_remote_code)
         return lower(skeleton, checkpoint_weights(skeleton, self.checkpoint))
 
+    def weights(self) -> Weights:
+        """See `Source.weights`."""
+        from qeff_ir.frontend.skeleton import build_skeleton
+        from qeff_ir.frontend.weights import checkpoint_weights
+
+        skeleton = build_skeleton(self.config, trust_remote_code=self.trust_remote_code)
+        return checkpoint_weights(skeleton, self.checkpoint)
+
     def identity(self) -> dict[str, Any] | None:
         """The configuration, where the weights are, and the folder's code if it may run."""
         code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
@@ -132,6 +150,12 @@ class MemorySource(Source):
         from qeff_ir.frontend.weights import memory_weights
 
         return lower(self.model, memory_weights(self.model))
+
+    def weights(self) -> Weights:
+        """See `Source.weights`."""
+        from qeff_ir.frontend.weights import memory_weights
+
+        return memory_weights(self.model)
 
     def identity(self) -> None:
         """`None`: the model's code may have been changed in memory."""

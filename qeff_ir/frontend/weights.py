@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend.checkpoint import Checkpoint
-from qeff_ir.storage import FileRange
+from qeff_ir.storage import FileRange, widened
 
 Weights = dict[str, ir.TensorProtocol]
 """Parameter or persistent buffer name to its tensor."""
@@ -131,7 +131,7 @@ def _converted(model: PreTrainedModel, name: str, group: WeightConverter) -> Wei
 def _typed(entry: FileRange, key: str, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
     if entry.dtype == _ir_dtype(dtype):
         return entry.tensor(name)
-    return _lazy(name, entry.shape, dtype, _Loader(entry, key, dtype))
+    return widened(_lazy(name, entry.shape, dtype, _Loader(entry, key, dtype)), entry)
 
 
 def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:

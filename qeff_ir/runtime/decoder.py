@@ -10,6 +10,7 @@ import numpy as np
 
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.runtime.session import Array, Session
+from qeff_ir.runtime.token_table import TokenTable
 
 
 @dataclass
@@ -35,6 +36,10 @@ class Timings:
 class Decoder:
     """Drives one session.
 
+    Args:
+        session: The session.
+        table: Where to look up the tokens of a session that takes ``inputs_embeds``.
+
     Attributes:
         batch_size: Rows of every run.
         prefill_len: Tokens per row of a prefill run.
@@ -45,8 +50,9 @@ class Decoder:
             change between two runs.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, table: TokenTable | None = None) -> None:
         self.session = session
+        self._table = table
         specializations = session.specializations
         self.batch_size = specializations[0].symbols["batch_size"]
         self.prefill_len = max(s.symbols["seq_len"] for s in specializations)
@@ -129,7 +135,9 @@ class Decoder:
         return logits
 
     def _run(self, ids: Array, positions: Array) -> Array:
-        inputs = {"input_ids": np.ascontiguousarray(ids), "position_ids": np.ascontiguousarray(positions)}
+        ids = np.ascontiguousarray(ids)
+        tokens = {"input_ids": ids} if self._table is None else self._table.inputs(ids)
+        inputs = {**tokens, "position_ids": np.ascontiguousarray(positions)}
         if self._takes_ids:
             if self.lora_ids.shape != (self.batch_size,) or int(self.lora_ids.max()) > self._slots:
                 raise RuntimeInputError(

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from qeff_ir.errors import PackageError
-from qeff_ir.module import DimValue
+from qeff_ir.module import WEIGHT_KEY, DimValue
 
 BATCH, LENGTH = "batch_size", "seq_len"
 
@@ -24,11 +24,13 @@ class Tensor:
         name: Its name.
         dtype: Its type.
         shape: Symbols and sizes; `None` for a size that the model computes.
+        weight: Of an input whose rows the host looks up: the parameter that has them.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[DimValue | None, ...]
+    weight: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ def _tensors(values: Sequence[onnx.ValueInfoProto]) -> tuple[Tensor, ...]:
             v.name,
             onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type),
             tuple(_dim(d) for d in v.type.tensor_type.shape.dim),
+            next((p.value for p in v.metadata_props if p.key == WEIGHT_KEY), None),
         )
         for v in values
     )

@@ -44,7 +44,8 @@ class Session(Protocol):
 
         Args:
             inputs: ``input_ids`` and ``position_ids``, int64 ``[batch, seq]``; of a model with adapter slots also
-                ``lora_ids``, int64 ``[batch, 1]``.
+                ``lora_ids``, int64 ``[batch, 1]``. Of a model whose tokens the host looks up, ``inputs_embeds``,
+                float32 ``[batch, seq, hidden]``, in place of ``input_ids``.
 
         Returns:
             ``logits``, float32 ``[batch, 1, vocab]``: those of each row's last real token.

@@ -11,6 +11,8 @@ from qeff_ir.debug.bundle import Bundle, read_bundle
 from qeff_ir.debug.capture import Capture
 from qeff_ir.debug.equivalence import Equivalence
 from qeff_ir.errors import BundleError, EquivalenceError, PassError
+from qeff_ir.module import Module
+from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
@@ -128,3 +130,18 @@ def test_a_bundle_that_does_not_fail_any_more_is_said_to_be_one(
     monkeypatch.setattr(FlippedSign, "run", lambda *_: None)
     with pytest.raises(BundleError, match=r"^flipped-sign does not fail here as the bundle says: run 'qeff replay' to"):
         bisect(bundle)
+
+
+def test_a_pass_that_goes_past_its_rewriter_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from .wrong_passes import Raises
+
+    def fail_when_unbound(self: Raises, module: Module, rewriter: Rewriter) -> None:
+        if all(rewriter.rewrite("again") for _ in range(40)):
+            raise ValueError("more than any budget")
+
+    monkeypatch.setattr(Raises, "run", fail_when_unbound)
+    monkeypatch.setattr("qeff_ir.debug.bisect._MOST", 32)
+    bundle = fail("raises", tmp_path / "bundle", 1)
+    with pytest.raises(BundleError) as error:
+        bisect(bundle)
+    assert str(error.value) == "raises fails only without a budget: it changes the graph past its rewriter"

@@ -181,3 +181,12 @@ def test_a_bundle_never_reads_outside_its_folder(tmp_path: Path) -> None:
     data.write_bytes(b"\xff\xff nothing")
     with pytest.raises(BundleError, match=r"input_0\.pb is no ONNX tensor \(DecodeError\)$"):
         read_trace(folder)
+
+
+def test_a_bundle_without_a_failing_pass_is_refused(tmp_path: Path) -> None:
+    folder = fail("breaks-facts", tmp_path / "bundle", 1).folder
+    path = folder / METADATA
+    path.write_text(json.dumps({**json.loads(path.read_text()), "suffix": ""}))
+    with pytest.raises(BundleError) as error:
+        replay(read_bundle(folder))
+    assert str(error.value) == f"{folder} names no failing pass: its suffix is empty"
