@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qeff_ir.module import Module
-from qeff_ir.runtime.session import Session
+from qeff_ir.runtime.session import ForwardSession, Session
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class CompileOptions:
         prefill_seq_len: Tokens of a prompt that one prefill run takes.
         ctx_len: Slots of the KV cache: prompt and generated tokens together.
         batch_size: Rows of a run.
+        seq_len: Lengths of the inputs of a model without a cache, one specialization for each.
+        graph_name: What such a specialization is called.
         num_cores: Cores of the device.
         num_devices: Devices that share the model.
         mxfp6_matmul: Compress constant matmul weights to MXFP6 on the device.
@@ -31,6 +33,8 @@ class CompileOptions:
     prefill_seq_len: int = 32
     ctx_len: int = 128
     batch_size: int = 1
+    seq_len: tuple[int, ...] = ()
+    graph_name: str = "Embedding"
     num_cores: int = 16
     num_devices: int = 1
     mxfp6_matmul: bool = False
@@ -85,6 +89,10 @@ class Backend(ABC):
             folder: The package.
             threads: Threads of a runtime on the CPU; its own choice by default.
         """
+
+    @abstractmethod
+    def open_forward(self, folder: Path, *, threads: int | None = None) -> ForwardSession:
+        """Open a session on the verified package folder of a model that retains nothing; arguments as for `open`."""
 
     def versions(self) -> dict[str, str]:
         """Whatever of the target's own can change the artefact, by name: part of the cache key."""

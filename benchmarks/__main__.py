@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import compare, lowering, package, passes, pipeline, race
+from benchmarks import compare, coverage, embed, lora, lowering, package, passes, pipeline, race
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_show_locals=False)
 app.command("lowering")(lowering.main)
 app.command("pipeline")(pipeline.main)
 app.command("decode")(race.decode)
 app.command("prefill")(race.prefill)
+app.command("embed")(embed.main)
+app.command("lora")(lora.main)
+app.command("coverage")(coverage.main)
 app.command("package")(package.main)
 app.command("passes")(passes.main)
 app.command("compare")(compare.main)

@@ -1,7 +1,12 @@
-"""What the checks of the pass manager cost, and how passes scale with depth: ratios of one run."""
+"""What the checks of the pass manager cost, and how passes scale with depth: ratios of one run.
+
+`growth` is the time for one node, relative to that of the first depth: 1 when the passes are linear.
+"""
 
 from __future__ import annotations
 
+import gc
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,16 +29,30 @@ from qeff_ir.passing.pipeline import Pipeline
 _OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=48, batch_size=2)
 
 
-def main(depths: str = typer.Option("8,32", help="Layers of the models, with commas."), repeats: int = 3) -> None:
+_LEVELS = (0, 1, 2)
+
+
+def main(depths: str = typer.Option("8,32,128", help="Layers of the models, with commas."), repeats: int = 3) -> None:
     """Time the ONNX Runtime pipeline at check levels 0 to 2, on tiny llamas of several depths."""
-    table = Table("layers", "nodes", "level 0", "ms/node", "level 1 / 0", "level 2 / 0")
+    table = Table("layers", "nodes", *(f"level {n}" for n in _LEVELS), "1 / 0", "2 / 0", "level 1, ms/node", "growth")
+    first: float | None = None
     for depth in map(int, depths.split(",")):
         module = _llama(depth)
-        times = [min(_timed(partial(_run, module, level)) for _ in range(repeats)) for level in (0, 1, 2)]
-        nodes = len(module.graph)
+        _run(module, max(_LEVELS))  # imports, caches
+        times = _medians(module, repeats)
+        each = times[1] / len(module.graph) * 1e3
+        first = first or each
+        seconds = [f"{t:.2f} s" for t in times]
         ratios = [f"{t / times[0]:.2f}" for t in times[1:]]
-        table.add_row(str(depth), str(nodes), f"{times[0]:.2f} s", f"{times[0] / nodes * 1e3:.2f}", *ratios)
+        table.add_row(str(depth), str(len(module.graph)), *seconds, *ratios, f"{each:.3f}", f"{each / first:.2f}")
+        Console(stderr=True).print(f"{depth} layers: {', '.join(seconds)}")
     Console().print(table)
+
+
+def _medians(module: Module, repeats: int) -> list[float]:
+    """The median time of each level, the levels taking turns: what slows the machine slows them all."""
+    times = [[_timed(partial(_run, module, level)) for level in _LEVELS] for _ in range(repeats)]
+    return [statistics.median(of_level) for of_level in zip(*times, strict=True)]
 
 
 def _llama(depth: int) -> Module:
@@ -58,6 +77,7 @@ def _run(module: Module, level: int) -> None:
 
 
 def _timed(work: Callable[[], None]) -> float:
+    gc.collect()  # what the run before left
     started = time.process_time()  # other processes share the machine
     work()
     return time.process_time() - started

@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM
 
 from benchmarks.contenders import Contender, Entrant, Rows, contenders
 from benchmarks.options import Json, Peers, Plot, Quick
 from benchmarks.result import Figure, Result, Row, figure, publish
-from benchmarks.shapes import SHAPES, config
+from benchmarks.shapes import SHAPES, prompts, random_model
 
 Sizes = Annotated[str, typer.Option("--shape", help=f"Model: {', '.join(SHAPES)}.")]
 Context = Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)]
@@ -90,21 +89,17 @@ def measure(
     """
     if quick:
         shape, context, new_tokens, rounds = "tiny", min(context, 16), min(new_tokens, 8), 2
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"there is no shape '{shape}': it is one of {', '.join(SHAPES)}")
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
     ctx_len = 2 ** (context + new_tokens).bit_length()
-    model = AutoModelForCausalLM.from_config(config(SHAPES[shape], ctx_len), dtype=torch.float32).eval()
-    vocab = SHAPES[shape]["vocab"]
-    rows = torch.randint(0, vocab, (batch, context), generator=torch.Generator().manual_seed(1)).tolist()
+    model = random_model(shape, ctx_len)
+    rows = prompts(shape, batch, context)
     with tempfile.TemporaryDirectory() as folder:
         entrants = contenders(model, rows, ctx_len, threads, Path(folder), peers)
         laps = run([e.contender for e in entrants if e.contender is not None], rows, new_tokens, rounds)
     settings = {"shape": shape, "context": context, "batch": batch, "threads": threads, "rounds": rounds}
     if suite == "decode":
         settings["new tokens"] = new_tokens
-    return Result(suite, quick, settings, _rows(suite, entrants, laps, rows))
+    return Result(suite, quick, settings, rows_of(suite, entrants, laps, rows))
 
 
 def run(racers: Sequence[Contender], rows: Rows, new_tokens: int, rounds: int) -> dict[str, Laps]:
@@ -129,7 +124,7 @@ def _lap(racer: Contender, rows: Rows, new_tokens: int, laps: Laps) -> None:
     laps.tokens = generated
 
 
-def _rows(suite: str, entrants: Sequence[Entrant], laps: dict[str, Laps], rows: Rows) -> list[Row]:
+def rows_of(suite: str, entrants: Sequence[Entrant], laps: dict[str, Laps], rows: Rows) -> list[Row]:
     """Figures, and how many steps gave the tokens of the first contender: who computes something else is no peer."""
     base: Any = next(iter(laps.values()))
     made: list[Row] = []

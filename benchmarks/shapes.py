@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
+import torch
+import typer
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 Shape = dict[str, int]
 
@@ -33,6 +35,24 @@ def config(shape: Shape, ctx_len: int = 2048) -> LlamaConfig:
         num_key_value_heads=shape["kv_heads"],
         max_position_embeddings=max(2048, ctx_len),
     )
+
+
+def random_model(name: str, ctx_len: int) -> PreTrainedModel:
+    """A decoder of a shape with the same random weights every time, float32.
+
+    Raises:
+        typer.BadParameter: There is no such shape.
+    """
+    if name not in SHAPES:
+        raise typer.BadParameter(f"there is no shape '{name}': it is one of {', '.join(SHAPES)}")
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(SHAPES[name], ctx_len), dtype=torch.float32).eval()
+
+
+def prompts(name: str, batch: int, length: int) -> list[list[int]]:
+    """Random tokens, the same ones every time."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, SHAPES[name]["vocab"], (batch, length), generator=generator).tolist()
 
 
 def probe(folder: Path, target: str, *, opened: bool = False) -> dict[str, dict[str, Any]]:

@@ -61,9 +61,13 @@ class Layout(ABC):
 
     def positions(self, node: ir.Node, slots: Slots) -> ir.Value:
         """Lower one `CachePositions`: ``[1 or batch, length]``."""
-        if not slots.ring:
-            return self.shared("row", slots, lambda b: b("Unsqueeze", self.slot_range(slots), b.const([0])))
-        return self.shared("ring positions", slots, lambda b: self._ring_positions(slots, b))
+        if slots.ring:
+            made = self.shared("ring positions", slots, lambda b: self._ring_positions(slots, b))
+            made.shape = node.outputs[0].shape
+            return made
+        made = self.shared("row", slots, lambda b: b("Unsqueeze", self.slot_range(slots), b.const([0])))
+        made.shape = ir.Shape([1, slots.length])  # the same for all rows
+        return made
 
     def _ring_positions(self, slots: Slots, b: OpBuilder) -> ir.Value:
         last, length, slot = self.last(), self.length(slots), self.slot_range(slots)
@@ -183,7 +187,7 @@ class TensorScatter(Layout):
     def finish(self) -> None:
         """Name the longer caches, and give them their length."""
         module = self.module
-        if all(s.ring for s in module.states):
+        if all(s.ring or not s.has_slots for s in module.states):
             return
         spare = max(s.symbols["seq_len"] for s in module.specializations)
         module.specializations = [

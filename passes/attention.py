@@ -59,8 +59,9 @@ class Attention(Pass):
 
 def _grouped(node: ir.Node, b: OpBuilder) -> ir.Value:
     """Attention over ``[batch, kv_heads, group, seq, head_dim]``; returns ``[batch, heads, seq, value_dim]``."""
-    q, k, v, mask = node.inputs[:4]
-    assert q is not None and k is not None and v is not None and mask is not None
+    q, k, v = node.inputs[:3]
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    assert q is not None and k is not None and v is not None
     heads, kv_heads, width, value_width = _sizes(node, q, k, v)
     scale = node.attributes["scale"].as_float()
     cap = node.attributes["softcap"].as_float()
@@ -72,13 +73,27 @@ def _grouped(node: ir.Node, b: OpBuilder) -> ir.Value:
     scores = b("MatMul", grouped, keys)
     if cap > 0.0:
         scores = b("Mul", b("Tanh", b("Div", scores, b.const(cap, np.float32))), b.const(cap, np.float32))
-    scores = b("Where", b("Unsqueeze", mask, b.const([1])), scores, b.const(HIDDEN_SCORE, np.float32))
+    if mask is not None:
+        scores = _masked(scores, mask, heads, kv_heads, b)
     if len(node.inputs) > 4 and node.inputs[4] is not None:
         weights = _softmax_with_sinks(scores, node.inputs[4], heads, kv_heads, b)
     else:
         weights = b("Softmax", scores, axis=-1)
     mixed = b("MatMul", weights, b("Unsqueeze", v, b.const([2])))
     return b("Reshape", mixed, b.const([0, heads, -1, value_width]))
+
+
+def _masked(scores: ir.Value, mask: ir.Value, heads: int, kv_heads: int, b: OpBuilder) -> ir.Value:
+    """Scores without those of hidden keys (a mask of booleans), or with a bias for each (one of floats)."""
+    dtype = mask.dtype
+    if mask.shape is not None and mask.shape[1] == heads > 1:  # one for each query head
+        sizes = b("Concat", b.const([0, kv_heads, heads // kv_heads]), b("Shape", mask, start=2, end=4), axis=0)
+        mask = b("Reshape", mask, sizes)
+    else:
+        mask = b("Unsqueeze", mask, b.const([1]))
+    if dtype is not ir.DataType.BOOL:
+        return b("Add", scores, mask)
+    return b("Where", mask, scores, b.const(HIDDEN_SCORE, np.float32))
 
 
 def _softmax_with_sinks(scores: ir.Value, sinks: ir.Value, heads: int, kv_heads: int, b: OpBuilder) -> ir.Value:

@@ -7,12 +7,49 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 from onnxscript import optimizer
+from onnxscript.rewriter import RewriteRuleSet
+from onnxscript.rewriter.rules import common as rules
 
-from qeff_ir import dialect
+from qeff_ir import device_ops, dialect
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.hiding import LARGE
 from qeff_ir.passing.matching import same_size
+from qeff_ir.testing.tolerance import Exact, Numeric
+
+# Not `optimizer.optimize_ir`: its default rules contain one with two results, which looks at every pair of slices and
+# walks the graph for each node, so that its time grows with the square of the model; most others are for convolutions.
+_COMMUTATIVE = RewriteRuleSet([rules.add_0_rule, rules.mul_by_1_rule], commute=True).rules
+_RULES = RewriteRuleSet(
+    [
+        *_COMMUTATIVE,
+        rules.sub_0_rule,
+        rules.div_by_1_rule,
+        rules.dropout_zero_rule,
+        rules.dropout_inference_rule,
+        rules.one_reshape_matmul_reshape_rule,
+        rules.two_reshapes_matmul_reshape_rule,
+        rules.cast_constant_of_shape_rule,
+        rules.cast_constant_of_shape_without_value_rule,
+        rules.collapse_slice_rule,
+        rules.collapse_slice2_rule,
+        rules.materialize_reshape_shape_rule,
+        rules.cast_cast_rule,
+        rules.no_op_cast_rule,
+        rules.no_op_expand_rule,
+        rules.flatten_to_reshape_rule,
+        rules.reshape_reshape_rule,
+        rules.no_op_transpose_rule,
+        rules.transpose_transpose_rule,
+        rules.unsqueeze_unsqueeze_rule,
+        rules.squeeze_reshape_1d_rule,
+        rules.no_op_dynamic_scatter_nd_rule,
+        rules.no_op_static_scatter_nd_rule,
+    ]
+)
+_ROUNDS = 2
 
 
 @register
@@ -26,25 +63,59 @@ class Canonicalize(Pass):
 
     name: ClassVar[str] = "canonicalize"
     establishes: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    folds_constants: ClassVar[bool] = True
+    numeric: ClassVar[Numeric] = Exact()
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Optimize in place; see the class."""
         if not rewriter.rewrite("optimize"):
             return
         before = len(module.graph)
-        # The optimizer inlines every function it finds; the dialect has to survive as ops.
-        for key in [k for k in module.model.functions if k[0] == dialect.DOMAIN]:
+        # The optimizer inlines every function it finds; the dialect and the device's ops have to survive.
+        for key in [k for k in module.model.functions if k[0] in (dialect.DOMAIN, *device_ops.DOMAINS)]:
             del module.model.functions[key]
-        for _ in range(2):
+        common.InlinePass()(module.model)
+        for _ in range(_ROUNDS):
             with rewriter.hidden_weights():
-                optimizer.optimize_ir(module.model)
-            rewriter.adopt()
+                _optimize(module.model)
             for node in module.graph:
                 if node.op_type == "Reshape" and node.domain == "":
                     _fix_reshape(node, rewriter)
             rewriter.sweep()
+        _forget_computed_sizes(module)
         dialect.attach(module.model)
+        device_ops.attach(module.model)
         rewriter.stats.fired["removed"] = before - len(module.graph)
+
+
+def _optimize(model: ir.Model) -> None:
+    """Simplify until nothing changes, in a few rounds at most; then merge what is equal."""
+    for _ in range(_ROUNDS):
+        folded = optimizer.fold_constants(model, onnx_shape_inference=True, output_size_limit=LARGE // 4)
+        fired = _RULES.apply_to_model(model)
+        common.RemoveUnusedNodesPass()(model)
+        if not folded and not fired:
+            break
+    ir.passes.Sequential(
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
+def _forget_computed_sizes(module: Module) -> None:
+    """Take the names off sizes of outputs that the optimizer found formulas for; only declared dims have a name."""
+    for value in module.graph.outputs:
+        if value.shape is not None and any(_is_formula(d, module) for d in value.shape.dims):
+            dims = [ir.SymbolicDim(None) if _is_formula(d, module) else d for d in value.shape.dims]
+            value.shape = ir.Shape(dims)
+
+
+def _is_formula(dim: int | ir.SymbolicDim, module: Module) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value not in module.dims
 
 
 def _fix_reshape(node: ir.Node, rewriter: Rewriter) -> None:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from qeff_ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.testing.tolerance import Approximates, Numeric
 
 FP16_MAX = 65504.0
 
@@ -26,6 +27,7 @@ class Fp16Clip(Pass):
     name: ClassVar[str] = "fp16-clip"
     establishes: ClassVar[frozenset[str]] = frozenset({"fp16-range"})
     changes_weights: ClassVar[bool] = True
+    numeric: ClassVar[Numeric] = Approximates("what half precision cannot hold is clipped", decibels=60.0)
     idempotent: ClassVar[bool] = True
 
     weights: bool = field(default=False, metadata={"help": "look at the weights too"})

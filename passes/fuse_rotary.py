@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qeff_ir.module import Module
-from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.matching import constant, made_by, scalar, slice_bounds
 
 _UNARY = {"Cos", "Sin", "Cast"}
@@ -68,8 +68,22 @@ def _fuse(rotated: ir.Node, halves: dict[ir.Value, ir.Value], rewriter: Rewriter
     if sin is None or cos is None:
         return "the two halves of cosine and sine are not known to be equal"
     b = rewriter.at(total)
+    cos, sin = (_for_every_row(v, x, halves, b) for v in (cos, sin))
     rewriter.replace(total, b("RotaryEmbedding", x, cos, sin), "RotaryEmbedding")
     return None
+
+
+def _for_every_row(half: ir.Value, x: ir.Value, halves: dict[ir.Value, ir.Value], b: OpBuilder) -> ir.Value:
+    """The half with the batch of `x`, where all rows share their positions; the operator does not broadcast."""
+    assert x.shape is not None
+    if half.shape is None or half.shape[0] != 1 or x.shape[0] == 1:
+        return half
+    if half not in halves:
+        rows = b("Concat", b("Shape", x, start=0, end=1), b.const([1, 1]), axis=0)
+        halves[half] = b(
+            "Expand", half, rows, dtype=half.dtype, shape=ir.Shape([*x.shape.dims[:1], *half.shape.dims[1:]])
+        )
+    return halves[half]
 
 
 def _split_in_halves(second: ir.Value | None, first: ir.Value | None) -> ir.Value | None:
@@ -112,5 +126,7 @@ def _half(value: ir.Value | None, halves: dict[ir.Value, ir.Value], rewriter: Re
         for node in reversed(steps):
             attributes = {a.name: a.value for a in node.attributes.values()}
             part = rewriter.at(node)(node.op_type, part, *node.inputs[1:], **attributes)
+        if part.shape is None and full.shape is not None and isinstance(width := full.shape[-1], int):
+            part.shape, part.type = ir.Shape([*full.shape.dims[:-1], width // 2]), full.type
         halves[full] = part
     return halves[full]

@@ -16,6 +16,7 @@ from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import depends_on
 
 from ._kv_layouts import LAYOUTS, Slots
+from ._mask_shapes import carry_on
 
 
 @register
@@ -52,9 +53,15 @@ class KVRetention(Pass):
         """
         if not module.specializations:
             raise PassError("kv-retention sizes the caches: set the module's specializations before it")
+        if not module.states:
+            return
         for window in sorted({s.window for s in module.states if s.window is not None}):
             if self.ring == "auto" and _ring_fits(module, window):
                 _make_ring(module, window)
+        first = next(iter(module.graph))
+        anchor = ir.node("Identity", [module.input("position_ids")])  # keeps the front when `first` is replaced
+        anchor.metadata_props.update(first.metadata_props)
+        module.graph.insert_before(first, anchor)
         layout = LAYOUTS[self.layout](module, rewriter)
         states = {s.input: s for s in module.states}
         for node in self.sites(module):
@@ -65,10 +72,13 @@ class KVRetention(Pass):
                 continue
             slots = Slots(state.ctx_dim, state.ring, past)
             if node.op_type == "CachePositions":
-                rewriter.replace(node, layout.positions(node, slots))
+                positions = layout.positions(node, slots)
+                if rewriter.replace(node, positions):
+                    carry_on(module.graph, positions, state.ctx_dim, state.ctx_dim)
             elif rewriter.rewrite(f"{layout.op_type} ring" if slots.ring else layout.op_type):
                 layout.write(node, slots, state)
         layout.finish()
+        module.graph.remove(anchor, safe=True)
         dialect.attach(module.model)
         device_ops.attach(module.model)
 
@@ -114,6 +124,10 @@ def _make_ring(module: Module, window: int) -> None:
     for node in module.graph:
         if node.domain == dialect.DOMAIN and node.inputs and node.inputs[0] in ours:
             node.attributes["ring"] = ir.AttrInt64("ring", 1)  # so that the ops mean a ring until they are lowered
+            if node.op_type == "CachePositions":
+                (out,) = node.outputs
+                out.shape = ir.Shape([*(out.shape or ("batch_size",))[:1], symbol])
+                carry_on(module.graph, out, "ctx_len", symbol)
     for state in module.states:
         if state.window == window:
             state = dataclasses.replace(

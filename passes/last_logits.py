@@ -34,9 +34,11 @@ class LastLogits(Pass):
         """Insert the selection at the LM head's input.
 
         Raises:
-            PassError: ``logits`` do not come from a matrix product over the tokens.
+            PassError: ``logits`` do not come from a matrix product over the tokens, or are of one token already.
         """
         logits = module.output("logits")
+        if logits.shape is not None and logits.shape[1] == 1:
+            raise PassError("the logits are those of one token of each row already: last-logits has run before")
         tail = _row_wise_tail(logits)
         if not tail or tail[-1].op_type != "MatMul":
             raise PassError(

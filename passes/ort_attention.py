@@ -36,6 +36,8 @@ class OrtAttention(Pass):
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Fuse what can be; report why the rest cannot."""
+        if not module.states:
+            return
         lengths: dict[object, list[ir.Value]] = {}
         position_ids = module.input("position_ids")
         for node in self.sites(module):
@@ -49,7 +51,9 @@ class OrtAttention(Pass):
             module.model.opset_imports[ORT_DOMAIN] = 1
 
     def sites(self, module: Module) -> list[ir.Node]:
-        """Every standard attention."""
+        """Every standard attention, where caches are retained."""
+        if not module.states:
+            return []
         return [node for node in module.graph if node.op_type == "Attention" and node.domain == ""]
 
 
@@ -124,7 +128,6 @@ def _fuse(node: ir.Node, position_ids: ir.Value, lengths: dict[object, list[ir.V
         rewriter.substitute(node, b("Transpose", split, perm=SWAP))
     else:
         rewriter.substitute(flat, mixed)
-        rewriter.sweep()
 
 
 def _lengths(past: ir.Value, position_ids: ir.Value, b: OpBuilder) -> list[ir.Value]:

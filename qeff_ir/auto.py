@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from backends.base import CompileOptions
 from qeff_ir.compiler import Compiled, Watch, compile_model
 from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
+from qeff_ir.module import EMBEDS
 from qeff_ir.package import SIDE_FOLDER, open_package
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from qeff_ir.runtime.generation import SessionLM
+    from qeff_ir.runtime.token_table import TokenTable
 
 _HUB = frozenset({"revision", "cache_dir", "token", "local_files_only"})
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -29,6 +31,18 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "torch_dtype": ("float32", "auto", None),
 }
 """Arguments of the incumbent's `from_pretrained`, with the values that ask for what happens here anyway."""
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that are for the hub; those that ask for what happens anyway are dropped.
+
+    Raises:
+        ModelLoadError: One asks for something else.
+    """
+    for name, value in kwargs.items():
+        if name not in _HUB and str(value).removeprefix("torch.") not in map(str, _DEFAULTS.get(name, ())):
+            raise ModelLoadError(f"from_pretrained does not support {name}={value!r}: leave it out")
+    return {k: v for k, v in kwargs.items() if k in _HUB}
 
 
 class QEFFAutoModelForCausalLM:
@@ -67,10 +81,7 @@ class QEFFAutoModelForCausalLM:
         Raises:
             ModelLoadError: There is no such model, it cannot be read, or an argument asks for what is not supported.
         """
-        for name, value in kwargs.items():
-            if name not in _HUB and str(value).removeprefix("torch.") not in map(str, _DEFAULTS.get(name, ())):
-                raise ModelLoadError(f"from_pretrained does not support {name}={value!r}: leave it out")
-        hub = {k: v for k, v in kwargs.items() if k in _HUB}
+        hub = hub_arguments(kwargs)
         source = open_source(pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub)
         return cls._from_source(source)
 
@@ -219,8 +230,24 @@ class QEFFAutoModelForCausalLM:
                 defaults = GenerationConfig.from_pretrained(side)
             else:
                 defaults = GenerationConfig.from_model_config(config)
-            self._runner = SessionLM(Decoder(session), config, defaults)
+            self._runner = SessionLM(Decoder(session, self._table(package.folder)), config, defaults)
         return self._runner
+
+    def _table(self, folder: Path) -> TokenTable | None:
+        """The table of a package that takes ``inputs_embeds``; its rows stay in the checkpoint."""
+        from qeff_ir.runtime.interface import read_interface
+        from qeff_ir.runtime.token_table import TokenTable
+
+        inputs = {t.name: t for t in read_interface(folder).inputs}
+        name = inputs[EMBEDS].weight if EMBEDS in inputs else None
+        if name is None:
+            return None
+        if self._source is None:
+            raise PackageError(
+                f"the token embeddings of {folder} stay in the model's checkpoint: open the model itself and compile "
+                "it with the same options, which finds this package again"
+            )
+        return TokenTable(self._source.weights()[name], keeps_ids="input_ids" in inputs)
 
     @property
     def config(self) -> PreTrainedConfig:

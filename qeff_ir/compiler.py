@@ -127,9 +127,14 @@ def cache_root() -> Path:
 def specialize(module: Module, options: CompileOptions) -> None:
     """Set the shapes to compile for: one prefill chunk, and one token (only the latter for chunks of one token).
 
+    A module without a cache gets one specialization for each length.
+
     Raises:
-        CompileError: The context is longer than the model's positions.
+        CompileError: The context, or a length, is longer than the model's positions.
     """
+    if "ctx_len" not in module.dims:
+        module.specializations = _lengths(module, options)
+        return
     limit = module.dims["ctx_len"].maximum
     if limit is not None and options.ctx_len > limit:
         raise CompileError(
@@ -141,6 +146,23 @@ def specialize(module: Module, options: CompileOptions) -> None:
     if options.prefill_seq_len == 1:
         del lengths["Prefill"]
     module.specializations = [Specialization(name, {**common, "seq_len": n}) for name, n in lengths.items()]
+
+
+def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
+    """The specializations of a module without a cache (names as the AI 100 contract's §4.2)."""
+    common = {"batch_size": options.batch_size}
+    if "seq_len" not in module.dims:
+        return [Specialization(options.graph_name, common)]
+    limit = module.dims["seq_len"].maximum
+    lengths = sorted(set(options.seq_len))
+    if not lengths:
+        raise CompileError(f"{module.name} takes inputs of any length: give seq_len, one or several")
+    if limit is not None and lengths[-1] > limit:
+        raise CompileError(
+            f"seq_len={lengths[-1]} is more than the {limit} positions of {module.name}: use {limit} or less"
+        )
+    names = [options.graph_name] if len(lengths) == 1 else [f"{options.graph_name}_{i}" for i in range(len(lengths))]
+    return [Specialization(name, {**common, "seq_len": n}) for name, n in zip(names, lengths, strict=True)]
 
 
 def _build(
@@ -172,6 +194,11 @@ def _check_options(options: CompileOptions, source: Source) -> None:
         value = getattr(options, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CompileError(f"{name} must be a whole number of at least 1, not {value!r}")
+    for length in options.seq_len:
+        if type(length) is not int or length < 1:  # pyright: ignore[reportUnnecessaryComparison]
+            raise CompileError(f"seq_len must be whole numbers of at least 1, not {length!r}")
+    if not source.retains:
+        return
     if options.ctx_len < options.prefill_seq_len:
         raise CompileError(
             f"ctx_len={options.ctx_len} is less than prefill_seq_len={options.prefill_seq_len}: the context must "

@@ -22,13 +22,18 @@ class UnsupportedModelError(QeffError):
 class VerificationError(QeffError):
     """A module breaks a rule of the IR.
 
+    The text is one sentence on the first line, then the lines of the IR around the place, then what to do.
+
     Attributes:
         code: Stable name of the rule, for example ``state-pair``.
+        message: The sentence: what is wrong, and where.
+        lines: The place in the IR's text form, a caret below it; empty where there is none.
+        hint: What to do, as one clause; empty where the sentence says it.
     """
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"[{code}] {message}")
-        self.code = code
+    def __init__(self, code: str, message: str, *, lines: str = "", hint: str = "") -> None:
+        super().__init__("\n".join([f"[{code}] {message}", *filter(None, [lines, hint and f"  hint: {hint}"])]))
+        self.code, self.message, self.lines, self.hint = code, message, lines, hint
 
 
 class PipelineError(QeffError):
@@ -49,6 +54,10 @@ class PackageError(QeffError):
 
 class RuntimeInputError(QeffError):
     """A request does not fit the compiled model: batch size, prompt length, number of new tokens."""
+
+
+class AdapterError(QeffError):
+    """An adapter cannot be read or does not fit the compiled model, or there is none of that name."""
 
 
 class EquivalenceError(PassError):

@@ -7,6 +7,7 @@ and loading is exact and every snapshot opens in any ONNX tool.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -14,11 +15,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the facts below; a module of another version is refused."""
 
 METADATA_KEY = "qeff.module"
@@ -28,10 +30,30 @@ PASS_KEY = "qeff.pass"
 """Node metadata: the pass instance that created a node; absent on nodes that the frontend made."""
 
 WEIGHT_KEY = "qeff.weight"
-"""Initializer metadata: the parameter's name in the Hugging Face model; absent on constants."""
+"""Initializer metadata: the parameter's name in the Hugging Face model; absent on constants. On the graph input
+`EMBEDS`: the name of the table."""
+
+CHANGED_KEY = "qeff.changed"
+"""Initializer metadata: set when a pass has changed the numbers, which are then no longer the checkpoint's."""
+
+EMBEDS = "inputs_embeds"
+"""Graph input of token embeddings that the host looks up, float ``[batch_size, seq_len, hidden]``."""
+
+LAYER_KEY = "qeff.layer"
+"""Initializer metadata of a matrix: ``linear`` or ``embedding`` when it is the weight of such a layer, ``parameter``
+when another kind of module multiplies by it (a router, say)."""
 
 DimValue = str | int
-Role = Literal["key", "value"]
+Role = Literal["key", "value", "indexer", "conv", "recurrent"]
+
+_NAMES: dict[Role, str] = {
+    "key": "past_key",
+    "value": "past_value",
+    "indexer": "past_indexer",
+    "conv": "conv_state",
+    "recurrent": "recurrent_state",
+}
+"""Names of the graph inputs by role (AI 100 contract §1.1 and §1.6), in the order that states have in a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +62,8 @@ class State:
 
     Attributes:
         layer: Index of the decoder layer.
-        role: What the tensor holds.
+        role: What the tensor holds: keys or values of tokens, an indexer's keys, the last inputs of a convolution, or
+            a recurrence's state.
         shape: Symbols and sizes, for example ``("batch_size", 8, "ctx_len", 64)`` for ``[batch, kv_heads, ctx,
             head_dim]``.
         dtype: Element type in the graph; a backend may store another one.
@@ -55,6 +78,7 @@ class State:
     dtype: ir.DataType
     window: int | None = None
     ring: bool = False
+    index: int = 0
 
     SUFFIX: ClassVar[str] = "_RetainedState"
     """Ending of an output by which the device pairs it with the input of the same name."""
@@ -62,12 +86,22 @@ class State:
     @property
     def input(self) -> str:
         """Name of the graph input that takes the state (AI 100 naming)."""
-        return f"past_{self.role}.{self.layer}"
+        return f"{_NAMES[self.role]}.{self.layer}" + (f".{self.index}" if self.index else "")
 
     @property
     def output(self) -> str:
         """Name of the graph output that returns it; the device pairs the two by this suffix."""
         return self.input + self.SUFFIX
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """By what the states of a module are sorted: layer, role, index."""
+        return self.layer, list(_NAMES).index(self.role), self.index
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether it holds one entry a token, on axis 2; others hold what the tokens so far amount to."""
+        return self.role in ("key", "value", "indexer")
 
     @property
     def ctx_dim(self) -> DimValue:
@@ -101,6 +135,41 @@ class Specialization:
     symbols: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterInput:
+    """One graph input that holds a part of the low-rank adapters; a session keeps it until it is written anew.
+
+    With slots, the first axis counts them; slot 0 is the base model and stays zero.
+
+    Attributes:
+        name: Of the graph input.
+        layer: Path of the adapted layer, as PEFT names it: ``model.layers.0.self_attn.q_proj``.
+        part: ``a`` and ``b`` are the factors, ``bias`` is added to what the layer returns.
+        shape: Sizes. Without slots ``[rank, in]`` (a), ``[out, rank]`` (b), ``[out]`` (bias), as PEFT stores them; with
+            slots ``[slots, in, rank]``, ``[slots, rank, out]``, ``[slots, out]``.
+        slots: Whether the first axis counts slots.
+        retained: Whether an output of the same name and `State.SUFFIX` hands it on to the next run.
+    """
+
+    name: str
+    layer: str
+    part: Literal["a", "b", "bias"]
+    shape: tuple[int, ...]
+    slots: bool
+    retained: bool
+
+    @property
+    def output(self) -> str:
+        """Name of the output that returns it, where it is `retained`."""
+        return self.name + State.SUFFIX
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> AdapterInput:
+        """The input that plain JSON data describes."""
+        shape = tuple(data["shape"])
+        return cls(data["name"], data["layer"], data["part"], shape, data["slots"], data["retained"])
+
+
 @dataclass
 class Module:
     """A model on its way from Hugging Face to a target.
@@ -108,10 +177,11 @@ class Module:
     Attributes:
         model: The graph. Any snapshot of it is valid ONNX, the `qeff` dialect being ONNX functions.
         name: Name of the model class, used for file names.
-        states: Retained states, ordered by layer, key before value.
+        states: Retained states, in the order of `State.order`.
         dims: Symbolic dims of the interface by name.
         specializations: Static shapes to compile for; empty until a target is chosen.
         properties: Names of the properties that passes have established so far.
+        adapters: Graph inputs that hold low-rank adapters, in the order of the graph.
     """
 
     model: ir.Model
@@ -120,6 +190,7 @@ class Module:
     dims: dict[str, Dim] = field(default_factory=dict[str, Dim])
     specializations: list[Specialization] = field(default_factory=list[Specialization])
     properties: set[str] = field(default_factory=set[str])
+    adapters: list[AdapterInput] = field(default_factory=list[AdapterInput])
 
     @property
     def graph(self) -> ir.Graph:
@@ -149,18 +220,21 @@ class Module:
         raise VerificationError("interface", f"the graph of {self.name} has no output named '{name}'")
 
     def clone(self) -> Module:
-        """A copy whose graph can be changed freely; weights are shared, never copied."""
+        """A copy whose graph can be changed freely; tensors are shared, never copied, and made read-only for it."""
         model = self.model.clone()
-        for value in all_values(model.graph):
-            if isinstance(value.type, ir.TensorType):
-                value.type = ir.TensorType(value.type.dtype)  # onnx_ir shares it, and changes it in place
+        for graph in (model.graph, *(f.graph for f in model.functions.values())):
+            for value in all_values(graph):
+                value.type = _copied(value.type)  # onnx_ir shares it, and changes it in place
+                if isinstance(value.const_value, ir.Tensor) and isinstance(value.const_value.raw, np.ndarray):
+                    value.const_value.raw.flags.writeable = False
         return Module(
             model,
             self.name,
             list(self.states),
             dict(self.dims),
-            list(self.specializations),
+            [Specialization(s.name, dict(s.symbols)) for s in self.specializations],
             set(self.properties),
+            list(self.adapters),
         )
 
     def rename_dim(self, old: str, new: str) -> None:
@@ -186,6 +260,7 @@ class Module:
             "dims": [dataclasses.asdict(d) for d in self.dims.values()],
             "specializations": [{"name": s.name, "symbols": dict(s.symbols)} for s in self.specializations],
             "properties": sorted(self.properties),
+            **({"adapters": [dataclasses.asdict(a) for a in self.adapters]} if self.adapters else {}),
         }
 
     def write_facts(self) -> None:
@@ -215,13 +290,28 @@ class Module:
             model,
             facts["name"],
             [
-                State(s["layer"], s["role"], tuple(s["shape"]), ir.DataType[s["dtype"]], s["window"], s["ring"])
+                State(
+                    s["layer"],
+                    s["role"],
+                    tuple(s["shape"]),
+                    ir.DataType[s["dtype"]],
+                    s["window"],
+                    s["ring"],
+                    s["index"],
+                )
                 for s in facts["states"]
             ],
             {d["name"]: Dim(**d) for d in facts["dims"]},
             [Specialization(s["name"], s["symbols"]) for s in facts["specializations"]],
             set(facts["properties"]),
+            [AdapterInput.from_json(a) for a in facts.get("adapters", ())],
         )
+
+
+def _copied(type_: ir.TypeProtocol | None) -> ir.TypeProtocol | None:
+    if isinstance(type_, ir.TensorType):
+        return ir.TensorType(type_.dtype, denotation=type_.denotation)
+    return copy.deepcopy(type_)
 
 
 def all_values(graph: ir.Graph) -> Iterable[ir.Value]:

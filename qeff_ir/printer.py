@@ -8,6 +8,7 @@
     const %const.int64.1.6e340b9c: int64[1] = [0]
     %linear: float[batch_size, seq_len, 64] = MatMul(%rms_norm, %t)  ; model.layers.0.mlp
     out %logits: float[batch_size, seq_len, 97]
+    function qeff.CacheUpdate: sha256:1f0c5d3a9b7e2468
 
 Weights are named, never printed; constants are printed up to eight elements, larger ones as a digest.
 """
@@ -24,6 +25,9 @@ import onnx_ir as ir
 from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
 
 _INLINE = 8
+_AROUND = 2
+_WIDTH = 112
+"""Of an excerpt: lines before and after the place, and columns."""
 _VALUE = re.compile(r"%[^\s,:()]+")
 
 
@@ -34,7 +38,7 @@ def to_text(module: Module, *, origins: bool = True) -> str:
         module: What to print.
         origins: Whether each node tells the Hugging Face module and the pass that it came from.
     """
-    return "\n".join(_lines(module, origins)) + "\n"
+    return "\n".join(line for _, line in _lines(module, origins)) + "\n"
 
 
 def fingerprint(module: Module) -> str:
@@ -44,6 +48,8 @@ def fingerprint(module: Module) -> str:
 
 def structure(module: Module) -> str:
     """A digest of the graph alone: equal when only the names of inner values and the origins of nodes differ."""
+    constants = {n: v for n, v in module.graph.initializers.items() if WEIGHT_KEY not in v.metadata_props}
+    skipped = {"properties", *(f"const {name}" for name, value in constants.items() if not value.uses())}
     keep = {v.name for v in (*module.graph.inputs, *module.graph.outputs, *module.graph.initializers.values())}
     numbers: dict[str, str] = {}
 
@@ -51,41 +57,95 @@ def structure(module: Module) -> str:
         name = match.group()[1:]
         return name if name in keep else numbers.setdefault(name, f"%{len(numbers)}")
 
-    lines = (line for line in _lines(module, origins=False) if not line.startswith(("const ", "properties ")))
+    lines = (line for subject, line in _lines(module, origins=False) if subject not in skipped)
     return hashlib.sha256(_VALUE.sub(numbered, "\n".join(lines)).encode()).hexdigest()
 
 
-def _lines(module: Module, origins: bool) -> Iterator[str]:
+def excerpt(module: Module, subject: ir.Node | str, word: str = "") -> str:
+    """The lines of the text form around a place, numbered, with a caret below a word; empty when it has no line.
+
+    Args:
+        module: What to print.
+        subject: A node, or the start of a line without its sign: ``in input_ids``, ``state past_key.0``.
+        word: What the caret points at; the whole line by default.
+    """
+    lines = list(_lines(module, origins=True))
+    at = next((i for i, (known, _) in enumerate(lines) if known is subject or known == subject), None)
+    if at is None:
+        return ""
+    shown: list[str] = []
+    for index in range(max(at - _AROUND, 0), min(at + _AROUND + 1, len(lines))):
+        line = lines[index][1]
+        start = max(line.find(word), 0) if word else 0
+        cut = max(start - _WIDTH // 2, 0) if index == at and start + len(word) > _WIDTH else 0  # keeps the word in view
+        clipped = line[cut : cut + _WIDTH]
+        shown.append(f"  {'>' if index == at else ' '}{index + 1:5} | {clipped}")
+        if index == at:
+            shown.append(
+                f"         | {' ' * (start - cut)}{'^' * (len(word) if word in line and word else len(clipped))}"
+            )
+    return "\n".join(shown)
+
+
+def interface(module: Module) -> list[str]:
+    """The lines of all a caller relies on: dims, states, adapters, specializations, graph inputs, outputs, in order."""
+    values = [*(("in ", v) for v in module.graph.inputs), *(("out", v) for v in module.graph.outputs)]
+    return [*(line for _, line in _facts(module)), *(f"{kind} {_typed(value)}" for kind, value in values)]
+
+
+def bodies(module: Module) -> dict[str, str]:
+    """A digest of what each function of the model computes, by domain and name; types and opsets aside."""
+    found: dict[str, str] = {}
+    for function in module.model.functions.values():
+        heads = [" ".join(str(v.name) for v in values) for values in (function.inputs, function.outputs)]
+        lines = [*heads, *(line for _, line in _nodes(function.graph, "", False, typed=False))]
+        found[f"{function.domain}.{function.name}"] = _digest("\n".join(lines).encode())
+    return dict(sorted(found.items()))
+
+
+def _lines(module: Module, origins: bool) -> Iterator[tuple[ir.Node | str, str]]:
+    """Each line with what it is about: a node, or a word and a name."""
     opsets = sorted((domain or "standard", version) for domain, version in module.model.opset_imports.items())
-    yield f"module {module.name} ({', '.join(f'{domain} {version}' for domain, version in opsets)})"
+    yield "module", f"module {module.name} ({', '.join(f'{domain} {version}' for domain, version in opsets)})"
+    yield from _facts(module)
+    if module.properties:
+        yield "properties", f"properties {' '.join(sorted(module.properties))}"
+    for value in module.graph.inputs:
+        yield f"in {value.name}", f"in  {_typed(value)}"
+    for name in sorted(module.graph.initializers):
+        value = module.graph.initializers[name]
+        if WEIGHT_KEY in value.metadata_props:
+            yield f"weight {name}", f"weight {_typed(value)}"
+        else:
+            yield f"const {name}", f"const {_typed(value)} = {_numbers(value)}"
+    yield from _nodes(module.graph, "", origins)
+    for value in module.graph.outputs:
+        yield f"out {value.name}", f"out {_typed(value)}"
+    for name, digest in bodies(module).items():
+        yield f"function {name}", f"function {name}: {digest}"
+
+
+def _facts(module: Module) -> Iterator[tuple[str, str]]:
     for dim in module.dims.values():
-        yield f"dim {dim.name}" + (f" <= {dim.maximum}" if dim.maximum is not None else "")
+        yield f"dim {dim.name}", f"dim {dim.name}" + (f" <= {dim.maximum}" if dim.maximum is not None else "")
     for state in module.states:
         marks = [f"window={state.window}"] if state.window is not None else []
         marks += ["ring"] if state.ring else []
         shape = ", ".join(map(str, state.shape))
-        yield " ".join([f"state {state.input}: {state.dtype.name.lower()}[{shape}]", *marks])
+        text = f"state {state.input}: {state.dtype.name.lower()}[{shape}]"
+        yield f"state {state.input}", " ".join([text, *marks])
+    for adapter in module.adapters:
+        marks = [word for word, holds in (("slots", adapter.slots), ("retained", adapter.retained)) if holds]
+        text = f"adapter {adapter.name}: {adapter.part} of {adapter.layer} {list(adapter.shape)}"
+        yield f"adapter {adapter.name}", " ".join([text, *marks])
     for item in module.specializations:
-        yield f"specialization {item.name}: " + " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
-    if module.properties:
-        yield f"properties {' '.join(sorted(module.properties))}"
-    for value in module.graph.inputs:
-        yield f"in  {_typed(value)}"
-    for name in sorted(module.graph.initializers):
-        value = module.graph.initializers[name]
-        yield (
-            f"weight {_typed(value)}"
-            if WEIGHT_KEY in value.metadata_props
-            else f"const {_typed(value)} = {_numbers(value)}"
-        )
-    yield from _nodes(module.graph, "", origins)
-    for value in module.graph.outputs:
-        yield f"out {_typed(value)}"
+        symbols = " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
+        yield f"specialization {item.name}", f"specialization {item.name}: {symbols}"
 
 
-def _nodes(graph: ir.Graph, indent: str, origins: bool) -> Iterator[str]:
+def _nodes(graph: ir.Graph, indent: str, origins: bool, *, typed: bool = True) -> Iterator[tuple[ir.Node, str]]:
     for node in graph:
-        outputs = ", ".join(_typed(v) for v in node.outputs)
+        outputs = ", ".join(_typed(v) if typed else f"%{v.name}" for v in node.outputs)
         inputs = ", ".join(f"%{v.name}" if v is not None else "_" for v in node.inputs)
         name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         plain = [a for a in sorted(node.attributes.values(), key=lambda a: a.name) if a.type != ir.AttributeType.GRAPH]
@@ -94,11 +154,11 @@ def _nodes(graph: ir.Graph, indent: str, origins: bool) -> Iterator[str]:
         source, made = node.metadata_props.get(SOURCE_KEY), node.metadata_props.get(PASS_KEY)
         if origins and (source or made):
             line += f"  ; {source or '-'}" + (f" <- {made}" if made else "")
-        yield line
+        yield node, line
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
-                yield f"{indent}  {attribute.name}:"
-                yield from _nodes(attribute.as_graph(), indent + "    ", origins)
+                yield node, f"{indent}  {attribute.name}:"
+                yield from _nodes(attribute.as_graph(), indent + "    ", origins, typed=typed)
 
 
 def type_text(value: ir.Value) -> str:
@@ -122,11 +182,20 @@ def _numbers(value: ir.Value) -> str:
         return "?"
     if tensor.size <= _INLINE:
         return str(tensor.numpy().tolist())
-    return f"sha256:{hashlib.sha256(tensor.tobytes()).hexdigest()[:16]}"
+    return _digest(tensor.tobytes())
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def attribute_text(attribute: ir.Attr) -> str:
-    """The value of an attribute, large tensors as a digest; a graph is told by the number of its nodes."""
+    """The value of an attribute, large tensors as a digest; a graph is told by the number of its nodes.
+
+    A reference to an attribute of the function around it is told by that one's name.
+    """
+    if attribute.is_ref():
+        return f"@{attribute.ref_attr_name}"
     if attribute.type == ir.AttributeType.GRAPH:
         return f"{len(attribute.as_graph())} nodes"
     if attribute.type == ir.AttributeType.TENSOR:

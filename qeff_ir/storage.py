@@ -26,6 +26,7 @@ _INLINE_BYTES = 1024
 """Tensors up to this size stay inside the ONNX file, as constants do in the AI 100 contract (§8)."""
 
 _META_KEY = "qeff.range"
+_STORED_KEY = "qeff.stored"
 _CHUNK = 1 << 24
 _UNLINKABLE = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES})
 """What a file system answers that cannot link to a file: it is another one, has no hard links, or no more of them."""
@@ -68,6 +69,18 @@ class FileRange:
 def file_range(tensor: ir.TensorProtocol | None) -> FileRange | None:
     """Where a tensor made by `FileRange.tensor` lies, or `None` for any other tensor."""
     return tensor.meta.get(_META_KEY) if isinstance(tensor, ir.LazyTensor) else None
+
+
+def widened(tensor: ir.LazyTensor, stored_as: FileRange) -> ir.LazyTensor:
+    """The tensor, marked as the numbers of `stored_as` in a wider element type (see `stored`)."""
+    tensor.meta[_STORED_KEY] = stored_as
+    return tensor
+
+
+def stored(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
+    """The numbers of a tensor; memory-mapped, and in the element type of the file, where they lie in one."""
+    where: FileRange | None = tensor.meta.get(_STORED_KEY) if isinstance(tensor, ir.LazyTensor) else None
+    return (tensor if where is None else where.tensor(tensor.name or "")).numpy()
 
 
 def load_model(path: Path) -> ir.Model:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from qeff_ir.module import Module
 from tests import support
@@ -26,6 +26,13 @@ settings.register_profile("pr", derandomize=True, database=None, deadline=None, 
 settings.register_profile("dev", deadline=None, max_examples=200)
 settings.register_profile(
     "nightly", deadline=None, print_blob=True, max_examples=5000, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "hunt", deadline=None, print_blob=True, max_examples=100_000, suppress_health_check=list(HealthCheck)
+)
+# Says whether a fault is caught, not by which smallest example (`tests.kill`).
+settings.register_profile(
+    "kill", settings.get_profile("pr"), phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "pr"))
 

@@ -153,3 +153,17 @@ def forward(name: str, tokens: Sequence[int]) -> Array:
     """transformers' logits of the last of `tokens`."""
     with torch.no_grad():
         return tiny(name)[1](torch.tensor([list(tokens)]), use_cache=False).logits[0, -1].numpy()
+
+
+@functools.cache
+def _plain_package(name: str, target: str, options: tuple[tuple[str, int], ...]) -> Path:
+    from qeff_ir.compiler import compile_model
+
+    source, settings = Lowered(name), CompileOptions(**dict(options))
+    return compile_model(source, settings, target=target, emit_only=target == "ai100").folder
+
+
+def plain_decoder(name: str, target: str, **options: int) -> Decoder:
+    """A tiny model compiled without anything else, and opened anew."""
+    folder = _plain_package(name, target, tuple(sorted(options.items())))
+    return Decoder(find_backend(target).open(folder, threads=1))

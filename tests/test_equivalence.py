@@ -15,6 +15,7 @@ import pytest
 
 from backends import backend_names
 from qeff_ir import QEFFAutoModelForCausalLM, dialect
+from qeff_ir.errors import PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.runtime.decoder import Decoder
@@ -241,6 +242,49 @@ def one_block_skipped(module: Module) -> None:
     total.outputs[0].replace_all_uses_with(total.inputs[0])
 
 
+def nodes(module: Module, op_type: str) -> list[ir.Node]:
+    found = [n for n in module.graph if n.op_type == op_type]
+    assert found
+    return found
+
+
+def _forget(module: Module, node: ir.Node, index: int) -> None:
+    past = node.inputs[index]
+    assert past is not None
+    b = Rewriter(module, "fault").at(node)
+    nothing = b("Mul", past, b.const(0.0, np.float32), shape=past.shape, dtype=past.dtype)
+    node.replace_input_with(index, nothing)
+
+
+def _keep_padding(module: Module, node: ir.Node, index: int) -> None:
+    """Padding, whose position is -1, looks like a token."""
+    positions = node.inputs[index]
+    b = Rewriter(module, "fault").at(node)
+    node.replace_input_with(index, b("Abs", positions, shape=positions.shape, dtype=positions.dtype))  # type: ignore[union-attr]
+
+
+def recurrent_state_forgotten(module: Module) -> None:
+    _forget(module, nodes(module, "LinearAttention")[0], 5)
+
+
+def window_forgotten(module: Module) -> None:
+    _forget(module, nodes(module, "StateWindow")[0], 0)
+
+
+def padding_in_the_state(module: Module) -> None:
+    _keep_padding(module, nodes(module, "LinearAttention")[0], 6)
+
+
+def padding_in_the_window(module: Module) -> None:
+    _keep_padding(module, nodes(module, "StateNext")[0], 1)
+
+
+def delta_rule_dropped(module: Module) -> None:
+    for node in nodes(module, "LinearAttention"):
+        assert node.attributes["delta"].as_float() == 1.0
+        node.attributes["delta"] = ir.AttrFloat32("delta", 0.0)
+
+
 FAULTS: list[tuple[str, support.Mutation]] = [
     ("mistral", window_too_wide),
     ("mistral", window_too_narrow),
@@ -259,12 +303,17 @@ FAULTS: list[tuple[str, support.Mutation]] = [
     ("gpt-oss", sinks_dropped),
     ("llama", state_not_written),
     ("mistral", state_not_written),
-    ("llama", states_of_two_layers_swapped),
     ("phi3", heads_grouped_wrongly),
     ("llama", rotation_backwards),
     ("bloom", no_position_bias),
     ("llama", one_block_skipped),
     ("gpt2", one_block_skipped),
+    ("mamba", recurrent_state_forgotten),
+    ("qwen3-next", recurrent_state_forgotten),
+    ("mamba", window_forgotten),
+    ("falcon-h1", padding_in_the_state),
+    ("qwen3-next", padding_in_the_window),
+    ("qwen3-next", delta_rule_dropped),
 ]
 
 
@@ -280,6 +329,15 @@ def test_a_planted_fault_is_caught(
     assert comparison.error > KILL_FACTOR * limit(support.lowered(name))
 
 
+def test_swapped_states_do_not_come_as_far_as_a_run(tmp_path: Path) -> None:
+    module = support.canonical("llama")
+    states_of_two_layers_swapped(module)
+    with pytest.raises(
+        PassError, match=r"\[state-flow\] the state output 'past_key.0_RetainedState' is not made of its"
+    ):
+        support.open_decoder(module, tmp_path)
+
+
 class _Stuck(Decoder):
     """Does not advance the position after a decode step."""
 
@@ -290,7 +348,7 @@ class _Stuck(Decoder):
         return logits
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "bart", "roberta"])
 def test_a_position_that_is_not_advanced_is_caught(name: str, tmp_path: Path) -> None:
     reference = support.reference(name)
     decoder = support.open_decoder(support.canonical(name), tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from backends.ai100 import checks, compiler, flags, sdk
 from backends.ai100.emit import BINARY, emit
@@ -12,7 +12,10 @@ from backends.ai100.violation import refuse_first
 from backends.base import Backend, CompileOptions
 from qeff_ir.errors import CompileError, PackageError
 from qeff_ir.module import Module
-from qeff_ir.runtime.session import Session
+from qeff_ir.runtime.session import ForwardSession, Session
+
+if TYPE_CHECKING:
+    from backends.ai100.emulator import EmulatedSession
 
 
 class Ai100Backend(Backend):
@@ -88,6 +91,17 @@ class Ai100Backend(Backend):
             from backends.ai100.device import DeviceSession
 
             return DeviceSession(folder)
+        return self._emulate(folder, threads)
+
+    def open_forward(self, folder: Path, *, threads: int | None = None) -> ForwardSession:
+        """See `open`."""
+        if (folder / BINARY).is_file() and _has_runtime():
+            from backends.ai100.device import DeviceSession
+
+            return DeviceSession(folder)
+        return self._emulate(folder, threads)
+
+    def _emulate(self, folder: Path, threads: int | None) -> EmulatedSession:
         models = list(folder.glob("*.onnx"))
         if len(models) != 1:
             raise PackageError(f"{folder} has {len(models)} ONNX files, not one: compile again")

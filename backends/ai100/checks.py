@@ -10,7 +10,7 @@ import onnx_ir as ir
 from backends.ai100.sdk import Sdk
 from backends.ai100.violation import Violation
 from backends.base import CompileOptions
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Module, all_values
+from qeff_ir.module import EMBEDS, SOURCE_KEY, WEIGHT_KEY, Module, all_values
 
 _FP16_MAX = 65504.0
 _LOWERED = {"states-lowered": "kv-retention", "attention-lowered": "attention", "legal": "legalize"}
@@ -92,10 +92,17 @@ def _states(module: Module) -> Iterator[Violation]:
         for name, names, kind in ((state.input, inputs, "input"), (state.output, outputs, "output")):
             if name not in names:
                 yield Violation("state-pair", f"layer {state.layer} has no {kind} named {name}: keep both of a state")
-    expected = ["input_ids", "position_ids", *(s.input for s in module.states)]
-    if [v.name for v in module.graph.inputs] != expected:
+    if not module.states:  # a forward pass: its inputs and outputs are the model's own
+        return
+    ids = ["lora_ids"] if any(a.slots for a in module.adapters) else []
+    adapters = [a.name for a in module.adapters]
+    tokens = [n for n in (EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
+    expected = [*tokens, "position_ids", *(s.input for s in module.states), *ids, *adapters]
+    if not all(a.retained for a in module.adapters):
+        yield Violation("state-pair", "adapters must be retained: put lora{retained=true} into the pipeline")
+    elif [v.name for v in module.graph.inputs] != expected:
         yield Violation("inputs", f"the inputs must be {', '.join(expected[:4])}, ... in this order")
-    expected = ["logits", *(s.output for s in module.states)]
+    expected = ["logits", *(s.output for s in module.states), *(a.output for a in module.adapters)]
     if [v.name for v in module.graph.outputs] != expected:
         yield Violation("outputs", f"the outputs must be {', '.join(expected[:3])}, ... in this order")
 

@@ -20,9 +20,13 @@ from backends.ai100 import specializations
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.sdk import Sdk, description
 from backends.ai100.violation import Violation, refuse_first
+from qeff_ir.module import EMBEDS
 
 _SUFFIX = "_RetainedState"
-_STATE = re.compile(r"past_(key|value)\.(0|[1-9]\d*)")
+_ROLES = ("past_key", "past_value", "past_indexer", "conv_state", "recurrent_state")
+"""Kinds of retained state (contract §1.1 and §1.6), in the order that they have in a layer."""
+_STATE = re.compile(rf"({'|'.join(_ROLES)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
+_ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
 
@@ -39,7 +43,7 @@ def check(folder: Path) -> None:
 def violations(folder: Path) -> Iterator[Violation]:
     """Everything in an emitted folder that breaks the contract of the SDK that it was made for."""
     models = sorted(folder.glob("*.onnx"))
-    missing = [n for n in (COMMAND, CUSTOM_IO, specializations.FILE) if not (folder / n).is_file()]
+    missing = [n for n in (COMMAND, specializations.FILE) if not (folder / n).is_file()]
     if len(models) != 1:
         yield Violation("file", f"{folder} has {len(models)} ONNX files: it must have one")
     for name in missing:
@@ -64,9 +68,14 @@ def violations(folder: Path) -> Iterator[Violation]:
     yield from _ops(graph, sdk)
     yield from _interface(graph)
     yield from _specializations(graph, recorded, sdk)
-    yield from _custom_io(graph, (folder / CUSTOM_IO).read_text())
+    retains = _retains(graph)
+    if retains and not (folder / CUSTOM_IO).is_file():
+        yield Violation("file", f"{folder} has no {CUSTOM_IO}: emit the package again")
+        return
+    if retains:
+        yield from _custom_io(graph, (folder / CUSTOM_IO).read_text())
     yield from _weights(proto, folder)
-    yield from _command(command["argv"], models[0].name, folder, sdk)
+    yield from _command(command["argv"], models[0].name, folder, sdk, retains=retains)
 
 
 def _json(path: Path) -> Any:
@@ -111,19 +120,68 @@ def _by_name(tensors: Sequence[Any]) -> dict[str, Any]:
 def _interface(graph: gs.Graph) -> Iterator[Violation]:
     """Names, order, types and shapes (contract §1.1 and §1.2)."""
     inputs, outputs = _by_name(graph.inputs), _by_name(graph.outputs)
+    if _retains(graph):
+        yield from _decoder_interface(inputs, outputs)
+    else:
+        yield from _forward_interface(inputs, outputs)
+
+
+def _retains(graph: gs.Graph) -> bool:
+    """Whether a graph has retained states."""
+    names: list[str] = [*_by_name(graph.inputs), *_by_name(graph.outputs)]
+    return any(name.endswith(_SUFFIX) or _STATE.fullmatch(name) for name in names)
+
+
+def _forward_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
+    """A forward pass: its batch comes first, token ids before their mask, both int64 (§1.10)."""
+    for name, tensor in inputs.items():
+        shape = list(tensor.shape or [])
+        if not shape or shape[0] != "batch_size":
+            yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, ...]")
+        if name in ("input_ids", "attention_mask") and (tensor.dtype != np.int64 or shape != ["batch_size", "seq_len"]):
+            yield Violation("dtype-shape", f"{name} is {tensor.dtype} {shape}, not int64 [batch_size, seq_len]")
+    names = list(inputs)
+    if "input_ids" in names and names[:2] != ["input_ids", "attention_mask"][: len(names)]:
+        yield Violation("inputs", "the inputs must start with input_ids, attention_mask")
+    if not outputs:
+        yield Violation("outputs", "there is no output")
+
+
+def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
     for name in sorted(n for n in outputs if n.endswith(_SUFFIX) and n.removesuffix(_SUFFIX) not in inputs):
         yield Violation("state-pair", f"output {name} has no input {name.removesuffix(_SUFFIX)}")
-    states = [n for n in inputs if n not in ("input_ids", "position_ids")]
-    for name in states:
+    retained = [n for n in inputs if n not in (EMBEDS, "input_ids", "position_ids", "lora_ids")]
+    adapters = [n for n in retained if _ADAPTER.search(n)]
+    states = [n for n in retained if n not in adapters]
+    for name in retained:
         if name + _SUFFIX not in outputs:
             yield Violation("state-pair", f"input {name} has no output {name}{_SUFFIX}")
+    for name in states:
         if _STATE.fullmatch(name) is None:
-            yield Violation("inputs", f"input {name} is no past_key.<layer> or past_value.<layer>")
-    layers = sorted({int(m[2]) for m in map(_STATE.fullmatch, states) if m is not None})
-    expected = [f"past_{role}.{layer}" for layer in layers for role in ("key", "value")]
-    if list(inputs) != ["input_ids", "position_ids", *expected]:
-        yield Violation("inputs", "the inputs must be input_ids, position_ids, past_key.0, past_value.0, ... in order")
-    if list(outputs) != ["logits", *(name + _SUFFIX for name in expected)]:
+            yield Violation("inputs", f"input {name} is no retained state: name it {_ROLES[0]}.<layer>, say")
+    expected = sorted((n for n in states if _STATE.fullmatch(n) is not None), key=_order)
+    pairs = {n for n in expected if n.startswith(("past_key", "past_value"))}
+    for name in sorted(pairs, key=_order):
+        other = name.replace("past_key", "past_value") if "key" in name else name.replace("past_value", "past_key")
+        if other not in pairs:
+            yield Violation("inputs", f"input {name} has no {other} beside it")
+    expected += (["lora_ids"] if "lora_ids" in inputs else []) + adapters
+    tokens = [n for n in (EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
+    if list(inputs) != [*tokens, "position_ids", *expected]:
+        first = ", ".join(tokens)
+        yield Violation("inputs", f"the inputs must be {first}, position_ids, past_key.0, past_value.0, ... in order")
+    embeds = inputs.get(EMBEDS)
+    if embeds is not None:
+        shape = list(embeds.shape or [])
+        if embeds.dtype != np.float32 or shape[:2] != ["batch_size", "seq_len"] or len(shape) != 3:
+            found = f"{embeds.dtype} {shape}"
+            yield Violation("dtype-shape", f"{EMBEDS} is {found}, not float32 [batch_size, seq_len, hidden]")
+    returned = [n.removesuffix(_SUFFIX) for n in outputs if n.endswith(_SUFFIX)]
+    returned = [
+        *sorted((n for n in returned if _STATE.fullmatch(n) is not None), key=_order),
+        *(n for n in adapters if n in returned),
+    ]
+    if list(outputs) != ["logits", *(name + _SUFFIX for name in returned)]:
         yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
     for name in ("input_ids", "position_ids"):
         tensor = inputs.get(name)
@@ -134,13 +192,28 @@ def _interface(graph: gs.Graph) -> Iterator[Violation]:
         shape = list(logits.shape or [])
         if logits.dtype != np.float32 or shape[:2] != ["batch_size", 1] or len(shape) != 3:
             yield Violation("dtype-shape", f"logits are {logits.dtype} {shape}, not float32 [batch_size, 1, vocab]")
-    for name in states:
+    ids = inputs.get("lora_ids")
+    if ids is not None and (ids.dtype != np.int64 or ids.shape != ["batch_size", 1]):
+        yield Violation("dtype-shape", f"lora_ids is {ids.dtype} {ids.shape}, not int64 [batch_size, 1]")
+    for name in retained:
         before, after = inputs[name], outputs.get(name + _SUFFIX)
         shape = list(before.shape or [])
-        if len(shape) != 4 or shape[0] != "batch_size":
+        if name in adapters:
+            if not all(isinstance(size, int) for size in shape):
+                yield Violation("dtype-shape", f"the adapter {name} is {shape}, not of a fixed size")
+        elif name.startswith("past_") and (len(shape) != 4 or shape[0] != "batch_size"):
             yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, slots, width]")
+        if name.startswith(_ROLES[3:]) and (shape[:1] != ["batch_size"] or any(isinstance(d, str) for d in shape[1:])):
+            yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is batch_size")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
+
+
+def _order(name: str) -> tuple[int, int, int]:
+    """Layer, role and index of a state's name."""
+    found = _STATE.fullmatch(name)
+    assert found is not None
+    return int(found[2]), _ROLES.index(found[1]), int(found[3] or 0)
 
 
 def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Violation]:
@@ -154,7 +227,7 @@ def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Viola
         yield Violation(
             "duplicate-specialization", "two specializations have the same name or the same sizes: drop one"
         )
-    symbols = {d for t in [*graph.inputs, *graph.outputs] for d in t.shape or [] if not isinstance(d, int)}
+    symbols = {d for t in [*graph.inputs, *graph.outputs] for d in t.shape or [] if d and not isinstance(d, int)}
     for symbol in sorted(symbols, key=str):
         for index, entry in enumerate(entries):
             if symbol not in entry:
@@ -171,8 +244,12 @@ def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
     for name in sorted(names ^ set(entries)):
         what = "lacks" if name in names else "has the unknown tensor"
         yield Violation("custom-io", f"{CUSTOM_IO} {what} {name}: it lists every state twice, and nothing else")
-    if len(set(entries.values())) > 1 or not set(entries.values()) <= _PRECISIONS:
-        found = ", ".join(sorted(set(entries.values())))
+    adapters = {name for name in entries if _ADAPTER.search(name)}
+    if any(entries[name] != "float16" for name in adapters):
+        yield Violation("custom-io", f"{CUSTOM_IO} has adapters of another precision than float16")
+    precisions = {precision for name, precision in entries.items() if name not in adapters}
+    if len(precisions) > 1 or not precisions <= _PRECISIONS:
+        found = ", ".join(sorted(precisions))
         yield Violation("custom-io", f"{CUSTOM_IO} has the precisions {found}: use float16 or mxint8 for all states")
 
 
@@ -194,8 +271,9 @@ def _weights(proto: onnx.ModelProto, folder: Path) -> Iterator[Violation]:
             yield Violation("external-data", f"{location}, which holds {tensor.name}, is missing or too short")
 
 
-def _command(argv: list[str], model: str, folder: Path, sdk: Sdk) -> Iterator[Violation]:
-    """The command starts as the SDK wants, names files of the folder only, and asks for retained states (§4.1)."""
+def _command(argv: list[str], model: str, folder: Path, sdk: Sdk, *, retains: bool) -> Iterator[Violation]:
+    """The command starts as the SDK wants, names files of the folder only, and asks for retained states where there are
+    some (§4.1 and §4.6)."""
     given: dict[str, str] = {}
     for argument in argv[1:]:
         flag, _, value = argument.removeprefix("-").partition("=")
@@ -203,13 +281,9 @@ def _command(argv: list[str], model: str, folder: Path, sdk: Sdk) -> Iterator[Vi
     head = [sdk.compiler, *sdk.standing_arguments]
     if argv[: len(head)] != head:
         yield Violation("command", f"the command does not start with {' '.join(head)}")
-    required = {
-        "m": model,
-        "retained-state": "",
-        "network-specialization-config": specializations.FILE,
-        "custom-IO-list-file": CUSTOM_IO,
-        "aic-binary-dir": "qpc",
-    }
+    required = {"m": model, "network-specialization-config": specializations.FILE, "aic-binary-dir": "qpc"}
+    if retains:
+        required |= {"retained-state": "", "custom-IO-list-file": CUSTOM_IO}
     for flag, value in required.items():
         if given.get(flag) != value:
             yield Violation("command", f"the command has not -{flag}{'=' + value if value else ''}")

@@ -14,11 +14,11 @@ import numpy as np
 from backends.ai100 import runtime_path, specializations
 from backends.ai100.emit import BINARY_FOLDER, COMMAND
 from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
-from qeff_ir.module import Specialization
+from qeff_ir.module import AdapterInput, Specialization
+from qeff_ir.runtime.interface import read_interface, sized
 from qeff_ir.runtime.session import Array
 
 _SUFFIX = "_RetainedState"
-_INPUTS = ("input_ids", "position_ids")
 _DTYPES: dict[str, type[np.generic]] = {
     "FLOAT_TYPE": np.float32,
     "FLOAT_16_TYPE": np.float16,
@@ -59,15 +59,21 @@ class DeviceSession:
         timeout_ms: How long one run may take.
 
     Raises:
-        PackageError: The program is not one of a decoder with ``logits``, or was made for other shapes.
+        PackageError: The program lacks an input or output of the package, or was made for other shapes.
         DeviceError: The runtime cannot load or activate it.
     """
+
+    free = False
 
     def __init__(self, folder: Path, *, devices: Sequence[int] | None = None, timeout_ms: int = 60_000) -> None:
         runtime_path.extend()
         self._rt: Any = importlib.import_module("qaicrt")
         api: Any = importlib.import_module("QAicApi_pb2")
         self._specializations = specializations.load(folder / specializations.FILE)
+        interface = read_interface(folder)
+        retained = {t.name.removesuffix(_SUFFIX) for t in interface.outputs if t.name.endswith(_SUFFIX)}
+        self._inputs = [t for t in interface.inputs if t.name not in retained]
+        self._outputs = [t.name for t in interface.outputs if not t.name.endswith(_SUFFIX)]
         ids = list(devices) if devices is not None else list(range(_device_count(folder)))
 
         context = self._rt.Context(self._rt.QIDList(ids))
@@ -77,8 +83,10 @@ class DeviceSession:
         self._expect(status, "read the program's description")
         descriptor = api.IoDesc()
         descriptor.ParseFromString(bytes(described))
-        self._bindings = _bindings(descriptor, api)
-        for name in (*_INPUTS, "logits"):
+        self._adapters = _adapters(folder)
+        names = [*(t.name for t in self._inputs), *self._adapters, *self._outputs]
+        self._bindings = _bindings(descriptor, api, names)
+        for name in names:
             if name not in self._bindings:
                 raise PackageError(f"the program in {folder} has no buffer {name}: compile the package again")
         self._choices = self._match(folder)
@@ -91,8 +99,10 @@ class DeviceSession:
         self._expect(self._program.load(), "load the program")
         self._expect(self._program.activate(), "activate the program")
         self._execution = self._rt.ExecObj(context, self._program)
-        # Every buffer starts out empty, those of the states for good.
+        # Every buffer starts out empty, those of the states for good; adapters are passed with the run after a change.
         self._buffers: list[Any] = [self._rt.QBuffer(b"") for _ in self._bindings]
+        self._contents = {n: np.zeros(a.shape, self._bindings[n].dtype) for n, a in self._adapters.items()}
+        self._changed = set(self._adapters)
         sizes = [(b.dtype.itemsize, [0]) for b in sorted(self._bindings.values(), key=lambda b: b.index)]
         self._dims: Any = self._rt.BufferDimensionsVecRef(sizes)
 
@@ -108,31 +118,47 @@ class DeviceSession:
             RuntimeInputError: The inputs are of no compiled shape.
             DeviceError: The run failed or took too long.
         """
-        if set(inputs) != set(_INPUTS):
-            raise RuntimeInputError(f"the inputs are input_ids and position_ids, not {', '.join(sorted(inputs))}")
-        shape = inputs["input_ids"].shape
-        choice = self._choices.get(shape)
-        if choice is None or inputs["position_ids"].shape != shape:
-            allowed = " or ".join(str(list(s)) for s in self._choices)
-            raise RuntimeInputError(
-                f"input_ids {list(shape)} and position_ids {list(inputs['position_ids'].shape)} are not of a compiled "
-                f"shape: {allowed}"
-            )
-        for name in _INPUTS:
+        names = [t.name for t in self._inputs]
+        if set(inputs) != set(names):
+            raise RuntimeInputError(f"the inputs are {' and '.join(names)}, not {', '.join(sorted(inputs))}")
+        shapes = tuple(inputs[name].shape for name in names)
+        given = " and ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+        choice = self._choices.get(shapes)
+        if choice is None:
+            allowed = " or ".join(str(list(first)) for first, *_ in self._choices)
+            raise RuntimeInputError(f"{given} are not of a compiled shape: {allowed}")
+        for name in names:
             self._set(name, inputs[name])
-        logits = self._bindings["logits"]
-        self._set("logits", np.zeros(logits.shapes[choice], dtype=logits.dtype))
+        for name in self._changed:
+            self._set(name, self._contents[name])
+        for name in self._outputs:
+            binding = self._bindings[name]
+            self._set(name, np.zeros(binding.shapes[choice], dtype=binding.dtype))
 
         self._expect(self._execution.setData(self._buffers, self._dims), "take the buffers")
         self._expect(self._queue.enqueue(self._execution), "enqueue the run")
-        self._expect(
-            self._execution.waitForCompletion(),
-            f"complete the run of input_ids {list(shape)}, logits {list(logits.shapes[choice])}",
-        )
+        self._expect(self._execution.waitForCompletion(), f"complete the run of {given}")
         status, results = self._execution.getData()
         self._expect(status, "return the results")
-        data = np.frombuffer(bytes(results[logits.index]), dtype=logits.dtype)
-        return {"logits": data.reshape(logits.shapes[choice]).astype(np.float32)}
+        for name in self._changed:  # the device keeps them from now on
+            self._buffers[self._bindings[name].index] = self._rt.QBuffer(b"")
+        self._changed = set()
+        return {name: self._read(name, results, choice) for name in self._outputs}
+
+    def _read(self, name: str, results: Any, choice: int) -> Array:
+        binding = self._bindings[name]
+        data = np.frombuffer(bytes(results[binding.index]), dtype=binding.dtype).reshape(binding.shapes[choice])
+        return data.astype(np.float32) if np.issubdtype(binding.dtype, np.floating) else data
+
+    @property
+    def adapters(self) -> Sequence[AdapterInput]:
+        """The inputs that hold adapters."""
+        return list(self._adapters.values())
+
+    def write(self, name: str, data: Array, slot: int | None = None) -> None:
+        """See `qeff_ir.runtime.session.Session.write`; the next run takes it to the device (contract §5.3)."""
+        self._contents[name][... if slot is None else slot] = data
+        self._changed.add(name)
 
     def reset(self) -> None:
         """Start a new request.
@@ -151,30 +177,31 @@ class DeviceSession:
         self._buffers[binding.index] = self._rt.QBuffer(data.tobytes())
         self._dims[binding.index] = (binding.dtype.itemsize, list(data.shape))
 
-    def _match(self, folder: Path) -> dict[tuple[int, ...], int]:
-        """Index of the program's own specialization by the shape of ``input_ids``."""
-        compiled = {shape: index for index, shape in enumerate(self._bindings["input_ids"].shapes)}
-        wanted = [(s.symbols["batch_size"], s.symbols["seq_len"]) for s in self._specializations]
-        absent = [shape for shape in wanted if shape not in compiled]
+    def _match(self, folder: Path) -> dict[tuple[tuple[int, ...], ...], int]:
+        """Index of the program's own specialization by the shapes of the inputs."""
+        per_input = [self._bindings[t.name].shapes for t in self._inputs]
+        compiled = {shapes: index for index, shapes in enumerate(zip(*per_input, strict=True))}
+        wanted = [tuple(sized(t, s.symbols) for t in self._inputs) for s in self._specializations]
+        absent = [shapes for shapes in wanted if shapes not in compiled]
         if absent:
             raise PackageError(
-                f"the program in {folder} does not take input_ids {list(absent[0])}, which {specializations.FILE} "
-                "lists: compile the package again"
+                f"the program in {folder} does not take {self._inputs[0].name} {list(absent[0][0])}, which "
+                f"{specializations.FILE} lists: compile the package again"
             )
-        return {shape: compiled[shape] for shape in wanted}
+        return {shapes: compiled[shapes] for shapes in wanted}
 
     def _expect(self, status: Any, what: str) -> None:
         if status != self._rt.QStatus.QS_SUCCESS:
             raise DeviceError(f"the AI 100 runtime could not {what} ({status}): see the driver's log")
 
 
-def _bindings(descriptor: Any, api: Any) -> dict[str, _Binding]:
+def _bindings(descriptor: Any, api: Any, names: Sequence[str]) -> dict[str, _Binding]:
     """The bindings by public name: without a graph prefix, and without the mark of a function's state."""
     types = {getattr(api, name): dtype for name, dtype in _DTYPES.items() if hasattr(api, name)}
     found: dict[str, _Binding] = {}
     for binding in descriptor.selected_set.bindings:
         name = binding.name.rpartition("/")[2].replace("_InternalRetainedState", _SUFFIX)
-        if binding.type not in types and name in (*_INPUTS, "logits"):
+        if binding.type not in types and name in names:
             raise PackageError(f"buffer {name} of the program has a type that qeff-ir does not know ({binding.type})")
         # States stay on the device, in whatever type it keeps them.
         dtype = np.dtype(types.get(binding.type, np.uint8))
@@ -182,6 +209,16 @@ def _bindings(descriptor: Any, api: Any) -> dict[str, _Binding]:
         shapes = [tuple(shapes.shapes[binding.index].dims) for shapes in descriptor.allowed_shapes]
         found[name] = _Binding(binding.index, dtype, tuple(shapes or [tuple(binding.dims)]))
     return found
+
+
+def _adapters(folder: Path) -> dict[str, AdapterInput]:
+    """The adapter inputs, as the package's ONNX file has them."""
+    import onnx
+
+    from backends.ai100.emulator import adapter_inputs
+
+    models = list(folder.glob("*.onnx"))
+    return adapter_inputs(onnx.load(str(models[0]), load_external_data=False)) if models else {}
 
 
 def _device_count(folder: Path) -> int:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from backends.ai100 import flags, specializations
 from backends.ai100.sdk import Sdk
 from backends.base import CompileOptions
-from qeff_ir.module import Module, State
+from qeff_ir.module import AdapterInput, Module, State
 from qeff_ir.storage import save_model
 
 CUSTOM_IO = "custom_io.yaml"
@@ -43,21 +43,31 @@ def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardwa
     for name, source in user.files.items():
         shutil.copyfile(source, folder / name)
     (folder / specializations.FILE).write_text(specializations.dumps(module.specializations, sdk.specializations))
-    (folder / CUSTOM_IO).write_text(custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None))
+    if module.states:
+        (folder / CUSTOM_IO).write_text(
+            custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None, module.adapters)
+        )
     partition = user.partition
     if partition is None and options.num_devices > 1:
         partition = f"mdp_ts_{options.num_devices}.json"
         _write_json(folder / partition, tensor_slicing(options.num_devices, options.num_cores))
-    argv = command(model, options, sdk, user, hardware, partition)
+    argv = command(model, options, sdk, user, hardware, partition, retains=bool(module.states))
     _write_json(folder / COMMAND, {"sdk": sdk.version, "argv": argv})
 
 
 def command(
-    model: str, options: CompileOptions, sdk: Sdk, user: flags.Flags, hardware: str, partition: str | None
+    model: str,
+    options: CompileOptions,
+    sdk: Sdk,
+    user: flags.Flags,
+    hardware: str,
+    partition: str | None,
+    *,
+    retains: bool = True,
 ) -> list[str]:
-    """The compiler's command line, to be run inside the package's folder."""
+    """The compiler's command line, to be run inside the package's folder; without states it is shorter (§4.6)."""
     own = {
-        "retained_state": True,
+        "retained_state": retains,
         "convert_to_fp16": True,
         "aic_num_cores": options.num_cores,
         "mxfp6_matmul": options.mxfp6_matmul,
@@ -73,17 +83,22 @@ def command(
         *user.arguments,
         *(["-sub-functions"] if user.sub_functions else []),
         f"-network-specialization-config={specializations.FILE}",
-        f"-custom-IO-list-file={CUSTOM_IO}",
+        *([f"-custom-IO-list-file={CUSTOM_IO}"] if retains else []),
         f"-aic-binary-dir={BINARY_FOLDER}",
     ]
 
 
-def custom_io(states: Sequence[State], precision: str | None) -> str:
-    """``custom_io.yaml``: each state as input and as output, in `precision` or its own half-sized one (§4.3)."""
+def custom_io(states: Sequence[State], precision: str | None, adapters: Sequence[AdapterInput] = ()) -> str:
+    """``custom_io.yaml``: each state as input and as output, in `precision` or its own half-sized one (§4.3).
+
+    Adapters follow, always float16.
+    """
     entries: list[str] = []
     for state in states:
         stored = precision or ("bfloat16" if state.dtype == ir.DataType.BFLOAT16 else "float16")
         entries += [f" - IOName: {name}\n   Precision: {stored}\n\n" for name in (state.input, state.output)]
+    names = [name for item in adapters for name in (item.name, item.output)]
+    entries += [f" - IOName: {name}\n   Precision: float16\n\n" for name in names]
     return "".join(entries)
 
 

@@ -7,9 +7,10 @@ exchanged (`device_rules`). Not emulated is the arithmetic: it stays in the prec
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -17,10 +18,18 @@ import onnxruntime as ort
 
 from backends.ai100 import device_rules, specializations
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.module import Specialization
+from qeff_ir.module import METADATA_KEY, AdapterInput, Specialization
 from qeff_ir.runtime.session import Array
 
 _SUFFIX = "_RetainedState"
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+"""Types of inputs by ONNX Runtime's names."""
 
 
 class EmulatedSession:
@@ -37,6 +46,8 @@ class EmulatedSession:
         PackageError: The artefact cannot be loaded.
     """
 
+    free = False
+
     def __init__(self, model: Path, *, threads: int | None = None) -> None:
         self._specializations = specializations.load(model.parent / specializations.FILE)
         proto = onnx.load(str(model), load_external_data=False)
@@ -46,6 +57,7 @@ class EmulatedSession:
         shapes = self._programs[0].states
         if any(p.states != shapes for p in self._programs):
             raise PackageError(f"the states of {model} differ in size between its specializations: compile again")
+        self._adapters = adapter_inputs(proto)
         self._states = {name: _zeros(shape) for name, shape in shapes.items()}
         self._spare = {name: _zeros(shape) for name, shape in shapes.items()}
 
@@ -59,9 +71,9 @@ class EmulatedSession:
         expected = self._programs[0].inputs
         if set(inputs) != set(expected):
             raise RuntimeInputError(f"the inputs are {' and '.join(expected)}, not {', '.join(sorted(inputs))}")
-        wrong = [name for name, array in inputs.items() if array.dtype != np.int64]
-        if wrong:
-            raise RuntimeInputError(f"{wrong[0]} is {inputs[wrong[0]].dtype}: give int64")
+        for name, array in inputs.items():
+            if array.dtype != self._programs[0].types[name]:
+                raise RuntimeInputError(f"{name} is {array.dtype}: give {self._programs[0].types[name]}")
         shapes = {name: array.shape for name, array in inputs.items()}
         program = next((p for p in self._programs if p.inputs == shapes), None)
         if program is None:
@@ -72,10 +84,31 @@ class EmulatedSession:
         self._states, self._spare = self._spare, self._states
         return outputs
 
+    @property
+    def adapters(self) -> Sequence[AdapterInput]:
+        """The inputs that hold adapters."""
+        return list(self._adapters.values())
+
+    def write(self, name: str, data: Array, slot: int | None = None) -> None:
+        """See `qeff_ir.runtime.session.Session.write`."""
+        contents = np.array(data, dtype=np.float32)
+        if slot is not None:
+            entry, contents = contents, self._states[name].numpy().copy()
+            contents[slot] = entry
+        self._states[name].update_inplace(np.ascontiguousarray(contents))
+
     def reset(self) -> None:
-        """Set all states to zero."""
-        for value in self._states.values():
-            value.update_inplace(np.zeros(value.shape(), dtype=np.float32))
+        """Set all states but the adapters to zero."""
+        for name, value in self._states.items():
+            if name not in self._adapters:
+                value.update_inplace(np.zeros(value.shape(), dtype=np.float32))
+
+
+def adapter_inputs(proto: onnx.ModelProto) -> dict[str, AdapterInput]:
+    """The inputs of an artefact that hold adapters, by name, as its facts have them."""
+    facts: dict[str, Any] = next((json.loads(p.value) for p in proto.metadata_props if p.key == METADATA_KEY), {})
+    items = [AdapterInput.from_json(a) for a in facts.get("adapters", ())]
+    return {item.name: item for item in items}
 
 
 class _Program:
@@ -83,6 +116,7 @@ class _Program:
 
     Attributes:
         inputs: Shapes of the inputs that are given at every run.
+        types: Their types.
         states: Shapes of the retained inputs.
     """
 
@@ -97,7 +131,10 @@ class _Program:
             "session.model_external_initializers_file_folder_path", str(model.parent.resolve())
         )
         try:
-            self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            # A bias stays a sum of its own, so that a branch between product and bias leaves other numbers alone.
+            self._session = ort.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+            )
         except Exception as error:  # ONNX Runtime raises several private types
             reason = str(error).splitlines()[0]
             raise PackageError(f"ONNX Runtime cannot load {model} as {item.name}: {reason}") from error
@@ -105,6 +142,7 @@ class _Program:
         self._results = [name for name in outputs if not name.endswith(_SUFFIX)]
         retained = {name.removesuffix(_SUFFIX) for name in outputs if name.endswith(_SUFFIX)}
         shapes = {i.name: _static(model, item, i.name, i.shape) for i in self._session.get_inputs()}
+        self.types = {i.name: _DTYPES[i.type] for i in self._session.get_inputs() if i.name not in retained}
         self.inputs = {name: shape for name, shape in shapes.items() if name not in retained}
         self.states = {name: shape for name, shape in shapes.items() if name in retained}
 

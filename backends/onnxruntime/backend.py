@@ -8,8 +8,8 @@ from typing import ClassVar
 from backends.base import Backend, CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.module import Module
-from qeff_ir.runtime.session import Session
-from qeff_ir.snapshot import MODEL_FILE, save_module
+from qeff_ir.runtime.session import ForwardSession, Session
+from qeff_ir.snapshot import MODEL_FILE, load_module, save_module
 
 
 class OnnxRuntimeBackend(Backend):
@@ -46,6 +46,13 @@ class OnnxRuntimeBackend(Backend):
         from backends.onnxruntime.session import OrtSession
 
         return OrtSession(folder / MODEL_FILE, threads=threads)
+
+    def open_forward(self, folder: Path, *, threads: int | None = None) -> ForwardSession:
+        """Open a session on the package of a model that retains nothing."""
+        from backends.onnxruntime.forward_session import OrtForwardSession
+
+        model = folder / MODEL_FILE
+        return OrtForwardSession(model, load_module(model), threads=threads)
 
 
 BACKEND = OnnxRuntimeBackend()

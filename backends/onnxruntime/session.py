@@ -9,16 +9,20 @@ import numpy as np
 import onnxruntime as ort
 
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.module import DimValue, Specialization
+from qeff_ir.module import AdapterInput, DimValue, Specialization
 from qeff_ir.runtime.session import Array
 from qeff_ir.snapshot import load_module
+
+_TYPES: dict[str, type[np.generic]] = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
+"""Types of the inputs of a run, by ONNX Runtime's names."""
 
 
 class OrtSession:
     """Runs a package's ``model.onnx``.
 
     Every state is one buffer that is bound as input and as output: the cache writes change it in place, and nothing is
-    copied from step to step. Inputs and logits have buffers of their own for each specialization.
+    copied from step to step. Inputs and logits have buffers of their own for each specialization; adapters have one
+    that all share, and that is written in place.
 
     Args:
         model: The ONNX file.
@@ -43,6 +47,11 @@ class OrtSession:
         self._states = {
             s.output: (s.input, ort.OrtValue.ortvalue_from_numpy(_zeros(s.shape, fixed))) for s in module.states
         }
+        self._adapters = {a.name: _Adapter(a) for a in module.adapters}
+        kept = {s.input for s in module.states} | set(self._adapters)
+        given = [v for v in self._session.get_inputs() if v.name not in kept]
+        self._shapes = {v.name: list(v.shape) for v in given}
+        self._types = {v.name: _TYPES[v.type] for v in given}
         vocab = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
         self._bindings = {
             tuple(shape): self._bind(shape, vocab)
@@ -56,19 +65,26 @@ class OrtSession:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `qeff_ir.runtime.session.Session.run`."""
-        if set(inputs) != {"input_ids", "position_ids"}:
-            raise RuntimeInputError(f"the inputs are input_ids and position_ids, not {', '.join(sorted(inputs))}")
-        binding = self._bindings.get(inputs["input_ids"].shape)
-        if binding is None or inputs["position_ids"].shape != inputs["input_ids"].shape:
+        if set(inputs) != set(self._shapes):
+            raise RuntimeInputError(f"the inputs are {' and '.join(self._shapes)}, not {', '.join(sorted(inputs))}")
+        binding = self._bindings.get(inputs["position_ids"].shape)
+        if binding is None or any(inputs[n].shape != tuple(binding.values[n].shape()) for n in self._shapes):
+            given = " and ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
             allowed = " or ".join(str(list(shape)) for shape in self._bindings)
-            raise RuntimeInputError(
-                f"input_ids {list(inputs['input_ids'].shape)} and position_ids {list(inputs['position_ids'].shape)} "
-                f"are not of a compiled shape: {allowed}"
-            )
-        binding.values["input_ids"].update_inplace(inputs["input_ids"])
-        binding.values["position_ids"].update_inplace(inputs["position_ids"])
+            raise RuntimeInputError(f"{given} are not of a compiled shape: {allowed}")
+        for name, array in inputs.items():
+            binding.values[name].update_inplace(array)
         self._session.run_with_iobinding(binding.io)
         return {"logits": binding.values["logits"].numpy().copy()}
+
+    @property
+    def adapters(self) -> Sequence[AdapterInput]:
+        """The inputs that hold adapters."""
+        return [a.item for a in self._adapters.values()]
+
+    def write(self, name: str, data: Array, slot: int | None = None) -> None:
+        """See `qeff_ir.runtime.session.Session.write`."""
+        self._adapters[name].data[... if slot is None else slot] = data
 
     def reset(self) -> None:
         """Set all states to zero."""
@@ -77,13 +93,18 @@ class OrtSession:
 
     def _bind(self, shape: list[int], vocab: int) -> _Binding:
         io = self._session.io_binding()
+        sizes: dict[str, int] = {"batch_size": shape[0], "seq_len": shape[1]}
         values = {
-            "input_ids": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.int64)),
-            "position_ids": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.int64)),
+            **{
+                name: ort.OrtValue.ortvalue_from_numpy(_zeros(dims, sizes, self._types[name]))
+                for name, dims in self._shapes.items()
+            },
             "logits": ort.OrtValue.ortvalue_from_numpy(np.zeros((shape[0], 1, vocab), dtype=np.float32)),
         }
-        io.bind_ortvalue_input("input_ids", values["input_ids"])
-        io.bind_ortvalue_input("position_ids", values["position_ids"])
+        for name in self._shapes:
+            io.bind_ortvalue_input(name, values[name])
+        for name, adapter in self._adapters.items():
+            io.bind_ortvalue_input(name, adapter.value)
         io.bind_ortvalue_output("logits", values["logits"])
         for output, (name, value) in self._states.items():
             io.bind_ortvalue_input(name, value)
@@ -99,5 +120,14 @@ class _Binding:
         self.values = values
 
 
-def _zeros(shape: Sequence[DimValue], symbols: Mapping[str, int]) -> Array:
-    return np.zeros([symbols[d] if isinstance(d, str) else d for d in shape], dtype=np.float32)
+class _Adapter:
+    """The buffer of an adapter input: ONNX Runtime reads the very memory of `data`."""
+
+    def __init__(self, item: AdapterInput) -> None:
+        self.item = item
+        self.data: Array = np.zeros(item.shape, dtype=np.float32)
+        self.value = ort.OrtValue.ortvalue_from_numpy(self.data)
+
+
+def _zeros(dims: Sequence[DimValue], sizes: Mapping[str, int], dtype: type[np.generic] = np.float32) -> Array:
+    return np.zeros([sizes[d] if isinstance(d, str) else d for d in dims], dtype=dtype)

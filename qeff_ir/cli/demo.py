@@ -49,10 +49,16 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Keep the packages in this folder.", show_default=False)
     ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Switch between adapters of the model instead.")] = False,
 ) -> None:
     """Compile the bundled model, run it, and hold every token and logit against transformers."""
     if target is not None and target not in _RUNNERS:
         raise CompileError(f"the demo has no target '{target}': use {' or '.join(_RUNNERS)}, or leave it out for both")
+    if lora:
+        from qeff_ir.cli import demo_lora
+
+        demo_lora.command([target] if target else list(_RUNNERS), out)
+        return
     from qeff_ir.demo import MODEL_FOLDER, problems
 
     started = time.perf_counter()

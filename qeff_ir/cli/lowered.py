@@ -11,6 +11,8 @@ from qeff_ir.module import Module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qeff_ir.frontend.weights import Weights
+
 
 class LoweredOnce(Source):
     """Another source, lowered on first use; every `lower` returns a copy of the same module."""
@@ -25,6 +27,10 @@ class LoweredOnce(Source):
         if self._module is None:
             self._module = self._source.lower()
         return self._module.clone()
+
+    def weights(self) -> Weights:
+        """See `Source.weights`."""
+        return self._source.weights()
 
     def identity(self) -> dict[str, Any] | None:
         """See `Source.identity`."""

@@ -16,7 +16,7 @@ from qeff_ir.errors import CompileError, PackageError, PassError, PipelineError
 
 if TYPE_CHECKING:
     from qeff_ir.module import Module
-    from qeff_ir.passing.instrument import Instrument
+    from qeff_ir.passing.instrument import Instrument, Moment
     from qeff_ir.passing.pipeline import Pipeline
 
 _PRINT = "Looking"
@@ -40,6 +40,13 @@ def command(
     print_changed: Annotated[
         bool, typer.Option("--print-changed", help="Print after each change.", rich_help_panel=_PRINT)
     ] = False,
+    print_failed: Annotated[
+        bool, typer.Option("--print-failed", help="Print what a failing pass was given.", rich_help_panel=_PRINT)
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PASS", help="Print changes and failures, and dump, only there.", rich_help_panel=_PRINT),
+    ] = None,
     dump: Annotated[
         Path | None, typer.Option(help="A numbered folder of all stages.", metavar="DIR", rich_help_panel=_PRINT)
     ] = None,
@@ -68,7 +75,9 @@ def command(
         from qeff_ir.passing.pipeline import Pipeline
 
         steps = Pipeline.parse(pipeline)
-        looking = _printers(steps, print_before, print_after, print_changed, dump)
+        flags: dict[Moment, bool] = {"changed": print_changed, "failed": print_failed}
+        moments: list[Moment] = [moment for moment, wanted in flags.items() if wanted]
+        looking = _printers(steps, print_before, print_after, moments, only, dump)
         module = _open(model, trust_remote_code)
         _specialize(module, {name: size for name, size in given.items() if size is not None})
         capture, recorder = Capture(bundle, check=check), Recorder()
@@ -76,10 +85,13 @@ def command(
         try:
             run_pipeline(module, steps, instruments=stack, check=check)
         except Exception as error:
+            if report is not None and recorder.data:
+                write_report(report, recorder.data)
             if capture.written is None:
                 raise
             what = str(error) if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
-            raise PassError(f"{what}; next: qeff bisect {capture.written}") from error
+            more = "\n  next" if "\n" in what else "; next"  # the first line stays one sentence
+            raise PassError(f"{what}{more}: qeff bisect {capture.written}") from error
     show(pipeline_table(recorder.data))
     if out is not None:
         line("Result:  ", (str(_save(module, out)), "bold"))
@@ -133,20 +145,25 @@ def _numeric(check: int) -> list[Instrument]:
 
 
 def _printers(
-    steps: Pipeline, before: list[str] | None, after: list[str] | None, changed: bool, dump: Path | None
+    steps: Pipeline,
+    before: list[str] | None,
+    after: list[str] | None,
+    moments: list[Moment],
+    only: list[str] | None,
+    dump: Path | None,
 ) -> list[Instrument]:
     from qeff_ir.passing.instrument import Dump, PrintIR
     from qeff_ir.passing.pipeline import nearest
 
     known = {name: None for id, item in steps for name in (id, item.name)}
-    for name in (*(before or ()), *(after or ())):
+    for name in (*(before or ()), *(after or ()), *(only or ())):
         if name not in known:
-            raise PipelineError(f"the pipeline has no pass '{name}' to print at; {nearest(name, known)}")
+            raise PipelineError(f"the pipeline has no pass '{name}' to look at; {nearest(name, known)}")
     found: list[Instrument] = []
     found += [PrintIR(("before",), before)] if before else []
     found += [PrintIR(("after",), after)] if after else []
-    found += [PrintIR(("changed",))] if changed else []
-    return found + ([Dump(dump)] if dump is not None else [])
+    found += [PrintIR(moments, only)] if moments else []
+    return found + ([Dump(dump, only)] if dump is not None else [])
 
 
 def _save(module: Module, out: Path) -> Path:

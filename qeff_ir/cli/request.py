@@ -82,7 +82,8 @@ class Request:
         """The part that a backend sees."""
         from backends.base import CompileOptions
 
-        shared = {f.name: getattr(self, f.name) for f in fields(CompileOptions)}
+        own = {f.name for f in fields(self)}
+        shared = {f.name: getattr(self, f.name) for f in fields(CompileOptions) if f.name in own}
         return CompileOptions(**shared)
 
 

@@ -1,8 +1,11 @@
 """Find the guilty pass, and the guilty rewrite within it, by running less and less of a pipeline.
 
-The oracle says whether a module is bad: the numeric check against the module before the pipeline, or a command of the
-user's. The search over passes is binary, for what one pass spoils the next ones seldom mend; the search over the
-rewrites of one pass sets a `Rewriter` budget: the first number of rewrites that fails is the guilty one.
+The oracle says whether a module is bad: the failure that the bundle tells of, the numeric check against the module
+before the pipeline, or a command of the user's. A pass that fails may be the victim of one before it: unless every pass
+was held against its input already (check level 4), the numbers of the passes before it are asked first.
+
+The search over passes is binary, for what one pass spoils the next ones seldom mend; the search over the rewrites of
+one pass sets a `Rewriter` budget: the first number of rewrites that fails is the guilty one.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from pathlib import Path
 
 from qeff_ir.debug.bundle import Bundle
 from qeff_ir.debug.diff import ModuleDiff, diff
-from qeff_ir.debug.replay import Failure, attempt, failing_pass, recorded
-from qeff_ir.errors import BundleError
+from qeff_ir.debug.equivalence import EndToEnd
+from qeff_ir.debug.replay import NUMERIC, Failure, attempt, failing_pass, recorded
+from qeff_ir.errors import BundleError, EquivalenceError, PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline
@@ -35,8 +39,10 @@ class Culprit:
     Attributes:
         pass_id: The guilty pass.
         failure: How it fails.
-        rewrite: Number of the guilty rewrite, from 1; `None` when the pass fails without any.
+        rewrite: Number of the guilty rewrite, from 1; `None` when it is none of them: the pass fails without any, or
+            for what it left undone.
         rule: Name of the rewrite.
+        whole: Whether no rewrite is wrong by itself, but the result is not what the pass promises: a site is left, say.
         change: What that rewrite changed; `None` when the pass raised in it, so that nothing is left to look at.
     """
 
@@ -44,9 +50,12 @@ class Culprit:
     failure: Failure
     rewrite: int | None = None
     rule: str = ""
+    whole: bool = False
     change: ModuleDiff | None = None
 
     def __str__(self) -> str:
+        if self.whole:
+            return f"{self.pass_id} as a whole, none of its rewrites: {self.failure.message}"
         if self.rewrite is None:
             return f"{self.pass_id} fails before its first rewrite: {self.failure.message}"
         where = f" in {', '.join(self.sources)}" if self.sources else ""
@@ -73,12 +82,30 @@ def bisect(bundle: Bundle, *, command: str | None = None, say: Say = lambda _: N
         PipelineError: A pass is not known here.
     """
     data = bundle.metadata
-    if command is None:
-        one = failing_pass(bundle)
-        (inner, _), *_ = one
-        return _rewrite(bundle.module, one, inner, data.pass_id, _same(recorded(bundle), data.check, data.seed), say)
-    pipeline = Pipeline.parse(data.pipeline)
-    return _by_command(bundle.start, pipeline, command, say)
+    if command is not None:
+        return _by_command(bundle.start, Pipeline.parse(data.pipeline), command, say)
+    one = failing_pass(bundle)
+    earlier = _earlier(bundle, say) if data.check < NUMERIC else None
+    if earlier is not None:
+        return earlier
+    (inner, _), *_ = one
+    return _rewrite(bundle.module, one, inner, data.pass_id, _same(recorded(bundle), data.check, data.seed), say)
+
+
+def _earlier(bundle: Bundle, say: Say) -> Culprit | None:
+    """The first pass before the failing one that changes the numbers, if one does."""
+    name, whole = bundle.metadata.pass_id, Pipeline.parse(bundle.metadata.pipeline)
+    ids = [id for id, _ in whole]
+    before = Pipeline(whole.passes[: ids.index(name)] if name in ids else ())
+    if not before.passes:
+        return None
+    oracle = _numeric(bundle.metadata.seed)
+    bad = oracle(bundle.start, before, None) is not None
+    say(f"the numbers before {name}: {'bad' if bad else 'good'}")
+    if not bad:
+        return None
+    say(f"{name} may be a victim: bisect again once the pass found here is mended")
+    return _search(bundle.start, before, oracle, say)
 
 
 Oracle = Callable[[Module, Pipeline, "dict[str, int] | None"], Failure | None]
@@ -89,6 +116,17 @@ def _same(was: Failure, check: int, seed: int) -> Oracle:
     def oracle(module: Module, pipeline: Pipeline, budgets: dict[str, int] | None) -> Failure | None:
         now = attempt(module, pipeline, check, seed=seed, budgets=budgets)
         return now if was.like(now) else None
+
+    return oracle
+
+
+def _numeric(seed: int) -> Oracle:
+    """Whether a pipeline changes the numbers; one whose module cannot be driven tells nothing."""
+    check = EndToEnd(seed)
+
+    def oracle(module: Module, pipeline: Pipeline, budgets: dict[str, int] | None) -> Failure | None:
+        failure = attempt(module, pipeline, 0, budgets=budgets, instruments=[check])
+        return failure if failure is not None and failure.error == EquivalenceError.__name__ else None
 
     return oracle
 
@@ -119,12 +157,17 @@ class _Keep(Instrument):
 
 
 def _by_command(start: Module, pipeline: Pipeline, command: str, say: Say) -> Culprit:
-    oracle, passes = _commanded(command), pipeline.passes
-    ids = [id for id, _ in pipeline]
+    oracle = _commanded(command)
     if oracle(start, Pipeline(), None) is not None:
         raise BundleError("the command fails already on the module before the pipeline: no pass is guilty")
     if oracle(start, pipeline, None) is None:
         raise BundleError("the command accepts the result of the whole pipeline: there is nothing to find")
+    return _search(start, pipeline, oracle, say)
+
+
+def _search(start: Module, pipeline: Pipeline, oracle: Oracle, say: Say) -> Culprit:
+    """The pass, and the rewrite in it, that turns a good module bad; the whole pipeline does."""
+    passes, ids = pipeline.passes, [id for id, _ in pipeline]
     good, bad = 0, len(passes)
     while bad - good > 1:
         middle = (good + bad) // 2
@@ -162,13 +205,15 @@ def _rewrite(module: Module, pipeline: Pipeline, inner: str, name: str, oracle: 
 def _witness(module: Module, pipeline: Pipeline, inner: str, name: str, failure: Failure, number: int) -> Culprit:
     """Name the rewrite, by what the pass counts and makes with it and without it."""
     without, with_it = (_apply(module, pipeline, inner, budget) for budget in (number - 1, number))
+    if failure.error == PassError.__name__ and with_it[0] is not None and not with_it[2]:
+        return Culprit(name, failure, whole=True)  # the pass came to its end; the manager asked for more
     rules = [rule for rule, count in with_it[1].items() if count > without[1].get(rule, 0)]
     change = diff(without[0], with_it[0]) if without[0] is not None and with_it[0] is not None else None
-    return Culprit(name, failure, number, rules[0] if rules else "unnamed", change)
+    return Culprit(name, failure, number, rules[0] if rules else "unnamed", change=change)
 
 
-def _apply(module: Module, pipeline: Pipeline, inner: str, budget: int) -> tuple[Module | None, dict[str, int]]:
-    """Result and counters of the pass `inner` under a budget, without checks."""
+def _apply(module: Module, pipeline: Pipeline, inner: str, budget: int) -> tuple[Module | None, dict[str, int], bool]:
+    """Result and counters of the pass `inner` under a budget, without checks, and whether it wanted more."""
     from qeff_ir.passing.rewriter import Rewriter
 
     copy = module.clone()
@@ -176,9 +221,9 @@ def _apply(module: Module, pipeline: Pipeline, inner: str, budget: int) -> tuple
         rewriter = Rewriter(copy, id, budget if id == inner else None)
         try:
             item.run(copy, rewriter)
-        except Exception:
-            return None, dict(rewriter.stats.fired)
+        except Exception:  # the oracle has seen and described it; here only how far the pass came is asked
+            return None, dict(rewriter.stats.fired), rewriter.refused
         rewriter.sweep()
         if id == inner:
-            return copy, dict(rewriter.stats.fired)
-    return copy, {}
+            return copy, dict(rewriter.stats.fired), rewriter.refused
+    return copy, {}, False

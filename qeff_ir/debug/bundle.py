@@ -141,9 +141,7 @@ def write_bundle(folder: Path, metadata: Metadata, module: Module, start: Module
         if trace is not None:
             _write_trace(partial / DATA_SET, trace)
         (partial / METADATA).write_text(json.dumps(asdict(metadata), indent=2, sort_keys=True) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        _replace(folder, partial)
     except OSError as error:
         raise BundleError(
             f"the bundle {folder} cannot be written ({error.strerror}): choose another --bundle"
@@ -151,6 +149,21 @@ def write_bundle(folder: Path, metadata: Metadata, module: Module, start: Module
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put a finished folder in the place of another one, which is back there should that fail."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = new.with_name(f"{new.name}.old")
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_bundle(folder: Path) -> Bundle:

@@ -14,7 +14,7 @@ from qeff_ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing.base import Pass
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.passing.report import PassRun
+from qeff_ir.passing.report import PassRun, Report
 from qeff_ir.runtime.session import Array
 from qeff_ir.testing.tolerance import bound, depth, error_over_rms
 
@@ -79,6 +79,30 @@ class Equivalence(Instrument):
         if error > self.limit:
             raise EquivalenceError(index, name, error, self.limit)
         return error
+
+
+class EndToEnd(Equivalence):
+    """Holds what a whole pipeline makes against what it was given, whatever its passes do on the way.
+
+    One instance judges many pipelines over the same module, which it drives only once.
+    """
+
+    def before_pipeline(self, module: Module, pipeline: Pipeline) -> None:
+        """Drive the input, the first time."""
+        if self._before is None:
+            super().before_pipeline(module, pipeline)
+
+    def after_pass(self, run: PassRun, module: Module) -> None:
+        """Nothing: the end counts."""
+
+    def after_pipeline(self, report: Report, module: Module) -> None:
+        """Drive the result.
+
+        Raises:
+            EquivalenceError: It answers otherwise than the input.
+        """
+        assert self._plan is not None and self._before is not None
+        self._compare(drive(module, self._plan), self._before)
 
 
 def error_of(values: Array, reference: Array) -> float:

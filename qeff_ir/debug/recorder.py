@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from qeff_ir.debug.bundle import describe
 from qeff_ir.debug.diff import diff
 from qeff_ir.module import PASS_KEY, SOURCE_KEY, Module
 from qeff_ir.passing.base import Pass
@@ -18,19 +19,23 @@ class Recorder(Instrument):
     """Collects, while a pipeline runs, what a report shows beyond `Report.to_json`.
 
     Attributes:
-        data: The report as plain data once the pipeline has ended: `Report.to_json` with ``model``, a ``diff`` in each
-            pass, and ``origins``, one entry for each Hugging Face module and pass of the final graph.
+        data: The report as plain data once the pipeline has ended, or failed: `Report.to_json` with ``model``, a
+            ``diff`` in each pass, ``origins``, one entry for each Hugging Face module and pass of the final graph, and
+            ``failed``: pass, class, code and message of the error, or `None`. A failing pass that an instrument found
+            wrong is among the passes, with what it changed; one that did not get to its end is not.
     """
 
     def __init__(self) -> None:
         self._before: Module | None = None
         self._diffs: dict[str, dict[str, Any]] = {}
         self._makers: dict[str, str] = {}
+        self._report = Report("")
         self.data: dict[str, Any] = {}
 
     def before_pipeline(self, module: Module, pipeline: Pipeline) -> None:
         """Start anew."""
         self._before, self._diffs, self._makers, self.data = None, {}, {}, {}
+        self._report = Report(str(pipeline))
 
     def before_pass(self, id: str, item: Pass, module: Module) -> None:
         """Keep the module; weights are shared, so this costs a graph."""
@@ -45,10 +50,21 @@ class Recorder(Instrument):
                 self._makers[change["name"]] = run.id
             change["made_by"] = self._makers.get(change["name"], change["made_by"])
         self._diffs[run.id] = found
+        self._report.runs.append(run)
+
+    def failed(self, id: str, item: Pass, module_before: Module, error: BaseException) -> None:
+        """Put together what there is."""
+        kind, code = describe(error)
+        self._finish(self._report, module_before)
+        self.data["failed"] = {"id": id, "error": kind, "code": code, "message": str(error)}
 
     def after_pipeline(self, report: Report, module: Module) -> None:
         """Put all together."""
-        self.data = {"model": module.name, **report.to_json(), "origins": origins(module, self._makers)}
+        self._finish(report, module)
+
+    def _finish(self, report: Report, module: Module) -> None:
+        found = origins(module, self._makers)
+        self.data = {"model": module.name, **report.to_json(), "failed": None, "origins": found}
         for entry in self.data["passes"]:
             entry["diff"] = self._diffs[entry["id"]]
 

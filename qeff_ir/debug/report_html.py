@@ -27,6 +27,7 @@ def to_html(data: dict[str, Any]) -> str:
     title = escape(data["model"] or "module")
     body = [
         _head(data),
+        _failure(data["failed"]),
         _timeline(data["passes"]),
         "<h2>What each pass changed</h2>\n",
         *map(_pass, data["passes"]),
@@ -57,6 +58,15 @@ def _head(data: dict[str, Any]) -> str:
         f"<header><p class=eyebrow>qeff pass report</p><h1>{escape(data['model'] or 'module')}</h1>"
         f"<pre class=pipeline>{_breakable(data['pipeline'])}</pre><dl class=tiles>{tiles}</dl></header>\n"
     )
+
+
+def _failure(failed: dict[str, Any] | None) -> str:
+    """What ended the pipeline, in the words of the error; nothing when it came to its end."""
+    if failed is None:
+        return ""
+    kind = escape(failed["error"] + (f" [{failed['code']}]" if failed["code"] else ""))
+    title = f"{escape(failed['id'])} failed, and was undone <small>{kind}</small>"
+    return f"<section class=failure role=alert><h2>{title}</h2><pre>{escape(failed['message'])}</pre></section>\n"
 
 
 def _breakable(pipeline: str) -> str:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 MODEL_FOLDER: Path = Path(__file__).parent / "model"
 """The model, a checkpoint as any other: configuration, weights and tokenizer. `qeff_ir.demo.train` made it."""
+
+ADAPTERS_FOLDER: Path = Path(__file__).parent / "adapters"
+"""Adapters of the model, as PEFT saves them, one a folder. `qeff_ir.demo.train_adapters` made them."""
+
+TASKS: dict[str, Callable[[int, int], int]] = {
+    "subtract": lambda a, b: abs(a - b),
+    "larger": max,
+}
+"""What each adapter makes of the two numbers of a question."""
 
 
 def problems() -> list[tuple[str, str]]:

@@ -51,7 +51,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     entries: dict[str, FileRange] = {}
     for path in _files(folder):
-        entries.update(_read_header(path))
+        entries.update(read_header(path))
     return Checkpoint(folder, entries)
 
 
@@ -76,7 +76,12 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _read_header(path: Path) -> dict[str, FileRange]:
+def read_header(path: Path) -> dict[str, FileRange]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        ModelLoadError: The file is missing, truncated or corrupt, or has a type that is not supported.
+    """
     if not path.exists():
         raise ModelLoadError(f"the checkpoint file {path} is missing: download the model again")
     real = path.resolve()

@@ -12,6 +12,7 @@ same way: its run must leave the same records, of the layers and of all that is 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from qeff_ir.frontend import private
-
-_lib = torch.library.Library("qeff", "FRAGMENT")
-_lib.define("layer_input(Tensor hidden) -> Tensor")
-_lib.define("layer_output(Tensor hidden) -> Tensor")
-torch.library.register_fake("qeff::layer_input", torch.empty_like)
-torch.library.register_fake("qeff::layer_output", torch.empty_like)
+from qeff_ir.module import State
 
 INPUT, OUTPUT = "LayerInput", "LayerOutput"
 """What the marks of `marked` are in the graph; `qeff_ir.frontend.stamp` takes them out."""
@@ -36,8 +32,11 @@ INPUT, OUTPUT = "LayerInput", "LayerOutput"
 Label = tuple[Any, ...]
 """What a tensor is, told without its name in this run."""
 
-Prepared = tuple[Mapping[str, torch.Tensor], Callable[[], Sequence[torch.Tensor]]]
-"""A run's inputs by name, and the run itself, which returns logits and new states."""
+Name = str | State
+"""What an input of the run is."""
+
+Prepared = tuple[Mapping[Name, torch.Tensor], Callable[[], Sequence[torch.Tensor]]]
+"""A run's inputs, and the run itself, which returns logits and new states."""
 
 Run = Callable[[frozenset[int] | None], Prepared]
 """Prepares a run with the states of some layers of the cache, or of all."""
@@ -80,7 +79,7 @@ def find_fold(model: PreTrainedModel, run: Run) -> Fold | None:
 
     Args:
         model: The model.
-        run: Prepares a run on fake inputs, whose names are those of `qeff_ir.module.State.input` for states.
+        run: Prepares a run on fake inputs.
 
     Returns:
         What to trace, or `None` when no two layers are shown to be alike.
@@ -191,7 +190,7 @@ class _Recorder(TorchDispatchMode):
         model: PreTrainedModel,
         path: str,
         layers: Mapping[int, torch.nn.Module],
-        inputs: Mapping[str, torch.Tensor],
+        inputs: Mapping[Name, torch.Tensor],
     ) -> None:
         super().__init__()
         self.layers = dict(layers)
@@ -286,7 +285,7 @@ class _Recorder(TorchDispatchMode):
         if key in self.outside:
             return ("weight", self.outside[key])
         if key in self.inputs:
-            return ("input", *self._relative(self.inputs[key]))
+            return self._relative(self.inputs[key])
         if made is None and not isinstance(tensor, FakeTensor) and not tensor.is_meta:
             with unset_fake_temporarily():
                 data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -297,30 +296,22 @@ class _Recorder(TorchDispatchMode):
         """Write down which results came from where."""
         logits, *states = results
         self.record.tail.append(("logits", self.label(logits)))
-        names = [name for name in self.inputs.values() if _layer_of(name) is not None]
-        for name, tensor in zip(names, states, strict=True):
+        held = [name for name in self.inputs.values() if isinstance(name, State)]
+        for state, tensor in zip(held, states, strict=True):
             place, *result = self.made.get(id(tensor), ("", 0))
             if not isinstance(place, int):
                 raise _NotShown("a state is not written by a layer")
             self.at = place
-            layer = _layer_of(name)
-            if layer is not None and self.record.states.setdefault(layer, place) != place:
+            if self.record.states.setdefault(state.layer, place) != place:
                 raise _NotShown("two layers write to one layer of the cache")
-            self.record.layers[place].append(("state", self._relative(name), tuple(result)))
+            self.record.layers[place].append(("state", self._relative(state), tuple(result)))
         return self.record
 
-    def _relative(self, name: str) -> Label:
-        """An input's name; that of a state as seen from its layer."""
-        layer = _layer_of(name)
-        if layer is None or not isinstance(self.at, int):
-            return (name,)
-        return (name.rpartition(".")[0], layer - self.at)
-
-
-def _layer_of(name: str) -> int | None:
-    """The cache layer of a state's input."""
-    stem, _, layer = name.rpartition(".")
-    return int(layer) if stem and layer.isdigit() else None
+    def _relative(self, name: Name) -> Label:
+        """What an input is; a state as seen from its layer."""
+        if isinstance(name, State) and isinstance(self.at, int):
+            return ("state", dataclasses.replace(name, layer=name.layer - self.at))
+        return ("input", name)
 
 
 def _tensors(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

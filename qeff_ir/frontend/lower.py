@@ -12,29 +12,34 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
-from onnxscript import values, version_converter
+from onnxscript import version_converter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
 from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes
 from transformers.exporters.utils import apply_fx_node_fixes, apply_patches
+from transformers.pytorch_utils import Conv1D
 
 from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
-from qeff_ir.frontend.capture import CapturingCache, LayerSpec, captured, tracing
-from qeff_ir.frontend.layers import INPUT, OUTPUT, Fold, Prepared, cut, find_fold, marked
+from qeff_ir.frontend import ops
+from qeff_ir.frontend.capture import captured, tracing
+from qeff_ir.frontend.complexes import spell_out_complex
+from qeff_ir.frontend.layers import Fold, Prepared, cut, find_fold, marked
 from qeff_ir.frontend.own_masks import refuse_own_masks
+from qeff_ir.frontend.positions import give_positions
 from qeff_ir.frontend.private import onnx_translations
 from qeff_ir.frontend.skeleton import fake_weights
 from qeff_ir.frontend.stamp import cut_weights, find_layers, unfold
+from qeff_ir.frontend.states import CapturingCache
 from qeff_ir.frontend.weights import Weights
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State, all_values, rename_symbols
+from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, DimValue, Module, State, all_values, rename_symbols
 
 # Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
 _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
@@ -43,12 +48,14 @@ _IR_VERSION = 11
 """Opset 24 needs IR version 11 or later."""
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 """Color codes of a terminal."""
-_PREFIX = "hf."
+_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+"""What transformers' models call the cache that they take."""
+PREFIX = "hf."
 """Scope of the model inside `_Step`; taken off every name."""
 
 
 def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> Module:
-    """Lower a causal LM with retained key/value states.
+    """Lower a causal LM with retained states.
 
     Layers that are shown to be copies of each other are traced once (`qeff_ir.frontend.layers`).
 
@@ -62,201 +69,180 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> M
         outputs ``logits`` (float32 ``[batch_size, seq_len, vocab]``) and the new states.
 
     Raises:
-        UnsupportedModelError: The model has no key/value cache, its attention is not causal or builds its own masks, or
-            something in it cannot be traced.
+        UnsupportedModelError: The model has no cache, its attention is not causal or builds its own masks, or something
+            in it cannot be traced.
     """
     model = model.eval()
-    with torch.no_grad(), captured(model), fake_weights(model) as fake, _quiet():
-        with _attributes_kept(model):
-            specs = _probe(model, fake)
-        with _attributes_kept(model):
-            fold = None if whole else find_fold(model, lambda kept: _prepared(model, specs, kept, fake))
-        folded = None if fold is None else _folded(model, weights, specs, fold, fake)
-        if folded is not None:
-            return folded
-        with _attributes_kept(model):
-            program = _trace(model, specs, fake)
-    return _finished(_module(program, model, weights, specs))
+    with torch.no_grad(), captured(model), fake_weights(model) as fake, quiet():
+        with attributes_kept(model):
+            states = _probe(model, fake)
+        with attributes_kept(model):
+            fold = None if whole else find_fold(model, lambda kept: _prepared(model, states, kept, fake))
+        module = None if fold is None else _folded(model, weights, states, fold, fake)
+        if module is None:
+            with attributes_kept(model):
+                module = _module(_trace(model, states, fake), model, weights, states)
+    dialect.attach(module.model)
+    module.write_facts()
+    return module
 
 
 def _folded(
-    model: PreTrainedModel, weights: Weights, specs: list[LayerSpec], fold: Fold, fake: FakeTensorMode
+    model: PreTrainedModel, weights: Weights, states: list[State], fold: Fold, fake: FakeTensorMode
 ) -> Module | None:
     """The module made from one layer of each kind; `None` when the cut graph is not a chain of layers."""
-    kept = [s for s in specs if s.layer in fold.states]
+    kept = [s for s in states if s.layer in fold.states]
     buffers = [(n, b) for n, b in model.named_buffers() if not isinstance(b, FakeTensor)]
     tensors = {**{n: tensor_adapters.TorchTensor(b, name=n) for n, b in buffers}, **weights}
-    with _attributes_kept(model), cut(model, fold.path, fold.traced), marked(model, fold.path):
-        program = _trace(model, kept, fake)
-        module = _module(program, model, cut_weights(weights, fold), kept)
+    with attributes_kept(model), cut(model, fold.path, fold.traced), marked(model, fold.path):
+        module = _module(_trace(model, kept, fake), model, cut_weights(weights, fold), kept)
     layers = find_layers(module, fold, tensors)
     if layers is None:
         return None
     unfold(module, fold, layers, tensors)
-    return _finished(module)
+    return module
 
 
-def _module(
-    program: torch.onnx.ONNXProgram, model: PreTrainedModel, weights: Weights, specs: list[LayerSpec]
-) -> Module:
-    states = _states(specs)
-    graph_model = _clean(program.model, weights, states)
+def _module(program: torch.onnx.ONNXProgram, model: PreTrainedModel, weights: Weights, states: list[State]) -> Module:
+    graph_model = clean(program.model, weights, states)
+    _mark_layers(graph_model.graph, model)
     refuse_own_masks(graph_model.graph, type(model).__name__)
     module = Module(graph_model, type(model).__name__, states)
     _name_dims(module, model)
     return module
 
 
-def _finished(module: Module) -> Module:
-    dialect.attach(module.model)
-    module.write_facts()
-    return module
-
-
 class _Step(torch.nn.Module):
     """One run of a decoder with explicit states, the function that is traced."""
 
-    def __init__(self, model: PreTrainedModel, specs: list[LayerSpec]) -> None:
+    def __init__(self, model: PreTrainedModel, states: list[State]) -> None:
         super().__init__()
         self.hf = model
-        self.specs = specs
+        self.states = states
         parameters = inspect.signature(model.forward).parameters
         kinds = {p.kind for p in parameters.values()}
         self.takes_positions = "position_ids" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+        self.cache_argument = next((name for name in _CACHE_ARGUMENTS if name in parameters), _CACHE_ARGUMENTS[0])
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        cache = CapturingCache(self.hf, position_ids, self.specs, past)
-        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        cache = CapturingCache(self.hf, position_ids, dict(zip(self.states, past, strict=True)))
+        out = self.run(input_ids, position_ids, cache)
+        return (out.logits, *(cache.result(state) for state in self.states))
+
+    def run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: CapturingCache) -> Any:
+        """The model's own outputs."""
+        arguments: dict[str, Any] = {self.cache_argument: cache, "use_cache": True}
+        if self.takes_positions:
+            arguments["position_ids"] = position_ids
         with tracing(cache):
-            out = self.hf(input_ids=input_ids, past_key_values=cache, use_cache=True, **positions)
-        return (out.logits, *cache.results())
+            return self.hf(input_ids=input_ids, **arguments)
 
 
-def _probe(model: PreTrainedModel, fake: FakeTensorMode) -> list[LayerSpec]:
+def _probe(model: PreTrainedModel, fake: FakeTensorMode) -> list[State]:
     """Run the model once on fake tensors to see what each layer caches."""
     step = _Step(model, [])
     with fake:
         ids = torch.zeros((_BATCH, _SEQ), dtype=torch.long)
-        cache = CapturingCache(model, ids, [], [])
-        positions = {"position_ids": ids} if step.takes_positions else {}
-        with tracing(cache), _as_unsupported(model, "cannot be run with a key/value cache"):
-            model(input_ids=ids, past_key_values=cache, use_cache=True, **positions)
-    specs = cache.specs()
-    if not specs:
+        cache = CapturingCache(model, ids, {})
+        with as_unsupported(model, "cannot be run with a cache"):
+            step.run(ids, ids.clone(), cache)
+    states = cache.found()
+    if not states:
         raise UnsupportedModelError(
-            f"{type(model).__name__} writes to no key/value cache, so there is no state to retain between tokens"
+            f"{type(model).__name__} writes to no cache, so there is no state to retain between tokens"
         )
-    return specs
+    return states
 
 
-def _inputs(specs: list[LayerSpec], fake: FakeTensorMode) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _inputs(states: list[State], fake: FakeTensorMode) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Token ids (or positions), and states, for a run on fake tensors."""
     with fake:
         ids = torch.zeros((_BATCH, _SEQ), dtype=torch.long)
-        past = [
-            torch.zeros((_BATCH, heads, _CTX if s.window is None else _SLIDING, width))
-            for s in specs
-            for heads, width in (s.key, s.value)
-        ]
+        past = [torch.zeros([_example(state, dim) for dim in state.shape]) for state in states]
     return ids, past
 
 
 def _prepared(
-    model: PreTrainedModel, specs: list[LayerSpec], kept: frozenset[int] | None, fake: FakeTensorMode
+    model: PreTrainedModel, states: list[State], kept: frozenset[int] | None, fake: FakeTensorMode
 ) -> Prepared:
     """A run of the model with the states of some layers only, for `find_fold`."""
-    specs = [s for s in specs if kept is None or s.layer in kept]
-    ids, past = _inputs(specs, fake)
+    states = [s for s in states if kept is None or s.layer in kept]
+    ids, past = _inputs(states, fake)
     with fake:
         positions = ids.clone()
-    names = ["input_ids", "position_ids", *(s.input for s in _states(specs))]
+    inputs = {"input_ids": ids, "position_ids": positions, **dict(zip(states, past, strict=True))}
 
     def work() -> Sequence[torch.Tensor]:
         with apply_patches("onnx"), apply_patches("dynamo"), reset_model_state(model), fake:
-            return _Step(model, specs)(ids, positions, past)
+            return _Step(model, states)(ids, positions, past)
 
-    return dict(zip(names, [ids, positions, *past], strict=True)), work
+    return inputs, work
 
 
-def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode) -> torch.onnx.ONNXProgram:
-    ids, past = _inputs(specs, fake)
+def _trace(model: PreTrainedModel, states: list[State], fake: FakeTensorMode) -> torch.onnx.ONNXProgram:
+    ids, past = _inputs(states, fake)
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {
         "input_ids": {0: dynamic, 1: dynamic},
         "position_ids": {0: dynamic, 1: dynamic},
-        "past": [{0: dynamic, 2: dynamic} for _ in past],
+        "past": [{i: dynamic for i, dim in enumerate(state.shape) if isinstance(dim, str)} for state in states],
     }
-    states = _states(specs)
     with (
         apply_patches("onnx"),
         apply_patches("dynamo"),
         reset_model_state(model),
-        _as_unsupported(model, "cannot be traced"),
+        as_unsupported(model, "cannot be traced"),
     ):
         exported = torch.export.export(
-            _Step(model, specs),
+            _Step(model, states),
             (),
             kwargs={"input_ids": ids, "position_ids": ids.clone(), "past": past},
             dynamic_shapes=shapes,
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        apply_fx_node_fixes("onnx", exported.graph_module)
-        program = torch.onnx.export(
-            exported,
-            custom_translation_table={**onnx_translations(), **_TRANSLATIONS},
-            opset_version=_TORCH_OPSET,
-            optimize=False,
-            verbose=False,
-            input_names=["input_ids", "position_ids", *(s.input for s in states)],
-            output_names=["logits", *(s.output for s in states)],
+        spell_out_complex(exported)
+        give_positions(exported, "input_ids", "position_ids")
+        program = convert(
+            exported, ["input_ids", "position_ids", *(s.input for s in states)], ["logits", *(s.output for s in states)]
         )
-        assert program is not None
-        apply_onnx_ir_fixes(program)
     return program
 
 
-def _states(specs: list[LayerSpec]) -> list[State]:
-    def state(spec: LayerSpec, role: Role, heads: int, width: int) -> State:
-        return State(spec.layer, role, ("batch_size", heads, "ctx_len", width), ir.DataType.FLOAT, spec.window)
-
-    return [made for s in specs for made in (state(s, "key", *s.key), state(s, "value", *s.value))]
-
-
-# The exporter works at an older opset, so it only sees opaque ops of the dialect's domain; `_clean` gives them bodies,
-# or their standard name where ONNX has one.
-_STANDARD = {"Attention"}
-
-
-def _opaque(name: str, *attributes: str) -> Callable[..., Any]:
-    op = values.Op(values.Opset(dialect.DOMAIN, dialect.VERSION), name)
-
-    def translate(*args: Any) -> Any:
-        count = len(args) - len(attributes)
-        return op(*args[:count], **dict(zip(attributes, args[count:], strict=True)))
-
-    return translate
+def convert(
+    exported: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
+) -> torch.onnx.ONNXProgram:
+    """Convert a traced program to ONNX under transformers' export patches, with these names at its edge."""
+    apply_fx_node_fixes("onnx", exported.graph_module)
+    program = torch.onnx.export(
+        exported,
+        custom_translation_table={**onnx_translations(), **ops.TRANSLATIONS},
+        opset_version=_TORCH_OPSET,
+        optimize=False,
+        verbose=False,
+        input_names=inputs,
+        output_names=outputs,
+    )
+    assert program is not None
+    apply_onnx_ir_fixes(program)
+    return program
 
 
-_TRANSLATIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.qeff.cache_update.default: _opaque("CacheUpdate"),
-    torch.ops.qeff.cache_positions.default: _opaque("CachePositions"),
-    torch.ops.qeff.layer_input.default: _opaque(INPUT),
-    torch.ops.qeff.layer_output.default: _opaque(OUTPUT),
-    torch.ops.qeff.attention.default: _opaque("Attention", "scale", "softcap"),
-    torch.ops.qeff.sink_attention.default: _opaque("SinkAttention", "scale", "softcap"),
-}
+def _example(state: State, dim: DimValue) -> int:
+    if isinstance(dim, int):
+        return dim
+    return _BATCH if dim == "batch_size" else _CTX if state.window is None else _SLIDING
 
 
-def _clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
+def clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
     """Give standard names, one opset, short metadata, and references for weights to what the exporter made."""
     graph = model.graph
     for node in ir.traversal.RecursiveGraphIterator(graph):
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         # The last scope is the node itself, the one before it the module that ran it.
-        source = scopes[-2].removeprefix(_PREFIX.rstrip(".")).removeprefix(".") if len(scopes) > 1 else ""
+        source = scopes[-2].removeprefix(PREFIX.rstrip(".")).removeprefix(".") if len(scopes) > 1 else ""
         node.metadata_props.clear()
         node.metadata_props[SOURCE_KEY] = source
         node.doc_string = None
@@ -266,7 +252,7 @@ def _clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
     _refer_to_weights(graph, weights)
     version_converter.convert_version(model, dialect.OPSET)
     for node in graph:
-        if node.domain == dialect.DOMAIN and node.op_type in _STANDARD:
+        if node.domain == dialect.DOMAIN and node.op_type in ops.STANDARD:
             node.domain = ""
     model.opset_imports.clear()
     model.opset_imports.update({"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION})
@@ -279,9 +265,9 @@ def _clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
 
 def _refer_to_weights(graph: ir.Graph, weights: Weights) -> None:
     for name, value in list(graph.initializers.items()):
-        if not name.startswith(_PREFIX):
+        if not name.startswith(PREFIX):
             continue
-        plain = name.removeprefix(_PREFIX)
+        plain = name.removeprefix(PREFIX)
         del graph.initializers[name]
         value.name = plain
         if plain in weights:
@@ -293,15 +279,31 @@ def _refer_to_weights(graph: ir.Graph, weights: Weights) -> None:
         graph.register_initializer(value)
 
 
+def _mark_layers(graph: ir.Graph, model: PreTrainedModel) -> None:
+    """Note on each matrix what it is to the module that owns it, see `LAYER_KEY`."""
+    for value in graph.initializers.values():
+        owner, _, own = value.metadata_props.get(WEIGHT_KEY, "").rpartition(".")
+        if own == "weight":
+            module = model.get_submodule(owner)
+            if isinstance(module, torch.nn.Linear | Conv1D):
+                value.metadata_props[LAYER_KEY] = "linear"
+            elif isinstance(module, torch.nn.Embedding):
+                value.metadata_props[LAYER_KEY] = "embedding"
+            elif value.shape is not None and len(value.shape) == 2:
+                value.metadata_props[LAYER_KEY] = "parameter"
+
+
 def _name_dims(module: Module, model: PreTrainedModel) -> None:
     """Replace the exporter's symbols by ours, on the inputs and everywhere else."""
-    ids = module.input("input_ids").shape
-    assert ids is not None
-    renames = {str(ids[0]): "batch_size", str(ids[1]): "seq_len"}
+    renames: dict[str, str] = {}
+    for name in ("input_ids", "position_ids"):
+        shape = module.input(name).shape
+        assert shape is not None
+        renames |= {str(shape[0]): "batch_size", str(shape[1]): "seq_len"}
     for state in module.states:
         shape = module.input(state.input).shape
         assert shape is not None
-        renames |= {str(shape[0]): "batch_size", str(shape[2]): "ctx_len"}
+        renames |= {str(made): name for made, name in zip(shape, state.shape, strict=True) if isinstance(name, str)}
     rename_symbols(module.graph, renames)
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
@@ -318,7 +320,7 @@ def _name_dims(module: Module, model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _attributes_kept(model: PreTrainedModel) -> Generator[None]:
+def attributes_kept(model: PreTrainedModel) -> Generator[None]:
     """Take back what the model's own code stores on its modules while it runs on fake tensors."""
     saved = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
@@ -330,7 +332,7 @@ def _attributes_kept(model: PreTrainedModel) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Keep the exporter's notes to itself: they are about its own internals, or repeat an exception that follows."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [log.level for log in loggers]
@@ -346,7 +348,7 @@ def _quiet() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _as_unsupported(model: PreTrainedModel, what: str) -> Generator[None]:
+def as_unsupported(model: PreTrainedModel, what: str) -> Generator[None]:
     """Turn whatever a model's own code raises into one sentence; the cause stays chained."""
     try:
         yield

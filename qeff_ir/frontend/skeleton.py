@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,14 +14,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from qeff_ir.frontend import private
 
 
-def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal LM of a configuration in float32, its parameters on the meta device.
+def build_skeleton(
+    config: PreTrainedConfig, *, trust_remote_code: bool = False, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """The model that one of transformers' auto classes makes of a configuration: float32, on the meta device.
 
     Buffers that a checkpoint does not hold (rotary frequencies, say) are computed as transformers computes them after
     loading.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     for parameter in model.state_dict(keep_vars=True).values():
         private.mark_initialized(parameter, True)
     for module in model.modules():

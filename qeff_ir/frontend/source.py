@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.module import Module
@@ -14,18 +14,22 @@ from qeff_ir.module import Module
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from qeff_ir.frontend.weights import Weights
+
 _SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
 """Configuration and tokenizer files; everything of a model folder that is neither weights nor code."""
 
 
 class Source(ABC):
-    """A causal LM that can be lowered.
+    """A model that can be lowered.
 
     Attributes:
         config: The model's configuration.
+        retains: Whether it is a causal LM with a cache, not a forward pass without one.
     """
 
     config: PreTrainedConfig
+    retains: ClassVar[bool] = True
 
     @abstractmethod
     def lower(self) -> Module:
@@ -39,6 +43,14 @@ class Source(ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any] | None:
         """What determines the lowered graph, software versions apart, as JSON data; `None` if only lowering tells."""
+
+    @abstractmethod
+    def weights(self) -> Weights:
+        """The tensors by the names of the parameters; none is read.
+
+        Raises:
+            ModelLoadError: See `lower`.
+        """
 
     def weight_files(self) -> list[Path]:
         """The checkpoint's files; none for a model in memory."""
@@ -70,7 +82,7 @@ class FolderSource(Source):
 
         self.folder = folder
         self.trust_remote_code = trust_remote_code
-        self.config = _read_config(folder, trust_remote_code)
+        self.config = read_config(folder, trust_remote_code)
         if getattr(self.config, "quantization_config", None) is not None:
             raise UnsupportedModelError(
                 f"{folder} holds quantized weights (quantization_config in config.json), which are not read yet: use "
@@ -87,7 +99,15 @@ class FolderSource(Source):
         skeleton = build_skeleton(self.config, trust_remote_code=self.trust_remote_code)
         return lower(skeleton, checkpoint_weights(skeleton, self.checkpoint))
 
-    def identity(self) -> dict[str, Any]:
+    def weights(self) -> Weights:
+        """See `Source.weights`."""
+        from qeff_ir.frontend.skeleton import build_skeleton
+        from qeff_ir.frontend.weights import checkpoint_weights
+
+        skeleton = build_skeleton(self.config, trust_remote_code=self.trust_remote_code)
+        return checkpoint_weights(skeleton, self.checkpoint)
+
+    def identity(self) -> dict[str, Any] | None:
         """The configuration, where the weights are, and the folder's code if it may run."""
         code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
         return {
@@ -131,6 +151,12 @@ class MemorySource(Source):
 
         return lower(self.model, memory_weights(self.model))
 
+    def weights(self) -> Weights:
+        """See `Source.weights`."""
+        from qeff_ir.frontend.weights import memory_weights
+
+        return memory_weights(self.model)
+
     def identity(self) -> None:
         """`None`: the model's code may have been changed in memory."""
         return None
@@ -147,22 +173,26 @@ class MemorySource(Source):
 
 
 def open_source(name_or_folder: str | Path, *, trust_remote_code: bool = False, **hub: Any) -> FolderSource:
-    """Open a local folder, or the snapshot of a hub id (downloaded once; only the cache is used when offline).
+    """Open a causal LM; arguments and errors are those of `find_folder` and `FolderSource`."""
+    return FolderSource(find_folder(name_or_folder, **hub), trust_remote_code=trust_remote_code)
+
+
+def find_folder(name_or_folder: str | Path, **hub: Any) -> Path:
+    """A local folder, or the snapshot of a hub id (downloaded once; only the cache is used when offline).
 
     Args:
         name_or_folder: The folder or hub id.
-        trust_remote_code: Whether code that comes with the model may run.
         hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` of `huggingface_hub.snapshot_download`.
 
     Raises:
-        ModelLoadError: There is no such model, or it cannot be read.
+        ModelLoadError: There is no such model.
     """
     folder = Path(name_or_folder)
     if not folder.is_dir():
         if folder.exists() or str(name_or_folder).startswith((".", "/", "~")) or str(name_or_folder).count("/") > 1:
             raise ModelLoadError(f"{name_or_folder} is not a model folder: give a folder with config.json, or a hub id")
         folder = _snapshot(str(name_or_folder), hub)
-    return FolderSource(folder, trust_remote_code=trust_remote_code)
+    return folder
 
 
 def _snapshot(name: str, hub: dict[str, Any]) -> Path:
@@ -177,7 +207,12 @@ def _snapshot(name: str, hub: dict[str, Any]) -> Path:
         ) from error
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration in a folder.
+
+    Raises:
+        ModelLoadError: There is none, it is damaged, or it brings code that may not run.
+    """
     from transformers import AutoConfig
 
     path = folder / "config.json"

@@ -180,9 +180,8 @@ def _moved(name: str, fold: Fold, old: int, new: int) -> str:
 def _replace_interface(module: Module, ends: Mapping[State, tuple[ir.Value, ir.Value]]) -> None:
     """Let `ends` be the states of the module, in the order of layers."""
     graph = module.graph
-    roles = list(dict.fromkeys(s.role for s in module.states))
     ours = {name for s in module.states for name in (s.input, s.output)}
-    module.states = sorted(ends, key=lambda s: (s.layer, roles.index(s.role)))
+    module.states = sorted(ends, key=lambda s: s.order)
     pairs = [ends[s] for s in module.states]
     graph.inputs[:] = [*(v for v in graph.inputs if v.name not in ours), *(taken for taken, _ in pairs)]
     graph.outputs[:] = [*(v for v in graph.outputs if v.name not in ours), *(result for _, result in pairs)]
@@ -253,6 +252,7 @@ class _Copier:
             raise ModelLoadError(f"the checkpoint has no tensor for '{renamed}', which the traced model uses")
         made = self.value(value, renamed)
         made.const_value = self._tensors[renamed]
+        made.metadata_props.update(value.metadata_props)
         if WEIGHT_KEY in value.metadata_props:
             made.metadata_props[WEIGHT_KEY] = renamed
         self.values[value] = made

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
@@ -21,14 +22,19 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend.checkpoint import Checkpoint
-from qeff_ir.storage import FileRange
+from qeff_ir.storage import FileRange, widened
 
 Weights = dict[str, ir.TensorProtocol]
 """Parameter or persistent buffer name to its tensor."""
 
 
-def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> Weights:
+def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint, *, partial: bool = False) -> Weights:
     """Find every parameter and persistent buffer of `model` in the checkpoint.
+
+    Args:
+        model: Its names are wanted.
+        checkpoint: Where to look.
+        partial: Whether parameters may be missing.
 
     Raises:
         ModelLoadError: A parameter is missing or has another shape.
@@ -56,7 +62,7 @@ def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> Weight
             group.add_tensor(name, key, pattern, _Loader(entry, key, wanted[name].dtype))  # pyright: ignore[reportArgumentType]
     for name, group in groups.items():
         weights.update(_converted(model, name, group))
-    _check(model, wanted, weights, checkpoint)
+    _check(model, wanted, weights, checkpoint, partial)
     return weights
 
 
@@ -70,8 +76,18 @@ def memory_weights(model: PreTrainedModel) -> Weights:
         if data.is_floating_point() and data.dtype != torch.float32:
             weights[name] = _lazy(name, tuple(data.shape), torch.float32, lambda data=data: data.float())
         else:
-            weights[name] = tensor_adapters.TorchTensor(data.contiguous(), name=name)
+            weights[name] = _Shared(data.contiguous(), name=name)
     return weights
+
+
+class _Shared(tensor_adapters.TorchTensor):
+    """A tensor of the user's model: its numbers can be read, and written by nobody."""
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """A read-only view."""
+        view = super().numpy().view()
+        view.flags.writeable = False
+        return view
 
 
 class _Loader:
@@ -115,7 +131,7 @@ def _converted(model: PreTrainedModel, name: str, group: WeightConverter) -> Wei
 def _typed(entry: FileRange, key: str, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
     if entry.dtype == _ir_dtype(dtype):
         return entry.tensor(name)
-    return _lazy(name, entry.shape, dtype, _Loader(entry, key, dtype))
+    return widened(_lazy(name, entry.shape, dtype, _Loader(entry, key, dtype)), entry)
 
 
 def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
@@ -133,7 +149,9 @@ def _natural(key: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
 
 
-def _check(model: PreTrainedModel, wanted: dict[str, torch.Tensor], weights: Weights, checkpoint: Checkpoint) -> None:
+def _check(
+    model: PreTrainedModel, wanted: dict[str, torch.Tensor], weights: Weights, checkpoint: Checkpoint, partial: bool
+) -> None:
     for name, tensor in weights.items():
         shape = tuple(tensor.shape.numpy())
         if name in wanted and shape != tuple(wanted[name].shape):
@@ -146,7 +164,7 @@ def _check(model: PreTrainedModel, wanted: dict[str, torch.Tensor], weights: Wei
             weights.setdefault(one, weights.get(other, weights.get(one)))  # pyright: ignore[reportArgumentType]
             weights.setdefault(other, weights[one])
     missing = [name for name, _ in model.named_parameters() if name not in weights]
-    if missing:
+    if missing and not partial:
         raise ModelLoadError(
             f"{checkpoint.folder} lacks {len(missing)} tensors of {type(model).__name__}, the first is "
             f"'{min(missing, key=_natural)}': the checkpoint is incomplete or of another model"

@@ -26,6 +26,7 @@ from qeff_ir.passing import plugins
 from qeff_ir.passing.expect import AnyNumber, Expect
 from qeff_ir.passing.report import Missed, PassStats
 from qeff_ir.passing.rewriter import OpBuilder, Rewriter
+from qeff_ir.testing.tolerance import Numeric, Reassociates
 
 __all__ = [
     "Missed",
@@ -53,7 +54,9 @@ class Pass(ABC):
         invalidates: Properties that it may destroy.
         changes_interface: Whether it may change names, types or shapes of graph inputs and outputs, or states.
         changes_weights: Whether it may add, alter or drop weights; they are shared references otherwise.
+        folds_constants: Whether it may compute large constants from other constants; weights are none.
         idempotent: Whether a second run changes nothing.
+        numeric: What becomes of the numbers, see `qeff_ir.testing.tolerance.Numeric`; tests hold a pass to it.
         expect: How often it must fire; any number is fine by default, and what is left over is reported.
     """
 
@@ -63,7 +66,9 @@ class Pass(ABC):
     invalidates: ClassVar[frozenset[str]] = frozenset()
     changes_interface: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False
+    folds_constants: ClassVar[bool] = False
     idempotent: ClassVar[bool] = False
+    numeric: ClassVar[Numeric] = Reassociates()
     expect: ClassVar[Expect] = AnyNumber()
 
     __slots__ = ()

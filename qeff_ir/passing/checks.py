@@ -13,17 +13,14 @@ from qeff_ir.errors import PassError, VerificationError
 from qeff_ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing import properties
 from qeff_ir.passing.base import Pass, Rewriter
-from qeff_ir.passing.hiding import hidden_weights
+from qeff_ir.passing.hiding import LARGE, hidden_weights
 from qeff_ir.passing.report import Missed, site_name
-from qeff_ir.printer import structure, to_text
+from qeff_ir.printer import bodies, interface, structure, to_text
 from qeff_ir.storage import file_range
-from qeff_ir.verifier import verify
+from qeff_ir.verifier import broken, verify
 
 if TYPE_CHECKING:
     from onnx_ir import TensorProtocol
-
-_FREE_BYTES = 1024
-"""Constants up to this size are arithmetic, not weights: a pass may add and drop them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +47,9 @@ def check(transition: Transition, level: int) -> None:
 
     Args:
         transition: The run.
-        level: 0 nothing; 1 the rules of the IR, the interface contract and the expectation; 2 also types and shapes,
-            properties, reported rewrites and idempotence; 3 also that the text form survives saving.
+        level: 0 nothing; 1 the rules of the IR, the contract (interface, weights, bodies of ops) and the expectation;
+            2 also types and shapes, properties, reported rewrites and idempotence (and the manager sees passes that
+            undo each other); 3 also that the text form survives saving.
 
     Raises:
         VerificationError, PassError: The first check that does not hold.
@@ -59,6 +57,7 @@ def check(transition: Transition, level: int) -> None:
     if level >= 1:
         verify(transition.after)
         _check_interface(transition)
+        _check_bodies(transition)
         _check_weights(transition)
         _check_expectation(transition)
     if level >= 2:
@@ -71,30 +70,34 @@ def check(transition: Transition, level: int) -> None:
 
 
 def _check_interface(run: Transition) -> None:
-    before, after = _interface(run.before), _interface(run.after)
-    if not run.item.changes_interface and before != after:
-        changed = sorted(map(str, set(before) ^ set(after)))
-        raise VerificationError(
-            "contract", f"the interface changed although the pass does not declare it: {', '.join(changed[:4])}"
-        )
+    before, after = interface(run.before), interface(run.after)
+    if run.item.changes_interface or before == after:
+        return
+    gone, new = [x for x in before if x not in after], [x for x in after if x not in before]
+    parts = [f"'{found[0]}' {what}" for found, what in ((gone, "is gone"), (new, "is new")) if found]
+    changed = "; ".join(parts) or "its order is another"
+    hint = "set changes_interface = True on the pass if it is meant to"
+    raise VerificationError("contract", f"the pass changed the interface: {changed}", hint=hint)
 
 
-def _interface(module: Module) -> list[tuple[str, ...]]:
-    values = [("input", v) for v in module.graph.inputs] + [("output", v) for v in module.graph.outputs]
-    return [
-        *((kind, v.name or "", str(v.dtype), str(v.shape)) for kind, v in values),
-        *(("state", str(s)) for s in module.states),
-    ]
+def _check_bodies(run: Transition) -> None:
+    """What an op means does not depend on the pass that looks at it."""
+    before, after = bodies(run.before), bodies(run.after)
+    changed = next((name for name, body in before.items() if after.get(name, body) != body), None)
+    if changed is not None:
+        hint = "rewrite nodes of the main graph, and write another op where another meaning is wanted"
+        raise VerificationError("contract", f"the pass changed the body of the op {changed}", hint=hint)
 
 
 def _check_weights(run: Transition) -> None:
-    """Weights stay the very tensors that they were: none copied, altered, untied, or lost."""
+    """Weights stay the very tensors that they were: none copied, altered, untied, swapped, or lost."""
     if run.item.changes_weights:
         return
-    before, after = _stored(run.before), _stored(run.after)
+    folds = run.item.folds_constants
+    before, after = _stored(run.before, weights_only=folds), _stored(run.after, weights_only=folds)
     known = {storage for storage, _ in before.values()}
     for name, (storage, size) in after.items():
-        if storage not in known:
+        if storage not in known or (name in before and storage != before[name][0]):
             what = "is no longer the tensor that it was" if name in before else f"is new, with {size} bytes"
             raise VerificationError("contract", f"'{name}' {what}, although the pass does not declare changes_weights")
     kept = {storage for storage, _ in after.values()}
@@ -102,20 +105,26 @@ def _check_weights(run: Transition) -> None:
     if lost:
         swept = run.before.clone()
         common.RemoveUnusedNodesPass()(swept.model)  # what reaches no output may go
+        lost &= swept.graph.initializers.keys()
         for name in before:
-            if name in lost & swept.graph.initializers.keys():
+            if name in lost:
                 raise VerificationError(
                     "contract", f"'{name}' is gone, although the pass does not declare changes_weights"
                 )
 
 
-def _stored(module: Module) -> dict[str, tuple[object, int]]:
-    """Storage and bytes of every initializer that is a weight, or as large as one."""
+def same_weights(before: Module, after: Module) -> bool:
+    """Whether all weights are the tensors that they were; the text form only names them."""
+    return _stored(before, weights_only=False) == _stored(after, weights_only=False)
+
+
+def _stored(module: Module, *, weights_only: bool) -> dict[str, tuple[object, int]]:
+    """Storage and bytes of every initializer that is a weight, or as large as one unless `weights_only`."""
     return {
         name: (_storage(tensor), tensor.nbytes)
         for name, value in module.graph.initializers.items()
         if (tensor := value.const_value) is not None
-        and (WEIGHT_KEY in value.metadata_props or tensor.nbytes > _FREE_BYTES)
+        and (WEIGHT_KEY in value.metadata_props or (tensor.nbytes > LARGE and not weights_only))
     }
 
 
@@ -169,7 +178,8 @@ def _check_types(module: Module) -> None:
             continue
         if value.dtype is not None and kind.elem_type and value.dtype != kind.elem_type:
             name = ir.DataType(kind.elem_type).name
-            raise VerificationError("types", f"'{info.name}' is declared {value.dtype.name} but is {name}")
+            message = f"'{info.name}' is declared {value.dtype.name} but is {name}"
+            raise _misdeclared(module, message, value)
         if value.shape is None or not kind.HasField("shape"):
             continue
         sizes = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
@@ -177,7 +187,13 @@ def _check_types(module: Module) -> None:
         if len(sizes) != len(stated) or any(
             a is not None and b is not None and a != b for a, b in zip(sizes, stated, strict=True)
         ):
-            raise VerificationError("types", f"'{info.name}' is declared {value.shape} but has the sizes {sizes}")
+            message = f"'{info.name}' is declared {value.shape} but has the sizes {sizes}"
+            raise _misdeclared(module, message, value)
+
+
+def _misdeclared(module: Module, message: str, value: ir.Value) -> VerificationError:
+    hint = "give a new node the shape and dtype of what it makes, or none: rewriter.replace then takes the old value's"
+    return broken(module, "types", message, value.producer() or "", f"%{value.name}", hint=hint)
 
 
 def _check_properties(run: Transition) -> None:

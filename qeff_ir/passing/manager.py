@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 
 from qeff_ir.errors import PassError, PipelineError, QeffError
@@ -74,14 +76,34 @@ def run_pipeline(
     for instrument in stack:
         instrument.before_pipeline(module, pipeline)
     before, forms = fingerprint(module), {structure(module): "the beginning"} if check >= 2 else {}
-    for id, item in pipeline:
-        rewriter = Rewriter(module, id, (budgets or {}).get(id))
-        run, before = _run(module, item, rewriter, before, stack, check, forms)
-        report.runs.append(run)
+    with _settled():
+        for id, item in pipeline:
+            rewriter = Rewriter(module, id, (budgets or {}).get(id))
+            run, before = _run(module, item, rewriter, before, stack, check, forms)
+            report.runs.append(run)
+            gc.collect()
     module.write_facts()
     for instrument in reversed(stack):
         instrument.after_pipeline(report, module)
     return report
+
+
+@contextmanager
+def _settled() -> Generator[None]:
+    """Collect garbage between passes only, and not among what lives already.
+
+    Passes make so many objects that the collector would look through all of them, and all of torch, again and again:
+    the time for a node would grow with the number of nodes.
+    """
+    enabled = gc.isenabled()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def _run(
@@ -97,19 +119,21 @@ def _run(
     for instrument in stack:
         instrument.before_pass(id, item, module)
     started, size, snapshot = time.perf_counter(), len(module.graph), module.clone()
-    sites = item.sites(module) if check else []
     try:
+        sites = item.sites(module) if check else []
         item.run(module, rewriter)
         if rewriter.refused:
             rewriter.sweep()  # of what was built for rewrites that were then refused
-        module.properties = (module.properties - item.invalidates) | item.establishes
+        rewriter.adopt()
+        module.properties = (snapshot.properties - item.invalidates) | item.establishes
         checks.check(checks.Transition(item, snapshot, module, rewriter, sites), check)
         _check_undone(module, snapshot, id, forms)
         after = fingerprint(module)
         seconds = time.perf_counter() - started
         sizes = size, len(module.graph)
         found = len(sites) if check and checks.finds_sites(item) else None
-        run = PassRun(id, seconds, sizes, after != before, rewriter.stats, rewriter.count, found)
+        modified = after != before or not checks.same_weights(snapshot, module)
+        run = PassRun(id, seconds, sizes, modified, rewriter.stats, rewriter.count, found)
         for instrument in reversed(stack):
             instrument.after_pass(run, module)
     except BaseException as error:

@@ -6,6 +6,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qeff_ir.module import WEIGHT_KEY
+
 
 def made_by(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node | None:
     """The node that makes `value`, if it is of that operator."""
@@ -16,10 +18,10 @@ def made_by(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node |
 def constant(value: ir.Value | None) -> Any:
     """The value of a small constant as nested Python lists or a scalar; `None` when it is not one.
 
-    Weights are never read: only plain tensors of at most 64 elements count.
+    Weights are never read, and what counts as a constant is the same however the tensor is stored: at most 64 elements.
     """
     tensor = value.const_value if value is not None else None
-    if not isinstance(tensor, ir.Tensor) or tensor.size > 64:
+    if value is None or tensor is None or WEIGHT_KEY in value.metadata_props or tensor.size > 64:
         return None
     return tensor.numpy().tolist()
 

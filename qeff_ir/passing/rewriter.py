@@ -76,6 +76,7 @@ class Rewriter:
         self.refused = False
         self._limit = _LEAST_LIMIT + _REWRITES_PER_NODE * len(module.graph)
         self._inserted = 0
+        self._known = set(ir.traversal.RecursiveGraphIterator(module.graph))
         self._recent: deque[str] = deque(maxlen=6)
 
     @property
@@ -135,14 +136,22 @@ class Rewriter:
         node.metadata_props[SOURCE_KEY] = anchor.metadata_props.get(SOURCE_KEY, "")
 
     def adopt(self) -> None:
-        """Stamp nodes that a library made without a source: they take that of the node whose result they read."""
-        for node in self.graph:
-            if SOURCE_KEY in node.metadata_props:
+        """Stamp the nodes that the pass made by other means; without a source, they take that of what they read.
+
+        A library may have copied the stamp of what it replaced, which would tell of an earlier pass.
+        """
+        for node in ir.traversal.RecursiveGraphIterator(self.graph):
+            if node in self._known:
                 continue
-            makers = (v.producer() for v in node.inputs if v is not None)
-            known = [m.metadata_props[SOURCE_KEY] for m in makers if m is not None and SOURCE_KEY in m.metadata_props]
-            node.metadata_props[SOURCE_KEY] = max(known, key=len, default="")
             node.metadata_props[PASS_KEY] = self.pass_id
+            if SOURCE_KEY not in node.metadata_props:
+                makers = (v.producer() for v in node.inputs if v is not None)
+                found = [m.metadata_props.get(SOURCE_KEY, "") for m in makers if m is not None]
+                node.metadata_props[SOURCE_KEY] = max(found, key=len, default="")
+
+    def know(self, node: ir.Node) -> None:
+        """A node that is not new, although it is another object than before."""
+        self._known.add(node)
 
     @contextlib.contextmanager
     def hidden_weights(self) -> Generator[None]:
@@ -170,7 +179,6 @@ class Rewriter:
                 RewriteRuleSet(cast("Sequence[RewriteRule]", counted)).apply_to_model(self.module.model)
         finally:
             self.module.model.functions.update(functions)
-        self.adopt()
         self.sweep()
         return self.count - before
 

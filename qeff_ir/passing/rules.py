@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _REACH = 12
 """Most steps from a site down to the node at which a pattern that covers the site can end."""
 
+_NEAR = 3
+"""Most steps to the end of a pattern that did not come to the site: one further away was hardly meant for it."""
+
 
 class RulePass(Pass):
     """A pass whose rules are applied until none matches.
@@ -57,24 +60,40 @@ class RulePass(Pass):
             seen.add(now)
 
     def explain(self, module: Module, site: ir.Node) -> Missed:
-        """Why the rules left a site alone, told by the rule that got furthest."""
+        """Why the rules left a site alone, told by the rule that got furthest.
+
+        A rule is matched from its last node up: one that stops before it comes to the site is told too, the nearest.
+        """
         attempts = [
-            (name, match)
+            (covers, 0 if covers else -steps, match.score(), name, match)
             for name, group in self.rules().items()
             for rule in group
-            for root in _below(site)
+            for steps, root in _below(site)
             for match in _attempts(rule, module, root)
-            if site in match.match_result.nodes
+            if (covers := site in match.match_result.nodes) or steps <= _NEAR
         ]
         if not attempts:
             return Missed.at(site, "no rule got as far as this node", code="no-match")
-        name, match = max(attempts, key=lambda attempt: attempt[1].score())
+        covers, *_, name, match = max(attempts, key=lambda attempt: attempt[:3])
         result = match.match_result
         where = "".join(f" at {_spelled(v)}" for v in result.failure_nodes_and_values[:1])
-        reason = " ".join(result.reason.split()).rstrip(".") or "the condition does not hold"
+        reason = " ".join(result.reason.split()).rstrip(".") or _REASONS[match.status]
         code = "condition" if match.status is MatchStatus.CONDITION_FAILED else "no-match"
-        reached = f"rule '{name}' matched {len(result.nodes)} nodes, the deepest {_spelled(result.nodes[-1])}"
-        return Missed.at(site, reason + where, code=code, reached=reached)
+        count = "1 node" if len(result.nodes) == 1 else f"{len(result.nodes)} nodes"
+        end = (result.nodes or (match.root_node,))[-1]
+        way = f"matched {count}, the deepest {_spelled(end)}"
+        if not covers:
+            way = f"matched {count} up from {_spelled(match.root_node)} and did not come to this node"
+        return Missed.at(site, reason + where, code=code, reached=f"rule '{name}' {way}")
+
+
+_REASONS = {
+    MatchStatus.NO_MATCH: "the pattern does not match",
+    MatchStatus.CONDITION_FAILED: "the condition does not hold",
+    MatchStatus.REPLACEMENT_FAILED: "the replacement cannot be made",
+    MatchStatus.SUCCESS: "the rule matches by now, but was not applied",
+}
+"""Why a rule stopped, where it gives no reason itself."""
 
 
 def _attempts(rule: RewriteRule, module: Module, root: ir.Node) -> list[MatchInfo]:
@@ -84,11 +103,11 @@ def _attempts(rule: RewriteRule, module: Module, root: ir.Node) -> list[MatchInf
     return tracer.best_matches_map.get(rule, [])
 
 
-def _below(site: ir.Node) -> Iterator[ir.Node]:
-    """The site, and the nodes that its result reaches in a few steps, nearest first."""
+def _below(site: ir.Node) -> Iterator[tuple[int, ir.Node]]:
+    """The site, and the nodes that its result reaches in a few steps, nearest first, each with its steps."""
     level, seen = [site], {site}
-    for _ in range(_REACH):
-        yield from level
+    for steps in range(_REACH):
+        yield from ((steps, node) for node in level)
         level = [user for node in level for out in node.outputs for user in out.consumers() if user not in seen]
         level = list(dict.fromkeys(level))
         seen.update(level)

@@ -46,7 +46,6 @@ class SurgeonPass(Pass):
             after = ir.from_proto(gs.export_onnx(graph, do_type_check=False)).graph
         after.sort()
         _restore(module, after, rewriter)
-        rewriter.adopt()
         rewriter.sweep()
 
 
@@ -70,6 +69,7 @@ def _restore(module: Module, after: ir.Graph, rewriter: Rewriter) -> None:
         old = next((makers[o.name] for o in node.outputs if o.name in makers), None)
         if old is not None and _same(node, old):
             node.metadata_props.update(old.metadata_props)
+            rewriter.know(node)
         else:
             node.metadata_props[PASS_KEY] = rewriter.pass_id
             if old is not None:

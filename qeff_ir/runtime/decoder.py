@@ -10,6 +10,7 @@ import numpy as np
 
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.runtime.session import Array, Session
+from qeff_ir.runtime.token_table import TokenTable
 
 
 @dataclass
@@ -35,22 +36,32 @@ class Timings:
 class Decoder:
     """Drives one session.
 
+    Args:
+        session: The session.
+        table: Where to look up the tokens of a session that takes ``inputs_embeds``.
+
     Attributes:
         batch_size: Rows of every run.
         prefill_len: Tokens per row of a prefill run.
         ctx_len: Positions that the cache has room for.
         positions: Position of the next token of each row; -1 for a row without a prompt.
         timings: Of the request since the last `prefill`.
+        lora_ids: Slot of each row's adapter, int64 ``[batch]``, for a model with slots; 0 is the base model. It may
+            change between two runs.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, table: TokenTable | None = None) -> None:
         self.session = session
+        self._table = table
         specializations = session.specializations
         self.batch_size = specializations[0].symbols["batch_size"]
         self.prefill_len = max(s.symbols["seq_len"] for s in specializations)
         self.ctx_len = specializations[0].symbols["ctx_len"]
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)
         self.timings = Timings()
+        self.lora_ids = np.zeros(self.batch_size, dtype=np.int64)
+        self._slots = max((a.shape[0] - 1 for a in session.adapters if a.slots), default=0)
+        self._takes_ids = self._slots > 0
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> Array:
         """Forget everything and read the prompts.
@@ -124,5 +135,13 @@ class Decoder:
         return logits
 
     def _run(self, ids: Array, positions: Array) -> Array:
-        inputs = {"input_ids": np.ascontiguousarray(ids), "position_ids": np.ascontiguousarray(positions)}
+        ids = np.ascontiguousarray(ids)
+        tokens = {"input_ids": ids} if self._table is None else self._table.inputs(ids)
+        inputs = {**tokens, "position_ids": np.ascontiguousarray(positions)}
+        if self._takes_ids:
+            if self.lora_ids.shape != (self.batch_size,) or int(self.lora_ids.max()) > self._slots:
+                raise RuntimeInputError(
+                    f"lora_ids is {self.lora_ids.tolist()}: give {self.batch_size} numbers of at most {self._slots}"
+                )
+            inputs["lora_ids"] = self.lora_ids[:, None]
         return self.session.run(inputs)["logits"][:, 0]

@@ -47,7 +47,11 @@ class GenerationResult:
 
 
 def generate_texts(
-    runner: SessionLM, prompts: list[str], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
+    runner: SessionLM,
+    prompts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: dict[str, Any],
+    lora_ids: list[int] | None = None,
 ) -> GenerationResult:
     """Answer every prompt; the last batch is filled up with its last prompt, whose copies are dropped.
 
@@ -58,6 +62,7 @@ def generate_texts(
         prompts: At least one.
         tokenizer: The model's.
         kwargs: For transformers' ``generate``; ``num_return_sequences`` and tensors of one batch make no sense here.
+        lora_ids: Slot of each prompt's adapter; those of the decoder stay by default.
 
     Raises:
         RuntimeInputError: There is no prompt, or one of no token, or a request does not fit the compiled model.
@@ -78,6 +83,9 @@ def generate_texts(
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
         filled = batch + [batch[-1]] * (size - len(batch))
+        if lora_ids is not None:
+            slots = lora_ids[start : start + size]
+            runner.decoder.lora_ids[:] = slots + slots[-1:] * (size - len(slots))
         ids += _run(runner, filled, {"tokenizer": tokenizer, **kwargs})[: len(batch)]
         timings.append(runner.decoder.timings)
     texts = [str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids]

@@ -87,6 +87,18 @@ def test_opt_prints_and_dumps(qeff: Qeff, saved: Path, tmp_path: Path) -> None:
     assert sum(p.suffix == ".txt" for p in (tmp_path / "dump").iterdir()) == 4
     said = qeff("opt", saved, "-p", "canonicalize,fuse-norms,unflatten", "--print-changed")
     assert re.findall(r"^// changed (.*)$", said.err, re.MULTILINE) == ["canonicalize", "fuse-norms"]
+    options = ("--print-changed", "--only", "fuse-norms", "--dump", tmp_path / "one")
+    said = qeff("opt", saved, "-p", "canonicalize,fuse-norms,unflatten", *options)
+    assert re.findall(r"^// changed (.*)$", said.err, re.MULTILINE) == ["fuse-norms"]
+    assert sorted(p.name for p in (tmp_path / "one").glob("*.txt")) == ["00-input.txt", "02-fuse-norms.txt"]
+
+
+def test_a_failure_is_printed_and_reported(qeff: Qeff, llama: Path, tmp_path: Path, wrong: None) -> None:
+    report = tmp_path / "report.json"
+    said = qeff("opt", llama, "-p", "canonicalize,raises", "--print-failed", "--report", report)
+    assert said.code == 2
+    assert re.findall(r"^// failed (.*)$", said.err, re.MULTILINE) == ["raises: the third is too much"]
+    assert json.loads(report.read_text())["failed"]["message"] == "the third is too much"
 
 
 def test_a_wrong_pass_is_found_reduced_and_replayed_unattended(
@@ -175,7 +187,7 @@ def test_view_says_how_to_get_netron_and_else_opens_it(
         (("opt", "SAVED", "-p", "canonicalize", "--report", "r.txt"), "the report r.txt is neither .json nor .html: "),
         (
             ("opt", "SAVED", "-p", "canonicalize", "--print-after", "fuse"),
-            "the pipeline has no pass 'fuse' to print at; ",
+            "the pipeline has no pass 'fuse' to look at; ",
         ),
         (("opt", "gone.onnx", "-p", "canonicalize"), "there is no file gone.onnx"),
         (("opt", "SAVED", "-p", "canonicalize", "-o", "/proc/none/out"), "/proc/none/out cannot be written ("),

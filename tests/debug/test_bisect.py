@@ -11,6 +11,8 @@ from qeff_ir.debug.bundle import Bundle, read_bundle
 from qeff_ir.debug.capture import Capture
 from qeff_ir.debug.equivalence import Equivalence
 from qeff_ir.errors import BundleError, EquivalenceError, PassError
+from qeff_ir.module import Module
+from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
@@ -61,6 +63,14 @@ def test_a_fault_before_the_first_rewrite_is_said_to_be_one(tmp_path: Path) -> N
     assert str(culprit).startswith("breaks-facts fails before its first rewrite: pass breaks-facts: [state-pair] ")
 
 
+def test_a_site_left_over_is_the_fault_of_no_rewrite(tmp_path: Path) -> None:
+    culprit = bisect(fail("leaves-one", tmp_path / "bundle", 1))
+    assert (culprit.rewrite, culprit.whole) == (None, True)
+    assert str(culprit).startswith(
+        "leaves-one as a whole, none of its rewrites: pass leaves-one: 1 of 9 sites were not rewritten:\n  model.norm: "
+    )
+
+
 def test_the_second_use_of_a_pass_keeps_its_name(tmp_path: Path) -> None:
     """In the bundle's suffix it is the first."""
     bundle = fail("flipped-sign,flipped-sign", tmp_path / "bundle", 4)
@@ -83,6 +93,25 @@ def test_a_command_finds_the_pass_that_makes_what_it_dislikes(tmp_path: Path) ->
     assert said[0] == "the first 3 passes, up to fuse-activations: bad"
 
 
+def test_a_pass_that_fails_for_another_ones_fault_is_told_from_it(tmp_path: Path) -> None:
+    """Level 1 does not look at the numbers: the flipped sign is only found by asking for them."""
+    bundle = fail(f"{FUSIONS},flipped-sign,fuse-norms,breaks-facts", tmp_path / "bundle", 1)
+    assert bundle.metadata.pass_id == "breaks-facts"
+    said: list[str] = []
+    culprit = bisect(bundle, say=said.append)
+    assert (culprit.pass_id, culprit.rewrite, culprit.rule) == ("flipped-sign", 3, "add-to-sub")
+    assert culprit.sources == ["model.layers.1"]
+    assert said[:4] == [
+        "the numbers before breaks-facts: bad",
+        "breaks-facts may be a victim: bisect again once the pass found here is mended",
+        "the first 2 passes, up to fuse-rotary: good",
+        "the first 3 passes, up to fuse-activations: good",
+    ]
+    said.clear()
+    culprit = bisect(fail(f"{FUSIONS},raises", tmp_path / "own", 1), say=said.append)
+    assert (culprit.pass_id, said[0]) == ("raises", "the numbers before raises: good")
+
+
 def test_a_command_that_fails_on_everything_or_nothing_is_refused(tmp_path: Path) -> None:
     bundle = fail("fuse-norms,breaks-facts", tmp_path / "bundle", 1)
     with pytest.raises(BundleError, match=r"^the command fails already on the module before the pipeline: no pass is"):
@@ -101,3 +130,18 @@ def test_a_bundle_that_does_not_fail_any_more_is_said_to_be_one(
     monkeypatch.setattr(FlippedSign, "run", lambda *_: None)
     with pytest.raises(BundleError, match=r"^flipped-sign does not fail here as the bundle says: run 'qeff replay' to"):
         bisect(bundle)
+
+
+def test_a_pass_that_goes_past_its_rewriter_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from .wrong_passes import Raises
+
+    def fail_when_unbound(self: Raises, module: Module, rewriter: Rewriter) -> None:
+        if all(rewriter.rewrite("again") for _ in range(40)):
+            raise ValueError("more than any budget")
+
+    monkeypatch.setattr(Raises, "run", fail_when_unbound)
+    monkeypatch.setattr("qeff_ir.debug.bisect._MOST", 32)
+    bundle = fail("raises", tmp_path / "bundle", 1)
+    with pytest.raises(BundleError) as error:
+        bisect(bundle)
+    assert str(error.value) == "raises fails only without a budget: it changes the graph past its rewriter"

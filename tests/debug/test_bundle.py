@@ -97,6 +97,24 @@ def test_an_older_bundle_is_replaced_and_nothing_else_is(tmp_path: Path) -> None
     assert (taken / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_bundle_is_replaced_by_a_finished_one_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fail("breaks-facts", tmp_path / "bundle", 1)
+    assert fail("fuse-norms,breaks-facts", tmp_path / "bundle", 1).metadata.pipeline == "fuse-norms,breaks-facts"
+    fail("breaks-facts", tmp_path / "bundle", 1)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name and not self.name.endswith(".old"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(BundleError, match=r"bundle cannot be written \(No space left on device\)"):
+        write_bundle(tmp_path / "bundle", first.metadata, first.module, first.start, None)
+    assert read_bundle(tmp_path / "bundle").metadata == first.metadata
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
 def test_damaged_and_foreign_bundles_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         BundleError, match=r"is not a bundle \(it has no metadata.json\): 'qeff opt --bundle DIR' writes"
@@ -163,3 +181,12 @@ def test_a_bundle_never_reads_outside_its_folder(tmp_path: Path) -> None:
     data.write_bytes(b"\xff\xff nothing")
     with pytest.raises(BundleError, match=r"input_0\.pb is no ONNX tensor \(DecodeError\)$"):
         read_trace(folder)
+
+
+def test_a_bundle_without_a_failing_pass_is_refused(tmp_path: Path) -> None:
+    folder = fail("breaks-facts", tmp_path / "bundle", 1).folder
+    path = folder / METADATA
+    path.write_text(json.dumps({**json.loads(path.read_text()), "suffix": ""}))
+    with pytest.raises(BundleError) as error:
+        replay(read_bundle(folder))
+    assert str(error.value) == f"{folder} names no failing pass: its suffix is empty"

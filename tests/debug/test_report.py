@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
+from qeff_ir.debug.equivalence import Equivalence
 from qeff_ir.debug.recorder import Recorder
 from qeff_ir.debug.report_html import to_html
+from qeff_ir.errors import PassError
 from qeff_ir.module import SOURCE_KEY, Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from tests import support
+
+from . import wrong_passes
 
 EVIL = '<script>alert("x")</script>&\'"'
 VOID = {"meta", "input", "wbr", "rect"}
@@ -59,7 +63,7 @@ def data() -> dict[str, Any]:
 def test_the_data_is_that_of_the_report_and_more() -> None:
     module = support.canonical("mistral")
     data, report = record(module, support.rest_of("onnxruntime"))
-    plain = {k: v for k, v in data.items() if k not in ("model", "origins")}
+    plain = {k: v for k, v in data.items() if k not in ("model", "failed", "origins")}
     plain["passes"] = [{k: v for k, v in p.items() if k != "diff"} for p in plain["passes"]]
     assert plain == report
     assert sum(sum(o["ops"].values()) for o in data["origins"]) == len(module.graph)
@@ -92,6 +96,24 @@ def test_the_page_shows_passes_counters_misses_diffs_and_origins(data: dict[str,
     assert "~ output logits: float[batch_size, seq_len, 97] → float[batch_size, 1, 97]" in shown
     rows = sum(tag == "tr" for tag, _ in page.tags)
     assert rows == 2 + len(data["passes"]) + len(data["origins"])
+
+
+@pytest.mark.parametrize(("check", "level"), [("flipped-sign", 4), ("breaks-facts", 1)])
+def test_a_pipeline_that_fails_has_a_report_too(monkeypatch: pytest.MonkeyPatch, check: str, level: int) -> None:
+    wrong_passes.register_all(monkeypatch)
+    recorder, module = Recorder(), support.canonical("llama")
+    instruments = [Equivalence(), recorder] if level == 4 else [recorder]
+    with pytest.raises(PassError) as error:
+        run_pipeline(module, Pipeline.parse(f"fuse-norms,{check}"), instruments=instruments, check=level)
+    data = recorder.data
+    kind = ("EquivalenceError", "equivalence") if level == 4 else ("VerificationError", "state-pair")
+    assert data["failed"] == {"id": check, "error": kind[0], "code": kind[1], "message": str(error.value)}
+    assert [p["id"] for p in data["passes"]] == (["fuse-norms", check] if level == 4 else ["fuse-norms"])
+    assert sum(sum(o["ops"].values()) for o in data["origins"]) == len(module.graph)  # as it was before the pass
+    page = Page(to_html(data))
+    assert page.open == []
+    assert str(error.value) in page.texts
+    assert f"{check} failed, and was undone " in page.texts
 
 
 def test_everything_is_escaped() -> None:

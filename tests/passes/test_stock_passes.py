@@ -13,6 +13,8 @@ from qeff_ir.errors import PassError
 from qeff_ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.manager import Report
+from qeff_ir.printer import to_text
+from qeff_ir.snapshot import load_module, save_module
 from qeff_ir.testing import tolerance
 from tests import support
 from tests.models import MODELS
@@ -231,3 +233,38 @@ def test_a_windowed_mask_over_other_positions_gets_no_ring(tmp_path: Path) -> No
     limit = tolerance.bound(tolerance.depth(module))
     for row in range(2):
         assert tolerance.error_over_rms(logits[row], support.forward("mistral", tokens[row])) <= limit
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
+def test_every_declared_shape_is_the_true_one_once_caches_are_physical(name: str, tmp_path: Path) -> None:
+    """With rings and with plain caches in one graph; a runtime plans its buffers by these shapes."""
+    module = support.canonical(name)
+    support.apply(module, "kv-retention{layout=tensor-scatter}")
+    sizes = dict(module.specializations[0].symbols)
+    inner = [v for n in module.graph for v in n.outputs if v.shape is not None and not v.is_graph_output()]
+    declared = {str(v.name): [d if isinstance(d, int) else sizes.get(d.value or "") for d in v.shape] for v in inner}
+    module.graph.outputs.extend(inner)
+    found = support.run_graph(module, tmp_path, support.random_feeds(module, sizes))
+    wrong = {
+        n: (s, found[n].shape)
+        for n, s in declared.items()
+        if any(_differ(*p) for p in zip(s, found[n].shape, strict=True))
+    }
+    assert wrong == {}
+    assert sum({sizes["sliding_window"], sizes["cache_len"]} & set(s) != set() for s in declared.values()) > 5
+
+
+def _differ(declared: int | None, true: int) -> bool:
+    return declared is not None and declared != true
+
+
+def test_a_saved_and_loaded_module_is_fused_alike(tmp_path: Path) -> None:
+    """What counts as a constant does not depend on how a tensor is stored."""
+    module = support.canonical("llama")
+    loaded = load_module(save_module(module, tmp_path))
+    text = "fuse-norms,fuse-rotary,fuse-activations"
+    assert [r.stats.fired for r in support.apply(loaded, text).runs] == [
+        r.stats.fired for r in support.apply(module, text).runs
+    ]
+    assert to_text(loaded) == to_text(module)
+    assert sum(n.op_type == "RotaryEmbedding" for n in loaded.graph) == 4

@@ -124,6 +124,20 @@ def never(context: Any, x: ir.Value, **_: Any) -> MatchResult:
     [
         ([RewriteRule(lambda op, x: op.Sqrt(x), silu)], "[no-match] no rule got as far as this node"),
         (
+            [RewriteRule(lambda op, x: op.Mul(op.Sigmoid(x), x), silu)],
+            "[no-match] OpType mismatch: expected Sigmoid, got MatMul at MatMul 'linear_4' "
+            "(rule 'Swish' matched 1 node up from Mul 'silu' and did not come to this node)",
+        ),
+        (
+            [RewriteRule(lambda op, x, y: op.MatMul(op.Mul(y, op.Tanh(x)), y), silu)],
+            "[no-match] OpType mismatch: expected Tanh, got MatMul at MatMul 'linear_5' "
+            "(rule 'Swish' matched 2 nodes up from MatMul 'linear_6' and did not come to this node)",
+        ),
+        (
+            [RewriteRule(gate, silu, lambda context, x, **_: False)],
+            "[condition] Condition function check failed (rule 'Swish' matched 2 nodes, the deepest Sigmoid 'val_136')",
+        ),
+        (
             [RewriteRule(gate, silu, never)],
             "[condition] the gate is too warm at MatMul 'linear_4' "
             "(rule 'Swish' matched 2 nodes, the deepest Sigmoid 'val_136')",

@@ -43,6 +43,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(model, module, folder)
 
 
+@pytest.fixture(scope="session")
+def _forward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from qeff_ir.compiler import specialize
+    from qeff_ir.frontend.forward_source import EMBEDDING, ForwardMemory, ForwardOptions
+    from qeff_ir.passing.manager import run_pipeline
+    from qeff_ir.passing.pipeline import Pipeline
+    from tests.encoders import build
+
+    module = ForwardMemory(build("distilbert"), ForwardOptions(EMBEDDING)).lower()
+    options = CompileOptions(batch_size=2, seq_len=(8, 16))
+    specialize(module, options)
+    pipeline = Pipeline.parse(BACKEND.pipeline).without("last-logits")
+    run_pipeline(module, pipeline.insert_before("fuse-norms", "embedding"))
+    BACKEND.check(module, options)
+    folder = tmp_path_factory.mktemp("forward")
+    BACKEND.emit(module, folder, options)
+    return folder
+
+
+@pytest.fixture
+def forward(_forward: Path, tmp_path: Path) -> Path:
+    """A copy of an emitted text encoder, for texts of 8 and 16 tokens, that a test may damage."""
+    return Path(shutil.copytree(_forward, tmp_path / "forward"))
+
+
 @pytest.fixture
 def folder(tiny: Tiny, tmp_path: Path) -> Path:
     """A copy of the emitted folder that a test may damage."""

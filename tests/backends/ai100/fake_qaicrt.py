@@ -22,6 +22,8 @@ NAMES = (
     "past_key.0_RetainedState",
     "past_value.0_RetainedState",
 )
+FORWARD = ("input_ids", "attention_mask", "output")
+"""Of a program that retains nothing."""
 
 
 class Binding(SimpleNamespace):
@@ -33,13 +35,22 @@ def descriptor(shapes: list[tuple[int, int]], prefix: str = "") -> bytes:
     rows = [
         [[b, s], [b, s], [b, 2, 16, 4], [b, 2, 16, 4], [b, 1, VOCAB], [b, 2, 16, 4], [b, 2, 16, 4]] for b, s in shapes
     ]
-    return json.dumps({"rows": rows, "prefix": prefix}).encode()
+    return json.dumps({"rows": rows, "prefix": prefix, "names": NAMES}).encode()
+
+
+def forward_descriptor(shapes: list[tuple[int, int]]) -> bytes:
+    """That of a program that retains nothing."""
+    rows = [[[b, s], [b, s], [b, VOCAB]] for b, s in shapes]
+    return json.dumps({"rows": rows, "prefix": "", "names": FORWARD}).encode()
 
 
 def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleType, list[str]]:
     """The two modules over a program of that description, and a log of the calls; `fail` names a call to fail."""
     log: list[str] = []
     ok, bad = "QS_SUCCESS", "QS_ERROR"
+    names: list[str] = json.loads(serialized)["names"]
+    states = [i for i, name in enumerate(names) if name.startswith("past_")]
+    out = next(i for i, name in enumerate(names) if name in ("logits", "output"))
 
     def status(call: str) -> str:
         log.append(call)
@@ -91,16 +102,16 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
             self.state, self.runs = "idle", 0
 
         def setData(self, buffers: list[QBuffer], dims: Dims) -> str:  # noqa: N802
-            assert isinstance(dims, Dims) and len(buffers) == len(dims) == len(NAMES)
-            for index in (2, 3, 5, 6):
+            assert isinstance(dims, Dims) and len(buffers) == len(dims) == len(names)
+            for index in states:
                 assert bytes(buffers[index]) == b"" and dims[index][1] == [0], "states stay on the device"
-            assert dims[0][0] == 8 and dims[4][0] == 4
+            assert dims[0][0] == 8 and dims[out][0] == 4
             for buffer, (size, shape) in zip(buffers, dims, strict=True):
                 assert len(bytes(buffer)) == size * int(np.prod(shape))
             rows = json.loads(serialized)["rows"]
-            chosen = [r for r in rows if r[0] == dims[0][1] and r[1] == dims[1][1] and r[4] == dims[4][1]]
+            chosen = [r for r in rows if r[0] == dims[0][1] and r[1] == dims[1][1] and r[out] == dims[out][1]]
             assert len(chosen) == 1, "the shapes select one specialization"
-            self.buffers, self.shape, self.state = buffers, dims[4][1], "set"
+            self.buffers, self.shape, self.state = buffers, dims[out][1], "set"
             return status("setData")
 
         def waitForCompletion(self) -> str:  # noqa: N802
@@ -111,10 +122,10 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
         def getData(self) -> tuple[str, list[QBuffer]]:  # noqa: N802
             assert self.state == "done"
             ids, positions = (np.frombuffer(bytes(b), np.int64).reshape(self.shape[0], -1) for b in self.buffers[:2])
-            logits = np.zeros(self.shape, np.float32)
-            logits[:, 0, 0], logits[:, 0, 1], logits[:, 0, 2] = ids.sum(1), positions.max(1), self.runs
+            answer = np.zeros((self.shape[0], VOCAB), np.float32)
+            answer[:, 0], answer[:, 1], answer[:, 2] = ids.sum(1), positions.max(1), self.runs
             self.state = "idle"
-            return status("getData"), [*self.buffers[:4], QBuffer(logits.tobytes()), *self.buffers[5:]]
+            return status("getData"), [*self.buffers[:out], QBuffer(answer.tobytes()), *self.buffers[out + 1 :]]
 
     class Queue:
         def __init__(self, context: Any, device: int) -> None:
@@ -128,11 +139,11 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
     class IoDesc:
         def ParseFromString(self, data: bytes) -> None:  # noqa: N802
             read = json.loads(data)
-            types = [64, 64, 1, 1, 32, 1, 1]
+            types = [1 if i in states else 32 if i == out else 64 for i in range(len(names))]
             self.selected_set = SimpleNamespace(
                 bindings=[
-                    Binding(name=read["prefix"] + n, index=i, dir=int(i > 3), type=types[i], dims=read["rows"][0][i])
-                    for i, n in enumerate(NAMES)
+                    Binding(name=read["prefix"] + n, index=i, dir=int(i >= out), type=types[i], dims=read["rows"][0][i])
+                    for i, n in enumerate(names)
                 ]
             )
             rows = read["rows"] if len(read["rows"]) > 1 else []

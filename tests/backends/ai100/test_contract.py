@@ -25,9 +25,10 @@ def codes(folder: Path) -> set[str]:
 
 
 def edit_model(folder: Path, change: Callable[[onnx.ModelProto], object]) -> None:
-    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    (file,) = folder.glob("*.onnx")
+    model = onnx.load(str(file), load_external_data=False)
     change(model)
-    (folder / MODEL).write_bytes(model.SerializeToString())
+    file.write_bytes(model.SerializeToString())
 
 
 def edit_json(folder: Path, name: str, change: Callable[[Any], object]) -> None:
@@ -115,6 +116,84 @@ def _set_external(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
     ],
 )
 def test_a_damaged_graph_is_found(folder: Path, change: Callable[[onnx.ModelProto], None], expected: set[str]) -> None:
+    edit_model(folder, change)
+    assert codes(folder) == expected
+
+
+def _first_last(model: onnx.ModelProto) -> None:
+    first = model.graph.input.pop(0)
+    model.graph.input.append(first)
+
+
+def test_an_emitted_forward_pass_is_clean(forward: Path) -> None:
+    assert list(contract.violations(forward)) == []
+    assert not (forward / "custom_io.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_set_type("input_ids", TensorProto.INT32), {"dtype-shape"}),
+        (_set_type("attention_mask", TensorProto.FLOAT), {"dtype-shape"}),
+        (_set_dim("input_ids", 0, "rows"), {"dtype-shape", "symbol"}),
+        (_set_dim("attention_mask", 1, "tokens"), {"dtype-shape", "symbol"}),
+        (_set_dim("output", 0, "rows"), {"symbol"}),
+        (_first_last, {"inputs"}),
+        (lambda m: _rename(m, "attention_mask", "mask"), {"inputs"}),
+        (lambda m: m.graph.output.pop(), {"outputs"}),
+        (  # makes a decoder of it, with states and a file that lists them
+            lambda m: _rename(m, "output", "output_RetainedState"),
+            {"inputs", "outputs", "state-pair", "dtype-shape", "file"},
+        ),
+        (_add_node("NonZero"), {"op"}),
+        (_set_external("length", "8"), {"external-data"}),
+    ],
+)
+def test_a_damaged_forward_pass_is_found(
+    forward: Path, change: Callable[[onnx.ModelProto], None], expected: set[str]
+) -> None:
+    edit_model(forward, change)
+    assert codes(forward) == expected
+
+
+def test_a_batch_axis_is_wanted_of_every_input(forward: Path) -> None:
+    """Of those that are no tokens too: of pixels, say."""
+    value = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [2, 3, 16, 16])
+    edit_model(forward, lambda m: m.graph.input.append(value))
+    found = list(contract.violations(forward))
+    assert [(v.code, v.message) for v in found] == [
+        ("dtype-shape", "pixel_values is [2, 3, 16, 16], not [batch_size, ...]")
+    ]
+
+
+@pytest.mark.parametrize("flag", ["-aic-hw-version=ai100", "-network-specialization-config=specializations.json"])
+def test_a_damaged_command_of_a_forward_pass_is_found(forward: Path, flag: str) -> None:
+    edit_json(forward, "compile_command.json", lambda d: d["argv"].remove(flag))
+    assert codes(forward) == {"command"}
+
+
+def _embeds(kind: int, *dims: str | int) -> Callable[[onnx.ModelProto], None]:
+    """Let the host look up the tokens, with an input of that type and shape."""
+
+    def change(model: onnx.ModelProto) -> None:
+        _rename(model, "input_ids", "inputs_embeds")
+        model.graph.input[0].CopyFrom(helper.make_tensor_value_info("inputs_embeds", kind, dims))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_embeds(TensorProto.FLOAT, "batch_size", "seq_len", 32), set[str]()),
+        (_embeds(TensorProto.INT64, "batch_size", "seq_len", 32), {"dtype-shape"}),
+        (_embeds(TensorProto.FLOAT, "batch_size", "seq_len"), {"dtype-shape"}),
+        (_embeds(TensorProto.FLOAT, "batch_size", 8, 32), {"dtype-shape"}),
+    ],
+)
+def test_token_embeddings_of_the_host(
+    folder: Path, change: Callable[[onnx.ModelProto], None], expected: set[str]
+) -> None:
     edit_model(folder, change)
     assert codes(folder) == expected
 

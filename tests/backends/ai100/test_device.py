@@ -21,7 +21,11 @@ SHAPES = [(2, 8), (2, 1)]
 def install(
     monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, int]], prefix: str = "", fail: str = ""
 ) -> list[str]:
-    rt, api, log = fake_qaicrt.modules(fake_qaicrt.descriptor(shapes, prefix), fail=fail)
+    return put(monkeypatch, fake_qaicrt.descriptor(shapes, prefix), fail)
+
+
+def put(monkeypatch: pytest.MonkeyPatch, descriptor: bytes, fail: str = "") -> list[str]:
+    rt, api, log = fake_qaicrt.modules(descriptor, fail=fail)
     rt.__spec__ = sys.__spec__  # makes `find_spec` find it
     monkeypatch.setitem(sys.modules, "qaicrt", rt)
     monkeypatch.setitem(sys.modules, "QAicApi_pb2", api)
@@ -108,3 +112,34 @@ def test_without_a_binary_or_a_runtime_the_emulator_opens(
     install(monkeypatch, SHAPES)
     (compiled / "qpc" / "programqpc.bin").unlink()
     assert isinstance(BACKEND.open(compiled, threads=1), EmulatedSession)
+
+
+def test_a_forward_pass_follows_the_protocol(forward: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (forward / "qpc").mkdir()
+    (forward / "qpc" / "programqpc.bin").touch()
+    # The program lists its shapes in another order than the package.
+    log = put(monkeypatch, fake_qaicrt.forward_descriptor([(2, 16), (2, 8)]))
+    session = BACKEND.open_forward(forward)
+    assert isinstance(session, DeviceSession) and not session.free
+    assert [s.symbols["seq_len"] for s in session.specializations] == [8, 16]
+    for run, length in enumerate((16, 8, 16), 1):
+        ids = np.arange(2 * length).reshape(2, length)
+        mask = np.array([[1] * length, [0] * length])
+        outputs = session.run({"input_ids": ids, "attention_mask": mask})
+        assert list(outputs) == ["output"] and outputs["output"].dtype == np.float32
+        # Sums of ids, the greatest of the mask, runs.
+        np.testing.assert_array_equal(outputs["output"][:, :3], np.stack([ids.sum(1), [1, 0], [run, run]], 1))
+    assert log.count("enqueue") == 3
+    wrong = np.zeros((2, 12), np.int64)
+    with pytest.raises(RuntimeInputError, match=r"not of a compiled shape: \[2, 8\] or \[2, 16\]"):
+        session.run({"input_ids": wrong, "attention_mask": wrong})
+    with pytest.raises(RuntimeInputError, match=r"the inputs are input_ids and attention_mask, not input_ids$"):
+        session.run({"input_ids": wrong})
+
+
+def test_a_forward_program_of_other_shapes_is_refused(forward: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (forward / "qpc").mkdir()
+    (forward / "qpc" / "programqpc.bin").touch()
+    put(monkeypatch, fake_qaicrt.forward_descriptor([(2, 16), (2, 4)]))
+    with pytest.raises(PackageError, match=r"does not take input_ids \[2, 8\]"):
+        BACKEND.open_forward(forward)

@@ -1,0 +1,91 @@
+"""The layers of a graph that an adapter can change, by the names that PEFT gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.passing.matching import made_by
+
+Kind = Literal["linear", "embedding", "parameter"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of a linear or embedding layer.
+
+    Attributes:
+        path: Of the Hugging Face module, which is PEFT's name for it.
+        kind: What the layer is; a ``parameter`` is a product inside of another kind of module.
+        node: The matrix product, without the bias; or the look-up.
+        weight: The stored weight.
+        features: ``(in, out)``; of an embedding, the size of the vocabulary and the width.
+        transposed: Whether the weight is stored ``[out, in]``.
+    """
+
+    path: str
+    kind: Kind
+    node: ir.Node
+    weight: ir.Value
+    features: tuple[int, int]
+    transposed: bool
+
+
+def find_layers(module: Module) -> list[Layer]:
+    """Every linear and embedding layer, in the order of the graph.
+
+    A layer counts by where its node comes from, so the two users of a tied weight are two layers.
+    """
+    return [layer for node in module.graph if (layer := _layer(node)) is not None]
+
+
+def output_layer(module: Module, layers: Iterable[Layer]) -> str | None:
+    """Path of the layer that makes the logits."""
+    products = {layer.node: layer.path for layer in layers}
+    value: ir.Value | None = module.output("logits")
+    while value is not None and (node := value.producer()) is not None:
+        if node in products:
+            return products[node]
+        value = next((v for v in node.inputs if v is not None and not v.is_initializer()), None)
+    return None
+
+
+def bias_name(value: ir.Value | None) -> str | None:
+    """The module whose ``bias`` a value is, or `None`."""
+    name = value.metadata_props.get(WEIGHT_KEY, "") if value is not None and value.is_initializer() else ""
+    owner, _, own = name.rpartition(".")
+    return owner if own == "bias" else None
+
+
+def _layer(node: ir.Node) -> Layer | None:
+    path = node.metadata_props.get(SOURCE_KEY, "")
+    if node.domain != "" or not path:
+        return None
+    if node.op_type == "Gather":
+        weight = node.inputs[0]
+        axis = node.attributes.get("axis")
+        if axis is not None and axis.as_int() != 0:
+            return None
+        return _made(path, "embedding", node, weight, transposed=False)
+    if node.op_type not in ("MatMul", "Gemm"):
+        return None
+    transpose = made_by(node.inputs[1], "Transpose")
+    weight = node.inputs[1] if transpose is None else transpose.inputs[0]
+    flipped = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+    return _made(path, "linear", node, weight, transposed=(transpose is not None) != flipped)
+
+
+def _made(path: str, kind: Kind, node: ir.Node, weight: ir.Value | None, *, transposed: bool) -> Layer | None:
+    if weight is None or not weight.is_initializer() or LAYER_KEY not in weight.metadata_props or weight.shape is None:
+        return None
+    sizes = weight.shape.numpy()
+    if len(sizes) != 2:
+        return None
+    if weight.metadata_props[LAYER_KEY] == "parameter":
+        kind = "parameter"
+    features = (int(sizes[1]), int(sizes[0])) if transposed else (int(sizes[0]), int(sizes[1]))
+    return Layer(path, kind, node, weight, features, transposed)

@@ -1,0 +1,105 @@
+"""``qeff embed``: embeddings of texts, from a package or from a model that is compiled into the cache first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qeff_ir.cli.terminal import line, working
+from qeff_ir.errors import PackageError, RuntimeInputError
+
+if TYPE_CHECKING:
+    from qeff_ir.auto_forward import QEFFAutoModel
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(help="A package, a model folder or a hub id.", metavar="MODEL_OR_OUT", show_default=False)
+    ],
+    text: Annotated[list[str] | None, typer.Option(help="A text; may be given more than once.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with a text on each line.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the package; in the cache by default.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write float32 [texts, features] here as .npy.")] = None,
+    target: Annotated[str, typer.Option(help="auto, onnxruntime or ai100.")] = "auto",
+    emit_only: Annotated[bool, typer.Option("--emit-only", help="Stop before the AI 100 compiler.")] = False,
+    pooling: Annotated[
+        str | None, typer.Option(help="How tokens become one vector; the model's own, or mean, by default.")
+    ] = None,
+    normalize: Annotated[bool | None, typer.Option(help="Scale to unit length; the model's own by default.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Features to keep.", min=1)] = None,
+    seq_len: Annotated[
+        list[int] | None, typer.Option(help="A length to compile for; may be given more than once.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in one run.", min=1)] = 1,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = False,
+) -> None:
+    """Embed texts; without --save, print one JSON list for each."""
+    texts = [*(text or []), *(_lines(file) if file is not None else [])]
+    folder = Path(model).expanduser()
+    from qeff_ir.package import is_package
+
+    if is_package(folder):
+        opened = _open_package(folder, pooling, normalize, dim, seq_len)
+    else:
+        with working(f"Compiling {model}"):
+            opened = _compile(
+                folder if folder.is_dir() else model,
+                pooling,
+                normalize,
+                dim,
+                seq_len=seq_len or [32, 128, 512],
+                target=target,
+                emit_only=emit_only,
+                batch_size=batch_size,
+                compile_dir=out,
+            )
+    if not texts:
+        line("Package:  ", (str(opened.package.folder), "bold"))
+        return
+    vectors = opened.encode(texts, truncate=truncate)
+    if save is None:
+        for vector in vectors:
+            print(json.dumps([round(float(x), 7) for x in vector]))
+        return
+    import numpy as np
+
+    try:
+        with save.open("wb") as handle:
+            np.save(handle, vectors)
+    except OSError as error:
+        raise PackageError(f"{save} cannot be written ({error.strerror}): choose another --save") from error
+    line("Saved:    ", (str(save), "bold"), f" float32 {list(vectors.shape)}")
+
+
+def _compile(
+    name: str | Path, pooling: str | None, normalize: bool | None, dim: int | None, **options: object
+) -> QEFFAutoModel:
+    from qeff_ir.auto_forward import QEFFAutoModel
+
+    opened = QEFFAutoModel.from_pretrained(name, pooling=pooling, normalize=normalize, dim=dim)
+    if not opened.pools:
+        opened = QEFFAutoModel.from_pretrained(name, pooling="mean", normalize=normalize, dim=dim)
+    opened.compile(**options)  # pyright: ignore[reportArgumentType]
+    return opened
+
+
+def _open_package(folder: Path, *asked: object) -> QEFFAutoModel:
+    from qeff_ir.auto_forward import QEFFAutoModel
+
+    if any(a is not None for a in asked):
+        raise PackageError(
+            f"{folder} is compiled already: leave out --pooling, --normalize, --dim and --seq-len, or give the model"
+        )
+    return QEFFAutoModel.from_package(folder)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RuntimeInputError(f"{file} cannot be read as text ({error}): give a UTF-8 file") from error

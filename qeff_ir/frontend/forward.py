@@ -1,0 +1,183 @@
+"""A forward pass without a cache becomes a `Module` without states: any model, any inputs, any outputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+from transformers.exporters.exporter_dynamo import reset_model_state
+from transformers.exporters.utils import apply_patches
+
+from qeff_ir import dialect
+from qeff_ir.errors import ModelLoadError, UnsupportedModelError
+from qeff_ir.frontend.forward_capture import captured_forward
+from qeff_ir.frontend.inputs import BATCH, LENGTH, InputSpec, longest
+from qeff_ir.frontend.lower import PREFIX, as_unsupported, attributes_kept, clean, convert, quiet
+from qeff_ir.frontend.skeleton import fake_weights
+from qeff_ir.frontend.weights import Weights
+from qeff_ir.module import Dim, Module, rename_symbols
+
+_BATCH, _TOKENS, _SAMPLES = 2, 7, 2003
+"""Sizes of the example run: all differ, and a recording is longer than a stack of convolutions looks."""
+
+
+def lower_forward(
+    model: PreTrainedModel,
+    weights: Weights,
+    inputs: Sequence[InputSpec],
+    *,
+    pooling: Callable[..., torch.Tensor] | None = None,
+) -> Module:
+    """Lower one forward pass.
+
+    Args:
+        model: The model; its parameters may be on the meta device. Unchanged on return.
+        weights: Where each parameter and persistent buffer is. Outputs that need one that is missing are left out.
+        inputs: See `qeff_ir.frontend.inputs.find_inputs`.
+        pooling: Applied to the first output and the attention mask (ones where there is none); its result, ``output``,
+            is then the only output.
+
+    Returns:
+        A module with these inputs, and with the outputs that the forward pass returns, by name; those of nested outputs
+        are joined by dots. A length that the model computes from ``seq_len`` has no symbol.
+
+    Raises:
+        ModelLoadError: The first output needs a weight that the checkpoint does not have.
+        UnsupportedModelError: Something in the model cannot be traced.
+    """
+    model = model.eval()
+    names: list[str] = []
+    step = _Forward(model, pooling, names)
+    with torch.no_grad(), captured_forward(model), fake_weights(model) as fake, quiet(), attributes_kept(model):
+        with fake:
+            examples = {i.name: _example(i) for i in inputs}
+        with (
+            apply_patches("onnx"),
+            apply_patches("dynamo"),
+            reset_model_state(model),
+            as_unsupported(model, "cannot be traced"),
+        ):
+            exported = torch.export.export(
+                step,
+                (),
+                kwargs={"inputs": examples},
+                dynamic_shapes={"inputs": {i.name: _dynamic(i) for i in inputs}},
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            program = convert(exported, [i.name for i in inputs], names)
+    _drop_outputs_without_weights(program.model.graph, weights, model)
+    module = Module(clean(program.model, weights, []), type(model).__name__)
+    _name_dims(module, inputs, model)
+    dialect.attach(module.model)
+    module.write_facts()
+    return module
+
+
+class _Forward(torch.nn.Module):
+    """The forward pass with its outputs as a flat tuple, the function that is traced.
+
+    Args:
+        model: Whose forward pass.
+        pooling: The user's own, if any.
+        names: Takes the names of the outputs when it runs.
+    """
+
+    def __init__(self, model: PreTrainedModel, pooling: Callable[..., torch.Tensor] | None, names: list[str]) -> None:
+        super().__init__()
+        self.hf = model
+        self.pooling = pooling.eval() if isinstance(pooling, torch.nn.Module) else pooling
+        self.note = lambda found: names.__setitem__(slice(None), found)  # tracing takes back what is set on a module
+        taken = inspect.signature(model.forward).parameters
+        self.settings = {"use_cache": False} if "use_cache" in taken or hasattr(model.config, "use_cache") else {}
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+            self.settings = {k: v for k, v in self.settings.items() if k in taken}
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        outputs = dict(_flat(self.hf(**inputs, **self.settings, return_dict=True)))
+        if self.pooling is not None:
+            hidden = next(iter(outputs.values()))
+            mask = inputs.get("attention_mask")
+            if mask is None:
+                mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
+            outputs = {"output": self.pooling(hidden, mask)}
+        self.note(list(outputs))
+        return tuple(outputs.values())
+
+
+def _flat(output: Any, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
+    """Name and tensor of everything in a model's output, in order."""
+    if isinstance(output, torch.Tensor):
+        return [(prefix or "output", output)]
+    items: list[tuple[str, Any]] = []
+    if isinstance(output, Mapping):
+        items = [(str(k), v) for k, v in output.items()]  # pyright: ignore[reportUnknownVariableType]
+    elif isinstance(output, list | tuple):
+        items = [(str(i), v) for i, v in enumerate(output)]  # pyright: ignore[reportUnknownVariableType]
+    return [found for name, value in items for found in _flat(value, f"{prefix}.{name}" if prefix else name)]
+
+
+def _example(spec: InputSpec) -> torch.Tensor:
+    length = _SAMPLES if spec.dtype.is_floating_point and len(spec.shape) == 2 else _TOKENS
+    sizes = {BATCH: _BATCH, LENGTH: length}
+    return torch.ones([sizes[d] if isinstance(d, str) else d for d in spec.shape], dtype=spec.dtype)
+
+
+def _dynamic(spec: InputSpec) -> dict[int, Any]:
+    return {axis: torch.export.Dim.DYNAMIC for axis, d in enumerate(spec.shape) if isinstance(d, str)}
+
+
+def _drop_outputs_without_weights(graph: ir.Graph, weights: Weights, model: PreTrainedModel) -> None:
+    """Leave out what the checkpoint has no weights for: a pooler, say, that nobody trained."""
+    parameters = {f"{PREFIX}{name}" for name, _ in model.named_parameters()}
+    missing = {v for n, v in graph.initializers.items() if n in parameters and n.removeprefix(PREFIX) not in weights}
+    if not missing:
+        return
+    tainted = set(missing)
+    for node in graph:
+        if any(v in tainted for v in node.inputs if v is not None):
+            tainted.update(node.outputs)
+    first = graph.outputs[0]
+    if first in tainted:
+        name = min(str(v.name).removeprefix(PREFIX) for v in missing)
+        raise ModelLoadError(
+            f"the checkpoint has no tensor '{name}', which {type(model).__name__} needs for its output '{first.name}': "
+            "it is incomplete or of another model"
+        )
+    graph.outputs[:] = [v for v in graph.outputs if v not in tainted]
+    for node in reversed(list(graph)):
+        if not any(v.is_graph_output() or v.uses() for v in node.outputs):
+            graph.remove(node, safe=True)
+    for value in missing:
+        del graph.initializers[str(value.name)]
+
+
+def _name_dims(module: Module, inputs: Sequence[InputSpec], model: PreTrainedModel) -> None:
+    """Replace the exporter's symbols by ours; a computed size of an output stays unnamed."""
+    renames: dict[str, str] = {}
+    for spec in inputs:
+        shape = module.input(spec.name).shape
+        assert shape is not None
+        for dim, wanted in zip(shape, spec.shape, strict=True):
+            if isinstance(wanted, str):
+                if isinstance(dim, int):
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__} fixes the size of '{wanted}' in its input '{spec.name}' while it is "
+                        "traced"
+                    )
+                renames[str(dim)] = wanted
+    rename_symbols(module.graph, renames)
+    text = any(LENGTH in i.shape and not (i.dtype.is_floating_point and len(i.shape) == 2) for i in inputs)
+    used = {d for i in inputs for d in i.shape if isinstance(d, str)}
+    module.dims = {BATCH: Dim(BATCH)} if BATCH in used else {}
+    if LENGTH in used:
+        module.dims[LENGTH] = Dim(LENGTH, longest(model) if text else None)
+    for value in module.graph.outputs:
+        assert value.shape is not None
+        value.shape = ir.Shape(
+            [d if isinstance(d, int) or d.value in module.dims else ir.SymbolicDim(None) for d in value.shape.dims]
+        )

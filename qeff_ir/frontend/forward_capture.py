@@ -1,0 +1,93 @@
+"""Attention of a forward pass without a cache: captured as one op, under the model's own masks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.frontend import private
+from qeff_ir.frontend.capture import HARMLESS, IMPLEMENTATION
+
+Tensor = torch.Tensor
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' boolean mask, always written out; none where every query sees every key.
+
+    Returns:
+        bool, ``[batch or 1, 1, queries, keys]``: what the mask function says of the positions, and the
+        padding of the keys. transformers gathers the latter row by row; as a product of two masks it stays plain.
+    """
+    padding = kwargs.get("attention_mask")
+    everything = kwargs.get("mask_function") is bidirectional_mask_function
+    seen = kwargs | {"attention_mask": None, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    keys = padding.to(torch.bool)[:, None, None, :] if padding is not None else None
+    if everything and keys is not None:
+        return keys.expand(-1, -1, kwargs["q_length"], -1)
+    mask = sdpa_mask(*args, **seen)
+    return mask if keys is None or mask is None else mask & keys
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as one op; signature and return value are those of transformers' attention functions.
+
+    A mask is boolean, float (added to the scores) or absent; without one, a causal module sees no later token.
+    """
+    unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in HARMLESS]
+    if unknown:
+        raise UnsupportedModelError(
+            f"attention of {type(module).__name__} takes {', '.join(sorted(unknown))}, which is not captured yet"
+        )
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", False))
+    if attention_mask is None and causal and query.shape[2] > 1:
+        rows, columns = torch.arange(query.shape[2]), torch.arange(key.shape[2])
+        attention_mask = (columns[None, :] <= rows[:, None])[None, None]
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    if s_aux is not None:
+        if attention_mask is None:
+            attention_mask = torch.ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool)
+        out = torch.ops.qeff.sink_attention(query, key, value, attention_mask, s_aux, scale, float(softcap or 0.0))
+    else:
+        out = torch.ops.qeff.attention(query, key, value, attention_mask, scale, float(softcap or 0.0))
+    return out.transpose(1, 2).contiguous(), None
+
+
+@contextlib.contextmanager
+def captured_forward(model: PreTrainedModel) -> Generator[None]:
+    """Route the model's attention and experts through our ops; everything is put back on exit.
+
+    Attention outside transformers' interface stays as the model writes it, in its eager form.
+    """
+    saved = private.snapshot_registries()
+    implementation = private.attention_implementation(model)
+    experts = model.get_experts_implementation() if private.has_experts(model) else None
+    try:
+        AttentionInterface.register(IMPLEMENTATION, _attention)
+        AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+        model.set_attn_implementation(IMPLEMENTATION if private.supports_attention_interface(model) else "eager")
+        if private.has_experts(model):
+            model.set_experts_implementation("batched_mm")
+        yield
+    finally:
+        private.restore_registries(saved)
+        model.set_attn_implementation(implementation)
+        if experts is not None:
+            model.set_experts_implementation(experts)

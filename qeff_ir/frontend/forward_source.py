@@ -1,0 +1,182 @@
+"""Where a model without a cache comes from: a folder, a hub id, or a transformers model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qeff_ir.errors import ModelLoadError
+from qeff_ir.frontend.source import FolderSource, MemorySource
+from qeff_ir.module import Module
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from qeff_ir.frontend.inputs import InputSpec, Wanted
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model without a cache is for.
+
+    Attributes:
+        graph_name: What the AI 100 contract calls its specializations (§4.2).
+        auto: Name of transformers' auto class.
+    """
+
+    graph_name: str
+    auto: str
+
+    def auto_class(self) -> Any:
+        """transformers' auto class."""
+        import transformers
+
+        return getattr(transformers, self.auto)
+
+
+EMBEDDING = Task("Embedding", "AutoModel")
+SEQUENCE_CLASSIFICATION = Task("SeqClassification", "AutoModelForSequenceClassification")
+TOKEN_CLASSIFICATION = Task("TokenClassification", "AutoModelForTokenClassification")
+CTC = Task("CTC", "AutoModelForCTC")
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How a forward pass is lowered.
+
+    Attributes:
+        task: What it is for.
+        inputs: See `qeff_ir.frontend.inputs.find_inputs`.
+        part: Name of the configuration of a part of the model (``vision`` for ``vision_config``), to take only that.
+        pooling: The user's own, called with the first output and the attention mask; its result is the only output.
+    """
+
+    task: Task = EMBEDDING
+    inputs: Wanted | None = None
+    part: str | None = None
+    pooling: Callable[..., torch.Tensor] | None = None
+
+
+class ForwardFolder(FolderSource):
+    """A model folder whose forward pass is lowered as it is.
+
+    Of an encoder-decoder model, the encoder is taken. Weights that the checkpoint lacks cost only the outputs that need
+    them.
+
+    Args:
+        folder: The folder.
+        options: What to take of it.
+        trust_remote_code: Whether code of the folder may run.
+    """
+
+    retains: ClassVar[bool] = False
+
+    def __init__(self, folder: Path, options: ForwardOptions, *, trust_remote_code: bool = False) -> None:
+        super().__init__(folder, trust_remote_code=trust_remote_code)
+        self.options = options
+        if options.part is not None:
+            part = getattr(self.config, f"{options.part}_config", None)
+            if part is None:
+                parts = sorted(n.removesuffix("_config") for n in self.config.sub_configs) or ["none"]
+                raise ModelLoadError(
+                    f"{type(self.config).__name__} has no part '{options.part}': there is {', '.join(parts)}"
+                )
+            self.config = part
+
+    def lower(self) -> Module:
+        """See `Source.lower`."""
+        from qeff_ir.frontend.skeleton import build_skeleton
+        from qeff_ir.frontend.weights import checkpoint_weights
+
+        whole = build_skeleton(self.config, trust_remote_code=self.trust_remote_code, auto=self._auto())
+        weights = checkpoint_weights(whole, self.checkpoint, partial=True)
+        model = _encoder(whole)
+        if model is not whole:
+            prefix = next(n for n, m in whole.named_modules() if m is model) + "."
+            weights = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        return _lowered(model, weights, self.options)
+
+    def identity(self) -> dict[str, Any] | None:
+        """See `Source.identity`; a pooling of the user's has none."""
+        known = super().identity()
+        if self.options.pooling is not None or known is None:
+            return None
+        return {**known, "forward": [self.options.task.auto, self.options.part, _described(self.options)]}
+
+    def takes_tokens(self) -> bool:
+        """Whether token ids are an input."""
+        from qeff_ir.frontend.skeleton import build_skeleton
+
+        whole = build_skeleton(self.config, trust_remote_code=self.trust_remote_code, auto=self._auto())
+        return any(i.name == "input_ids" for i in _inputs(_encoder(whole), self.options))
+
+    def reference(self) -> PreTrainedModel:
+        """See `Source.reference`."""
+        import torch
+
+        model = self._auto().from_pretrained(
+            self.folder, config=self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+        )
+        return _encoder(model.eval())
+
+    def _auto(self) -> Any:
+        """The auto class: for the encoder of an encoder-decoder, the one that makes only that, where there is one."""
+        from transformers import AutoModelForTextEncoding
+        from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+        encoder = self.options.task is EMBEDDING and getattr(self.config, "is_encoder_decoder", False)
+        if encoder and type(self.config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+            return AutoModelForTextEncoding
+        return self.options.task.auto_class()
+
+
+class ForwardMemory(MemorySource):
+    """A transformers model in memory whose forward pass is lowered as it is."""
+
+    retains: ClassVar[bool] = False
+
+    def __init__(self, model: PreTrainedModel, options: ForwardOptions) -> None:
+        super().__init__(_encoder(model) if options.task is EMBEDDING else model)
+        self.options = options
+
+    def lower(self) -> Module:
+        """See `Source.lower`."""
+        from qeff_ir.frontend.weights import memory_weights
+
+        return _lowered(self.model, memory_weights(self.model), self.options)
+
+    def takes_tokens(self) -> bool:
+        """Whether token ids are an input."""
+        return any(i.name == "input_ids" for i in _inputs(self.model, self.options))
+
+    def save_side_files(self, folder: Path) -> None:
+        """Write the configuration."""
+        self.config.save_pretrained(folder)
+
+
+def _lowered(model: PreTrainedModel, weights: Any, options: ForwardOptions) -> Module:
+    from qeff_ir.frontend.forward import lower_forward
+
+    return lower_forward(model, weights, _inputs(model, options), pooling=options.pooling)
+
+
+def _inputs(model: PreTrainedModel, options: ForwardOptions) -> list[InputSpec]:
+    from qeff_ir.frontend.inputs import find_inputs
+
+    return find_inputs(model, options.inputs)
+
+
+def _encoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder of an encoder-decoder model with both, else the model itself."""
+    whole = getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "decoder")
+    return model.get_encoder() if whole else model
+
+
+def _described(options: ForwardOptions) -> Any:
+    """The wanted inputs as JSON data."""
+    if isinstance(options.inputs, Mapping):
+        return {name: [str(value.dtype), list(value.shape)] for name, value in options.inputs.items()}
+    return None if options.inputs is None else list(options.inputs)

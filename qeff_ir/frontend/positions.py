@@ -1,0 +1,159 @@
+"""Position tables that a model indexes by counting tokens: from the traced run on, the given positions index them.
+
+Some models take no positions. They count (``arange(seq) + length of the cache``, or the tokens that are no padding)
+and look the count up in a table. Which lookups these are is not guessed from names: the index is computed on an
+example, without the rest of the model, and is a count if it gives ``c, c + 1, ...`` in every row, whatever the tokens
+are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+_LOOKUPS: dict[Any, int] = {
+    torch.ops.aten.embedding.default: 1,
+    torch.ops.aten.index_select.default: 2,
+    torch.ops.aten.index.Tensor: 1,
+}
+"""Which argument of a lookup is the index."""
+
+_SEQ, _BATCH, _SLOTS = 5, 2, 11
+
+
+def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int:
+    """Let every lookup by a count be one by the given positions, in place.
+
+    A table that is looked up by given positions and keeps a row for padding starts behind that row, as fairseq's do.
+
+    Args:
+        program: A traced run.
+        tokens: Name of the placeholder of the token ids, ``[batch, seq]``.
+        positions: Name of the placeholder of the positions, ``[batch, seq]``.
+
+    Returns:
+        How many lookups were changed.
+    """
+    graph = program.graph_module.graph
+    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    examples = [_Example(program, tokens, seed) for seed in (1, 2)]
+    changed = 0
+    for node in list(graph.nodes):
+        place = _LOOKUPS.get(node.target)
+        if place is None:
+            continue
+        index = node.args[place]
+        index = index[0] if isinstance(index, (list, tuple)) and len(index) == 1 else index
+        if not isinstance(index, Node):
+            continue
+        reached = _ancestors(index)
+        if inputs[positions] in reached:
+            # The padding index is the third argument of an embedding; -1 means none.
+            offset = int(node.args[2]) + 1 if place == 1 and len(node.args) > 2 and inputs[tokens] not in reached else 0
+            start = index
+        else:
+            counted = [example.count(index) for example in examples]
+            if counted[0] is None or counted[0] != counted[1]:
+                continue
+            offset, start = counted[0], inputs[positions]
+        if offset or start is not index:
+            _index_by(node, place, start, offset)
+            changed += 1
+    return changed
+
+
+class _Example:
+    """Values of nodes for random tokens, computed when asked for."""
+
+    def __init__(self, program: ExportedProgram, tokens: str, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.values: dict[Node, Any] = {}
+        signature = program.graph_signature
+        held = {**program.state_dict, **program.constants}
+        buffers = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+        inputs = {node.name: node for node in program.graph_module.graph.nodes if node.op == "placeholder"}
+        rows, columns = (str(size) for size in inputs[tokens].meta["val"].shape)
+        sizes = {rows: _BATCH, columns: _SEQ}
+        for node in inputs.values():
+            if node.name == tokens:
+                self.values[node] = torch.randint(3, 50, (_BATCH, _SEQ), generator=generator)
+            elif node.name in signature.user_inputs:  # only its size can count
+                shape = [
+                    size if isinstance(size, int) else sizes.get(str(size), _SLOTS) for size in node.meta["val"].shape
+                ]
+                self.values[node] = torch.zeros(shape, dtype=node.meta["val"].dtype)
+            elif node.name in buffers:
+                self.values[node] = held.get(buffers[node.name])
+
+    def count(self, node: Node) -> int | None:
+        """The first number of every row, if the rows count up from it by one."""
+        try:
+            with torch.no_grad():
+                value = self._value(node)
+        except Exception:
+            return None
+        if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+            return None
+        if value.dim() not in (1, 2) or value.shape[-1] != _SEQ:
+            return None
+        first = int(value.reshape(-1)[0])
+        return first if bool((value == torch.arange(_SEQ) + first).all()) else None
+
+    def _value(self, node: Node) -> Any:
+        if node not in self.values:
+            if node.op != "call_function":
+                raise LookupError(node.name)
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._value)
+            self.values[node] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        return self.values[node]
+
+
+def _ancestors(node: Node) -> set[Node]:
+    found: set[Node] = set()
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if current not in found:
+            found.add(current)
+            todo.extend(current.all_input_nodes)
+    return found
+
+
+def _index_by(node: Node, place: int, start: Node, offset: int) -> None:
+    """Give a lookup the index ``start + offset``, and bring the shapes of all that follows up to date."""
+    graph = node.graph
+    index = start
+    with graph.inserting_before(node):
+        if offset:
+            index = graph.call_function(torch.ops.aten.add.Tensor, (start, offset))
+            index.meta = dict(start.meta)
+            _update(index)
+    old = node.args[place]
+    axis = node.args[1]
+    if node.target is torch.ops.aten.index_select.default and isinstance(axis, int):  # which takes one axis only
+        node.target = torch.ops.aten.index.Tensor
+        node.args = (node.args[0], [*[None] * axis, index])
+    else:
+        node.update_arg(place, [index] if isinstance(old, (list, tuple)) else index)
+    todo = [node]
+    while todo:
+        current = todo.pop(0)
+        if _update(current):
+            todo.extend(current.users)
+
+
+def _update(node: Node) -> bool:
+    """Compute a node's example value anew; whether its shape changed."""
+    before = node.meta.get("val")
+    if node.op != "call_function":
+        return False
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    examples = [n.meta["val"] for n in node.all_input_nodes]
+    mode = next(e.fake_mode for e in examples if hasattr(e, "fake_mode"))
+    with mode, torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+    after = node.meta["val"]
+    return isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.shape != after.shape

@@ -1,0 +1,150 @@
+"""A forward pass over a session: any number of rows, of any length that was compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qeff_ir.errors import RuntimeInputError
+from qeff_ir.module import Specialization
+from qeff_ir.runtime.interface import BATCH, LENGTH, Interface, Tensor
+from qeff_ir.runtime.session import Array, ForwardSession
+
+
+class Encoder:
+    """Drives one session: picks the smallest specialization that fits, pads to it, and takes the padding off again.
+
+    Attributes:
+        batch_size: Rows of a run.
+        longest: The largest length; `None` for a model whose inputs have none.
+    """
+
+    def __init__(self, session: ForwardSession, interface: Interface) -> None:
+        self.session, self.interface = session, interface
+        sizes = [s.symbols for s in session.specializations]
+        self.batch_size = max(s[BATCH] for s in sizes)
+        lengths = [s[LENGTH] for s in sizes if LENGTH in s]
+        self.longest = max(lengths) if lengths else None
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        """Run a batch of any size.
+
+        Rows are padded on the right with zeros, which an ``attention_mask`` marks as padding; a mask that is not given
+        marks all tokens as real ones. ``token_type_ids`` may be given to a model without them while they are all 0.
+
+        Args:
+            inputs: Arrays or tensors by the names of the forward pass, with a batch axis.
+
+        Returns:
+            Outputs by name, float32, with as many rows, and as many tokens where they have an axis of tokens.
+
+        Raises:
+            RuntimeInputError: An input is missing, unknown, empty, of another type or size, or too long.
+        """
+        given = self._checked(inputs)
+        rows, length = self._sizes(given)
+        size, padded = self._shape(rows, length)
+        results: list[dict[str, Array]] = []
+        for start in range(0, rows, size):
+            part = {n: a[start : start + size] for n, a in given.items()}
+            count = len(next(iter(part.values())))
+            run = {t.name: _padded(part[t.name], t, size, padded) for t in self.interface.inputs}
+            results.append({n: a[:count] for n, a in self.session.run(run).items()})
+        joined = {n: np.concatenate([r[n] for r in results]) for n in results[0]}
+        return {t.name: self._trimmed(joined[t.name], t, length) for t in self.interface.outputs}
+
+    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        known = {t.name: t for t in self.interface.inputs}
+        arrays = {n: np.asarray(v) for n, v in inputs.items() if v is not None}
+        if "token_type_ids" in arrays and "token_type_ids" not in known and not arrays["token_type_ids"].any():
+            del arrays["token_type_ids"]  # tokenizers add them
+        tokens = next((arrays[n] for n in ("input_ids", "inputs_embeds") if n in arrays), None)
+        if "attention_mask" in known and "attention_mask" not in arrays and tokens is not None:
+            arrays["attention_mask"] = np.ones(tokens.shape[:2], dtype=np.int64)
+        if not set(known) & set(arrays):
+            raise RuntimeInputError(f"there is no input: give {_and(known)}")
+        for name in arrays:
+            if name not in known:
+                raise RuntimeInputError(f"the model is compiled without the input '{name}': it takes {_and(known)}")
+        for name, tensor in known.items():
+            if name not in arrays:
+                raise RuntimeInputError(f"the input '{name}' is missing: the model takes {_and(known)}")
+            arrays[name] = _typed(arrays[name], tensor)
+        return {name: arrays[name] for name in known}
+
+    def _sizes(self, given: Mapping[str, Array]) -> tuple[int, int | None]:
+        """Rows, and the length where there is one; checks every axis."""
+        found: dict[str, int] = {}
+        for tensor in self.interface.inputs:
+            array = given[tensor.name]
+            before = dict(found)
+            wrong = len(array.shape) != len(tensor.shape)
+            for dim, size in zip(tensor.shape, array.shape, strict=False):
+                wrong |= size != (found.setdefault(dim, size) if isinstance(dim, str) else dim)
+            if wrong:
+                wanted = ", ".join(map(str, tensor.shape))
+                told = ", ".join(f"{n}={before[n]}" for n in tensor.shape if isinstance(n, str) and n in before)
+                raise RuntimeInputError(
+                    f"{tensor.name} is {list(array.shape)}, the model takes [{wanted}]"
+                    + (f", here with {told}" if told else "")
+                )
+        if 0 in found.values():
+            raise RuntimeInputError(f"the inputs are empty ({_counts(found)}): give at least one row and one token")
+        length = found.get(LENGTH)
+        if length is not None and self.longest is not None and length > self.longest:
+            raise RuntimeInputError(
+                f"the inputs have {length} tokens, the model is compiled for {self.longest}: compile with "
+                f"seq_len={length} or more, or truncate them"
+            )
+        return found.get(BATCH, 1), length
+
+    def _shape(self, rows: int, length: int | None) -> tuple[int, int | None]:
+        """Rows and length of each run."""
+        if self.session.free:
+            return rows, length
+        fitting = [s for s in self.session.specializations if length is None or s.symbols[LENGTH] >= length]
+        best = min(fitting, key=_cost)
+        return best.symbols[BATCH], best.symbols.get(LENGTH)
+
+    def _trimmed(self, array: Array, tensor: Tensor, length: int | None) -> Array:
+        for axis, dim in enumerate(tensor.shape):
+            if dim == LENGTH and length is not None:
+                array = array.take(range(length), axis=axis)
+        return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _cost(item: Specialization) -> int:
+    return item.symbols.get(LENGTH, 1)
+
+
+def _typed(array: Array, tensor: Tensor) -> Array:
+    """The array in the input's type.
+
+    Raises:
+        RuntimeInputError: It holds another kind of numbers, or some that are not finite.
+    """
+    floats = np.issubdtype(tensor.dtype, np.floating)
+    if floats != np.issubdtype(array.dtype, np.floating):
+        raise RuntimeInputError(f"{tensor.name} is {array.dtype}, the model takes {tensor.dtype}")
+    return array.astype(tensor.dtype, copy=False)
+
+
+def _padded(array: Array, tensor: Tensor, rows: int, length: int | None) -> Array:
+    """The array with zeros up to the compiled length, and its last row repeated up to the compiled batch."""
+    widths = [(0, 0)] * array.ndim
+    for axis, dim in enumerate(tensor.shape):
+        if dim == LENGTH and length is not None:
+            widths[axis] = (0, length - array.shape[axis])
+    array = np.pad(array, widths) if any(after for _, after in widths) else array
+    missing = rows - len(array) if BATCH in tensor.shape else 0
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else np.ascontiguousarray(array)
+
+
+def _and(names: Any) -> str:
+    return " and ".join(names)
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in found.items())

@@ -1,0 +1,87 @@
+"""The inputs and outputs of a package, as its ONNX file has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from qeff_ir.errors import PackageError
+from qeff_ir.module import WEIGHT_KEY, DimValue
+
+BATCH, LENGTH = "batch_size", "seq_len"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One input or output.
+
+    Attributes:
+        name: Its name.
+        dtype: Its type.
+        shape: Symbols and sizes; `None` for a size that the model computes.
+        weight: Of an input whose rows the host looks up: the parameter that has them.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[DimValue | None, ...]
+    weight: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """What goes into a forward pass, and what comes out."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+def sized(tensor: Tensor, symbols: Mapping[str, int]) -> tuple[int, ...]:
+    """The static shape that a specialization gives an input.
+
+    Raises:
+        PackageError: It gives none to one of the axes.
+    """
+    sizes = [symbols.get(d) if isinstance(d, str) else d for d in tensor.shape]
+    if None in sizes:
+        raise PackageError(f"the input {tensor.name} {list(tensor.shape)} has no compiled size: compile again")
+    return tuple(size for size in sizes if size is not None)
+
+
+def read_interface(folder: Path) -> Interface:
+    """The interface of the one ONNX file of a package; no weight is read.
+
+    Raises:
+        PackageError: There is not one, or it cannot be read.
+    """
+    models = list(folder.glob("*.onnx"))
+    if len(models) != 1:
+        raise PackageError(f"{folder} has {len(models)} ONNX files, not one: compile again")
+    try:
+        graph = onnx.load(str(models[0]), load_external_data=False).graph
+    except Exception as error:  # protobuf raises types of its own
+        raise PackageError(f"{models[0]} cannot be read ({type(error).__name__}): compile again") from error
+    return Interface(_tensors(graph.input), _tensors(graph.output))
+
+
+def _tensors(values: Sequence[onnx.ValueInfoProto]) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(
+            v.name,
+            onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type),
+            tuple(_dim(d) for d in v.type.tensor_type.shape.dim),
+            next((p.value for p in v.metadata_props if p.key == WEIGHT_KEY), None),
+        )
+        for v in values
+    )
+
+
+def _dim(dim: Any) -> DimValue | None:
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value)
+    return str(dim.dim_param) or None

@@ -1,0 +1,151 @@
+"""Embeddings of many texts: sorted by length, in batches, in the order they were given."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qeff_ir.errors import RuntimeInputError
+from qeff_ir.runtime.encoder import Encoder
+from qeff_ir.runtime.session import Array
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH = 32
+"""Texts of a run where any number can be; that of sentence-transformers."""
+
+
+def encode(
+    encoder: Encoder,
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int | None = None,
+    truncate: bool = False,
+    prompt: str = "",
+    show_progress: bool | None = None,
+) -> Array:
+    """One embedding of each text.
+
+    Args:
+        encoder: Of a model with a pooling.
+        texts: Any number.
+        tokenizer: The model's.
+        batch_size: Texts of a run; by default 32 where any number runs, else what the model is compiled for.
+        truncate: Whether a text that is too long is cut.
+        prompt: What every text starts with.
+        show_progress: Whether to show a progress bar; by default when it takes over two seconds, in a terminal.
+
+    Returns:
+        float32 ``[texts, features]``.
+
+    Raises:
+        RuntimeInputError: A text has no token or is too long, or the model returns no embedding.
+    """
+    (output, *_) = encoder.interface.outputs
+    if output.name != "output" or len(output.shape) != 2:
+        raise RuntimeInputError("the model returns no embedding: open it with a pooling, and compile it again")
+    size = batch_size or (_BATCH if encoder.session.free else encoder.batch_size)
+    if size < 1:
+        raise RuntimeInputError(f"batch_size must be at least 1, not {batch_size}")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RuntimeInputError(f"text {index} is a {type(text).__name__}: give texts")
+    rows = _tokens(encoder, [prompt + text for text in texts], tokenizer, truncate)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    width = output.shape[-1]
+    result = np.empty((len(rows), width if isinstance(width, int) else 0), dtype=np.float32)
+    with _Progress(len(rows), show_progress) as progress:
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            result[chosen] = encoder.run(_batch([rows[i] for i in chosen], encoder))["output"]
+            progress.advance(len(chosen))
+    return result
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder.
+
+    Raises:
+        RuntimeInputError: There is none that can be read.
+    """
+    import transformers
+
+    loader: Any = transformers.AutoTokenizer  # typed in parts only
+    try:
+        return loader.from_pretrained(folder, trust_remote_code=False)  # never asks, never runs code
+    except Exception as error:  # transformers raises whatever its many tokenizers raise
+        raise RuntimeInputError(
+            f"{folder} has no tokenizer that can be read: pass tokenizer=, or token ids to generate()"
+        ) from error
+
+
+def _tokens(
+    encoder: Encoder, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, truncate: bool
+) -> list[list[int]]:
+    """Token ids of each text, special tokens included."""
+    if not texts:
+        return []
+    limit = encoder.longest
+    settings: dict[str, Any] = {"truncation": True, "max_length": limit} if truncate else {"verbose": False}
+    made: Any = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **settings)
+    rows: list[list[int]] = made["input_ids"]
+    for index, row in enumerate(rows):
+        if not row:
+            raise RuntimeInputError(f"text {index} ({texts[index]!r}) has no token: give some text")
+        if limit is not None and len(row) > limit:
+            raise RuntimeInputError(
+                f"text {index} has {len(row)} tokens, the model is compiled for {limit}: compile with "
+                f"seq_len={len(row)} or more, or pass truncate=True"
+            )
+    return rows
+
+
+def _batch(rows: list[list[int]], encoder: Encoder) -> dict[str, Array]:
+    """Rows of tokens as inputs, padded on the right."""
+    width = max(map(len, rows))
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    names = {t.name for t in encoder.interface.inputs}
+    return {"input_ids": ids} | ({"attention_mask": mask} if "attention_mask" in names else {})
+
+
+class _Progress:
+    """A progress bar over texts that appears after two seconds, or at once, or never."""
+
+    def __init__(self, total: int, show: bool | None) -> None:
+        import time
+
+        self._total, self._done, self._bar, self._task = total, 0, None, None
+        quiet = show is False or (show is None and not sys.stderr.isatty())
+        self._due = float("inf") if quiet else time.monotonic() + (0.0 if show else 2.0)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        """Tell that so many more texts are done."""
+        import time
+
+        self._done += count
+        if self._bar is None and time.monotonic() >= self._due:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True))
+            self._task = self._bar.add_task("Embedding", total=self._total)
+            self._bar.start()
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done)

@@ -1,0 +1,43 @@
+"""The token embeddings of a model whose graph takes vectors: rows of the checkpoint's table, looked up by the host."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qeff_ir.errors import RuntimeInputError
+from qeff_ir.module import EMBEDS
+from qeff_ir.runtime.session import Array
+from qeff_ir.storage import stored
+
+
+class TokenTable:
+    """A table ``[vocab, hidden]``; of one in a file, only the rows that are asked for are read.
+
+    Args:
+        table: The table, in memory or in a file of the checkpoint.
+        keeps_ids: Whether the graph takes ``input_ids`` too.
+    """
+
+    def __init__(self, table: ir.TensorProtocol, *, keeps_ids: bool = False) -> None:
+        self._table = table
+        self._keeps_ids = keeps_ids
+        self._rows: Array | None = None
+
+    def inputs(self, ids: Array) -> dict[str, Array]:
+        """What the graph takes in place of tokens.
+
+        Args:
+            ids: int64 ``[batch, seq]``.
+
+        Returns:
+            ``inputs_embeds``, float32 ``[batch, seq, hidden]``, and ``input_ids`` where the graph takes them.
+
+        Raises:
+            RuntimeInputError: A token is outside the table.
+        """
+        if self._rows is None:
+            self._rows = stored(self._table)
+        if ids.min() < 0 or ids.max() >= len(self._rows):
+            raise RuntimeInputError(f"a token is outside the table of {len(self._rows)}: use the model's tokenizer")
+        vectors = self._rows[ids].astype("float32")
+        return {EMBEDS: vectors, "input_ids": ids} if self._keeps_ids else {EMBEDS: vectors}

@@ -1,0 +1,110 @@
+"""Whether a module, or a session on a package, answers a request as its recipe does, and a report when it does not.
+
+Answers are the logits of every row's last real token after every run, stacked ``[answers, vocab]``, so that one
+comparison covers all of a request: chunks, padding, rows that idle, rows that start anew, edges of windows and caches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+
+from backends.base import CompileOptions
+from qeff_ir.compiler import specialize
+from qeff_ir.debug.bundle import Metadata, describe, versions, write_bundle
+from qeff_ir.debug.drive import Plan, drive
+from qeff_ir.module import Module
+from qeff_ir.printer import to_text
+from qeff_ir.runtime.session import Array, Session
+from qeff_ir.testing.recipe import Recipe, answer
+from qeff_ir.testing.strategies import Request
+
+BUNDLES_VARIABLE = "QEFF_BUNDLES"
+"""Environment variable: folder in which bundles of failures are put."""
+
+
+def options(request: Request) -> CompileOptions:
+    """What a module must be compiled for to take a request."""
+    return CompileOptions(prefill_seq_len=request.chunk, ctx_len=request.ctx_len, batch_size=request.batch)
+
+
+def prepare(module: Module, request: Request) -> Module:
+    """Give a module the specializations of a request; returns it."""
+    specialize(module, options(request))
+    return module
+
+
+def expected(recipe: Recipe, request: Request) -> Array:
+    """The answers in double precision, by the recipe alone."""
+    rows = [row for _, rows, _ in request.feeds() for row in rows if row is not None]
+    longest: dict[tuple[int, ...], Array] = {}
+    for row in sorted(map(tuple, rows), key=len, reverse=True):  # the answer to a prefix is part of that to the whole
+        if not any(known[: len(row)] == row for known in longest):
+            longest[row] = answer(recipe, row)
+    return np.stack([next(a[len(r) - 1] for k, a in longest.items() if list(k[: len(r)]) == r) for r in rows])
+
+
+def module_answers(module: Module, request: Request) -> Array:
+    """The answers of a module's graph as it is, ONNX Runtime's own rewriting off.
+
+    Raises:
+        RuntimeInputError: ONNX Runtime cannot load or run the graph.
+    """
+    feeds = [f for f, _, _ in request.feeds()]
+    given = drive(module, Plan({}, feeds, decoder=True))
+    return np.concatenate([run["logits"] for run in given.outputs])
+
+
+def session_answers(session: Session, request: Request) -> Array:
+    """The answers of an open session, which is reset first."""
+    session.reset()
+    found: list[Array] = []
+    for feeds, rows, reset in request.feeds():
+        if reset:
+            session.reset()
+        logits = session.run(feeds)["logits"]
+        found += [logits[i, 0] for i, row in enumerate(rows) if row is not None]
+    return np.stack(found)
+
+
+@contextlib.contextmanager
+def explained(
+    property_name: str,
+    module: Module,
+    *,
+    pipeline: str = "",
+    recipe: Recipe | None = None,
+    request: Request | None = None,
+) -> Generator[None]:
+    """Add to whatever error is raised inside: the module as text, the pipeline, the request, and a bundle of all of it.
+
+    Args:
+        property_name: What failed; names the bundle, which replaces that of an earlier, larger example.
+        module: Before the pipeline.
+        pipeline: What was run on it.
+        recipe: What the module was made from.
+        request: What it was asked.
+    """
+    start = module.clone()
+    try:
+        yield
+    except Exception as error:
+        lines = [
+            f"{property_name} does not hold of this module:",
+            to_text(start, origins=False),
+            f"pipeline: {pipeline or '(none)'}",
+            f"recipe:   {recipe}",
+            f"request:  {request}",
+            f"error:    {type(error).__name__}: {error}",
+        ]
+        folder = Path(os.environ.get(BUNDLES_VARIABLE, ".hypothesis/bundles")) / property_name.replace(" ", "-")
+        with contextlib.suppress(Exception):  # a bundle that cannot be written must not hide what failed
+            kind, code = describe(error)
+            data = Metadata(pipeline.split(",")[0], pipeline, pipeline, 4, 0, kind, code, str(error), versions())
+            lines.append(f"bundle:   {write_bundle(folder, data, start, start, None)}")
+        error.add_note("\n".join(lines))
+        raise

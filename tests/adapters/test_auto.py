@@ -1,0 +1,163 @@
+"""The Auto classes with adapters, from the folder to the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from qeff_ir import QEffAutoLoraModelForCausalLM, QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM
+from qeff_ir.adapters.folder import read_adapter
+from qeff_ir.adapters.targets import regex, select, selection
+from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
+from qeff_ir.passing.manager import run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.testing import tolerance
+from tests import support
+from tests.adapters.random_adapters import base, make
+
+NAME = "llama"
+COMPILE: dict[str, Any] = {"target": "onnxruntime", "batch_size": 2, "prefill_seq_len": 8, "ctx_len": 48}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PeftModel]:
+    folder = tmp_path_factory.mktemp("one")
+    return folder, make(base(NAME), folder, 0, r=4, target_modules=["q_proj", "v_proj"], bias="none")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PeftModel]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, make(base(NAME), folder, 1, r=2, target_modules=["down_proj", "lm_head"])
+
+
+def theirs(model: Any, ids: torch.Tensor) -> list[int]:
+    with torch.no_grad():
+        return model.generate(input_ids=ids[None], max_new_tokens=6, do_sample=False)[0].tolist()
+
+
+def test_switching_needs_no_compilation(one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]) -> None:
+    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model.load_adapter(one[0], "one")
+    model.load_adapter(two[0], "two")
+    model.compile(**COMPILE)
+    package, session = model.package, model.runner().decoder.session
+    ids = torch.tensor(support.prompts([6, 6], seed=2))
+    plain, first, second = ([theirs(m, row) for row in ids] for m in (base(NAME), one[1], two[1]))
+    assert plain[0] != first[0] != second[0]
+
+    def ours(**kwargs: Any) -> list[list[int]]:
+        return model.generate(ids, max_new_tokens=6, do_sample=False, **kwargs).tolist()
+
+    assert ours() == plain
+    model.set_adapter("two")
+    assert ours() == second
+    assert ours(adapters=["one", None]) == [first[0], plain[1]]
+    assert ours(adapters="one") == first
+    with model.disable_adapter():
+        assert ours() == plain
+    assert model.active_adapter == "two" and ours() == second
+    model.disable_adapter()
+    assert model.active_adapter is None and ours() == plain
+    model.delete_adapter("one")
+    with pytest.raises(AdapterError, match="'one'"):
+        ours(adapters=["one", "two"])
+    assert ours(adapters=["two", "two"]) == second
+    with pytest.raises(RuntimeInputError, match="1 adapters for 2 rows"):
+        ours(adapters=["two"])
+    assert model.package is package and model.runner().decoder.session is session
+
+
+def test_a_peft_model_in_memory_stays_as_it_is(two: tuple[Path, PeftModel], one: tuple[Path, PeftModel]) -> None:
+    peft_model = one[1]
+    ids = torch.tensor(support.prompts([6, 6], seed=2))
+    before = [theirs(peft_model, row) for row in ids]
+    names = [name for name, _ in peft_model.named_modules()]
+    model = QEffPeftModelForCausalLM(peft_model)
+    model.load_adapter(two[0], "two")
+    model.compile(**COMPILE)
+    assert model.adapters == ["default", "two"] and model.active_adapter == "default"
+    assert model.generate(ids, max_new_tokens=6, do_sample=False).tolist() == before
+    assert [name for name, _ in peft_model.named_modules()] == names
+    assert [theirs(peft_model, row) for row in ids] == before
+
+
+def test_finite_adapters(one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]) -> None:
+    model = QEffAutoLoraModelForCausalLM._with_source(support.Lowered(NAME))
+    for name, (folder, _) in (("x", one), ("y", two)):
+        model.load_adapter(folder, name)
+    assert model.active_adapter_to_id == {"x": 1, "y": 2}
+    model.compile(**COMPILE)
+    ids = torch.tensor(support.prompts([6, 6], seed=2))
+    out = model.generate(ids, prompt_to_adapter_mapping=["y", "base"], max_new_tokens=6, do_sample=False)
+    assert out.tolist() == [theirs(two[1], ids[0]), theirs(base(NAME), ids[1])]
+    assert model.active_adapter_to_id == {"x": 1, "y": 2}
+
+
+def test_a_merged_adapter_is_the_base_model(two: tuple[Path, PeftModel]) -> None:
+    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model.load_adapter(two[0], "two")
+    model.merge_adapter("two")
+    model.compile(**COMPILE)
+    assert model.adapters == []
+    rows = support.prompts([9, 4])
+    bound = tolerance.bound(tolerance.depth(support.lowered(NAME)))
+    with torch.no_grad():
+        wanted = [two[1](torch.tensor([row])).logits[0, -1].numpy() for row in rows]
+        plain = [base(NAME)(torch.tensor([row])).logits[0, -1].numpy() for row in rows]
+    found = model.runner(threads=1).decoder.prefill(rows)
+    assert max(tolerance.error_over_rms(a, b) for a, b in zip(found, wanted, strict=True)) <= bound
+    assert tolerance.error_over_rms(found[0], plain[0]) > 100 * bound
+
+
+def test_merging_reads_no_weight_before_it_is_written(two: tuple[Path, PeftModel], monkeypatch: Any) -> None:
+    import passes.merge_lora as merge
+
+    monkeypatch.setattr(merge, "numbers", lambda _entry: pytest.fail("a tensor was read"))
+    module = support.canonical(NAME)
+    run_pipeline(module, Pipeline((merge.MergeLora(adapter=str(two[0])),)), check=2)
+    value = next(v for n, v in module.graph.initializers.items() if n.endswith("0.mlp.down_proj.weight"))
+    with pytest.raises(pytest.fail.Exception, match="a tensor was read"):
+        value.const_value.numpy()  # type: ignore[union-attr]
+
+
+def test_an_adapter_that_changed_is_not_merged(two: tuple[Path, PeftModel]) -> None:
+    with pytest.raises(PassError, match="has changed"):
+        support.apply(support.canonical(NAME), f'merge-lora{{adapter="{two[0]}" digest=0000}}')
+
+
+def test_the_text_of_a_pipeline_is_enough() -> None:
+    module = support.canonical(NAME)
+    support.apply(module, 'last-logits,lora{mode=slots n=3 rank=5 targets="q_proj,up_proj" layers=1}')
+    shapes = {item.name: item.shape for item in module.adapters}
+    assert shapes == {
+        "model.layers.1.self_attn.q_proj.lora_a_weights": (4, 32, 5),
+        "model.layers.1.self_attn.q_proj.lora_b_weights": (4, 5, 32),
+        "model.layers.1.mlp.up_proj.lora_a_weights": (4, 32, 5),
+        "model.layers.1.mlp.up_proj.lora_b_weights": (4, 5, 64),
+    }
+    assert module.input("lora_ids").shape == ("batch_size", 1)
+
+
+def test_single_mode_has_the_names_of_the_contract() -> None:
+    module = support.canonical(NAME)
+    support.apply(module, "last-logits,lora{mode=single rank=5 targets=q_proj retained=true}")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert module.input(name).shape == (5, 32)
+    assert module.output(f"{name}_RetainedState").producer().name == f"{name}_identity"  # type: ignore[union-attr]
+
+
+def test_targets_that_name_nothing_are_told() -> None:
+    with pytest.raises(PassError, match=r"no layer is named 'w_proj'.*q_proj"):
+        support.apply(support.canonical(NAME), "last-logits,lora{targets=w_proj}")
+
+
+def test_the_regex_names_just_the_given_layers(one: tuple[Path, PeftModel]) -> None:
+    adapter = read_adapter(one[0])
+    others = ["model.layers.0.self_attn.k_proj", "model.layers.11.self_attn.q_proj", "model.layers.2.self_attn.v_proj"]
+    chosen = select(selection(regex(adapter.layers)), [*adapter.layers, *others], [])
+    assert chosen == list(adapter.layers) and len(chosen) == 4

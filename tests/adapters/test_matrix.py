@@ -1,0 +1,141 @@
+"""Adapters on every architecture: each row of a mixed batch answers as PEFT does, in both modes, on both targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qeff_ir import QEffAutoPeftModelForCausalLM
+from qeff_ir.testing import tolerance
+from qeff_ir.testing.trace import Trace, compare, reference_trace, session_trace
+from tests import support
+from tests.adapters.random_adapters import base, make, rows_reference
+
+STEPS = 3
+RANKS = (1, 8, 64)
+PROMPTS = support.prompts([11, 5, 19, 8])
+COMPILE: dict[str, Any] = {"batch_size": 4, "prefill_seq_len": 8, "ctx_len": 48}
+
+CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "llama": (
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": ["down_proj", "lm_head", "embed_tokens"]},
+    ),
+    "gpt2": (
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+        {"target_modules": "all-linear", "fan_in_fan_out": True, "bias": "all"},
+        {"target_modules": ["mlp.c_proj", "wte", "wpe"], "fan_in_fan_out": True},
+    ),
+    "qwen3": (
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": ["o_proj"], "alpha_pattern": {"k_proj": 3}},
+        {"target_modules": r".*\.0\.(self_attn|mlp)\.(k|down)_proj", "rank_pattern": {"k_proj": 2}},
+    ),
+    "gemma3": (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["lm_head"]},
+    ),
+    "mixtral": (
+        {"target_modules": ["q_proj", "o_proj"]},
+        {"target_modules": ["gate", "k_proj"]},
+        {"target_modules": ["lm_head"]},
+    ),
+    "phi3": (
+        {"target_modules": ["qkv_proj"]},
+        {"target_modules": "all-linear", "lora_bias": False},
+        {"target_modules": ["gate_up_proj"]},
+    ),
+    "bloom": (
+        {"target_modules": ["query_key_value"], "bias": "lora_only"},
+        {"target_modules": "all-linear", "lora_bias": True},
+        {"target_modules": ["dense_4h_to_h", "word_embeddings"]},
+    ),
+}
+"""Of each model, the targets of the adapters of rank 1, 8 and 64."""
+
+TARGETS = ("onnxruntime", "ai100")
+
+
+class Case:
+    """A model with its adapters, on disk and in PEFT."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folders = [folder / f"r{rank}" for rank in RANKS]
+        self.models = [
+            make(base(name), path, seed, r=rank, lora_alpha=2 * rank, **config)
+            for seed, (path, rank, config) in enumerate(zip(self.folders, RANKS, CONFIGS[name], strict=True))
+        ]
+        self.mixed = rows_reference([base(name), *self.models], PROMPTS, STEPS)
+        self.bound = tolerance.bound(tolerance.depth(support.lowered(name)))
+
+    def compiled(self, target: str, **options: Any) -> QEffAutoPeftModelForCausalLM:
+        model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(self.name))
+        for rank, folder in zip(RANKS, self.folders, strict=True):
+            model.load_adapter(folder, f"r{rank}")
+        model.compile(target=target, emit_only=target == "ai100", **COMPILE, **options)
+        return model
+
+
+@pytest.fixture(scope="module")
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp("adapters"))
+
+
+def row_errors(found: Trace, wanted: Trace) -> list[float]:
+    """The largest error of each row."""
+    rows = range(wanted.logits.shape[1])
+    return [
+        max(tolerance.error_over_rms(a[row], b[row]) for a, b in zip(found.logits, wanted.logits, strict=True))
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CONFIGS, indirect=True)
+def test_every_row_of_a_mixed_batch_answers_as_peft_does(
+    case: Case, target: str, record_property: Callable[[str, object], None]
+) -> None:
+    model = case.compiled(target)
+    decoder = model.runner(threads=1).decoder
+    model.use_adapters([None, "r1", "r8", "r64"])
+    found = session_trace(decoder, PROMPTS, case.mixed.tokens)
+    errors = row_errors(found, case.mixed)
+    record_property("error/bound", max(errors) / case.bound)
+    assert max(errors) <= case.bound
+    assert compare(found, case.mixed).agreement == STEPS
+
+    plain = support.plain_decoder(case.name, target, **COMPILE)
+    alone = session_trace(plain, PROMPTS, case.mixed.tokens)
+    assert np.array_equal(alone.logits[:, 0], found.logits[:, 0])
+    decoder.lora_ids[:] = 0
+    assert np.array_equal(session_trace(decoder, PROMPTS, case.mixed.tokens).logits, alone.logits)
+    # The kill test: without its adapter, no row but the first passes.
+    assert min(row_errors(alone, case.mixed)[1:]) > 100 * case.bound
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CONFIGS, indirect=True)
+def test_one_adapter_at_a_time_answers_as_peft_does(case: Case, target: str) -> None:
+    model = case.compiled(target, lora_mode="single")
+    decoder = model.runner(threads=1).decoder
+    plain = session_trace(support.plain_decoder(case.name, target, **COMPILE), PROMPTS, case.mixed.tokens)
+    for row, name in enumerate([None, "r1", "r8", "r64"]):
+        model.use_adapters([name] * 4)
+        found = session_trace(decoder, PROMPTS, case.mixed.tokens)
+        assert row_errors(found, case.mixed)[row] <= case.bound
+        assert np.array_equal(found.logits, plain.logits) == (name is None)
+
+
+def test_the_reference_sees_the_adapter(tmp_path: Path) -> None:
+    peft_model = make(base("llama"), tmp_path, 0, r=4, target_modules=["q_proj"])
+    with_it = reference_trace(peft_model, PROMPTS[:1], 2)
+    with peft_model.disable_adapter():
+        without = reference_trace(peft_model, PROMPTS[:1], 2)
+    assert tolerance.error_over_rms(with_it.logits[0], without.logits[0]) > 1e-3

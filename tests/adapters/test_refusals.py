@@ -1,0 +1,160 @@
+"""Adapters that do not fit are refused by name and reason, and the running session goes on unharmed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qeff_ir import QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM
+from qeff_ir.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
+from qeff_ir.errors import AdapterError
+from tests import support
+from tests.adapters.random_adapters import base, make
+
+NAME = "llama"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    make(base(NAME), folder, 0, r=4, target_modules=["q_proj", "v_proj"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(good: Path) -> QEffAutoPeftModelForCausalLM:
+    """A session with one adapter and one more slot, for adapters of rank 8 on the same layers."""
+    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model.load_adapter(good, "good")
+    model.compile(target="onnxruntime", adapter_slots=2, max_lora_rank=8, batch_size=2, prefill_seq_len=8, ctx_len=32)
+    model.use_adapters(["good", None])
+    return model
+
+
+def configured(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def stored(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(folder / WEIGHTS_FILE)), folder / WEIGHTS_FILE)
+
+
+def other_rank(folder: Path) -> None:
+    shutil.rmtree(folder)
+    make(base(NAME), folder, 1, r=16, target_modules=["q_proj"])
+
+
+def other_module(folder: Path) -> None:
+    shutil.rmtree(folder)
+    make(base(NAME), folder, 1, r=2, target_modules=["down_proj"])
+
+
+def other_shape(folder: Path) -> None:
+    stored(folder, lambda tensors: {k: t[:, :16].contiguous() if "lora_A" in k else t for k, t in tensors.items()})
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS_FILE), folder / "adapter_model.bin")
+    (folder / WEIGHTS_FILE).unlink()
+
+
+def truncated(folder: Path) -> None:
+    path = folder / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def half(folder: Path) -> None:
+    stored(folder, lambda tensors: {k: t for k, t in tensors.items() if "lora_B" not in k})
+
+
+def whole_module(folder: Path) -> None:
+    stored(folder, lambda tensors: {**tensors, "base_model.model.lm_head.weight": torch.ones(97, 32)})
+
+
+CASES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "rank": (other_rank, "rank 16 in model.layers.0.self_attn.q_proj"),
+    "module": (other_module, "no branch"),
+    "shape": (other_shape, "features"),
+    "pickle": (pickled, "adapter_model.bin"),
+    "truncated": (truncated, "damaged"),
+    "half": (half, "only one of the factors"),
+    "whole module": (whole_module, "lm_head.weight of its own"),
+    "not json": (lambda f: _write(f / CONFIG_FILE, "{"), "cannot be read"),
+    "dora": (lambda f: configured(f, use_dora=True), "DoRA"),
+    "modules_to_save": (lambda f: configured(f, modules_to_save=["lm_head"]), "modules_to_save"),
+    "pissa": (lambda f: configured(f, init_lora_weights="pissa"), "changes the base model"),
+    "type": (lambda f: configured(f, peft_type="IA3"), "only LORA"),
+    "config of another": (lambda f: configured(f, r=2), "not of one adapter"),
+    "no config": (lambda f: (f / CONFIG_FILE).unlink(), "no adapter_config.json"),
+}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_refused_adapter_leaves_the_session_as_it_was(
+    case: str, running: QEffAutoPeftModelForCausalLM, good: Path, tmp_path: Path
+) -> None:
+    spoil, reason = CASES[case]
+    folder = tmp_path / "bad"
+    shutil.copytree(good, folder)
+    spoil(folder)
+    rows = support.prompts([5, 7])
+    before = running.runner().decoder.prefill(rows)
+    for name in ("new", "good"):  # neither beside the good one, nor in its place
+        with pytest.raises(AdapterError, match="(?s)" + reason):
+            running.load_adapter(folder, name)
+    assert running.adapters == ["good"]
+    assert np.array_equal(running.runner().decoder.prefill(rows), before)
+
+
+def test_the_checks_let_a_good_adapter_in(running: QEffAutoPeftModelForCausalLM, good: Path) -> None:
+    running.load_adapter(good, "twin")
+    with pytest.raises(AdapterError, match="no slot is free for the adapter 'third'"):
+        running.load_adapter(good, "third")
+    running.delete_adapter("twin")
+    assert running.adapters == ["good"]
+
+
+def test_an_adapter_of_another_base_model_is_refused(good: Path, tmp_path: Path) -> None:
+    from qeff_ir.frontend.source import MemorySource
+
+    config = copy.deepcopy(base(NAME).config)
+    config._name_or_path = "somebody/small-model"
+    source = MemorySource(base(NAME))
+    source.config = config
+    model = QEffAutoPeftModelForCausalLM._with_source(source)
+    folder = tmp_path / "adapter"
+    shutil.copytree(good, folder)
+    configured(folder, base_model_name_or_path="somebody/large-model")
+    with pytest.raises(AdapterError, match=r"large-model.*small-model"):
+        model.load_adapter(folder, "other")
+    model.load_adapter(folder, "other", check_base_model=False)
+    configured(folder, base_model_name_or_path="/elsewhere/small-model")
+    model.load_adapter(folder, "copy")
+    assert model.adapters == ["other", "copy"]
+
+
+def test_names_that_are_not_loaded(running: QEffAutoPeftModelForCausalLM) -> None:
+    for call in (running.set_adapter, running.delete_adapter, running.merge_adapter):
+        with pytest.raises(AdapterError, match="there is no adapter 'nobody'"):
+            call("nobody")
+    with pytest.raises(AdapterError, match="'base'"):
+        running.load_adapter("anywhere", "base")
+
+
+def test_what_is_no_peft_model_is_refused() -> None:
+    with pytest.raises(AdapterError, match="no PeftModelForCausalLM"):
+        QEffPeftModelForCausalLM(base(NAME))

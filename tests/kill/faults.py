@@ -1,0 +1,473 @@
+"""The planted faults, as edits of the source: dropped scales, slots off by one, swapped states, and the like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PROPERTIES = {
+    "P2 saved": "test_modules.py::test_p1_p2_saving_and_loading_is_the_identity",
+    "P1 text": "test_modules.py::test_p1_every_change_shows_in_the_text",
+    "P4 verifier": "test_modules.py::test_p4_damage_is_told_with_its_code",
+    "P5 word": "test_modules.py::test_p5_p8_p9_every_pass_keeps_its_word",
+    "P6 transaction": "test_modules.py::test_p6_a_pass_that_fails_leaves_the_module_alone",
+    "P7 sites": "test_modules.py::test_p7_passes_fire_at_every_planted_site",
+    "P7 near misses": "test_modules.py::test_p7_near_misses_are_left_alone_and_reported",
+    "P10 passes": "test_numbers.py::test_p10_every_pass_keeps_its_numeric_promise",
+    "P10 frontend": "test_frontend.py::test_p10_drawn_configurations_answer_as_transformers",
+    "P11 packages": "test_numbers.py::test_p11_packages_answer_as_the_recipe_however_the_request_is_cut",
+    "P11 driver": "test_driver.py::TestRequests",
+    "P12 rows": "test_numbers.py::test_p12_rows_do_not_know_of_each_other",
+    "P13 orders": "test_numbers.py::test_p13_legal_orders_answer_alike",
+    "P14 sequences": "test_numbers.py::test_p14_any_sequence_of_passes_is_refused_or_right",
+    "P15 targets": "test_numbers.py::test_p15_both_targets_have_one_interface",
+    "slots": "test_cache_ops.py",
+    "windows": "test_visibility.py",
+}
+"""The columns of the table, each a test or a file of them below ``tests/properties``."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One edit.
+
+    Attributes:
+        name: What is wrong.
+        file: Source file.
+        old: Text that stands there just once.
+        new: What to put in its place.
+        by: Property that must tell.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    by: str
+
+
+def _faults() -> list[Fault]:
+    found: list[Fault] = []
+
+    def plant(file: str, *edits: tuple[str, str, str, str]) -> None:
+        found.extend(Fault(name, file, old, new, by) for name, by, old, new in edits)
+
+    plant(
+        "passes/attention.py",
+        ("scale dropped", "P10 passes", "b.const(scale, np.float32)", "b.const(1.0, np.float32)"),
+        (
+            "scale applied twice",
+            "P10 passes",
+            'scores = b("MatMul", grouped, keys)',
+            'scores = b("Mul", b("MatMul", grouped, keys), b.const(scale, np.float32))',
+        ),
+        ("soft-cap dropped", "P10 passes", "if cap > 0.0:", "if cap > 1e9:"),
+        (
+            "mask negated",
+            "P10 passes",
+            'b("Unsqueeze", mask, b.const([1]))',
+            'b("Not", b("Unsqueeze", mask, b.const([1])))',
+        ),
+        ("hidden keys not hidden", "P10 passes", "HIDDEN_SCORE = -65504.0", "HIDDEN_SCORE = -5.0"),
+        (
+            "sinks of other heads",
+            "P10 passes",
+            "b.const([1, kv_heads, heads // kv_heads, 1, 1]))",
+            'b.const([1, heads // kv_heads, kv_heads, 1, 1]))\n    logit = b("Transpose", logit, perm=[0, 2, 1, 3, 4])',
+        ),
+        (
+            "heads grouped in strides",
+            "P10 passes",
+            "b.const([0, kv_heads, heads // kv_heads, -1, width]))",
+            "b.const([0, heads // kv_heads, kv_heads, -1, width]))\n"
+            '    grouped = b("Transpose", grouped, perm=[0, 2, 1, 3, 4])',
+        ),
+        ("one layer left out", "P5 word", "for node in self.sites(module):", "for node in self.sites(module)[:1]:"),
+    )
+    plant(
+        "passes/_kv_layouts.py",
+        (
+            "ring a turn behind",
+            "P10 passes",
+            'b("LessOrEqual", this_turn, last), this_turn',
+            'b("Less", this_turn, last), this_turn',
+        ),
+        (
+            "ring slots not wrapped",
+            "P10 passes",
+            'b("Mod", self.position_ids, self.length(slots)) if slots.ring else self.position_ids',
+            "self.position_ids",
+        ),
+        (
+            "newest slot taken for empty",
+            "P10 passes",
+            'b("Greater", self.slot_range(slots), self.last())',
+            'b("GreaterOrEqual", self.slot_range(slots), self.last())',
+        ),
+        ("padding written", "P10 passes", 'b("Where", self.padded(), b.const(DROPPED), slot)', "slot"),
+        (
+            "idle rows overwrite their first slots",
+            "P11 packages",
+            'b("Where", self._idle(), spare, self._first())',
+            'b("Where", self._idle(), b.const(0), self._first())',
+        ),
+        (
+            "idle rows overwrite their ring",
+            "P11 packages",
+            'new = b("Where", self._idle_rows(), found, new)',
+            "new = new",
+        ),
+        ("ring does not wrap", "P11 packages", 'mode = "circular"', 'mode = "linear"'),
+        (
+            "one spare slot",
+            "P11 packages",
+            'spare = max(s.symbols["seq_len"] for s in module.specializations)',
+            "spare = 1",
+        ),
+        (
+            "keys written to the slot after",
+            "P10 passes",
+            'retained = b("CtxScatter", past, self._written(slots), new,',
+            'retained = b("CtxScatter", past, b("Add", self._written(slots), b.const(1)), new,',
+        ),
+    )
+    plant(
+        "passes/kv_retention.py",
+        ("ring one slot short", "windows", "return window + longest - 1", "return window + longest - 2"),
+        (
+            "rings of one window only",
+            "P7 sites",
+            "sorted({s.window for s in module.states if s.window is not None}):",
+            "sorted({s.window for s in module.states if s.window is not None})[:1]:",
+        ),
+        (
+            "states of two layers swapped",
+            "P10 passes",
+            "        layout.finish()\n",
+            "        layout.finish()\n"
+            '        keys = [v for v in module.graph.outputs if (v.name or "").startswith("past_key")]\n'
+            "        if len(keys) > 1 and str(keys[0].shape) == str(keys[1].shape):\n"
+            "            keys[0].name, keys[1].name = keys[1].name, keys[0].name\n",
+        ),
+        (
+            "ring where it is as long as the context",
+            "P7 sites",
+            "if _ring_length(module, window) >= ctx_len:",
+            "if _ring_length(module, window) > ctx_len:",
+        ),
+    )
+    plant(
+        "passes/last_logits.py",
+        ("first token's logits", "P10 passes", 'b("ArgMax", positions', 'b("ArgMin", positions'),
+        (
+            "stale shape",
+            "P5 word",
+            "out.shape = ir.Shape([out.shape[0], 1, *out.shape.dims[2:]])",
+            "out.shape = ir.Shape(out.shape.dims)",
+        ),
+    )
+    plant(
+        "passes/legalize.py",
+        ("rotation backwards", "P10 passes", 'low = b("Sub"', 'low = b("Add"'),
+        (
+            "cosine and sine swapped in one half",
+            "P10 passes",
+            'b("Mul", second, cos), b("Mul", first, sin))',
+            'b("Mul", second, sin), b("Mul", first, cos))',
+        ),
+        (
+            "epsilon dropped",
+            "P10 passes",
+            "domain=device_ops.QTI_DOMAIN, epsilon=epsilon",
+            "domain=device_ops.QTI_DOMAIN",
+        ),
+        ("rounded constant of the tanh", "P10 passes", "f(0.044715)", "f(0.0447)"),
+        ("constant of the error function", "P10 passes", "f(math.sqrt(0.5))", "f(0.7)"),
+    )
+    plant(
+        "passes/fuse_rotary.py",
+        (
+            "halves taken for equal",
+            "P7 near misses",
+            "concat.inputs[0] is not concat.inputs[1] or concat.inputs[0] is None",
+            "concat.inputs[0] is None",
+        ),
+        ("cosine for sine", "P10 passes", 'b("RotaryEmbedding", x, cos, sin)', 'b("RotaryEmbedding", x, sin, cos)'),
+        ("queries only", "P7 sites", "for node in self.sites(module):", "for node in self.sites(module)[::2]:"),
+    )
+    plant(
+        "passes/fuse_activations.py",
+        (
+            "another GELU taken for it",
+            "P7 near misses",
+            "return op.Mul(x, op.Mul(0.5, op.Add(op.Erf(op.Div(x, math.sqrt(2.0))), 1.0)))",
+            "return op.Mul(x, op.Mul(0.5, op.Add(op.Erf(op.Div(x, 1.5)), 1.0)))",
+        ),
+        (
+            "tanh form becomes the exact one",
+            "P10 passes",
+            'op.Gelu(x, approximate="tanh")',
+            'op.Gelu(x, approximate="none")',
+        ),
+        ("gate of another slope", "P10 passes", "op.Swish(x, alpha=1.0)", "op.Swish(x, alpha=1.01)"),
+        (
+            "any gate taken for its own",
+            "P7 near misses",
+            "    return op.Mul(x, op.Sigmoid(x))",
+            "    return op.Mul(x, op.Sigmoid(op.Mul(x, 0.5)))",
+        ),
+    )
+    plant(
+        "passes/unflatten.py",
+        ("bias dropped", "P10 passes", 'product = b("Add", product, gemm.inputs[2])', "pass"),
+        (
+            "factors of the Gemm forgotten",
+            "P7 near misses",
+            "any(f != 1.0 for f in factors) or any(transposed)",
+            "any(transposed)",
+        ),
+    )
+    plant(
+        "passes/ort_attention.py",
+        ("scale left to the kernel", "P10 passes", 'for name in ("scale", "softcap")', 'for name in ("softcap",)'),
+        (
+            "part of a mask taken for all of it",
+            "P7 near misses",
+            '    node = made_by(mask, "LessOrEqual")\n',
+            '    both = made_by(mask, "And")\n'
+            '    node = made_by(mask if both is None else both.inputs[0], "LessOrEqual")\n',
+        ),
+        (
+            "keys and values swapped",
+            "P10 passes",
+            "b) for w in writes]\n    attributes",
+            "b) for w in writes[::-1]]\n    attributes",
+        ),
+        ("idle rows forgotten", "P11 packages", 'b("Where", b("Less", last, zero), kept, last)', "last"),
+        (
+            "a shared cache is fused",
+            "P5 word",
+            "list(write.outputs[0].consumers()) != [node]",
+            "node not in write.outputs[0].consumers()",
+        ),
+    )
+    plant("passes/ort_kernels.py", ("slope of a gate", "P10 passes", "alpha=alpha)", "alpha=alpha * 1.001)"))
+    plant("passes/fp16_clip.py", ("range of another type", "P10 passes", "FP16_MAX = 65504.0", "FP16_MAX = 2.5"))
+    plant(
+        "passes/canonicalize.py",
+        (
+            "tied weight split",
+            "P5 word",
+            "        dialect.attach(module.model)\n",
+            "        dialect.attach(module.model)\n"
+            "        for value in list(module.graph.initializers.values()):\n"
+            "            uses = list(value.uses())\n"
+            "            if len(uses) > 1 and len(value.shape or ()) == 2 and value.const_value is not None:\n"
+            '                name = f"{value.name}.copy"\n'
+            "                copy = ir.val(name, const_value=ir.tensor(value.const_value.numpy().copy(), name=name))\n"
+            "                copy.metadata_props.update(value.metadata_props)\n"
+            "                module.graph.register_initializer(copy)\n"
+            "                uses[-1].node.replace_input_with(uses[-1].idx, copy)\n",
+        ),
+        ("axis kept that is another", "P5 word", "dims.append(0)\n        elif", "dims.append(1)\n        elif"),
+    )
+    plant(
+        "qeff_ir/passing/manager.py",
+        (
+            "failure leaves half a pass",
+            "P6 transaction",
+            "for part in fields(module):",
+            "for part in fields(module)[1:]:",
+        ),
+        (
+            "changes not noticed",
+            "P5 word",
+            "modified = after != before or not checks.same_weights(snapshot, module)",
+            "modified = False",
+        ),
+    )
+    plant(
+        "qeff_ir/passing/rewriter.py",
+        (
+            "equal bytes of other constants",
+            "P10 passes",
+            "digest = hashlib.sha256(array.tobytes())",
+            "digest = hashlib.sha256(b'')",
+        ),
+    )
+    plant(
+        "qeff_ir/verifier.py",
+        (
+            "shapes of states not compared",
+            "P4 verifier",
+            "if value.dtype != state.dtype or _dims(value) != state.shape:",
+            "if value.dtype != state.dtype:",
+        ),
+        (
+            "order not checked",
+            "P4 verifier",
+            "if value is not None and value not in defined:",
+            "if value is not None and value in ():",
+        ),
+        (
+            "missing sizes not told",
+            "P4 verifier",
+            "if specialization.symbols.get(dim, 0) < 1:",
+            "if specialization.symbols.get(dim, 1) < 1:",
+        ),
+    )
+    plant(
+        "qeff_ir/verifier.py",
+        (
+            "operators of other opsets taken",
+            "P13 orders",
+            "if not onnx.defs.has(node.op_type, opset, node.domain):",
+            "if False:",
+        ),
+    )
+    plant(
+        "qeff_ir/printer.py",
+        ("rings not printed", "P1 text", 'marks += ["ring"] if state.ring else []', "marks += []"),
+        (
+            "attributes not printed",
+            "P1 text",
+            'for a in plain) + "}" if plain else',
+            'for a in plain) + "}" if not plain else',
+        ),
+    )
+    plant(
+        "passes/last_logits.py",
+        (
+            "one token chosen twice",
+            "P14 sequences",
+            "if logits.shape is not None and logits.shape[1] == 1:",
+            "if False:",
+        ),
+    )
+    plant(
+        "passes/_kv_layouts.py",
+        (
+            "last position of all rows",
+            "P12 rows",
+            'b("ReduceMax", self.position_ids, b.const([1]), keepdims=1)',
+            'b("ReduceMax", self.position_ids, b.const([0, 1]), keepdims=1)',
+        ),
+    )
+    plant(
+        "qeff_ir/module.py",
+        ("windows lost on loading", "P2 saved", 's["window"], s["ring"]', 'None, s["ring"]'),
+        ("outputs shared by a clone", "P2 saved", "model = self.model.clone()", "model = self.model"),
+    )
+    plant(
+        "qeff_ir/dialect.py",
+        (
+            "first token not stored",
+            "slots",
+            "stored = op.And(op.GreaterOrEqual(position_ids,",
+            "stored = op.And(op.Greater(position_ids,",
+        ),
+        (
+            "ring positions a turn behind",
+            "slots",
+            "op.Where(op.LessOrEqual(this_turn, last), this_turn",
+            "op.Where(op.Less(this_turn, last), this_turn",
+        ),
+        (
+            "sink keeps its weight",
+            "P10 passes",
+            "scores = op.Where(op.Unsqueeze(mask, one), scores,",
+            "scores = op.Where(op.Unsqueeze(mask, one), op.Abs(scores),",
+        ),
+    )
+    plant(
+        "qeff_ir/device_ops.py",
+        (
+            "norm without its scale",
+            "P10 passes",
+            "op.CastLike(op.Mul(scale, op.Cast(normal, to=1)), hidden_states)",
+            "op.CastLike(op.Cast(normal, to=1), hidden_states)",
+        ),
+    )
+    plant(
+        "backends/ai100/device_rules.py",
+        (
+            "slot 0 skipped",
+            "P11 packages",
+            "valid = op.And(op.GreaterOrEqual(position_ids,",
+            "valid = op.And(op.Greater(position_ids,",
+        ),
+    )
+    plant(
+        "backends/ai100/emulator.py",
+        ("states not kept", "P11 packages", "self._states, self._spare = self._spare, self._states", "pass"),
+    )
+    plant(
+        "backends/ai100/emit.py",
+        (
+            "precision of inputs only",
+            "P15 targets",
+            "for name in (state.input, state.output)]",
+            "for name in (state.input,)]",
+        ),
+    )
+    plant(
+        "backends/onnxruntime/session.py",
+        (
+            "states not written",
+            "P11 packages",
+            "io.bind_ortvalue_output(output, value)",
+            'io.bind_output(output, "cpu")',
+        ),
+        (
+            "states of other layers bound",
+            "P11 packages",
+            "io.bind_ortvalue_input(name, value)",
+            "io.bind_ortvalue_input(name, self._states[max(self._states)][1] if list(value.shape()) == list(self._states[max(self._states)][1].shape()) else value)",
+        ),
+    )
+    plant(
+        "qeff_ir/runtime/decoder.py",
+        ("position not advanced", "P11 driver", "self.positions + 1, -1)", "self.positions, -1)"),
+        ("short prompts first", "P11 driver", "start = (chunks - -(-len(tokens) // chunk)) * chunk", "start = 0"),
+        (
+            "positions off by one",
+            "P11 driver",
+            "positions[row, start : start + len(tokens)] = np.arange(len(tokens))",
+            "positions[row, start : start + len(tokens)] = np.arange(len(tokens)) + 1",
+        ),
+        (
+            "one step too many",
+            "P11 driver",
+            "if int(self.positions.max()) >= self.ctx_len:",
+            "if int(self.positions.max()) > self.ctx_len:",
+        ),
+    )
+    plant(
+        "qeff_ir/compiler.py",
+        ("context one slot short", "P15 targets", '"ctx_len": options.ctx_len}', '"ctx_len": options.ctx_len - 1}'),
+    )
+    plant(
+        "qeff_ir/frontend/capture.py",
+        ("scale a percent off", "P10 frontend", "scale = float(scaling) if", "scale = 1.01 * float(scaling) if"),
+        (
+            "query sees the next token",
+            "P10 frontend",
+            "mask_function(batch, head, position_ids[:, None, :, None],",
+            "mask_function(batch, head, position_ids[:, None, :, None] + 1,",
+        ),
+        (
+            "keys for values",
+            "P10 frontend",
+            "for t in (layer.keys, layer.values)]",
+            "for t in (layer.values, layer.keys)]",
+        ),
+        (
+            "window one token wider",
+            "P10 frontend",
+            "windows.append(int(layer.sliding_window))",
+            "windows.append(int(layer.sliding_window) + 1)",
+        ),
+    )
+    return found
+
+
+FAULTS = _faults()

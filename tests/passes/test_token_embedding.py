@@ -1,0 +1,153 @@
+"""The host looks up the tokens: the same numbers as in the graph, and the table only where something else needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from backends import find_backend
+from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir.errors import PackageError, PassError, RuntimeInputError
+from qeff_ir.frontend.source import Source, open_source
+from qeff_ir.module import CHANGED_KEY
+from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.interface import read_interface
+from qeff_ir.runtime.session import Array
+from qeff_ir.runtime.token_table import TokenTable
+from qeff_ir.storage import stored
+from tests.models import VOCAB, build
+from tests.support import PROMPTS, Lowered, apply, canonical, generate, tiny
+
+TIED = ["gemma2", "gpt2", "bloom"]
+"""The first scales what is looked up, the second looks up positions too, the third asks for the shape of the tokens."""
+UNTIED = ["llama", "gpt-oss"]
+
+
+def compiled(source: Source, target: str, folder: Path, side: str) -> QEFFAutoModelForCausalLM:
+    steps = find_backend(target).pipeline.replace("unflatten,", f"unflatten,token-embedding{{side={side}}},", 1)
+    model = QEFFAutoModelForCausalLM._from_source(source)  # pyright: ignore[reportPrivateUsage]
+    model.compile(
+        target=target,
+        pipeline=steps,
+        emit_only=True,
+        compile_dir=folder / f"{target}-{side}",
+        prefill_seq_len=8,
+        ctx_len=48,
+        batch_size=2,
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> QEFFAutoModelForCausalLM:
+    return compiled(Lowered("llama"), "onnxruntime", tmp_path_factory.mktemp("host"), "host")
+
+
+def logits(model: QEFFAutoModelForCausalLM) -> list[Array]:
+    decoder = model.runner(threads=1).decoder
+    return [decoder.prefill(PROMPTS), *(decoder.decode([5 + step, 9]) for step in range(3))]
+
+
+def ranges(folder: Path) -> list[tuple[tuple[str, str], ...]]:
+    """Where the initializers of the size of the table lie."""
+    (file,) = folder.glob("*.onnx")
+    found = onnx.load(str(file), load_external_data=False).graph.initializer
+    tables = [t for t in found if sorted(t.dims) == [32, VOCAB]]
+    return [tuple(sorted((e.key, e.value) for e in t.external_data)) for t in tables]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [*((n, "onnxruntime") for n in [*TIED, *UNTIED]), ("gemma2", "ai100"), ("llama", "ai100")]
+)
+def test_the_numbers_are_those_of_the_graph(name: str, target: str, tmp_path: Path) -> None:
+    """A table that is tied to the LM head is stored once, one that is not leaves with the look-up."""
+    source = Lowered(name)
+    graph, host = (compiled(source, target, tmp_path, side) for side in ("graph", "host"))
+    for ours, theirs in zip(logits(host), logits(graph), strict=True):
+        assert np.ptp(theirs) > 0
+        np.testing.assert_array_equal(ours, theirs)
+    inputs = read_interface(host.package.folder).inputs
+    assert [(t.name, t.dtype) for t in inputs[:2]] == [("inputs_embeds", np.float32), ("position_ids", np.int64)]
+    assert inputs[0].shape == ("batch_size", "seq_len", 32)
+    assert not any(t.name == "input_ids" for t in inputs)
+    assert len(ranges(host.package.folder)) == 1  # the LM head
+    found = ranges(graph.package.folder)
+    assert all(found) and len(set(found)) == len(found) == (1 if name in TIED else 2)
+    total = sum(p.numel() for p in source.model.parameters()) * 4  # a tied one counts once
+    stored = sum(f.stat().st_size for f in (graph.package.folder / "weights").iterdir())
+    assert 0.9 * total < stored < total + 32 * VOCAB * 4
+
+
+def test_transformers_generates_the_same(host: QEFFAutoModelForCausalLM) -> None:
+    ids = torch.tensor([PROMPTS[0], PROMPTS[0][::-1]])
+    kwargs: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    expected = generate(tiny("llama")[1], inputs=ids, attention_mask=torch.ones_like(ids), **kwargs)
+    assert torch.equal(host.generate(ids, **kwargs), expected)
+
+
+def test_another_row_is_another_token(host: QEFFAutoModelForCausalLM) -> None:
+    """The comparison above tells when the host looks up the wrong rows."""
+    first = logits(host)[0]
+    table = tiny("llama")[1].get_input_embeddings().weight.detach().numpy().copy()  # pyright: ignore
+    session = host.runner().decoder.session
+    np.testing.assert_array_equal(Decoder(session, TokenTable(ir.tensor(table))).prefill(PROMPTS), first)
+    table[PROMPTS[0][-1]] += 0.5
+    assert not np.array_equal(Decoder(session, TokenTable(ir.tensor(table))).prefill(PROMPTS)[0], first[0])
+
+
+def test_rows_of_a_narrow_checkpoint_are_mapped_not_loaded(tmp_path: Path) -> None:
+    model = build("llama")[1].to(dtype=torch.bfloat16)  # pyright: ignore
+    model.save_pretrained(tmp_path)
+    weight = open_source(tmp_path).weights()["model.embed_tokens.weight"]
+    ids = np.array([[5, 96, 5], [0, 1, 2]])
+    rows = TokenTable(weight).inputs(ids)["inputs_embeds"]
+    assert rows.dtype == np.float32
+    np.testing.assert_array_equal(rows, model.get_input_embeddings().weight.detach().float().numpy()[ids])  # pyright: ignore
+    data = stored(weight)
+    assert data.nbytes == 32 * VOCAB * 2
+    while not isinstance(data, np.memmap):
+        assert data.base is not None
+        data = data.base
+
+
+def test_a_package_alone_has_no_table(host: QEFFAutoModelForCausalLM) -> None:
+    with pytest.raises(PackageError, match="stay in the model's checkpoint: open the model itself and compile it"):
+        QEFFAutoModelForCausalLM.from_package(host.package.folder).runner()
+    with pytest.raises(RuntimeInputError, match="a token is outside the table of 97"):
+        host.runner().decoder.prefill([[VOCAB], [1]])
+
+
+def test_tokens_that_something_else_reads_stay() -> None:
+    module = canonical("llama")
+    ids = module.input("input_ids")
+    kept = module.output("logits").producer()
+    assert kept is not None
+    node = ir.node("Cast", [ids], {"to": ir.DataType.FLOAT})
+    total = ir.node("ReduceSum", [node.outputs[0]], {"keepdims": 0})
+    summed = ir.node("Add", [kept.outputs[0], total.outputs[0]])
+    module.graph.extend([node, total, summed])
+    old, new = kept.outputs[0], summed.outputs[0]
+    new.shape, new.type, old.name, new.name = old.shape, old.type, "before", "logits"
+    module.graph.outputs[0] = new
+    apply(module, "token-embedding")
+    assert [v.name for v in module.graph.inputs][:3] == ["inputs_embeds", "input_ids", "position_ids"]
+
+
+def test_what_the_host_cannot_do_is_refused() -> None:
+    module = canonical("llama")
+    module.graph.initializers["model.embed_tokens.weight"].metadata_props[CHANGED_KEY] = "merge-lora"
+    with pytest.raises(PassError, match=r"an earlier pass has changed the table model\.embed_tokens\.weight"):
+        apply(module, "token-embedding")
+    module = canonical("llama")
+    apply(module, "token-embedding{side=graph}")
+    assert module.input("input_ids").consumers()
+    apply(module, "token-embedding")
+    module.graph.inputs[0].name = "input_ids"
+    with pytest.raises(PassError, match="the tokens are looked up in 0 tables, not in one"):
+        apply(module, "token-embedding")

@@ -1,0 +1,287 @@
+"""What `QEFFAutoModel` and its heads take, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    CLIPConfig,
+)
+
+from qeff_ir import (
+    QEFFAutoModel,
+    QEFFAutoModelForCTC,
+    QEFFAutoModelForSequenceClassification,
+    QEFFAutoModelForTokenClassification,
+)
+from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError, UnsupportedModelError
+from qeff_ir.testing import tolerance
+from tests.encoders import ENCODERS, build, example
+
+PAIR = dict.fromkeys(("input_ids", "attention_mask"), ("batch_size", "seq_len"))
+IDS = {n: v.numpy() for n, v in example("distilbert", PAIR).items()}
+
+
+def saved(folder: Path, name: str = "distilbert") -> Path:
+    build(name).save_pretrained(folder)
+    return folder
+
+
+def exact(model: Any, inputs: Any) -> Any:
+    """What transformers makes of the inputs in float64."""
+    tensors = {k: torch.as_tensor(v) for k, v in inputs.items()}
+    with torch.no_grad():
+        return copy.deepcopy(model).double()(
+            **{k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+        )
+
+
+def reference(name: str, **inputs: Any) -> Any:
+    return exact(build(name), inputs)
+
+
+@pytest.fixture(scope="module")
+def vit() -> QEFFAutoModel:
+    model = QEFFAutoModel(build("vit"))
+    model.compile(target="onnxruntime")
+    return model
+
+
+class Weighted(torch.nn.Module):
+    """A pooling of the user's, with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.score = torch.nn.Linear(32, 1)
+
+    def forward(self, last_hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        score = self.score(last_hidden_states)[..., 0].masked_fill(attention_mask == 0, -1e4)
+        return (score.softmax(-1)[..., None] * last_hidden_states).sum(1)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
+def test_a_pooling_of_the_users(target: str) -> None:
+    model = QEFFAutoModel(build("distilbert"), pooling=(own := Weighted()), normalize=True)
+    model.compile(target=target, seq_len=[12], emit_only=True)
+    with torch.no_grad():
+        pooled = copy.deepcopy(own).double()(
+            reference("distilbert", **IDS).last_hidden_state, torch.tensor(IDS["attention_mask"])
+        )
+    expected = torch.nn.functional.normalize(pooled).numpy()
+    assert tolerance.error_over_rms(model.generate(IDS)["output"], expected) <= tolerance.bound(8)
+
+
+def test_a_sentence_transformers_folder_brings_its_pooling(tmp_path: Path) -> None:
+    saved(tmp_path)
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    modules = [
+        {"path": "" if i == 0 else f"{i}_{kind}", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    pooling = tmp_path / "1_Pooling" / "config.json"
+
+    def text(**kwargs: Any) -> str:
+        return str(QEFFAutoModel.from_pretrained(tmp_path, **kwargs).pipeline_for("onnxruntime"))
+
+    pooling.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
+    assert "embedding{pooling=cls normalize=true}" in text()
+    assert "embedding{pooling=cls}" in text(normalize=False)
+    assert "embedding{pooling=max}" in text(pooling="max")
+    pooling.write_text(json.dumps({"pooling_mode": ["mean", "lasttoken"]}))
+    assert "embedding{pooling=mean+last normalize=true dim=7}" in text(dim=7)
+    pooling.write_text(json.dumps({"pooling_mode": "median"}))
+    with pytest.raises(ModelLoadError, match="asks for the pooling 'median': there is cls, max, mean"):
+        text()
+    modules[2]["type"] = "sentence_transformers.models.Dense"
+    pooling.write_text("{}")
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UnsupportedModelError, match="has a module of type Dense, which is not read"):
+        text()
+    modules[1]["path"] = "../elsewhere"
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelLoadError, match=r"names '\.\./elsewhere', a folder outside the model: refused"):
+        text()
+
+
+@pytest.mark.parametrize(
+    ("pooling", "message"),
+    [
+        (
+            "average",
+            "there is no pooling 'average': use mean, max, cls, last, mean-sqrt-len, weighted-mean, several joined by "
+            "'+', or none",
+        ),
+        (3, "pooling is 3: give the name of a pooling, or a torch module of (last_hidden_states, attention_mask)"),
+        (
+            torch.nn.Identity(),
+            "the pooling Identity cannot be called with (last_hidden_states, attention_mask): too many positional "
+            "arguments",
+        ),
+    ],
+)
+def test_a_bad_pooling_is_refused_at_once(pooling: Any, message: str) -> None:
+    with pytest.raises(ModelLoadError) as error:
+        QEFFAutoModel(build("distilbert"), pooling=pooling)
+    assert str(error.value) == message
+
+
+def test_an_image_of_another_size_is_refused(vit: QEFFAutoModel) -> None:
+    with pytest.raises(RuntimeInputError) as error:
+        vit.generate(pixel_values=np.zeros((1, 3, 20, 20), np.float32))
+    assert str(error.value) == "pixel_values is [1, 3, 20, 20], the model takes [batch_size, 3, 16, 16]"
+    with pytest.raises(RuntimeInputError, match="pixel_values is int64, the model takes float32"):
+        vit.generate(pixel_values=np.zeros((1, 3, 16, 16), np.int64))
+
+
+def test_inputs_of_different_lengths_are_refused() -> None:
+    model = QEFFAutoModel(build("distilbert"))
+    model.compile(target="onnxruntime", seq_len=12)
+    with pytest.raises(RuntimeInputError) as error:
+        model.generate(input_ids=IDS["input_ids"], attention_mask=IDS["attention_mask"][:, :5])
+    assert str(error.value) == (
+        "attention_mask is [2, 5], the model takes [batch_size, seq_len], here with batch_size=2, seq_len=11"
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "there is no input: give pixel_values"),
+        ({"input_ids": [[1]]}, "there is no input: give pixel_values"),
+        ({"pixel_values": np.zeros((0, 3, 16, 16), np.float32)}, "the inputs are empty (batch_size=0): give at least"),
+        (
+            {"pixel_values": np.zeros((1, 3, 16, 16), np.float32), "labels": [[1]]},
+            "the model is compiled without the input 'labels': it takes pixel_values",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(inputs: Any, message: str, vit: QEFFAutoModel) -> None:
+    with pytest.raises(RuntimeInputError) as error:
+        vit.generate(inputs)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
+def test_heads_and_pairs_of_texts(target: str) -> None:
+    config = BertConfig(**ENCODERS["bert"].config, num_labels=3)
+    for head, auto in (
+        (QEFFAutoModelForSequenceClassification, AutoModelForSequenceClassification),
+        (QEFFAutoModelForTokenClassification, AutoModelForTokenClassification),
+    ):
+        torch.manual_seed(0)
+        theirs = auto.from_config(config, dtype=torch.float32).eval()
+        ours = head(theirs, inputs=["input_ids", "attention_mask", "token_type_ids"])
+        ours.compile(target=target, seq_len=[12, 16], batch_size=2, emit_only=True)
+        kinds = np.tile(np.arange(IDS["input_ids"].shape[1]) > 5, (2, 1)).astype(np.int64)
+        found = ours.generate(IDS, token_type_ids=kinds)["logits"]
+        expected = exact(theirs, {**IDS, "token_type_ids": kinds}).logits
+        other = exact(theirs, IDS).logits
+        keep = IDS["attention_mask"] > 0 if found.ndim == 3 else slice(None)
+        limit = tolerance.bound(9)
+        assert tolerance.error_over_rms(found[keep], expected.numpy()[keep]) <= limit
+        assert tolerance.error_over_rms(other.numpy()[keep], expected.numpy()[keep]) > 100 * limit
+        names = [s.name for s in ours.encoder().session.specializations]
+        assert names == [f"{ours.task.graph_name}_{i}" for i in range(2)]
+    with pytest.raises(RuntimeInputError, match="the input 'token_type_ids' is missing"):
+        ours.generate(IDS)
+
+
+def test_speech_becomes_text() -> None:
+    class Processor:
+        def batch_decode(self, ids: Any) -> list[str]:
+            return ["".join(chr(97 + i % 26) for i in row) for row in ids]
+
+    model = QEFFAutoModelForCTC(build("wav2vec2"))
+    model.compile(target="ai100", seq_len=401, emit_only=True)
+    sound = example("wav2vec2", {"input_values": ("batch_size", "seq_len")})
+    expected = reference("wav2vec2", **sound).logits.argmax(-1)
+    assert model.transcribe(Processor(), sound) == Processor().batch_decode(expected)
+    with pytest.raises(RuntimeInputError, match="the inputs have 402 tokens, the model is compiled for 401"):
+        model.transcribe(Processor(), input_values=np.zeros((1, 402), np.float32))
+
+
+def test_a_checkpoint_without_a_pooler_has_one_output_less(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved(tmp_path, "bert")
+    file = tmp_path / "model.safetensors"
+    weights = {k: v for k, v in load_file(file).items() if "pooler" not in k}
+    save_file(weights, file)
+    model = QEFFAutoModel.from_pretrained(tmp_path)
+    model.compile(target="onnxruntime", seq_len=16)
+    found = model.generate(IDS)
+    assert list(found) == ["last_hidden_state"]
+    expected = reference("bert", **IDS).last_hidden_state.numpy()
+    keep = IDS["attention_mask"] > 0
+    assert tolerance.error_over_rms(found["last_hidden_state"][keep], expected[keep]) <= tolerance.bound(6)
+    del weights["embeddings.word_embeddings.weight"]
+    save_file(weights, file)
+    with pytest.raises(
+        ModelLoadError, match=r"has no tensor 'embeddings\.word_embeddings\.weight', which BertModel needs"
+    ):
+        QEFFAutoModel.from_pretrained(tmp_path).compile(target="onnxruntime")
+
+
+def test_a_tower_of_two_is_taken_by_its_name(tmp_path: Path) -> None:
+    config = CLIPConfig(
+        text_config=ENCODERS["clip-text"].config, vision_config=ENCODERS["clip-vision"].config, projection_dim=16
+    )
+    torch.manual_seed(0)
+    theirs = AutoModel.from_config(config, dtype=torch.float32).eval()
+    theirs.save_pretrained(tmp_path)
+    model = QEFFAutoModel.from_pretrained(tmp_path, part="vision")
+    model.compile(target="onnxruntime")
+    images = example("clip-vision", {"pixel_values": ("batch_size", 3, 16, 16)})
+    expected = exact(theirs.vision_model, images).last_hidden_state.numpy()
+    found = model.generate(images)["last_hidden_state"]
+    assert tolerance.error_over_rms(found, expected) <= tolerance.bound(7)
+    with pytest.raises(ModelLoadError, match="CLIPConfig has no part 'audio': there is text, vision"):
+        QEFFAutoModel.from_pretrained(tmp_path, part="audio")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_len": 65}, "seq_len=65 is more than the 64 positions of DistilBertModel: use 64 or less"),
+        ({"seq_len": [8, 0]}, "seq_len must be whole numbers of at least 1, not 0"),
+        ({"seq_len": []}, "DistilBertModel takes inputs of any length: give seq_len, one or several"),
+    ],
+)
+def test_lengths_that_cannot_work_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(CompileError) as error:
+        QEFFAutoModel(build("distilbert")).compile(target="onnxruntime", **options)
+    assert str(error.value) == message
+
+
+def test_unknown_inputs_are_refused() -> None:
+    with pytest.raises(ModelLoadError, match="ViTModel has no input 'pixels': it takes pixel_values, "):
+        QEFFAutoModel(build("vit"), inputs=["pixels"]).compile(target="onnxruntime")
+
+
+def test_the_host_may_look_up_the_token_embeddings(tmp_path: Path) -> None:
+    """The graph then takes vectors, and the table stays out of the package."""
+    model = QEFFAutoModel(build("distilbert"), inputs=["inputs_embeds", "attention_mask"], pooling="mean")
+    model.compile(target="ai100", seq_len=12, emit_only=True, compile_dir=tmp_path / "package")
+    table = build("distilbert").get_input_embeddings()
+    vectors = table(torch.tensor(IDS["input_ids"])).detach().numpy()
+    found = model.generate(inputs_embeds=vectors, attention_mask=IDS["attention_mask"])["output"]
+    hidden, mask = reference("distilbert", **IDS).last_hidden_state.numpy(), IDS["attention_mask"][..., None]
+    expected = (hidden * mask).sum(1) / mask.sum(1)
+    assert tolerance.error_over_rms(found, expected) <= tolerance.bound(7)
+    (file,) = (tmp_path / "package").glob("*.onnx")
+    names = {i.name for i in onnx.load(str(file), load_external_data=False).graph.initializer}
+    assert "embeddings.position_embeddings.weight" in names and "embeddings.word_embeddings.weight" not in names

@@ -1,0 +1,103 @@
+"""Every tiny encoder against transformers in float64, on both sessions: text, vision and audio."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from backends import find_backend
+from backends.base import CompileOptions
+from qeff_ir.compiler import specialize
+from qeff_ir.frontend.forward_source import CTC, EMBEDDING, ForwardMemory, ForwardOptions
+from qeff_ir.frontend.inputs import find_inputs
+from qeff_ir.module import Module
+from qeff_ir.passing.manager import run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.runtime.encoder import Encoder
+from qeff_ir.runtime.interface import read_interface
+from qeff_ir.runtime.session import Array
+from qeff_ir.testing import tolerance
+from tests.encoders import ENCODERS, build, example
+
+TARGETS = ["onnxruntime", "ai100"]
+LENGTH = 16
+"""Compiled for more tokens than the texts have, so that padding counts."""
+
+
+@functools.cache
+def lowered(name: str) -> tuple[Module, dict[str, torch.Tensor], dict[str, Any]]:
+    """The module, an example, and what transformers makes of it in float64."""
+    source = ForwardMemory(build(name), ForwardOptions(CTC if "CTC" in ENCODERS[name].auto else EMBEDDING))
+    inputs = example(name, {i.name: i.shape for i in find_inputs(source.model)})
+    exact = copy.deepcopy(source.model).double()
+    with torch.no_grad():
+        outputs = exact(**{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
+    return source.lower(), inputs, dict(outputs)
+
+
+def compiled(name: str, target: str, folder: Path, embedding: str = "") -> Encoder:
+    module = lowered(name)[0].clone()
+    options = CompileOptions(batch_size=2, seq_len=(ENCODERS[name].samples or LENGTH,))
+    specialize(module, options)
+    pipeline = Pipeline.parse(find_backend(target).pipeline).without("last-logits")
+    run_pipeline(module, pipeline.insert_before("fuse-norms", embedding) if embedding else pipeline)
+    backend = find_backend(target)
+    backend.check(module, options)
+    backend.emit(module, folder, options)
+    return Encoder(backend.open_forward(folder, threads=1), read_interface(folder))
+
+
+def real(values: Array, inputs: dict[str, torch.Tensor]) -> Array:
+    """Values of tokens that are no padding; what stands at padding means nothing."""
+    mask = inputs.get("attention_mask")
+    return values[mask.numpy() > 0] if mask is not None and values.shape[:2] == tuple(mask.shape) else values
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_outputs_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    module, inputs, reference = lowered(name)
+    for target in TARGETS:
+        outputs = compiled(name, target, tmp_path / target).run(inputs)
+        assert list(outputs) == [k for k, v in reference.items() if isinstance(v, torch.Tensor)]
+        for key, values in outputs.items():
+            error = tolerance.error_over_rms(real(values, inputs), real(reference[key].numpy(), inputs))
+            assert error <= tolerance.bound(max(1, tolerance.depth(module, key))), (target, key)
+
+
+def test_a_lost_mask_is_caught(tmp_path: Path) -> None:
+    """The comparison above tells when padding takes part."""
+    module, inputs, reference = lowered("bert")
+    blind = compiled("bert", "onnxruntime", tmp_path).run({**inputs, "attention_mask": np.ones((2, 11), np.int64)})
+    error = tolerance.error_over_rms(
+        real(blind["last_hidden_state"], inputs), real(reference["last_hidden_state"].numpy(), inputs)
+    )
+    assert error > 1000 * tolerance.bound(tolerance.depth(module, "last_hidden_state"))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_a_decoder_embeds_texts_that_are_padded_on_the_left(name: str, tmp_path: Path) -> None:
+    """The last token is the last column of the text, also where the session adds padding on the right."""
+    module, inputs, _ = lowered(name)
+    left = {key: torch.stack([value[0], value[1].roll(4)]) for key, value in inputs.items()}
+    assert left["attention_mask"][1].tolist() == [0] * 4 + [1] * 7
+    exact = copy.deepcopy(build(name)).double()
+    with torch.no_grad():
+        hidden = exact(**left).last_hidden_state.numpy()
+        alone = exact(input_ids=left["input_ids"][1:, 4:]).last_hidden_state.numpy()[:, -1]
+    limit = tolerance.bound(tolerance.depth(module, "last_hidden_state"))
+    for target in TARGETS:
+        model = compiled(name, target, tmp_path / target, "embedding{pooling=last}")
+        found = model.run(left)["output"]
+        assert tolerance.error_over_rms(found, hidden[:, -1]) <= limit, target
+        for column in (0, -2):
+            assert tolerance.error_over_rms(found, hidden[:, column]) > 1000 * limit
+        if name == "qwen3":  # its positions are relative: padding changes nothing
+            assert tolerance.error_over_rms(found[1:], alone) <= limit, target
+        blind = model.run({**left, "attention_mask": torch.ones_like(left["attention_mask"])})["output"]
+        assert tolerance.error_over_rms(blind[1:], hidden[1:, -1]) > 1000 * limit
