@@ -84,10 +84,11 @@ def find_fold(model: PreTrainedModel, run: Run) -> Fold | None:
     Returns:
         What to trace, or `None` when no two layers are shown to be alike.
     """
-    path = _layer_list(model)
-    if path is None:
-        return None
-    count = len(model.get_submodule(path))  # pyright: ignore[reportArgumentType]
+    return next((fold for path in _layer_lists(model) if (fold := _fold(model, path, run)) is not None), None)
+
+
+def _fold(model: PreTrainedModel, path: str, run: Run) -> Fold | None:
+    count = len(_list(model, path))
     try:
         whole = _record(model, path, range(count), run(None))
     except Exception:  # not shown, or the model's own code raised something, which the full trace will tell
@@ -149,17 +150,12 @@ def _list(model: PreTrainedModel, path: str) -> list[torch.nn.Module]:
     return list(layers)
 
 
-def _layer_list(model: PreTrainedModel) -> str | None:
-    """Name of the only list with as many members as the model has layers."""
-    config = model.config.get_text_config(decoder=True)
-    count = getattr(config, "num_hidden_layers", None)
-    found = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
-    ]
-    outer = [n for n in found if not any(n.startswith(o + ".") for o in found)]
-    return outer[0] if len(outer) == 1 and isinstance(count, int) and count > 1 else None
+def _layer_lists(model: PreTrainedModel) -> list[str]:
+    """Names of the lists that may be the layers: as many as the configuration says, or else any outermost list."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1}
+    outer = [n for n in lists if not any(n.startswith(o + ".") for o in lists)]
+    return [n for n in outer if lists[n] == count] or outer
 
 
 def _does_the_same(model: PreTrainedModel, path: str, traced: list[int], run: Prepared, whole: _Record) -> bool:

@@ -94,8 +94,11 @@ def _folded(
     kept = [s for s in states if s.layer in fold.states]
     buffers = [(n, b) for n, b in model.named_buffers() if not isinstance(b, FakeTensor)]
     tensors = {**{n: tensor_adapters.TorchTensor(b, name=n) for n, b in buffers}, **weights}
-    with attributes_kept(model), cut(model, fold.path, fold.traced), marked(model, fold.path):
-        module = _module(_trace(model, kept, fake), model, cut_weights(weights, fold), kept)
+    try:
+        with attributes_kept(model), cut(model, fold.path, fold.traced), marked(model, fold.path):
+            module = _module(_trace(model, kept, fake), model, cut_weights(weights, fold), kept)
+    except UnsupportedModelError:  # what the whole model does tells, and what it says is about itself
+        return None
     layers = find_layers(module, fold, tensors)
     if layers is None:
         return None

@@ -1,8 +1,7 @@
 """Copies of layers: the graph of a model cut to one layer of each kind becomes that of the whole model.
 
-A copy has the nodes of the layer that it is a copy of, with the weights and the states of its own place. What a layer
-computes without its weights, its states and the hidden states (constants, mostly) is the same in all layers and stays
-one.
+A copy has the nodes of the layer that it is a copy of, with the weights and the states of its own place. Constants that
+a layer makes are the same in all copies, and stay one.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Layer:
         start: The mark where the hidden states enter.
         end: The mark where they leave.
         last: The last node of the layer, in graph order.
-        nodes: The nodes that depend on the hidden states, the layer's weights or its states, in order.
+        nodes: The nodes that compute anything but constants, in order, and those that read the sizes of its states.
         states: The states that these read.
     """
 
@@ -75,7 +74,11 @@ def find_layers(module: Module, fold: Fold, tensors: Tensors) -> list[Layer] | N
         if owner is not None and _moved(name, fold, owner, fold.traced[owner]) in tensors:
             home[value] = owner
     inputs = {module.input(s.input): s for s in module.states}
+    owners = {node: place.of(node.metadata_props.get(SOURCE_KEY, "")) for node in graph}
+    users: dict[ir.Value, set[int]] = {v: {o for n, _ in v.uses() if (o := owners.get(n)) is not None} for v in inputs}
     found = [Layer(start, end, end, [], []) for start, end in zip(starts, ends, strict=True)]
+    computed = set(graph.inputs)  # what is not constant
+    sizes: dict[ir.Value, int] = {}  # outside of layers, but computed from the states of one
     for node in graph:
         reads = {home[v] for v in node.inputs if v in home}
         if node in starts:
@@ -88,27 +91,49 @@ def find_layers(module: Module, fold: Fold, tensors: Tensors) -> list[Layer] | N
             if reads != {ends.index(node)}:
                 return None
             continue
-        owner = place.of(node.metadata_props.get(SOURCE_KEY, ""))
-        taken = [inputs[v] for v in node.inputs if v in inputs] if owner is not None else []
+        owner = owners[node]
         if owner is not None:
             found[owner].last = node
-        if not reads and not taken:
+        if reads - {owner}:
+            return None
+        if not reads and not any(v in computed for v in node.inputs):
             continue
-        if owner is None or reads - {owner} or _has_subgraph(node):
+        computed.update(node.outputs)
+        taken = [inputs[v] for v in node.inputs if v in inputs]
+        if owner is None:
+            of = {i for v in node.inputs for i in users.get(v, ())} | {sizes[v] for v in node.inputs if v in sizes}
+            if len(of) == 1 and node.outputs[0].dtype in (None, ir.DataType.INT64):
+                (index,) = of
+                sizes |= dict.fromkeys(node.outputs, index)
+                found[index].nodes.append(node)
+            continue
+        if _has_subgraph(node):
             return None
         found[owner].nodes.append(node)
         found[owner].states += [s for s in taken if s not in found[owner].states]
-        home |= dict.fromkeys(node.outputs, owner)
+        if reads or taken:
+            home |= dict.fromkeys(node.outputs, owner)
     order = {node: index for index, node in enumerate(graph)}
     for index, layer in enumerate(found):
         layer.last = max(layer.last, layer.end, key=order.__getitem__)
+        layer.nodes = _used(layer.nodes, owners, index)
         layer.states.sort(key=module.states.index)
         results = {home.get(module.output(s.output)) for s in layer.states}
-        users = {u.node for u in layer.end.outputs[0].uses()}
-        if results - {index} or (index + 1 < count and users != {starts[index + 1]}):
+        after = {u.node for u in layer.end.outputs[0].uses()}
+        if results - {index} or (index + 1 < count and after != {starts[index + 1]}):
             return None
     taken = [s for layer in found for s in layer.states]
     return found if len(taken) == len(module.states) and set(taken) == set(module.states) else None
+
+
+def _used(nodes: list[ir.Node], owners: Mapping[ir.Node, int | None], place: int) -> list[ir.Node]:
+    """Without the sizes that others read too: all layers share those."""
+    kept: set[ir.Node] = set()
+    for node in reversed(nodes):
+        users = [user for v in node.outputs for user, _ in v.uses()]
+        if owners[node] == place or (users and all(user in kept for user in users)):
+            kept.add(node)
+    return [node for node in nodes if node in kept]
 
 
 def unfold(module: Module, fold: Fold, layers: list[Layer], tensors: Tensors) -> None:
@@ -228,7 +253,7 @@ class _Copier:
             outputs=outputs,
             version=node.version,
             name=f"{node.name}.{self._index}" if node.name else None,
-            metadata_props={**node.metadata_props, SOURCE_KEY: self._renamed(node.metadata_props[SOURCE_KEY])},
+            metadata_props={**node.metadata_props, SOURCE_KEY: self._source(node)},
         )
 
     def value(self, value: ir.Value, name: str) -> ir.Value:
@@ -258,6 +283,11 @@ class _Copier:
         self.values[value] = made
         self.weights.append(made)
         return made
+
+    def _source(self, node: ir.Node) -> str:
+        """Where the copy is from; what reads sizes is from outside of layers."""
+        source = node.metadata_props[SOURCE_KEY]
+        return self._renamed(source) if source.startswith(f"{self._fold.path}.") else source
 
     def _renamed(self, name: str) -> str:
         return _moved(name, self._fold, self._old, self._index)

@@ -28,7 +28,11 @@ DEEPER: dict[str, dict[str, Any]] = {
     },
     "gpt-oss": {"num_hidden_layers": 4, "layer_types": PAIR * 2},
     "deepseek-v3": {"num_hidden_layers": 4},
+    "deepseek-v32": {"num_hidden_layers": 4},
+    "qwen3-next": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
 }
+# Layers use the keys and values of earlier ones, and inputs of their own: they are traced in full.
+APART = {"gemma3n"}
 
 
 @pytest.fixture
@@ -75,8 +79,8 @@ def digest(module: Module) -> dict[str, Any]:
         if sizes and node.op_type in ("Add", "Mul"):
             inputs.sort()
         if node.op_type == "Shape" and node.inputs[0] in module.graph.inputs:
-            start, end = (node.attributes[name].as_int() for name in ("start", "end"))
-            inputs, attributes = [str(node.inputs[0].shape[start:end])], []
+            start = node.attributes.get_int("start", 0)
+            inputs, attributes = [str(node.inputs[0].shape[start : node.attributes.get_int("end", None)])], []
         facts = (node.domain, node.op_type, attributes, source, types, inputs)
         nodes.append(hashlib.sha256(repr(facts).encode()).hexdigest())
         known |= {v: f"{nodes[-1]} {index}" for index, v in enumerate(node.outputs)}
@@ -93,7 +97,10 @@ def digest(module: Module) -> dict[str, Any]:
 def test_copies_are_what_a_full_trace_makes(name: str, folds: list[layers.Fold | None]) -> None:
     folded, whole = both(build(name, **DEEPER.get(name, {}))[1])
     (fold,) = folds
-    assert fold is not None and len(fold.traced) < len(fold.kinds)
+    if name in APART:
+        assert fold is None
+    else:
+        assert fold is not None and len(fold.traced) < len(fold.kinds)
     assert folded == whole
 
 
