@@ -39,6 +39,7 @@ from qeff_ir.frontend.skeleton import fake_weights
 from qeff_ir.frontend.stamp import cut_weights, find_layers, unfold
 from qeff_ir.frontend.states import CapturingCache
 from qeff_ir.frontend.weights import Weights
+from qeff_ir.garbage import settled
 from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, DimValue, Module, State, all_values, rename_symbols
 
 # Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
@@ -73,7 +74,7 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> M
             in it cannot be traced.
     """
     model = model.eval()
-    with torch.no_grad(), captured(model), fake_weights(model) as fake, quiet():
+    with settled(), torch.no_grad(), captured(model), fake_weights(model) as fake, quiet():
         with attributes_kept(model):
             states = _probe(model, fake)
         with attributes_kept(model):

@@ -101,7 +101,9 @@ def find_layers(module: Module, fold: Fold, tensors: Tensors) -> list[Layer] | N
         computed.update(node.outputs)
         taken = [inputs[v] for v in node.inputs if v in inputs]
         if owner is None:
-            of = {i for v in node.inputs for i in users.get(v, ())} | {sizes[v] for v in node.inputs if v in sizes}
+            of = {i for v in node.inputs if v in users for i in users[v]} | {
+                sizes[v] for v in node.inputs if v in sizes
+            }
             if len(of) == 1 and node.outputs[0].dtype in (None, ir.DataType.INT64):
                 (index,) = of
                 sizes |= dict.fromkeys(node.outputs, index)
