@@ -195,6 +195,15 @@ def state_not_written(module: Module) -> None:
     module.graph.outputs[index] = kept
 
 
+def states_of_two_layers_swapped(module: Module) -> None:
+    one, two = (
+        n for n in module.graph if n.op_type == "CacheUpdate" and (n.inputs[0].name or "").startswith("past_key")
+    )
+    past = one.inputs[0], two.inputs[0]
+    one.replace_input_with(0, past[1])
+    two.replace_input_with(0, past[0])
+
+
 def heads_grouped_wrongly(module: Module) -> None:
     """Query heads 0, 2 on the first key/value head and 1, 3 on the second: strided instead of blocked groups."""
     node = attentions(module)[0]
