@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend import ops, private, recurrences
+from qeff_ir.frontend import experts, ops, private, recurrences
 from qeff_ir.frontend.states import CapturingCache
 
 IMPLEMENTATION = "qeff"
@@ -103,7 +103,7 @@ def captured(model: PreTrainedModel) -> Generator[None]:
     """Route the model's attention, masks and experts through our ops; everything is put back on exit."""
     saved = private.snapshot_registries()
     implementation = private.attention_implementation(model)
-    experts = model.get_experts_implementation() if private.has_experts(model) else None
+    chosen = model.get_experts_implementation() if private.has_experts(model) else None
     # Attention outside the interface takes its mask as the implementation does that the model is fixed to: "eager" adds
     # it to the scores, "sdpa" hands it to torch.
     try:
@@ -114,13 +114,14 @@ def captured(model: PreTrainedModel) -> Generator[None]:
         model.set_attn_implementation(IMPLEMENTATION if private.supports_attention_interface(model) else "eager")
         if private.has_experts(model):
             model.set_experts_implementation("batched_mm")
-        with recurrences.replaced(model, lambda: _cache):
+        loops = contextlib.nullcontext() if private.has_experts(model) else experts.unrolled(model)
+        with loops, recurrences.replaced(model, lambda: _cache):
             yield
     finally:
         private.restore_registries(saved)
         model.set_attn_implementation(implementation)
-        if experts is not None:
-            model.set_experts_implementation(experts)
+        if chosen is not None:
+            model.set_experts_implementation(chosen)
 
 
 @contextlib.contextmanager

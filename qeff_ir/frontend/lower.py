@@ -30,12 +30,12 @@ from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
 from qeff_ir.frontend import ops
 from qeff_ir.frontend.capture import captured, tracing
-from qeff_ir.frontend.complexes import spell_out_complex
 from qeff_ir.frontend.layers import Fold, Prepared, cut, find_fold, marked
 from qeff_ir.frontend.own_masks import refuse_own_masks
 from qeff_ir.frontend.positions import give_positions
 from qeff_ir.frontend.private import onnx_translations
 from qeff_ir.frontend.skeleton import fake_weights
+from qeff_ir.frontend.spelling import drop_idle_squeezes, spell_out_complex
 from qeff_ir.frontend.stamp import cut_weights, find_layers, unfold
 from qeff_ir.frontend.states import CapturingCache
 from qeff_ir.frontend.weights import Weights
@@ -208,6 +208,7 @@ def _trace(model: PreTrainedModel, states: list[State], fake: FakeTensorMode) ->
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         spell_out_complex(exported)
+        drop_idle_squeezes(exported)
         give_positions(exported, "input_ids", "position_ids")
         program = convert(
             exported, ["input_ids", "position_ids", *(s.input for s in states)], ["logits", *(s.output for s in states)]

@@ -1,4 +1,4 @@
-"""Complex numbers that torch's exporter has no ONNX form for, written with the ones that it has."""
+"""What torch's exporter has no ONNX form for, or a wrong one, written with what it has."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ def spell_out_complex(program: ExportedProgram) -> None:
                 value = made
         node.replace_all_uses_with(value)
         graph.erase_node(node)
+
+
+def drop_idle_squeezes(program: ExportedProgram) -> None:
+    """Take out each squeeze of an axis that is longer than one, in place: nothing in torch, an error in ONNX."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.squeeze.dim:
+            value, axis = node.args
+            size = value.meta["val"].shape[axis] if value.meta["val"].dim() else 1
+            if isinstance(size, int) and size != 1:
+                node.replace_all_uses_with(value)
+                graph.erase_node(node)
