@@ -83,8 +83,8 @@ def test_shipped_devices_have_a_source_for_every_figure() -> None:
     assert [path.stem for path in DEVICES] == ["pro", "standard", "ultra"]
     for path in DEVICES:
         device = read_device(path)
-        known = {n for n in ("memory_gb", "bandwidth_gb_s", "tera_multiply_adds") if getattr(device, n) is not None}
-        assert set(device.sources) == known
+        figures = {n: getattr(device, n) for n in ("memory_gb", "bandwidth_gb_s", "tera_multiply_adds")}
+        assert set(device.sources) == set(figures) and all(figures.values())
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"name": "x"}', '{"memory_gb": -1}', None])
