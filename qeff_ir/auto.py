@@ -119,6 +119,7 @@ class QEFFAutoModelForCausalLM:
         num_devices: int = 1,
         mxfp6_matmul: bool = False,
         mxint8_kv_cache: bool = False,
+        weight_free: bool = False,
         compile_dir: str | Path | None = None,
         pipeline: str | None = None,
         emit_only: bool = False,
@@ -137,6 +138,7 @@ class QEFFAutoModelForCausalLM:
             num_devices: Devices that share the model.
             mxfp6_matmul: Compress constant matmul weights on the device.
             mxint8_kv_cache: Compress the KV cache on the device.
+            weight_free: Emit the AI 100 graph without weights; its compiler binds them from safetensors by itself.
             compile_dir: Folder of the package; one in the cache when not given.
             pipeline: Text of another pipeline than the target's own.
             emit_only: Write the package without running the target's compiler.
@@ -160,6 +162,7 @@ class QEFFAutoModelForCausalLM:
             num_devices=num_devices,
             mxfp6_matmul=mxfp6_matmul,
             mxint8_kv_cache=mxint8_kv_cache,
+            weight_free=weight_free,
             flags=compiler_options,
             force_flags=force_flags,
         )

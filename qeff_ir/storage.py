@@ -22,7 +22,7 @@ from qeff_ir.package import digest_file
 WEIGHTS = "weights"
 """Folder of the weight files, beside the ONNX file; ONNX takes only paths below its own folder."""
 
-_INLINE_BYTES = 1024
+INLINE_BYTES = 1024
 """Tensors up to this size stay inside the ONNX file, as constants do in the AI 100 contract (§8)."""
 
 _META_KEY = "qeff.range"
@@ -123,7 +123,7 @@ def save_model(model: ir.Model, folder: Path, filename: str) -> None:
         where = file_range(tensor)
         if where is not None:
             value.const_value = ir.ExternalTensor(
-                _link(where.file, folder, links),
+                link(where.file, folder, links),
                 where.offset,
                 where.length,
                 where.dtype,
@@ -131,7 +131,7 @@ def save_model(model: ir.Model, folder: Path, filename: str) -> None:
                 name=value.name or "",
                 base_dir=folder,
             )
-        elif tensor is not None and tensor.nbytes > _INLINE_BYTES:
+        elif tensor is not None and tensor.nbytes > INLINE_BYTES:
             loose.append(value)
     if loose:
         (folder / WEIGHTS).mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def save_model(model: ir.Model, folder: Path, filename: str) -> None:
     ir.save(copy, folder / filename)
 
 
-def _link(source: Path, folder: Path, links: dict[Path, str]) -> str:
+def link(source: Path, folder: Path, links: dict[Path, str]) -> str:
     """Make `source` reachable below `folder`; returns its location relative to the folder."""
     if not source.exists():
         raise PackageError(f"the weight file {source} is gone: restore it, or lower the model again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from backends.ai100 import specializations
+from backends.ai100 import specializations, weight_free
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.sdk import Sdk, description
 from backends.ai100.violation import Violation, refuse_first
+from qeff_ir.errors import PackageError
 from qeff_ir.module import EMBEDS
 
 _SUFFIX = "_RetainedState"
@@ -64,6 +65,15 @@ def violations(folder: Path) -> Iterator[Violation]:
     except Exception as error:  # protobuf and onnx-graphsurgeon raise types of their own
         yield Violation("onnx", f"{models[0].name} cannot be read ({type(error).__name__}): emit the package again")
         return
+    bound: set[str] = set()
+    try:
+        spec = weight_free.specification(proto)
+        if spec is not None:
+            bound = {item["name"] for item in spec["inputs"]}
+            yield from _weight_free(proto, spec, folder)
+    except PackageError as error:
+        yield Violation("weight-free", str(error))
+    graph.inputs = [tensor for name, tensor in _by_name(graph.inputs).items() if name not in bound]
     yield from _opsets(proto, sdk)
     yield from _ops(graph, sdk)
     yield from _interface(graph)
@@ -251,6 +261,19 @@ def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
     if len(precisions) > 1 or not precisions <= _PRECISIONS:
         found = ", ".join(sorted(precisions))
         yield Violation("custom-io", f"{CUSTOM_IO} has the precisions {found}: use float16 or mxint8 for all states")
+
+
+def _weight_free(proto: onnx.ModelProto, spec: Mapping[str, Any], folder: Path) -> Iterator[Violation]:
+    """Every weight is found where the metadata say, as its input wants it, and the graph holds none itself (§15.1)."""
+    text = next(p.value for p in proto.metadata_props if p.key == weight_free.METADATA)
+    sidecar = folder / weight_free.SPEC
+    if not sidecar.is_file() or sidecar.read_text() != text:
+        yield Violation("weight-free", f"{weight_free.SPEC} does not say what the model's metadata say")
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer):
+        yield Violation("weight-free", "a model without weights has an initializer in a file of its own")
+    whole = onnx.ModelProto()
+    whole.CopyFrom(proto)
+    weight_free.bind(whole, folder)
 
 
 def _weights(proto: onnx.ModelProto, folder: Path) -> Iterator[Violation]:
