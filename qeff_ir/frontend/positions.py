@@ -1,16 +1,21 @@
-"""Position tables that a model indexes by counting tokens: from the traced run on, the given positions index them.
+"""Positions that a model counts for itself: from the traced run on, the given positions stand in their place.
 
 Some models take no positions. They count (``arange(seq) + length of the cache``, or the tokens that are no padding)
-and look the count up in a table. Which lookups these are is not guessed from names: the index is computed on an
-example, without the rest of the model, and is a count if it gives ``c, c + 1, ...`` in every row, whatever the tokens
-are.
+and look the count up in a table, or take the distances between the tokens of a run and the slots of a cache. Which
+values these are is not guessed from names: they are computed on an example, without the rest of the model. An index is
+a count if it gives ``c, c + 1, ...`` in every row, whatever the tokens are; a table is one of distances if it holds
+``i - j`` in row ``i`` and column ``j``.
+
+A count is the same for all rows of a batch, positions are not: what was ``[seq, ...]`` becomes ``[batch, seq, ...]``.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -25,7 +30,7 @@ _SEQ, _BATCH, _SLOTS = 5, 2, 11
 
 
 def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int:
-    """Let every lookup by a count be one by the given positions, in place.
+    """Let every lookup by a count be one by the given positions, and every distance one of positions, in place.
 
     A table that is looked up by given positions and keeps a row for padding starts behind that row, as fairseq's do.
 
@@ -35,13 +40,16 @@ def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int
         positions: Name of the placeholder of the positions, ``[batch, seq]``.
 
     Returns:
-        How many lookups were changed.
+        How many nodes were changed.
     """
     graph = program.graph_module.graph
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     examples = [_Example(program, tokens, seed) for seed in (1, 2)]
     changed = 0
     for node in list(graph.nodes):
+        if node.target is torch.ops.aten.sub.Tensor and all(example.measures(node) for example in examples):
+            _measure(node, inputs[positions], list(inputs.values()))
+            changed += 1
         place = _LOOKUPS.get(node.target)
         if place is None:
             continue
@@ -102,6 +110,17 @@ class _Example:
         first = int(value.reshape(-1)[0])
         return first if bool((value == torch.arange(_SEQ) + first).all()) else None
 
+    def measures(self, node: Node) -> bool:
+        """Whether a table holds the distance of each token of the run to each slot of a cache."""
+        if node.meta["val"].is_floating_point() or node.meta["val"].dim() != 2:
+            return False
+        try:
+            value = self._value(node)
+        except Exception:
+            return False
+        rows, columns = torch.arange(_SEQ), torch.arange(_SLOTS)
+        return torch.equal(value, rows[:, None] - columns[None, :])
+
     def _value(self, node: Node) -> Any:
         if node not in self.values:
             if node.op != "call_function":
@@ -132,17 +151,66 @@ def _index_by(node: Node, place: int, start: Node, offset: int) -> None:
             index.meta = dict(start.meta)
             _update(index)
     old = node.args[place]
+    was = old[0] if isinstance(old, (list, tuple)) else old
+    batch_gained = isinstance(was, Node) and was.meta["val"].dim() < index.meta["val"].dim()
     axis = node.args[1]
+    axis_is_first = place == 1 or axis == 0
     if node.target is torch.ops.aten.index_select.default and isinstance(axis, int):  # which takes one axis only
         node.target = torch.ops.aten.index.Tensor
         node.args = (node.args[0], [*[None] * axis, index])
     else:
         node.update_arg(place, [index] if isinstance(old, (list, tuple)) else index)
-    todo = [node]
-    while todo:
-        current = todo.pop(0)
-        if _update(current):
-            todo.extend(current.users)
+    if batch_gained and axis_is_first:
+        _put_batch_first(node, node)
+    _follow([node])
+
+
+def _measure(node: Node, positions: Node, inputs: list[Node]) -> None:
+    """Take distances from the positions of the tokens to those in the slots of a cache of the same length."""
+    graph, aten = node.graph, torch.ops.aten
+    length = str(node.meta["val"].shape[1])
+    past = next((n for n in inputs if n.meta["val"].dim() == 4 and str(n.meta["val"].shape[2]) == length), None)
+    if past is None:
+        return
+    made: list[Node] = []
+    with graph.inserting_before(node):
+        for function, arguments in (
+            (torch.ops.qeff.cache_positions.default, lambda: (past, positions)),
+            (aten.unsqueeze.default, lambda: (made[0], 1)),
+            (aten.unsqueeze.default, lambda: (positions, 2)),
+            (aten.sub.Tensor, lambda: (made[2], made[1])),
+        ):
+            made.append(graph.call_function(function, arguments()))
+            made[-1].meta = dict(node.meta)
+            _update(made[-1])
+    _put_batch_first(node, made[-1])
+    _follow(list(made[-1].users))
+
+
+def _put_batch_first(node: Node, made: Node) -> None:
+    """Let `made`, ``[batch, ...]``, stand for `node`, ``[...]``; axes that are put before it are the batch's."""
+    rank = node.meta["val"].dim()
+    for user in list(node.users):
+        if _puts_first(user, rank):
+            for later in list(user.users):
+                if _puts_first(later, rank + 1):
+                    later.args = (made, 1)
+                else:
+                    later.replace_input_with(user, made)
+        elif node is not made:
+            user.replace_input_with(node, made)
+
+
+def _puts_first(node: Node, rank: int) -> bool:
+    return node.target is torch.ops.aten.unsqueeze.default and node.args[1] in (0, -rank - 1)
+
+
+def _follow(nodes: list[Node]) -> None:
+    """Bring the shapes of nodes up to date, and of all that follows from them, in the graph's order."""
+    changed: set[Node] = set()
+    for node in nodes[0].graph.nodes if nodes else ():
+        if (node in nodes or not changed.isdisjoint(node.all_input_nodes)) and _update(node):
+            changed.add(node)
 
 
 def _update(node: Node) -> bool:
@@ -151,9 +219,14 @@ def _update(node: Node) -> bool:
     if node.op != "call_function":
         return False
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    examples = [n.meta["val"] for n in node.all_input_nodes]
-    mode = next(e.fake_mode for e in examples if hasattr(e, "fake_mode"))
+    examples = [tensor for n in node.all_input_nodes for tensor in _tensors(n.meta["val"])]
+    mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), contextlib.nullcontext())
     with mode, torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
     after = node.meta["val"]
-    return isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.shape != after.shape
+    return [t.shape for t in _tensors(before)] != [t.shape for t in _tensors(after)]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """A tensor, or all tensors of a list."""
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]

@@ -114,8 +114,10 @@ def test_canonicalization_keeps_the_numbers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("op_type", "constant", "left"),
-    [("Add", 0.0, 0), ("Add", 1e-8, 1), ("Sub", 0.0, 0), ("Sub", -1e-8, 1)]
-    + [("Mul", 1.0, 0), ("Mul", 1.000001, 1), ("Div", 1.0, 0), ("Div", 1.000001, 1)],
+    [
+        *(("Add", 0.0, 0), ("Add", 1e-8, 1), ("Sub", 0.0, 0), ("Sub", -1e-8, 1)),
+        *(("Mul", 1.0, 0), ("Mul", 1.000001, 1), ("Div", 1.0, 0), ("Div", 1.000001, 1)),
+    ],
 )
 def test_only_what_changes_nothing_is_taken_out(op_type: str, constant: float, left: int) -> None:
     module = support.canonical("llama")
