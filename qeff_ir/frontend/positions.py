@@ -4,7 +4,8 @@ Some models take no positions. They count (``arange(seq) + length of the cache``
 and look the count up in a table, or take the distances between the tokens of a run and the slots of a cache. Which
 values these are is not guessed from names: they are computed on an example, without the rest of the model. An index is
 a count if it gives ``c, c + 1, ...`` in every row, whatever the tokens are; a table is one of distances if it holds
-``i - j`` in row ``i`` and column ``j``.
+``i - j`` in row ``i`` and column ``j``; a stored mask is one of truths ``[positions, positions]`` that is cut to the
+size of a run.
 
 A count is the same for all rows of a batch, positions are not: what was ``[seq, ...]`` becomes ``[batch, seq, ...]``.
 """
@@ -30,7 +31,7 @@ _SEQ, _BATCH, _SLOTS = 5, 2, 11
 
 
 def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int:
-    """Let every lookup by a count be one by the given positions, and every distance one of positions, in place.
+    """Let lookups by a count, distances and stored masks be those of the given positions, in place.
 
     A table that is looked up by given positions and keeps a row for padding starts behind that row, as fairseq's do.
 
@@ -48,8 +49,9 @@ def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int
     changed = 0
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.sub.Tensor and all(example.measures(node) for example in examples):
-            _measure(node, inputs[positions], list(inputs.values()))
-            changed += 1
+            changed += _measure(node, inputs[positions], list(inputs.values()))
+        if node.target is torch.ops.aten.slice.Tensor and (table := _stored_mask(node)) is not None:
+            changed += _look_up_mask(node, table, inputs[positions], list(inputs.values()))
         place = _LOOKUPS.get(node.target)
         if place is None:
             continue
@@ -143,13 +145,10 @@ def _ancestors(node: Node) -> set[Node]:
 
 def _index_by(node: Node, place: int, start: Node, offset: int) -> None:
     """Give a lookup the index ``start + offset``, and bring the shapes of all that follows up to date."""
-    graph = node.graph
     index = start
-    with graph.inserting_before(node):
+    with node.graph.inserting_before(node):
         if offset:
-            index = graph.call_function(torch.ops.aten.add.Tensor, (start, offset))
-            index.meta = dict(start.meta)
-            _update(index)
+            index = _call(torch.ops.aten.add.Tensor, start, offset)
     old = node.args[place]
     was = old[0] if isinstance(old, (list, tuple)) else old
     batch_gained = isinstance(was, Node) and was.meta["val"].dim() < index.meta["val"].dim()
@@ -165,26 +164,63 @@ def _index_by(node: Node, place: int, start: Node, offset: int) -> None:
     _follow([node])
 
 
-def _measure(node: Node, positions: Node, inputs: list[Node]) -> None:
+def _measure(node: Node, positions: Node, inputs: list[Node]) -> bool:
     """Take distances from the positions of the tokens to those in the slots of a cache of the same length."""
-    graph, aten = node.graph, torch.ops.aten
-    length = str(node.meta["val"].shape[1])
+    aten = torch.ops.aten
+    with node.graph.inserting_before(node):
+        slots = _slots(node, positions, inputs)
+        if slots is None:
+            return False
+        rows = _call(aten.unsqueeze.default, positions, 2)
+        made = _call(aten.sub.Tensor, rows, _call(aten.unsqueeze.default, slots, 1))
+    _put_batch_first(node, made)
+    _follow(list(made.users))
+    return True
+
+
+def _stored_mask(node: Node) -> Node | None:
+    """The table of truths, ``[1, ..., positions, positions]``, that a node cuts a piece out of, ``[..., seq, ctx]``."""
+    table = node
+    while table.target is torch.ops.aten.slice.Tensor and isinstance(table.args[0], Node):
+        table = table.args[0]
+    value = table.meta["val"]
+    if table.op != "placeholder" or value.dtype != torch.bool or value.dim() < 2 or value.shape[-1] != value.shape[-2]:
+        return None
+    cut = [not isinstance(size, int) for size in node.meta["val"].shape[-2:]]
+    return table if all(cut) and value.numel() == value.shape[-1] ** 2 else None
+
+
+def _look_up_mask(node: Node, table: Node, positions: Node, inputs: list[Node]) -> bool:
+    """Take the rows of the tokens' positions, and the columns of those in the slots of a cache, ``[batch, 1, ...]``."""
+    aten = torch.ops.aten
+    last = int(table.meta["val"].shape[-1]) - 1
+    with node.graph.inserting_before(node):
+        slots = _slots(node, positions, inputs)
+        if slots is None:
+            return False
+        rows = _call(aten.unsqueeze.default, _call(aten.clamp.default, positions, 0, last), 2)
+        columns = _call(aten.unsqueeze.default, _call(aten.clamp.default, slots, 0, last), 1)
+        made = _call(aten.index.Tensor, _call(aten.view.default, table, [last + 1, last + 1]), [rows, columns])
+        while made.meta["val"].dim() < node.meta["val"].dim():
+            made = _call(aten.unsqueeze.default, made, 1)
+    node.replace_all_uses_with(made)
+    _follow(list(made.users))
+    return True
+
+
+def _slots(node: Node, positions: Node, inputs: list[Node]) -> Node | None:
+    """The position in each slot of a cache that is as long as a node's last axis."""
+    length = str(node.meta["val"].shape[-1])
     past = next((n for n in inputs if n.meta["val"].dim() == 4 and str(n.meta["val"].shape[2]) == length), None)
-    if past is None:
-        return
-    made: list[Node] = []
-    with graph.inserting_before(node):
-        for function, arguments in (
-            (torch.ops.qeff.cache_positions.default, lambda: (past, positions)),
-            (aten.unsqueeze.default, lambda: (made[0], 1)),
-            (aten.unsqueeze.default, lambda: (positions, 2)),
-            (aten.sub.Tensor, lambda: (made[2], made[1])),
-        ):
-            made.append(graph.call_function(function, arguments()))
-            made[-1].meta = dict(node.meta)
-            _update(made[-1])
-    _put_batch_first(node, made[-1])
-    _follow(list(made[-1].users))
+    return None if past is None else _call(torch.ops.qeff.cache_positions.default, past, positions)
+
+
+def _call(function: Any, first: Node, *rest: Any) -> Node:
+    """A new node, with its example value."""
+    made = first.graph.call_function(function, (first, *rest))
+    made.meta = dict(first.meta)
+    _update(made)
+    return made
 
 
 def _put_batch_first(node: Node, made: Node) -> None:
