@@ -13,7 +13,7 @@ A count is the same for all rows of a batch, positions are not: what was ``[seq,
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -26,6 +26,9 @@ _LOOKUPS: dict[Any, int] = {
     torch.ops.aten.index.Tensor: 1,
 }
 """Which argument of a lookup is the index."""
+
+_LIKE: dict[Any, int] = {torch.ops.aten.zeros_like.default: 0, torch.ops.aten.ones_like.default: 1}
+"""Ops that look at the size of what they are given, and what they fill it with."""
 
 _SEQ, _BATCH, _SLOTS = 5, 2, 11
 
@@ -53,7 +56,7 @@ def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int
         if node.target is torch.ops.aten.slice.Tensor and (table := _stored_mask(node)) is not None:
             changed += _look_up_mask(node, table, inputs[positions], list(inputs.values()))
         place = _LOOKUPS.get(node.target)
-        if place is None:
+        if place is None or _take_number(node, examples):
             continue
         index = node.args[place]
         index = index[0] if isinstance(index, (list, tuple)) and len(index) == 1 else index
@@ -86,13 +89,14 @@ class _Example:
         buffers = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
         inputs = {node.name: node for node in program.graph_module.graph.nodes if node.op == "placeholder"}
         rows, columns = (str(size) for size in inputs[tokens].meta["val"].shape)
-        sizes = {rows: _BATCH, columns: _SEQ}
+        self.sizes = {rows: _BATCH, columns: _SEQ}
         for node in inputs.values():
             if node.name == tokens:
                 self.values[node] = torch.randint(3, 50, (_BATCH, _SEQ), generator=generator)
             elif node.name in signature.user_inputs:  # only its size can count
                 shape = [
-                    size if isinstance(size, int) else sizes.get(str(size), _SLOTS) for size in node.meta["val"].shape
+                    size if isinstance(size, int) else self.sizes.get(str(size), _SLOTS)
+                    for size in node.meta["val"].shape
                 ]
                 self.values[node] = torch.zeros(shape, dtype=node.meta["val"].dtype)
             elif node.name in buffers:
@@ -112,6 +116,14 @@ class _Example:
         first = int(value.reshape(-1)[0])
         return first if bool((value == torch.arange(_SEQ) + first).all()) else None
 
+    def number(self, node: Node) -> float | None:
+        """What a tensor holds everywhere, if that is one number."""
+        try:
+            value = self._value(node)
+        except Exception:
+            return None
+        return value.flatten()[0].item() if value.numel() and bool((value == value.flatten()[0]).all()) else None
+
     def measures(self, node: Node) -> bool:
         """Whether a table holds the distance of each token of the run to each slot of a cache."""
         if node.meta["val"].is_floating_point() or node.meta["val"].dim() != 2:
@@ -124,6 +136,9 @@ class _Example:
         return torch.equal(value, rows[:, None] - columns[None, :])
 
     def _value(self, node: Node) -> Any:
+        if node not in self.values and node.target in _LIKE:
+            shape = [self.sizes.get(str(size), size) for size in node.meta["val"].shape]
+            self.values[node] = torch.full(shape, _LIKE[node.target])
         if node not in self.values:
             if node.op != "call_function":
                 raise LookupError(node.name)
@@ -162,6 +177,29 @@ def _index_by(node: Node, place: int, start: Node, offset: int) -> None:
     if batch_gained and axis_is_first:
         _put_batch_first(node, node)
     _follow([node])
+
+
+def _take_number(node: Node, examples: list[_Example]) -> bool:
+    """Let a lookup in what holds one number everywhere (kinds of tokens, where all are text) be that number."""
+    if node.target is not torch.ops.aten.index.Tensor or not isinstance(node.args[0], Node):
+        return False
+    indices = cast("list[Node | None]", node.args[1])
+    number = examples[0].number(node.args[0])
+    if number is None or number != examples[1].number(node.args[0]) or len(indices) != node.args[0].meta["val"].dim():
+        return False
+    given = [index for index in indices if index is not None]
+    if len(given) != len(indices):
+        return False
+    with node.graph.inserting_before(node):
+        shaped = given[0]
+        for index in given[1:]:
+            shaped = _call(torch.ops.aten.add.Tensor, shaped, index)
+        made = node.graph.call_function(
+            torch.ops.aten.full_like.default, (shaped, number), {"dtype": node.meta["val"].dtype}
+        )
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    return True
 
 
 def _measure(node: Node, positions: Node, inputs: list[Node]) -> bool:
