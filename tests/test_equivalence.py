@@ -272,7 +272,8 @@ def window_forgotten(module: Module) -> None:
 
 
 def padding_in_the_state(module: Module) -> None:
-    _keep_padding(module, nodes(module, "LinearAttention")[0], 6)
+    for node in nodes(module, "LinearAttention"):
+        _keep_padding(module, node, 6)
 
 
 def padding_in_the_window(module: Module) -> None:
