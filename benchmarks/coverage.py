@@ -185,16 +185,16 @@ def _markdown(rows: list[Row]) -> str:
         "# Architectures",
         "",
         f"{len(passed)} of {len(rows)} causal LMs of transformers {report.versions()['transformers']} answer as "
-        f"transformers does, on the onnxruntime session and in the AI 100 emulator; {within} of them within the bound of "
-        "the tests on both.",
+        f"transformers does, on the onnxruntime session and in the AI 100 emulator; {within} of them within the tests' "
+        "bound on both.",
         "",
         "Made by `python -m benchmarks coverage`: each architecture small, with random weights, in float32; two "
         "prompts of unequal lengths, prefill in chunks of 8, decode past the windows. `error` is the largest "
         "`max|error| / rms` of the logits on any backend, `bound` what the tests allow (8 units of roundoff times the "
         "root of the matrix products in a row). Untrained weights lose more digits than that in some architectures, in "
         "transformers itself: `limit` is 4 times what transformers differs from itself by, in float64 and with its own "
-        "cache, if that is more than the bound, and never more than 16 times the bound. The faults that the tests plant "
-        "show at 100 times the bound at least, so none of them would pass here.",
+        "cache, if that is more than the bound, and never more than 16 times the bound. The faults that tests plant show "
+        "at 100 times the bound at least, so none of them would pass here.",
         "",
         "| architecture | model | result | error | bound | limit | nodes | states | seconds | reason |",
         "|---|---|---|---|---|---|---|---|---|---|",
