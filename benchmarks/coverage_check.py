@@ -80,9 +80,9 @@ def _check(job: Job, row: Row, folder: Path) -> None:
     reference = reference_trace(model, prompts, STEPS)
     module = MemorySource(model).lower()
     row.nodes, row.states = len(module.graph), len(module.states)
-    bound = tolerance.bound(tolerance.depth(module))
+    row.bound = tolerance.bound(tolerance.depth(module))
     own = _ROUNDINGS * _rounding(model, prompts, reference.tokens)
-    row.limit = min(max(bound, own), _WORST * bound)
+    row.limit = min(max(row.bound, own), _WORST * row.bound)
     failures: list[str] = []
     for target in backend_names():
         backend, lowered = find_backend(target), module.clone()

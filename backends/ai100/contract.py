@@ -211,10 +211,11 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         if name in adapters:
             if not all(isinstance(size, int) for size in shape):
                 yield Violation("dtype-shape", f"the adapter {name} is {shape}, not of a fixed size")
-        elif name.startswith("past_") and (len(shape) != 4 or shape[0] != "batch_size"):
+        elif name.startswith(_ROLES[3:]):
+            if shape[:1] != ["batch_size"] or any(isinstance(d, str) for d in shape[1:]):
+                yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is batch_size")
+        elif len(shape) != 4 or shape[0] != "batch_size":
             yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, slots, width]")
-        if name.startswith(_ROLES[3:]) and (shape[:1] != ["batch_size"] or any(isinstance(d, str) for d in shape[1:])):
-            yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is batch_size")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
 

@@ -47,24 +47,26 @@ def _looks_up_tokens_by_slot(node: ir.Node) -> bool:
     if node.op_type not in ("GatherND", "Gather", "GatherElements"):
         return False
     data, index = node.inputs[:2]
-    if data is None or index is None or data.is_initializer() or data.dtype == ir.DataType.FLOAT:
+    if data is None or index is None or data.dtype == ir.DataType.FLOAT:
         return False
-    return _depends_on(index, {"CachePositions"}) and not _depends_on(data, {"CachePositions", "CacheUpdate"})
+    made = _makers(data)
+    return "CachePositions" in _makers(index) and "input" in made and made.isdisjoint({"CachePositions", "CacheUpdate"})
 
 
-def _depends_on(value: ir.Value, op_types: set[str]) -> bool:
-    """Whether a value is made from one of these ops' by arithmetic on whole numbers and truths alone."""
-    todo, seen = [value], {value}
+def _makers(value: ir.Value) -> set[str]:
+    """Ops that a value is made with, by arithmetic on whole numbers and truths alone; "input" for a graph input."""
+    todo, seen, made = [value], {value}, set[str]()
     while todo:
-        node = todo.pop().producer()
+        current = todo.pop()
+        node = current.producer()
         if node is None:
+            made.update({"input"} if current.is_graph_input() else ())
             continue
-        if node.op_type in op_types:
-            return True
+        made.add(node.op_type)
         new = [v for v in node.inputs if v is not None and v not in seen and v.dtype != ir.DataType.FLOAT]
         seen.update(new)
         todo.extend(new)
-    return False
+    return made
 
 
 def _cuts_stored_mask(node: ir.Node) -> bool:
