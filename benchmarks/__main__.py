@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import compare, coverage, embed, every, lora, lowering, package, passes, pipeline, race
+from benchmarks import compare, coverage, embed, every, lora, lowering, package, passes, pipeline, race, table
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_show_locals=False)
 app.command("lowering")(lowering.main)
@@ -17,6 +17,7 @@ app.command("coverage")(coverage.main)
 app.command("package")(package.main)
 app.command("passes")(passes.main)
 app.command("all")(every.main)
+app.command("table")(table.main)
 app.command("compare")(compare.main)
 
 if __name__ == "__main__":
