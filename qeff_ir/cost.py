@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
-from qeff_ir.module import WEIGHT_KEY, Module, Specialization
+from qeff_ir.module import EMBEDS, WEIGHT_KEY, Module, Specialization
 from qeff_ir.passing.hiding import hidden_weights
 
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -97,7 +97,7 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
         item.multiply_adds += _multiply_adds(node, shapes)
         for value in node.inputs:
             name = value.name if value is not None else None
-            if value is None or name is None or WEIGHT_KEY not in value.metadata_props:
+            if value is None or name is None or not _is_weight(value):
                 continue
             rows = node.op_type == "Gather" and value is node.inputs[0]
             if not rows and name in read:
@@ -106,8 +106,8 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
             item.weight_bytes += elements * _width(value, stored, multiplied)
             if not rows:
                 read.add(name)
-    for value in module.graph.initializers.values():
-        if WEIGHT_KEY in value.metadata_props:
+    for value in (*module.graph.initializers.values(), *module.graph.inputs):
+        if _is_weight(value):
             resident += _elements(shapes, value) * _width(value, stored, multiplied)
     symbols = specialization.symbols
     state_bytes = written = 0.0
@@ -128,6 +128,11 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
         resident + state_bytes,
         dict(sorted(ops.items(), key=lambda pair: (-pair[1].multiply_adds, -pair[1].weight_bytes, pair[0]))),
     )
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether a value is a weight, in the graph or bound from outside; the host's embeddings only name theirs."""
+    return WEIGHT_KEY in value.metadata_props and value.name != EMBEDS
 
 
 def _multiply_adds(node: ir.Node, shapes: _Shapes) -> int:
@@ -160,7 +165,7 @@ def _multiplied(module: Module) -> set[ir.Value]:
             for value in node.inputs[:2]:
                 maker = value.producer() if value is not None else None
                 source = maker.inputs[0] if maker is not None and maker.op_type == "Transpose" else value
-                if source is not None and source.is_initializer():
+                if source is not None and (source.is_initializer() or _is_weight(source)):
                     found.add(source)
     return found
 

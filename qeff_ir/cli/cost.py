@@ -50,12 +50,20 @@ def command(
 
 
 def _module(package: Path) -> Module:
+    from onnx_ir.passes.common import InlinePass
+
+    from qeff_ir import device_ops, dialect
     from qeff_ir.snapshot import load_module
 
     files = sorted(package.glob("*.onnx"))
     if len(files) != 1:
         raise PackageError(f"{package} holds {len(files)} ONNX files, so it is not clear what to count")
-    return load_module(files[0])
+    module = load_module(files[0])
+    own = (dialect.DOMAIN, *device_ops.DOMAINS)
+    for key in [key for key in module.model.functions if key[0] in own]:
+        del module.model.functions[key]
+    InlinePass()(module.model)  # layers that are functions
+    return module
 
 
 def _storage(manifest: Manifest) -> Storage:

@@ -7,18 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from backends.ai100 import BACKEND, contract, weight_free
 from backends.base import CompileOptions
-from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
+from qeff_ir.cli.app import app
 from qeff_ir.errors import PackageError
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.testing import tolerance
 from qeff_ir.testing.trace import compare, session_trace
 from tests import support
+from tests.encoders import build
 
 from .test_contract import codes, edit_model
 
@@ -90,6 +94,32 @@ def test_the_graph_has_no_weights_and_the_files_have_all(package: Path) -> None:
 def test_the_files_of_the_checkpoint_are_linked(package: Path) -> None:
     checkpoint = package.parent / "model" / "model.safetensors"
     assert (package / "weights" / checkpoint.name).samefile(checkpoint)
+
+
+def test_a_forward_pass_answers_as_in_the_usual_form(tmp_path: Path) -> None:
+    answers: list[Any] = []
+    for name, free in (("usual", False), ("free", True)):
+        model = QEFFAutoModel(build("distilbert"))
+        model.compile(target="ai100", emit_only=True, seq_len=8, weight_free=free, compile_dir=tmp_path / name)
+        ids = np.arange(4, 12)[None]
+        answers.append(model.generate({"input_ids": ids, "attention_mask": np.ones_like(ids)}))
+    usual, free = answers
+    assert set(usual) == set(free)
+    assert all(np.array_equal(usual[key], free[key]) and np.any(usual[key]) for key in usual)
+
+
+def test_the_costs_are_those_of_the_usual_form(package: Path, tmp_path: Path) -> None:
+    said: list[Any] = []
+    for name, more in (("usual", {}), ("functions", {"sub_functions": True})):
+        model = QEFFAutoModelForCausalLM.from_pretrained(package.parent / "model")
+        options: dict[str, Any] = {"batch_size": 2, "prefill_seq_len": 8, "ctx_len": 48, **more}
+        model.compile(target="ai100", emit_only=True, compile_dir=tmp_path / name, **options)
+    for folder in (tmp_path / "usual", tmp_path / "functions", package):
+        result = CliRunner().invoke(app, ["cost", str(folder), "--json"])
+        assert result.exit_code == 0, result.output
+        said.append([{k: v for k, v in item.items() if k != "ops"} for item in json.loads(result.stdout)])
+    assert said[0][0]["weight_bytes"] > 0
+    assert said[1] == said[0] and said[2] == said[0]
 
 
 def _other_key(spec: Any) -> None:
