@@ -349,7 +349,7 @@ class _Stuck(Decoder):
         return logits
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "bart", "roberta"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "bart", "roberta", "roformer", "inkling"])
 def test_a_position_that_is_not_advanced_is_caught(name: str, tmp_path: Path) -> None:
     reference = support.reference(name)
     decoder = support.open_decoder(support.canonical(name), tmp_path)
