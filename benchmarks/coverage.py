@@ -205,8 +205,8 @@ def _markdown(rows: list[Row]) -> str:
         "`max|error| / rms` of the logits on any backend, `bound` what the tests allow (8 units of roundoff times the "
         "root of the matrix products in a row). Untrained weights lose more digits than that in some architectures, in "
         "transformers itself: `limit` is 4 times what transformers differs from itself by, in float64 and with its own "
-        "cache, if that is more than the bound, and never more than 16 times the bound. The faults that tests plant "
-        "show at 100 times the bound at least, so none of them would pass here.",
+        "cache, if that is more than the bound, and never more than 16 times the bound. Faults planted in tests show "
+        "at 100 times the bound at least, so none of them would pass here.",
         "",
         "| architecture | model | result | error | bound | limit | nodes | states | seconds | reason |",
         "|---|---|---|---|---|---|---|---|---|---|",

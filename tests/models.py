@@ -130,6 +130,26 @@ MODELS: dict[str, TinyModel] = {
     "roberta": TinyModel(  # the table of positions begins with a row for padding
         "roberta", {**_COMMON, "is_decoder": True, "type_vocab_size": 2},
     ),
+    "roformer": TinyModel(  # rotates by a table that it counts into
+        "roformer", {**_COMMON, "embedding_size": 32, "is_decoder": True},
+    ),
+    "gpt-neo": TinyModel(  # cuts its masks, of which one has a window, out of a stored one
+        "gpt_neo",
+        {
+            "vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": WINDOW,
+            "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 256, "initializer_range": 0.05,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        },
+    ),
+    "inkling": TinyModel(  # biases by distances that it counts; convolutions of keys, values and blocks
+        "inkling_text",
+        {
+            **_COMMON, "sliding_window_size": WINDOW, "swa_head_dim": 8, "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2, "layer_types": ["hybrid_sliding", "hybrid"], "moe_intermediate_size": 48,
+            "mlp_layer_types": ["sparse", "sparse"], "n_routed_experts": 8, "num_experts_per_tok": 2,
+        },
+        windowed=(0,),
+    ),
     "mamba": TinyModel(  # states only: no attention
         "mamba",
         {

@@ -286,6 +286,24 @@ def delta_rule_dropped(module: Module) -> None:
         node.attributes["delta"] = ir.AttrFloat32("delta", 0.0)
 
 
+def stored_mask_ignored(module: Module) -> None:
+    """The layer with a window sees all that the causal mask lets it see."""
+    node = [n for n in nodes(module, "GatherND") if n.outputs[0].dtype == ir.DataType.BOOL][-1]
+    table = node.inputs[0]
+    assert table is not None
+    b = Rewriter(module, "fault").at(node)
+    node.replace_input_with(0, b("Or", table, b.const(True, np.bool_), shape=table.shape, dtype=table.dtype))
+
+
+def distances_off_by_one(module: Module) -> None:
+    node = next(n for n in nodes(module, "Sub") if len(n.outputs[0].shape or ()) == 3)
+    assert node.outputs[0].dtype == ir.DataType.INT64
+    b = Rewriter(module, "fault").at(node)
+    rows = node.inputs[0]
+    assert rows is not None
+    node.replace_input_with(0, b("Add", rows, b.const(1, np.int64), shape=rows.shape, dtype=rows.dtype))
+
+
 FAULTS: list[tuple[str, support.Mutation]] = [
     ("mistral", window_too_wide),
     ("mistral", window_too_narrow),
@@ -309,6 +327,8 @@ FAULTS: list[tuple[str, support.Mutation]] = [
     ("bloom", no_position_bias),
     ("llama", one_block_skipped),
     ("gpt2", one_block_skipped),
+    ("gpt-neo", stored_mask_ignored),
+    ("inkling", distances_off_by_one),
     ("mamba", recurrent_state_forgotten),
     ("qwen3-next", recurrent_state_forgotten),
     ("mamba", window_forgotten),
@@ -349,7 +369,7 @@ class _Stuck(Decoder):
         return logits
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "bart", "roberta"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "bart", "roberta", "roformer", "inkling"])
 def test_a_position_that_is_not_advanced_is_caught(name: str, tmp_path: Path) -> None:
     reference = support.reference(name)
     decoder = support.open_decoder(support.canonical(name), tmp_path)

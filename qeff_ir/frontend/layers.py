@@ -277,15 +277,14 @@ class _Recorder(TorchDispatchMode):
         if made is not None and made[0] == "head":
             return ("head", *made[1:])
         if key in self.own and self.own[key][0] == self.at:
-            return ("own", self.own[key][1], tuple(tensor.shape), tensor.dtype)
+            # What is computed with is the layer's own, but what is read while tracing must be the same in all copies.
+            return ("own", self.own[key][1], tuple(tensor.shape), tensor.dtype, *_numbers(tensor))
         if key in self.outside:
             return ("weight", self.outside[key])
         if key in self.inputs:
             return self._relative(self.inputs[key])
-        if made is None and not isinstance(tensor, FakeTensor) and not tensor.is_meta:
-            with unset_fake_temporarily():
-                data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            return ("constant", tensor.dtype, tuple(tensor.shape), hashlib.sha256(data).hexdigest())
+        if made is None and (numbers := _numbers(tensor)):
+            return ("constant", tensor.dtype, tuple(tensor.shape), *numbers)
         raise _NotShown("something crosses from layer to layer beside the hidden states")
 
     def finish(self, results: Sequence[torch.Tensor]) -> _Record:
@@ -308,6 +307,15 @@ class _Recorder(TorchDispatchMode):
         if isinstance(name, State) and isinstance(self.at, int):
             return ("state", dataclasses.replace(name, layer=name.layer - self.at))
         return ("input", name)
+
+
+def _numbers(tensor: torch.Tensor) -> tuple[str, ...]:
+    """A digest of a tensor's numbers; nothing for a fake one."""
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return ()
+    with unset_fake_temporarily():
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return (hashlib.sha256(data).hexdigest(),)
 
 
 def _tensors(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

@@ -339,7 +339,9 @@ def attributes_kept(model: PreTrainedModel) -> Generator[None]:
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
     """Keep the exporter's notes to itself: they are about its own internals, or repeat an exception that follows."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._subclasses", "onnxscript", "onnx_ir")
+    ]
     levels = [log.level for log in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

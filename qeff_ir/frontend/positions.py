@@ -56,7 +56,7 @@ def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int
         if node.target is torch.ops.aten.slice.Tensor and (table := _stored_mask(node)) is not None:
             changed += _look_up_mask(node, table, inputs[positions], list(inputs.values()))
         place = _LOOKUPS.get(node.target)
-        if place is None or _take_number(node, examples):
+        if place is None or _take_number(node, examples[0]):
             continue
         index = node.args[place]
         index = index[0] if isinstance(index, (list, tuple)) and len(index) == 1 else index
@@ -94,13 +94,12 @@ class _Example:
             if node.name == tokens:
                 self.values[node] = torch.randint(3, 50, (_BATCH, _SEQ), generator=generator)
             elif node.name in signature.user_inputs:  # only its size can count
-                shape = [
-                    size if isinstance(size, int) else self.sizes.get(str(size), _SLOTS)
-                    for size in node.meta["val"].shape
-                ]
-                self.values[node] = torch.zeros(shape, dtype=node.meta["val"].dtype)
+                self.values[node] = torch.zeros(self._shape(node), dtype=node.meta["val"].dtype)
             elif node.name in buffers:
                 self.values[node] = held.get(buffers[node.name])
+
+    def _shape(self, node: Node) -> list[int]:
+        return [size if isinstance(size, int) else self.sizes.get(str(size), _SLOTS) for size in node.meta["val"].shape]
 
     def count(self, node: Node) -> int | None:
         """The first number of every row, if the rows count up from it by one."""
@@ -137,8 +136,7 @@ class _Example:
 
     def _value(self, node: Node) -> Any:
         if node not in self.values and node.target in _LIKE:
-            shape = [self.sizes.get(str(size), size) for size in node.meta["val"].shape]
-            self.values[node] = torch.full(shape, _LIKE[node.target])
+            self.values[node] = torch.full(self._shape(node), _LIKE[node.target])
         if node not in self.values:
             if node.op != "call_function":
                 raise LookupError(node.name)
@@ -179,13 +177,29 @@ def _index_by(node: Node, place: int, start: Node, offset: int) -> None:
     _follow([node])
 
 
-def _take_number(node: Node, examples: list[_Example]) -> bool:
+def _depends_on_values(node: Node) -> bool:
+    """Whether a tensor is made from more than sizes and numbers."""
+    sizes = (*_LIKE, torch.ops.aten.sym_size.int)
+    todo, seen = [node], {node}
+    while todo:
+        current = todo.pop()
+        if current.op == "placeholder":
+            return True
+        new = [n for n in current.all_input_nodes if n not in seen and current.target not in sizes]
+        seen.update(new)
+        todo.extend(new)
+    return False
+
+
+def _take_number(node: Node, example: _Example) -> bool:
     """Let a lookup in what holds one number everywhere (kinds of tokens, where all are text) be that number."""
     if node.target is not torch.ops.aten.index.Tensor or not isinstance(node.args[0], Node):
         return False
     indices = cast("list[Node | None]", node.args[1])
-    number = examples[0].number(node.args[0])
-    if number is None or number != examples[1].number(node.args[0]) or len(indices) != node.args[0].meta["val"].dim():
+    if len(indices) != node.args[0].meta["val"].dim() or _depends_on_values(node.args[0]):
+        return False
+    number = example.number(node.args[0])
+    if number is None:
         return False
     given = [index for index in indices if index is not None]
     if len(given) != len(indices):
@@ -199,6 +213,7 @@ def _take_number(node: Node, examples: list[_Example]) -> bool:
         )
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
     return True
 
 

@@ -27,12 +27,19 @@ DEEPER: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2],
     },
     "gpt-oss": {"num_hidden_layers": 4, "layer_types": PAIR * 2},
+    "gpt-neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+    "inkling": {
+        "num_hidden_layers": 4,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "mlp_layer_types": ["sparse"] * 4,
+    },
     "deepseek-v3": {"num_hidden_layers": 4},
     "deepseek-v32": {"num_hidden_layers": 4},
     "qwen3-next": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
 }
-# Layers use the keys and values of earlier ones, and inputs of their own: they are traced in full.
-APART = {"gemma3n"}
+# In one, layers use the keys and values of earlier ones; the other adds what it counts from sizes that only have to be
+# equal when it runs. Both are traced in full.
+APART = {"gemma3n", "inkling"}
 
 
 @pytest.fixture
@@ -108,6 +115,20 @@ def test_a_factor_that_depends_on_the_layer_tells_layers_apart(folds: list[layer
     model = build("gpt2", scale_attn_by_inverse_layer_idx=True)[1]
     lower.lower(model, memory_weights(model))
     assert folds == [None]
+
+
+def test_tables_of_other_numbers_tell_layers_apart(folds: list[layers.Fold | None]) -> None:
+    """What is read while tracing (a stored mask, say) is not only the layer's own: it makes the layer what it is."""
+    model = build("llama")[1]
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_buffer("table", torch.full((1,), float(number)), persistent=False)
+        layer.mlp.register_forward_hook(lambda module, args, out: out + module.table)
+    lower.lower(model, memory_weights(model))
+    assert folds == [None]
+    for layer in model.model.layers:
+        layer.mlp.table.fill_(2.0)
+    lower.lower(model, memory_weights(model))
+    assert folds[1] is not None
 
 
 def test_what_crosses_between_layers_is_traced_in_full(folds: list[layers.Fold | None]) -> None:
