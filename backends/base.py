@@ -26,6 +26,7 @@ class CompileOptions:
         num_devices: Devices that share the model.
         mxfp6_matmul: Compress constant matmul weights to MXFP6 on the device.
         mxint8_kv_cache: Keep the KV cache as MXINT8 on the device.
+        weight_free: Emit graphs without weights, which the AI 100 compiler binds from safetensors files by itself.
         flags: Any other flag of the target's compiler, by its Python name (``aic_enable_depth_first``).
         force_flags: Hand unknown flags to the compiler instead of refusing them.
     """
@@ -39,6 +40,7 @@ class CompileOptions:
     num_devices: int = 1
     mxfp6_matmul: bool = False
     mxint8_kv_cache: bool = False
+    weight_free: bool = False
     flags: Mapping[str, Any] = field(default_factory=dict[str, Any])
     force_flags: bool = False
 

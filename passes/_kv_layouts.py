@@ -187,7 +187,7 @@ class TensorScatter(Layout):
     def finish(self) -> None:
         """Name the longer caches, and give them their length."""
         module = self.module
-        if all(s.ring for s in module.states):
+        if all(s.ring or not s.has_slots for s in module.states):
             return
         spare = max(s.symbols["seq_len"] for s in module.specializations)
         module.specializations = [

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
-from onnxscript.rewriter import RewriteRuleSet
+from onnxscript.rewriter import RewriteRuleSet, pattern
 from onnxscript.rewriter.rules import common as rules
 
 from qeff_ir import device_ops, dialect
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.hiding import LARGE
 from qeff_ir.passing.matching import same_size
 from qeff_ir.testing.tolerance import Exact, Numeric
 
 # Not `optimizer.optimize_ir`: its default rules contain one with two results, which looks at every pair of slices and
 # walks the graph for each node, so that its time grows with the square of the model; most others are for convolutions.
-_COMMUTATIVE = RewriteRuleSet([rules.add_0_rule, rules.mul_by_1_rule], commute=True).rules
+# Nor its rules for ``x + 0`` and ``x * 1``: they take 1e-8, which is the epsilon of some norms, for 0.
+_ZERO = pattern.Constant(0, rel_tol=0.0, abs_tol=0.0)
+_ONE = pattern.Constant(1, rel_tol=0.0, abs_tol=0.0)
+
+
+def _neutral(match: Callable[[Any, Any], Any]) -> pattern.RewriteRule:
+    return pattern.RewriteRule(match, lambda op, x: op.Identity(x))
+
+
+_COMMUTATIVE = RewriteRuleSet(
+    [_neutral(lambda op, x: op.Add(x, _ZERO)), _neutral(lambda op, x: op.Mul(x, _ONE))], commute=True
+).rules
 _RULES = RewriteRuleSet(
     [
         *_COMMUTATIVE,
-        rules.sub_0_rule,
-        rules.div_by_1_rule,
+        _neutral(lambda op, x: op.Sub(x, _ZERO)),
+        _neutral(lambda op, x: op.Div(x, _ONE)),
         rules.dropout_zero_rule,
         rules.dropout_inference_rule,
         rules.one_reshape_matmul_reshape_rule,
@@ -90,7 +103,7 @@ class Canonicalize(Pass):
 def _optimize(model: ir.Model) -> None:
     """Simplify until nothing changes, in a few rounds at most; then merge what is equal."""
     for _ in range(_ROUNDS):
-        folded = optimizer.fold_constants(model, onnx_shape_inference=True)
+        folded = optimizer.fold_constants(model, onnx_shape_inference=True, output_size_limit=LARGE // 4)
         fired = _RULES.apply_to_model(model)
         common.RemoveUnusedNodesPass()(model)
         if not folded and not fired:

@@ -129,6 +129,7 @@ class QEFFAutoModelForCausalLM:
         num_devices: int = 1,
         mxfp6_matmul: bool = False,
         mxint8_kv_cache: bool = False,
+        weight_free: bool = False,
         compile_dir: str | Path | None = None,
         pipeline: str | None = None,
         token_embedding: TokenEmbedding = "graph",
@@ -148,6 +149,7 @@ class QEFFAutoModelForCausalLM:
             num_devices: Devices that share the model.
             mxfp6_matmul: Compress constant matmul weights on the device.
             mxint8_kv_cache: Compress the KV cache on the device.
+            weight_free: Emit the AI 100 graph without weights; its compiler binds them from safetensors by itself.
             compile_dir: Folder of the package; one in the cache when not given.
             pipeline: Text of another pipeline than the target's own.
             token_embedding: Who looks up the vectors of the tokens. ``host``: the package leaves their table out, and
@@ -173,6 +175,7 @@ class QEFFAutoModelForCausalLM:
             num_devices=num_devices,
             mxfp6_matmul=mxfp6_matmul,
             mxint8_kv_cache=mxint8_kv_cache,
+            weight_free=weight_free,
             flags=compiler_options,
             force_flags=force_flags,
         )

@@ -129,6 +129,7 @@ class ForwardModel:
         num_cores: int = 16,
         num_devices: int = 1,
         mxfp6_matmul: bool = False,
+        weight_free: bool = False,
         compile_dir: str | Path | None = None,
         pipeline: str | None = None,
         emit_only: bool = False,
@@ -145,6 +146,7 @@ class ForwardModel:
             num_cores: Cores of the device.
             num_devices: Devices that share the model.
             mxfp6_matmul: Compress constant matmul weights on the device.
+            weight_free: Emit the AI 100 graph without weights; its compiler binds them from safetensors by itself.
             compile_dir: Folder of the package; one in the cache when not given.
             pipeline: Text of another pipeline than `pipeline_for` makes.
             emit_only: Write the package without running the target's compiler.
@@ -168,6 +170,7 @@ class ForwardModel:
             num_cores=num_cores,
             num_devices=num_devices,
             mxfp6_matmul=mxfp6_matmul,
+            weight_free=weight_free,
             flags=compiler_options,
             force_flags=force_flags,
         )

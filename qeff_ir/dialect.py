@@ -1,4 +1,5 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportInvalidTypeVarUse=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportUnknownParameterType=false
 # (onnxscript reads these functions as a language of its own; its stubs describe eager tensors)
 """The `qeff` dialect: the few ops that ONNX has no standard form for, each with a body that defines its meaning.
 
@@ -13,7 +14,7 @@ from typing import TypeVar, Union
 import onnx
 import onnx_ir as ir
 import onnxscript
-from onnxscript import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, script, values
+from onnxscript import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, script, values
 from onnxscript.onnx_opset import opset24 as op
 
 DOMAIN = "qeff"
@@ -117,12 +118,138 @@ def SinkAttention(q: T, k: T, v: T, mask: BOOL, sinks: T, scale: float = 1.0, so
 
 
 @script(_qeff, default_opset=op)
+def StateWindow(past: T, new: T, position_ids: INT64) -> T:  # noqa: N802
+    """What a causal convolution over this run's tokens sees: the last tokens before the run, then the run's.
+
+    Args:
+        past: The last ``K`` tokens of each row, ``[B, C, K]``; not read in rows that start at position 0.
+        new: Tokens of this run, ``[B, C, S]``.
+        position_ids: Position of each token, ``[B, S]``.
+
+    Returns:
+        ``[B, C, K + S]``.
+    """
+    first = op.Slice(
+        position_ids, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[1])
+    )
+    starts = op.Unsqueeze(op.Equal(first, op.Constant(value_int=0)), op.Constant(value_ints=[2]))
+    before = op.Where(starts, op.CastLike(op.Constant(value_float=0.0), past), past)
+    return op.Concat(before, new, axis=2)
+
+
+@script(_qeff, default_opset=op)
+def StateNext(window: T, position_ids: INT64, size: int = 1) -> T:  # noqa: N802
+    """The last tokens of each row once this run's are read; padding, which ends a row, is not among them.
+
+    Args:
+        window: Result of `StateWindow`, ``[B, C, K + S]``.
+        position_ids: Position of each token of this run, ``[B, S]``, -1 for padding.
+        size: ``K``.
+
+    Returns:
+        ``[B, C, K]``.
+    """
+    real = op.Cast(op.GreaterOrEqual(position_ids, op.Constant(value_int=0)), to=7)
+    count = op.ReduceSum(real, op.Constant(value_ints=[1]), keepdims=1)
+    offset = op.Range(op.Constant(value_int=0), op.Constant(value_int=size), op.Constant(value_int=1))
+    index = op.Unsqueeze(op.Add(count, offset), op.Constant(value_ints=[1]))
+    index = op.Expand(index, op.Concat(op.Shape(window, start=0, end=2), op.Constant(value_ints=[1]), axis=0))
+    return op.GatherElements(window, index, axis=2)
+
+
+@script(_qeff, default_opset=op)
+def LinearAttention(  # noqa: N802
+    q: T, k: T, v: T, decay: T, beta: T, past: T, position_ids: INT64, delta: float = 0.0
+) -> tuple[T, T]:
+    """A recurrence over tokens: linear attention, state-space layers, gated delta rules.
+
+    With ``S`` the state of a head, ``[K, V]``, every token does ``S := exp(decay) S``, then ``S := S + k u`` with ``u =
+    v`` (``delta=0``) or ``u = beta (v - k S)`` (``delta=1``), and gives ``q S``.
+
+    Args:
+        q: ``[B, H, S, K]``.
+        k: ``[B, H, S, K]``.
+        v: ``[B, H, S, V]``.
+        decay: Logarithm of the decay, ``[B, H, S, K]`` or ``[B, H, S, 1]``.
+        beta: ``[B, H, S, 1]``.
+        past: State before the run, ``[B, H, K, V]``; taken for zero in rows that start at position 0.
+        position_ids: Position of each token, ``[B, S]``; padding, -1, leaves the state as it is.
+        delta: Whether the delta rule applies.
+
+    Returns:
+        The outputs, ``[B, H, S, V]``, and the state after the run, ``[B, H, K, V]``.
+    """
+    zero = op.CastLike(op.Constant(value_float=0.0), past)
+    one = op.CastLike(op.Constant(value_float=1.0), past)
+    rule = op.CastLike(op.Constant(value_float=delta), past)
+    first = op.Slice(
+        position_ids, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[1])
+    )
+    starts = op.Unsqueeze(op.Equal(first, op.Constant(value_int=0)), op.Constant(value_ints=[2, 3]))
+    padded = op.Unsqueeze(op.Less(position_ids, op.Constant(value_int=0)), op.Constant(value_ints=[1, 3]))
+    kept = op.Where(padded, one, op.Exp(decay))
+    written = op.Where(padded, zero, k)
+    strength = op.Add(op.Mul(rule, beta), op.Sub(one, rule))
+    count = op.Squeeze(op.Shape(position_ids, start=1, end=2))
+
+    @graph()
+    def token(i: INT64, go: BOOL, state: T):
+        key = op.Gather(written, i, axis=2)
+        faded = op.Mul(state, op.Unsqueeze(op.Gather(kept, i, axis=2), op.Constant(value_ints=[3])))
+        row = op.Unsqueeze(key, op.Constant(value_ints=[2]))
+        value = op.Unsqueeze(op.Gather(v, i, axis=2), op.Constant(value_ints=[2]))
+        known = op.Mul(op.MatMul(row, faded), rule)
+        strong = op.Unsqueeze(op.Gather(strength, i, axis=2), op.Constant(value_ints=[2]))
+        change = op.Mul(op.Sub(value, known), strong)
+        after = op.Add(faded, op.Mul(op.Unsqueeze(key, op.Constant(value_ints=[3])), change))
+        query = op.Unsqueeze(op.Gather(q, i, axis=2), op.Constant(value_ints=[2]))
+        return op.Identity(go), after, op.MatMul(query, after)
+
+    last, outputs = op.Loop(count, op.Constant(value=True), op.Where(starts, zero, past), body=token)
+    return op.Squeeze(op.Transpose(outputs, perm=[1, 2, 0, 3, 4]), op.Constant(value_ints=[3])), last
+
+
+@script(_qeff, default_opset=op)
+def EveryToken(slots: INT64, position_ids: INT64) -> BOOL:  # noqa: N802
+    """A mask that hides nothing, ``[B, 1, S, C]``: what an encoder asks for. The frontend refuses its use."""
+    rows = op.Unsqueeze(op.Abs(position_ids), op.Constant(value_ints=[1, 3]))
+    columns = op.Unsqueeze(op.Abs(slots), op.Constant(value_ints=[1, 2]))
+    return op.GreaterOrEqual(op.Add(rows, columns), op.Constant(value_int=0))
+
+
+@script(_qeff, default_opset=op)
 def Attention(q: T, k: T, v: T, mask: BOOL, scale: float = 1.0, softcap: float = 0.0) -> T:  # noqa: N802
     """The standard `Attention`, under a name that the exporter takes for opaque; the frontend renames it at once."""
     return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)
 
 
-OPS = {f.name: f for f in (CacheUpdate, CachePositions, SinkAttention, Attention)}
+@script(_qeff, default_opset=op)
+def LayerInput(hidden: T) -> T:  # noqa: N802
+    """The hidden states where they enter a layer that is lowered once for many; the frontend takes the mark out."""
+    return op.Identity(hidden)
+
+
+@script(_qeff, default_opset=op)
+def LayerOutput(hidden: T) -> T:  # noqa: N802
+    """The hidden states where they leave such a layer."""
+    return op.Identity(hidden)
+
+
+OPS = {
+    f.name: f
+    for f in (
+        CacheUpdate,
+        CachePositions,
+        SinkAttention,
+        StateWindow,
+        StateNext,
+        LinearAttention,
+        EveryToken,
+        Attention,
+        LayerInput,
+        LayerOutput,
+    )
+}
 """The ops of the dialect by name."""
 
 

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the facts below; a module of another version is refused."""
 
 METADATA_KEY = "qeff.module"
@@ -44,7 +44,16 @@ LAYER_KEY = "qeff.layer"
 when another kind of module multiplies by it (a router, say)."""
 
 DimValue = str | int
-Role = Literal["key", "value"]
+Role = Literal["key", "value", "indexer", "conv", "recurrent"]
+
+_NAMES: dict[Role, str] = {
+    "key": "past_key",
+    "value": "past_value",
+    "indexer": "past_indexer",
+    "conv": "conv_state",
+    "recurrent": "recurrent_state",
+}
+"""Names of the graph inputs by role (AI 100 contract §1.1 and §1.6), in the order that states have in a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +62,8 @@ class State:
 
     Attributes:
         layer: Index of the decoder layer.
-        role: What the tensor holds.
+        role: What the tensor holds: keys or values of tokens, an indexer's keys, the last inputs of a convolution, or
+            a recurrence's state.
         shape: Symbols and sizes, for example ``("batch_size", 8, "ctx_len", 64)`` for ``[batch, kv_heads, ctx,
             head_dim]``.
         dtype: Element type in the graph; a backend may store another one.
@@ -68,6 +78,7 @@ class State:
     dtype: ir.DataType
     window: int | None = None
     ring: bool = False
+    index: int = 0
 
     SUFFIX: ClassVar[str] = "_RetainedState"
     """Ending of an output by which the device pairs it with the input of the same name."""
@@ -75,12 +86,22 @@ class State:
     @property
     def input(self) -> str:
         """Name of the graph input that takes the state (AI 100 naming)."""
-        return f"past_{self.role}.{self.layer}"
+        return f"{_NAMES[self.role]}.{self.layer}" + (f".{self.index}" if self.index else "")
 
     @property
     def output(self) -> str:
         """Name of the graph output that returns it; the device pairs the two by this suffix."""
         return self.input + self.SUFFIX
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """By what the states of a module are sorted: layer, role, index."""
+        return self.layer, list(_NAMES).index(self.role), self.index
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether it holds one entry a token, on axis 2; others hold what the tokens so far amount to."""
+        return self.role in ("key", "value", "indexer")
 
     @property
     def ctx_dim(self) -> DimValue:
@@ -156,7 +177,7 @@ class Module:
     Attributes:
         model: The graph. Any snapshot of it is valid ONNX, the `qeff` dialect being ONNX functions.
         name: Name of the model class, used for file names.
-        states: Retained states, ordered by layer, key before value.
+        states: Retained states, in the order of `State.order`.
         dims: Symbolic dims of the interface by name.
         specializations: Static shapes to compile for; empty until a target is chosen.
         properties: Names of the properties that passes have established so far.
@@ -269,7 +290,15 @@ class Module:
             model,
             facts["name"],
             [
-                State(s["layer"], s["role"], tuple(s["shape"]), ir.DataType[s["dtype"]], s["window"], s["ring"])
+                State(
+                    s["layer"],
+                    s["role"],
+                    tuple(s["shape"]),
+                    ir.DataType[s["dtype"]],
+                    s["window"],
+                    s["ring"],
+                    s["index"],
+                )
                 for s in facts["states"]
             ],
             {d["name"]: Dim(**d) for d in facts["dims"]},

@@ -88,7 +88,7 @@ def excerpt(module: Module, subject: ir.Node | str, word: str = "") -> str:
 
 
 def interface(module: Module) -> list[str]:
-    """The lines of all that a caller relies on: dims, states, specializations, graph inputs and outputs, in order."""
+    """The lines of all a caller relies on: dims, states, adapters, specializations, graph inputs, outputs, in order."""
     values = [*(("in ", v) for v in module.graph.inputs), *(("out", v) for v in module.graph.outputs)]
     return [*(line for _, line in _facts(module)), *(f"{kind} {_typed(value)}" for kind, value in values)]
 

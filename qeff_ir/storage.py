@@ -6,8 +6,9 @@ yet are written once, one at a time.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,19 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import PackageError
+from qeff_ir.package import digest_file
 
 WEIGHTS = "weights"
 """Folder of the weight files, beside the ONNX file; ONNX takes only paths below its own folder."""
 
-_INLINE_BYTES = 1024
+INLINE_BYTES = 1024
 """Tensors up to this size stay inside the ONNX file, as constants do in the AI 100 contract (§8)."""
 
 _META_KEY = "qeff.range"
 _STORED_KEY = "qeff.stored"
+_CHUNK = 1 << 24
+_UNLINKABLE = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES})
+"""What a file system answers that cannot link to a file: it is another one, has no hard links, or no more of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ def save_model(model: ir.Model, folder: Path, filename: str) -> None:
         where = file_range(tensor)
         if where is not None:
             value.const_value = ir.ExternalTensor(
-                _link(where.file, folder, links),
+                link(where.file, folder, links),
                 where.offset,
                 where.length,
                 where.dtype,
@@ -126,7 +131,7 @@ def save_model(model: ir.Model, folder: Path, filename: str) -> None:
                 name=value.name or "",
                 base_dir=folder,
             )
-        elif tensor is not None and tensor.nbytes > _INLINE_BYTES:
+        elif tensor is not None and tensor.nbytes > INLINE_BYTES:
             loose.append(value)
     if loose:
         (folder / WEIGHTS).mkdir(parents=True, exist_ok=True)
@@ -139,7 +144,7 @@ def save_model(model: ir.Model, folder: Path, filename: str) -> None:
     ir.save(copy, folder / filename)
 
 
-def _link(source: Path, folder: Path, links: dict[Path, str]) -> str:
+def link(source: Path, folder: Path, links: dict[Path, str]) -> str:
     """Make `source` reachable below `folder`; returns its location relative to the folder."""
     if not source.exists():
         raise PackageError(f"the weight file {source} is gone: restore it, or lower the model again")
@@ -152,7 +157,24 @@ def _link(source: Path, folder: Path, links: dict[Path, str]) -> str:
         if not target.exists():
             try:
                 os.link(source, target)
-            except OSError:  # another file system, or one without hard links
-                shutil.copyfile(source, target)
+            except OSError as error:
+                if error.errno not in _UNLINKABLE:
+                    raise
+                _copy(source, target)
         links[source] = location
     return links[source]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file and read the copy back; memory holds one chunk.
+
+    Raises:
+        PackageError: The copy differs.
+    """
+    digest, size = hashlib.sha256(), 0
+    with source.open("rb") as old, target.open("wb") as new:
+        while chunk := old.read(_CHUNK):
+            digest.update(chunk)
+            size += new.write(chunk)
+    if target.stat().st_size != size or digest_file(target) != digest.hexdigest():
+        raise PackageError(f"the copy of {source} to {target} is not equal to it: check the disk, and compile again")

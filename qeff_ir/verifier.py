@@ -201,11 +201,12 @@ def _check_states(module: Module) -> None:
                 )
                 hint = "change input, output and state together"
                 raise broken(module, "state-pair", message, f"{kind.removesuffix('put')} {name}", hint=hint)
-    order = [(s.layer, s.role) for s in module.states]
+    order = [s.order for s in module.states]
     if len(set(order)) != len(order) or order != sorted(order):
         at = next(i for i in range(len(order)) if i and order[i] <= order[i - 1])
-        message = f"the states are not ordered by layer, key before value, each once: {order}"
-        raise broken(module, "state-roles", message, f"state {module.states[at].input}", hint="sort module.states")
+        names = [s.input for s in module.states]
+        message = f"the states are not ordered by layer, key before value, each once: {names}"
+        raise broken(module, "state-roles", message, f"state {names[at]}", hint="sort module.states by State.order")
     paired = {s.output for s in module.states} | {a.output for a in module.adapters if a.retained}
     stray = [n for n in outputs if n and n.endswith(State.SUFFIX) and n not in paired]
     if stray:

@@ -119,6 +119,81 @@ MODELS: dict[str, TinyModel] = {
             "eos_token_id": 2, "pad_token_id": 0,
         },
     ),
+    "bart": TinyModel(  # counts positions by itself, into a table
+        "bart",
+        {
+            "vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 64, "max_position_embeddings": 256, "init_std": 0.05, "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2, "decoder_start_token_id": 2,
+        },
+    ),
+    "roberta": TinyModel(  # the table of positions begins with a row for padding
+        "roberta", {**_COMMON, "is_decoder": True, "type_vocab_size": 2},
+    ),
+    "roformer": TinyModel(  # rotates by a table that it counts into
+        "roformer", {**_COMMON, "embedding_size": 32, "is_decoder": True},
+    ),
+    "gpt-neo": TinyModel(  # cuts its masks, of which one has a window, out of a stored one
+        "gpt_neo",
+        {
+            "vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": WINDOW,
+            "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 256, "initializer_range": 0.05,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        },
+    ),
+    "inkling": TinyModel(  # biases by distances that it counts; convolutions of keys, values and blocks
+        "inkling_text",
+        {
+            **_COMMON, "sliding_window_size": WINDOW, "swa_head_dim": 8, "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2, "layer_types": ["hybrid_sliding", "hybrid"], "moe_intermediate_size": 48,
+            "mlp_layer_types": ["sparse", "sparse"], "n_routed_experts": 8, "num_experts_per_tok": 2,
+        },
+        windowed=(0,),
+    ),
+    "mamba": TinyModel(  # states only: no attention
+        "mamba",
+        {
+            "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4,
+            "initializer_range": 0.05, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        },
+    ),
+    "falcon-h1": TinyModel(  # attention and a state-space model in one layer
+        "falcon_h1",
+        {
+            **_COMMON, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2,
+            "mamba_d_state": 8, "mamba_chunk_size": 4,
+        },
+    ),
+    "qwen3-next": TinyModel(  # a gated delta rule and full attention in turn
+        "qwen3_next",
+        {
+            **_COMMON, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "deepseek-v32": TinyModel(  # an indexer chooses the keys that a query sees
+        "deepseek_v32",
+        {
+            "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8,
+            "n_shared_experts": 1, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16, "v_head_dim": 12, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1, "max_position_embeddings": 256, "initializer_range": 0.05, "bos_token_id": 1,
+            "eos_token_id": 2, "pad_token_id": 0, "index_head_dim": 16, "index_n_heads": 16, "index_topk": 8,
+        },
+    ),
+    "gemma3n": TinyModel(  # the last layers use the keys and values of earlier ones
+        "gemma3n_text",
+        {
+            **_COMMON, "sliding_window": WINDOW, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [64] * 4,
+            "activation_sparsity_pattern": [0.0] * 4, "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB, "laurel_rank": 8, "initializer_range": 0.1,
+        },
+        post_norm=-0.7,
+        windowed=(0,),
+    ),
 }  # fmt: skip
 
 

@@ -242,6 +242,68 @@ def one_block_skipped(module: Module) -> None:
     total.outputs[0].replace_all_uses_with(total.inputs[0])
 
 
+def nodes(module: Module, op_type: str) -> list[ir.Node]:
+    found = [n for n in module.graph if n.op_type == op_type]
+    assert found
+    return found
+
+
+def _forget(module: Module, node: ir.Node, index: int) -> None:
+    past = node.inputs[index]
+    assert past is not None
+    b = Rewriter(module, "fault").at(node)
+    nothing = b("Mul", past, b.const(0.0, np.float32), shape=past.shape, dtype=past.dtype)
+    node.replace_input_with(index, nothing)
+
+
+def _keep_padding(module: Module, node: ir.Node, index: int) -> None:
+    """Padding, whose position is -1, looks like a token."""
+    positions = node.inputs[index]
+    b = Rewriter(module, "fault").at(node)
+    node.replace_input_with(index, b("Abs", positions, shape=positions.shape, dtype=positions.dtype))  # type: ignore[union-attr]
+
+
+def recurrent_state_forgotten(module: Module) -> None:
+    _forget(module, nodes(module, "LinearAttention")[0], 5)
+
+
+def window_forgotten(module: Module) -> None:
+    _forget(module, nodes(module, "StateWindow")[0], 0)
+
+
+def padding_in_the_state(module: Module) -> None:
+    for node in nodes(module, "LinearAttention"):
+        _keep_padding(module, node, 6)
+
+
+def padding_in_the_window(module: Module) -> None:
+    _keep_padding(module, nodes(module, "StateNext")[0], 1)
+
+
+def delta_rule_dropped(module: Module) -> None:
+    for node in nodes(module, "LinearAttention"):
+        assert node.attributes["delta"].as_float() == 1.0
+        node.attributes["delta"] = ir.AttrFloat32("delta", 0.0)
+
+
+def stored_mask_ignored(module: Module) -> None:
+    """The layer with a window sees all that the causal mask lets it see."""
+    node = [n for n in nodes(module, "GatherND") if n.outputs[0].dtype == ir.DataType.BOOL][-1]
+    table = node.inputs[0]
+    assert table is not None
+    b = Rewriter(module, "fault").at(node)
+    node.replace_input_with(0, b("Or", table, b.const(True, np.bool_), shape=table.shape, dtype=table.dtype))
+
+
+def distances_off_by_one(module: Module) -> None:
+    node = next(n for n in nodes(module, "Sub") if len(n.outputs[0].shape or ()) == 3)
+    assert node.outputs[0].dtype == ir.DataType.INT64
+    b = Rewriter(module, "fault").at(node)
+    rows = node.inputs[0]
+    assert rows is not None
+    node.replace_input_with(0, b("Add", rows, b.const(1, np.int64), shape=rows.shape, dtype=rows.dtype))
+
+
 FAULTS: list[tuple[str, support.Mutation]] = [
     ("mistral", window_too_wide),
     ("mistral", window_too_narrow),
@@ -265,6 +327,14 @@ FAULTS: list[tuple[str, support.Mutation]] = [
     ("bloom", no_position_bias),
     ("llama", one_block_skipped),
     ("gpt2", one_block_skipped),
+    ("gpt-neo", stored_mask_ignored),
+    ("inkling", distances_off_by_one),
+    ("mamba", recurrent_state_forgotten),
+    ("qwen3-next", recurrent_state_forgotten),
+    ("mamba", window_forgotten),
+    ("falcon-h1", padding_in_the_state),
+    ("qwen3-next", padding_in_the_window),
+    ("qwen3-next", delta_rule_dropped),
 ]
 
 
@@ -299,7 +369,7 @@ class _Stuck(Decoder):
         return logits
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "bart", "roberta", "roformer", "inkling"])
 def test_a_position_that_is_not_advanced_is_caught(name: str, tmp_path: Path) -> None:
     reference = support.reference(name)
     decoder = support.open_decoder(support.canonical(name), tmp_path)

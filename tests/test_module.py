@@ -34,7 +34,7 @@ def test_a_foreign_model_is_refused() -> None:
 def test_another_version_is_refused() -> None:
     module = support.lowered("llama")
     module.model.metadata_props[METADATA_KEY] = json.dumps({**module.facts(), "version": 99})
-    with pytest.raises(VerificationError, match="version 99, this qeff-ir reads 1: lower the model again"):
+    with pytest.raises(VerificationError, match="version 99, this qeff-ir reads 2: lower the model again"):
         Module.with_facts(module.model)
 
 

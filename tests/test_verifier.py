@@ -183,8 +183,8 @@ def adapter_without_input(module: Module) -> None:
 
 @fault(
     "state-roles",
-    "the states are not ordered by layer, key before value, each once: [(0, 'value'), (0, 'key'), (1, "
-    "'key'), (1, 'value')]",
+    "the states are not ordered by layer, key before value, each once: ['past_value.0', 'past_key.0', 'past_key.1', "
+    "'past_value.1']",
 )
 def values_before_keys(module: Module) -> None:
     module.states[0], module.states[1] = module.states[1], module.states[0]
@@ -192,8 +192,8 @@ def values_before_keys(module: Module) -> None:
 
 @fault(
     "state-roles",
-    "the states are not ordered by layer, key before value, each once: [(0, 'key'), (0, 'value'), (1, "
-    "'key'), (1, 'value'), (1, 'value')]",
+    "the states are not ordered by layer, key before value, each once: ['past_key.0', 'past_value.0', 'past_key.1', "
+    "'past_value.1', 'past_value.1']",
 )
 def state_declared_twice(module: Module) -> None:
     module.states.append(module.states[-1])

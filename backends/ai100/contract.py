@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,14 +16,17 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from backends.ai100 import specializations
+from backends.ai100 import specializations, weight_free
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.sdk import Sdk, description
 from backends.ai100.violation import Violation, refuse_first
+from qeff_ir.errors import PackageError
 from qeff_ir.module import EMBEDS
 
 _SUFFIX = "_RetainedState"
-_STATE = re.compile(r"past_(key|value)\.(0|[1-9]\d*)")
+_ROLES = ("past_key", "past_value", "past_indexer", "conv_state", "recurrent_state")
+"""Kinds of retained state (contract §1.1 and §1.6), in the order that they have in a layer."""
+_STATE = re.compile(rf"({'|'.join(_ROLES)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
 _ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
@@ -62,6 +65,15 @@ def violations(folder: Path) -> Iterator[Violation]:
     except Exception as error:  # protobuf and onnx-graphsurgeon raise types of their own
         yield Violation("onnx", f"{models[0].name} cannot be read ({type(error).__name__}): emit the package again")
         return
+    bound: set[str] = set()
+    try:
+        spec = weight_free.specification(proto)
+        if spec is not None:
+            bound = {item["name"] for item in spec["inputs"]}
+            yield from _weight_free(proto, spec, folder)
+    except PackageError as error:
+        yield Violation("weight-free", str(error))
+    graph.inputs = [tensor for name, tensor in _by_name(graph.inputs).items() if name not in bound]
     yield from _opsets(proto, sdk)
     yield from _ops(graph, sdk)
     yield from _interface(graph)
@@ -156,9 +168,13 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
             yield Violation("state-pair", f"input {name} has no output {name}{_SUFFIX}")
     for name in states:
         if _STATE.fullmatch(name) is None:
-            yield Violation("inputs", f"input {name} is no past_key.<layer> or past_value.<layer>")
-    layers = sorted({int(m[2]) for m in map(_STATE.fullmatch, states) if m is not None})
-    expected = [f"past_{role}.{layer}" for layer in layers for role in ("key", "value")]
+            yield Violation("inputs", f"input {name} is no retained state: name it {_ROLES[0]}.<layer>, say")
+    expected = sorted((n for n in states if _STATE.fullmatch(n) is not None), key=_order)
+    pairs = {n for n in expected if n.startswith(("past_key", "past_value"))}
+    for name in sorted(pairs, key=_order):
+        other = name.replace("past_key", "past_value") if "key" in name else name.replace("past_value", "past_key")
+        if other not in pairs:
+            yield Violation("inputs", f"input {name} has no {other} beside it")
     expected += (["lora_ids"] if "lora_ids" in inputs else []) + adapters
     tokens = [n for n in (EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
     if list(inputs) != [*tokens, "position_ids", *expected]:
@@ -170,7 +186,12 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         if embeds.dtype != np.float32 or shape[:2] != ["batch_size", "seq_len"] or len(shape) != 3:
             found = f"{embeds.dtype} {shape}"
             yield Violation("dtype-shape", f"{EMBEDS} is {found}, not float32 [batch_size, seq_len, hidden]")
-    if list(outputs) != ["logits", *(name + _SUFFIX for name in expected if name != "lora_ids")]:
+    returned = [n.removesuffix(_SUFFIX) for n in outputs if n.endswith(_SUFFIX)]
+    returned = [
+        *sorted((n for n in returned if _STATE.fullmatch(n) is not None), key=_order),
+        *(n for n in adapters if n in returned),
+    ]
+    if list(outputs) != ["logits", *(name + _SUFFIX for name in returned)]:
         yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
     for name in ("input_ids", "position_ids"):
         tensor = inputs.get(name)
@@ -190,10 +211,20 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         if name in adapters:
             if not all(isinstance(size, int) for size in shape):
                 yield Violation("dtype-shape", f"the adapter {name} is {shape}, not of a fixed size")
+        elif name.startswith(_ROLES[3:]):
+            if shape[:1] != ["batch_size"] or any(isinstance(d, str) for d in shape[1:]):
+                yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is batch_size")
         elif len(shape) != 4 or shape[0] != "batch_size":
             yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, slots, width]")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
+
+
+def _order(name: str) -> tuple[int, int, int]:
+    """Layer, role and index of a state's name."""
+    found = _STATE.fullmatch(name)
+    assert found is not None
+    return int(found[2]), _ROLES.index(found[1]), int(found[3] or 0)
 
 
 def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Violation]:
@@ -231,6 +262,19 @@ def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
     if len(precisions) > 1 or not precisions <= _PRECISIONS:
         found = ", ".join(sorted(precisions))
         yield Violation("custom-io", f"{CUSTOM_IO} has the precisions {found}: use float16 or mxint8 for all states")
+
+
+def _weight_free(proto: onnx.ModelProto, spec: Mapping[str, Any], folder: Path) -> Iterator[Violation]:
+    """Every weight is found where the metadata say, as its input wants it, and the graph holds none itself (§15.1)."""
+    text = next(p.value for p in proto.metadata_props if p.key == weight_free.METADATA)
+    sidecar = folder / weight_free.SPEC
+    if not sidecar.is_file() or sidecar.read_text() != text:
+        yield Violation("weight-free", f"{weight_free.SPEC} does not say what the model's metadata say")
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer):
+        yield Violation("weight-free", "a model without weights has an initializer in a file of its own")
+    whole = onnx.ModelProto()
+    whole.CopyFrom(proto)
+    weight_free.bind(whole, folder)
 
 
 def _weights(proto: onnx.ModelProto, folder: Path) -> Iterator[Violation]:

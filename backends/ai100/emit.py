@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from backends.ai100 import flags, specializations
+from backends.ai100 import flags, specializations, sub_functions, weight_free
 from backends.ai100.sdk import Sdk
 from backends.base import CompileOptions
 from qeff_ir.module import AdapterInput, Module, State
@@ -39,7 +39,14 @@ def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardwa
     user = flags.resolve(options, sdk)
     folder.mkdir(parents=True, exist_ok=True)
     model = f"{module.name}.onnx"
-    save_model(module.model, folder, model)
+    network = module.model
+    if user.sub_functions:
+        network = network.clone()
+        sub_functions.outline(network)
+    if options.weight_free:
+        weight_free.save(network, folder, model, module.name)
+    else:
+        save_model(network, folder, model)
     for name, source in user.files.items():
         shutil.copyfile(source, folder / name)
     (folder / specializations.FILE).write_text(specializations.dumps(module.specializations, sdk.specializations))

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from backends.ai100 import device_rules, specializations
+from backends.ai100 import device_rules, specializations, weight_free
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.module import METADATA_KEY, AdapterInput, Specialization
 from qeff_ir.runtime.session import Array
@@ -51,6 +51,7 @@ class EmulatedSession:
     def __init__(self, model: Path, *, threads: int | None = None) -> None:
         self._specializations = specializations.load(model.parent / specializations.FILE)
         proto = onnx.load(str(model), load_external_data=False)
+        weight_free.bind(proto, model.parent)
         device_rules.apply(proto)
         content = proto.SerializeToString()
         self._programs = [_Program(content, model, s, threads) for s in self._specializations]

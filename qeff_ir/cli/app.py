@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qeff_ir import __version__
-from qeff_ir.cli import bundles, demo, embed, looking, opt, passes, run, terminal, verify
+from qeff_ir.cli import bundles, cost, demo, embed, looking, opt, passes, run, terminal, verify
 from qeff_ir.cli import compile as compiling
 from qeff_ir.cli.flags import FlagCommand
 from qeff_ir.errors import QeffError
@@ -32,6 +32,7 @@ app.command("compile", cls=FlagCommand)(compiling.command)
 app.command("run", cls=FlagCommand)(run.command)
 app.command("embed")(embed.command)
 app.command("verify", cls=FlagCommand)(verify.command)
+app.command("cost")(cost.command)
 app.command("opt")(opt.command)
 app.command("diff")(looking.diff_command)
 app.command("view")(looking.view_command)

@@ -76,6 +76,12 @@ class Request:
     mxint8_kv_cache: Annotated[
         bool, typer.Option("--mxint8-kv-cache", help="Compress the KV cache.", rich_help_panel=_AI100)
     ] = False
+    weight_free: Annotated[
+        bool,
+        typer.Option(
+            "--weight-free", help="Let the AI 100 compiler read weights from safetensors.", rich_help_panel=_AI100
+        ),
+    ] = False
     force_flags: Annotated[
         bool,
         typer.Option(

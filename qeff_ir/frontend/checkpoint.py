@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.storage import FileRange
 
-_DTYPES = {
+DTYPES = {
     "BOOL": ir.DataType.BOOL,
     "F64": ir.DataType.DOUBLE,
     "F32": ir.DataType.FLOAT,
@@ -28,6 +28,7 @@ _DTYPES = {
     "I8": ir.DataType.INT8,
     "U8": ir.DataType.UINT8,
 }
+"""Element types as safetensors spells them."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def read_header(path: Path) -> dict[str, FileRange]:
     for key, info in header.items():
         if key == "__metadata__":
             continue
-        if info["dtype"] not in _DTYPES:
+        if info["dtype"] not in DTYPES:
             raise ModelLoadError(f"tensor '{key}' in {path} has type {info['dtype']}, which is not supported")
         start, end = info["data_offsets"]
-        entries[key] = FileRange(real, 8 + size + start, end - start, _DTYPES[info["dtype"]], tuple(info["shape"]))
+        entries[key] = FileRange(real, 8 + size + start, end - start, DTYPES[info["dtype"]], tuple(info["shape"]))
     return entries

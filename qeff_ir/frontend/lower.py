@@ -12,12 +12,13 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import values, version_converter
+from onnx_ir import tensor_adapters
+from onnxscript import version_converter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
@@ -27,12 +28,19 @@ from transformers.pytorch_utils import Conv1D
 
 from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
-from qeff_ir.frontend.capture import CapturingCache, LayerSpec, captured, tracing
+from qeff_ir.frontend import ops
+from qeff_ir.frontend.capture import captured, tracing
+from qeff_ir.frontend.layers import Fold, Prepared, cut, find_fold, marked
 from qeff_ir.frontend.own_masks import refuse_own_masks
+from qeff_ir.frontend.positions import give_positions
 from qeff_ir.frontend.private import onnx_translations
 from qeff_ir.frontend.skeleton import fake_weights
+from qeff_ir.frontend.spelling import drop_idle_squeezes, spell_out_complex
+from qeff_ir.frontend.stamp import cut_weights, find_layers, unfold
+from qeff_ir.frontend.states import CapturingCache
 from qeff_ir.frontend.weights import Weights
-from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State, all_values, rename_symbols
+from qeff_ir.garbage import settled
+from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, DimValue, Module, State, all_values, rename_symbols
 
 # Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
 _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
@@ -41,95 +49,150 @@ _IR_VERSION = 11
 """Opset 24 needs IR version 11 or later."""
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 """Color codes of a terminal."""
+_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+"""What transformers' models call the cache that they take."""
 PREFIX = "hf."
 """Scope of the model inside `_Step`; taken off every name."""
 
 
-def lower(model: PreTrainedModel, weights: Weights) -> Module:
-    """Lower a causal LM with retained key/value states.
+def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> Module:
+    """Lower a causal LM with retained states.
+
+    Layers that are shown to be copies of each other are traced once (`qeff_ir.frontend.layers`).
 
     Args:
         model: The model; its parameters may be on the meta device. Unchanged on return.
         weights: Where each parameter and persistent buffer is.
+        whole: Whether to trace every layer all the same.
 
     Returns:
         A module with inputs ``input_ids``, ``position_ids`` (int64 ``[batch_size, seq_len]``) and the states, and
         outputs ``logits`` (float32 ``[batch_size, seq_len, vocab]``) and the new states.
 
     Raises:
-        UnsupportedModelError: The model has no key/value cache, its attention is not causal or builds its own masks, or
-            something in it cannot be traced.
+        UnsupportedModelError: The model has no cache, its attention is not causal or builds its own masks, or something
+            in it cannot be traced.
     """
     model = model.eval()
-    with torch.no_grad(), captured(model), fake_weights(model) as fake, quiet():
+    with settled(), torch.no_grad(), captured(model), fake_weights(model) as fake, quiet():
         with attributes_kept(model):
-            specs = _probe(model, fake)
+            states = _probe(model, fake)
         with attributes_kept(model):
-            program = _trace(model, specs, fake)
-    states = _states(specs)
+            fold = None if whole else find_fold(model, lambda kept: _prepared(model, states, kept, fake))
+        module = None if fold is None else _folded(model, weights, states, fold, fake)
+        if module is None:
+            with attributes_kept(model):
+                module = _module(_trace(model, states, fake), model, weights, states)
+    dialect.attach(module.model)
+    module.write_facts()
+    return module
+
+
+def _folded(
+    model: PreTrainedModel, weights: Weights, states: list[State], fold: Fold, fake: FakeTensorMode
+) -> Module | None:
+    """The module made from one layer of each kind; `None` when the cut graph is not a chain of layers."""
+    kept = [s for s in states if s.layer in fold.states]
+    buffers = [(n, b) for n, b in model.named_buffers() if not isinstance(b, FakeTensor)]
+    tensors = {**{n: tensor_adapters.TorchTensor(b, name=n) for n, b in buffers}, **weights}
+    try:
+        with attributes_kept(model), cut(model, fold.path, fold.traced), marked(model, fold.path):
+            module = _module(_trace(model, kept, fake), model, cut_weights(weights, fold), kept)
+    except UnsupportedModelError:  # what the whole model does tells, and what it says is about itself
+        return None
+    layers = find_layers(module, fold, tensors)
+    if layers is None:
+        return None
+    unfold(module, fold, layers, tensors)
+    return module
+
+
+def _module(program: torch.onnx.ONNXProgram, model: PreTrainedModel, weights: Weights, states: list[State]) -> Module:
     graph_model = clean(program.model, weights, states)
     _mark_layers(graph_model.graph, model)
     refuse_own_masks(graph_model.graph, type(model).__name__)
     module = Module(graph_model, type(model).__name__, states)
     _name_dims(module, model)
-    dialect.attach(module.model)
-    module.write_facts()
     return module
 
 
 class _Step(torch.nn.Module):
     """One run of a decoder with explicit states, the function that is traced."""
 
-    def __init__(self, model: PreTrainedModel, specs: list[LayerSpec]) -> None:
+    def __init__(self, model: PreTrainedModel, states: list[State]) -> None:
         super().__init__()
         self.hf = model
-        self.specs = specs
+        self.states = states
         parameters = inspect.signature(model.forward).parameters
         kinds = {p.kind for p in parameters.values()}
         self.takes_positions = "position_ids" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+        self.cache_argument = next((name for name in _CACHE_ARGUMENTS if name in parameters), _CACHE_ARGUMENTS[0])
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        cache = CapturingCache(self.hf, position_ids, self.specs, past)
-        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        cache = CapturingCache(self.hf, position_ids, dict(zip(self.states, past, strict=True)))
+        out = self.run(input_ids, position_ids, cache)
+        return (out.logits, *(cache.result(state) for state in self.states))
+
+    def run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: CapturingCache) -> Any:
+        """The model's own outputs."""
+        arguments: dict[str, Any] = {self.cache_argument: cache, "use_cache": True}
+        if self.takes_positions:
+            arguments["position_ids"] = position_ids
         with tracing(cache):
-            out = self.hf(input_ids=input_ids, past_key_values=cache, use_cache=True, **positions)
-        return (out.logits, *cache.results())
+            return self.hf(input_ids=input_ids, **arguments)
 
 
-def _probe(model: PreTrainedModel, fake: FakeTensorMode) -> list[LayerSpec]:
+def _probe(model: PreTrainedModel, fake: FakeTensorMode) -> list[State]:
     """Run the model once on fake tensors to see what each layer caches."""
     step = _Step(model, [])
     with fake:
         ids = torch.zeros((_BATCH, _SEQ), dtype=torch.long)
-        cache = CapturingCache(model, ids, [], [])
-        positions = {"position_ids": ids} if step.takes_positions else {}
-        with tracing(cache), as_unsupported(model, "cannot be run with a key/value cache"):
-            model(input_ids=ids, past_key_values=cache, use_cache=True, **positions)
-    specs = cache.specs()
-    if not specs:
+        cache = CapturingCache(model, ids, {})
+        with as_unsupported(model, "cannot be run with a cache"):
+            step.run(ids, ids.clone(), cache)
+    states = cache.found()
+    if not states:
         raise UnsupportedModelError(
-            f"{type(model).__name__} writes to no key/value cache, so there is no state to retain between tokens"
+            f"{type(model).__name__} writes to no cache, so there is no state to retain between tokens"
         )
-    return specs
+    return states
 
 
-def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode) -> torch.onnx.ONNXProgram:
+def _inputs(states: list[State], fake: FakeTensorMode) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Token ids (or positions), and states, for a run on fake tensors."""
     with fake:
         ids = torch.zeros((_BATCH, _SEQ), dtype=torch.long)
-        past = [
-            torch.zeros((_BATCH, heads, _CTX if s.window is None else _SLIDING, width))
-            for s in specs
-            for heads, width in (s.key, s.value)
-        ]
+        past = [torch.zeros([_example(state, dim) for dim in state.shape]) for state in states]
+    return ids, past
+
+
+def _prepared(
+    model: PreTrainedModel, states: list[State], kept: frozenset[int] | None, fake: FakeTensorMode
+) -> Prepared:
+    """A run of the model with the states of some layers only, for `find_fold`."""
+    states = [s for s in states if kept is None or s.layer in kept]
+    ids, past = _inputs(states, fake)
+    with fake:
+        positions = ids.clone()
+    inputs = {"input_ids": ids, "position_ids": positions, **dict(zip(states, past, strict=True))}
+
+    def work() -> Sequence[torch.Tensor]:
+        with apply_patches("onnx"), apply_patches("dynamo"), reset_model_state(model), fake:
+            return _Step(model, states)(ids, positions, past)
+
+    return inputs, work
+
+
+def _trace(model: PreTrainedModel, states: list[State], fake: FakeTensorMode) -> torch.onnx.ONNXProgram:
+    ids, past = _inputs(states, fake)
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {
         "input_ids": {0: dynamic, 1: dynamic},
         "position_ids": {0: dynamic, 1: dynamic},
-        "past": [{0: dynamic, 2: dynamic} for _ in past],
+        "past": [{i: dynamic for i, dim in enumerate(state.shape) if isinstance(dim, str)} for state in states],
     }
-    states = _states(specs)
     with (
         apply_patches("onnx"),
         apply_patches("dynamo"),
@@ -137,13 +200,16 @@ def _trace(model: PreTrainedModel, specs: list[LayerSpec], fake: FakeTensorMode)
         as_unsupported(model, "cannot be traced"),
     ):
         exported = torch.export.export(
-            _Step(model, specs),
+            _Step(model, states),
             (),
             kwargs={"input_ids": ids, "position_ids": ids.clone(), "past": past},
             dynamic_shapes=shapes,
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+        spell_out_complex(exported)
+        drop_idle_squeezes(exported)
+        give_positions(exported, "input_ids", "position_ids")
         program = convert(
             exported, ["input_ids", "position_ids", *(s.input for s in states)], ["logits", *(s.output for s in states)]
         )
@@ -157,7 +223,7 @@ def convert(
     apply_fx_node_fixes("onnx", exported.graph_module)
     program = torch.onnx.export(
         exported,
-        custom_translation_table={**onnx_translations(), **_TRANSLATIONS},
+        custom_translation_table={**onnx_translations(), **ops.TRANSLATIONS},
         opset_version=_TORCH_OPSET,
         optimize=False,
         verbose=False,
@@ -169,34 +235,10 @@ def convert(
     return program
 
 
-def _states(specs: list[LayerSpec]) -> list[State]:
-    def state(spec: LayerSpec, role: Role, heads: int, width: int) -> State:
-        return State(spec.layer, role, ("batch_size", heads, "ctx_len", width), ir.DataType.FLOAT, spec.window)
-
-    return [made for s in specs for made in (state(s, "key", *s.key), state(s, "value", *s.value))]
-
-
-# The exporter works at an older opset, so it only sees opaque ops of the dialect's domain; `clean` gives them bodies,
-# or their standard name where ONNX has one.
-_STANDARD = {"Attention"}
-
-
-def _opaque(name: str, *attributes: str) -> Callable[..., Any]:
-    op = values.Op(values.Opset(dialect.DOMAIN, dialect.VERSION), name)
-
-    def translate(*args: Any) -> Any:
-        count = len(args) - len(attributes)
-        return op(*args[:count], **dict(zip(attributes, args[count:], strict=True)))
-
-    return translate
-
-
-_TRANSLATIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.qeff.cache_update.default: _opaque("CacheUpdate"),
-    torch.ops.qeff.cache_positions.default: _opaque("CachePositions"),
-    torch.ops.qeff.attention.default: _opaque("Attention", "scale", "softcap"),
-    torch.ops.qeff.sink_attention.default: _opaque("SinkAttention", "scale", "softcap"),
-}
+def _example(state: State, dim: DimValue) -> int:
+    if isinstance(dim, int):
+        return dim
+    return _BATCH if dim == "batch_size" else _CTX if state.window is None else _SLIDING
 
 
 def clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
@@ -215,7 +257,7 @@ def clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
     _refer_to_weights(graph, weights)
     version_converter.convert_version(model, dialect.OPSET)
     for node in graph:
-        if node.domain == dialect.DOMAIN and node.op_type in _STANDARD:
+        if node.domain == dialect.DOMAIN and node.op_type in ops.STANDARD:
             node.domain = ""
     model.opset_imports.clear()
     model.opset_imports.update({"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION})
@@ -258,13 +300,15 @@ def _mark_layers(graph: ir.Graph, model: PreTrainedModel) -> None:
 
 def _name_dims(module: Module, model: PreTrainedModel) -> None:
     """Replace the exporter's symbols by ours, on the inputs and everywhere else."""
-    ids = module.input("input_ids").shape
-    assert ids is not None
-    renames = {str(ids[0]): "batch_size", str(ids[1]): "seq_len"}
+    renames: dict[str, str] = {}
+    for name in ("input_ids", "position_ids"):
+        shape = module.input(name).shape
+        assert shape is not None
+        renames |= {str(shape[0]): "batch_size", str(shape[1]): "seq_len"}
     for state in module.states:
         shape = module.input(state.input).shape
         assert shape is not None
-        renames |= {str(shape[0]): "batch_size", str(shape[2]): "ctx_len"}
+        renames |= {str(made): name for made, name in zip(shape, state.shape, strict=True) if isinstance(name, str)}
     rename_symbols(module.graph, renames)
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
@@ -295,7 +339,9 @@ def attributes_kept(model: PreTrainedModel) -> Generator[None]:
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
     """Keep the exporter's notes to itself: they are about its own internals, or repeat an exception that follows."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._subclasses", "onnxscript", "onnx_ir")
+    ]
     levels = [log.level for log in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -65,3 +65,8 @@ def computed_buffers(module: torch.nn.Module) -> set[str]:
 def mark_initialized(item: torch.nn.Module | torch.Tensor, done: bool) -> None:
     """Tell `PreTrainedModel.initialize_weights` whether a module or parameter has its values already."""
     item._is_hf_initialized = done  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+
+
+def changes_arguments(operator: Any) -> bool:
+    """Whether a torch operator writes into one of its arguments."""
+    return bool(operator._schema.is_mutable)

@@ -82,7 +82,7 @@ class FolderSource(Source):
 
         self.folder = folder
         self.trust_remote_code = trust_remote_code
-        self.config = _read_config(folder, trust_remote_code)
+        self.config = read_config(folder, trust_remote_code)
         if getattr(self.config, "quantization_config", None) is not None:
             raise UnsupportedModelError(
                 f"{folder} holds quantized weights (quantization_config in config.json), which are not read yet: use "
@@ -207,7 +207,12 @@ def _snapshot(name: str, hub: dict[str, Any]) -> Path:
         ) from error
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration in a folder.
+
+    Raises:
+        ModelLoadError: There is none, it is damaged, or it brings code that may not run.
+    """
     from transformers import AutoConfig
 
     path = folder / "config.json"

@@ -13,7 +13,7 @@ from qeff_ir.errors import PassError, VerificationError
 from qeff_ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing import properties
 from qeff_ir.passing.base import Pass, Rewriter
-from qeff_ir.passing.hiding import hidden_weights
+from qeff_ir.passing.hiding import LARGE, hidden_weights
 from qeff_ir.passing.report import Missed, site_name
 from qeff_ir.printer import bodies, interface, structure, to_text
 from qeff_ir.storage import file_range
@@ -21,9 +21,6 @@ from qeff_ir.verifier import broken, verify
 
 if TYPE_CHECKING:
     from onnx_ir import TensorProtocol
-
-_FREE_BYTES = 1024
-"""Constants up to this size are arithmetic, not weights: a pass may add and drop them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +124,7 @@ def _stored(module: Module, *, weights_only: bool) -> dict[str, tuple[object, in
         name: (_storage(tensor), tensor.nbytes)
         for name, value in module.graph.initializers.items()
         if (tensor := value.const_value) is not None
-        and (WEIGHT_KEY in value.metadata_props or (tensor.nbytes > _FREE_BYTES and not weights_only))
+        and (WEIGHT_KEY in value.metadata_props or (tensor.nbytes > LARGE and not weights_only))
     }
 
 

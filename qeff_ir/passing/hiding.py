@@ -9,11 +9,18 @@ import onnx_ir as ir
 
 from qeff_ir.module import WEIGHT_KEY
 
+LARGE = 1024
+"""Constants of more bytes count as weights; up to this size they are arithmetic: a pass may add and drop them."""
+
 
 @contextlib.contextmanager
 def hidden_weights(graph: ir.Graph) -> Generator[None]:
-    """Show the weights of a graph as graph inputs, behind the real ones."""
-    weights = [v for v in graph.initializers.values() if WEIGHT_KEY in v.metadata_props]
+    """Show the weights of a graph, and constants as large as one, as graph inputs behind the real ones."""
+    weights = [
+        v
+        for v in graph.initializers.values()
+        if WEIGHT_KEY in v.metadata_props or (v.const_value is not None and v.const_value.nbytes > LARGE)
+    ]
     tensors = [v.const_value for v in weights]
     for value in weights:
         assert value.name is not None

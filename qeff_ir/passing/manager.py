@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 from qeff_ir.errors import PassError, PipelineError, QeffError
+from qeff_ir.garbage import settled
 from qeff_ir.module import Module
 from qeff_ir.passing import checks, plugins
 from qeff_ir.passing.base import Pass, Rewriter, registered_passes
@@ -76,7 +76,7 @@ def run_pipeline(
     for instrument in stack:
         instrument.before_pipeline(module, pipeline)
     before, forms = fingerprint(module), {structure(module): "the beginning"} if check >= 2 else {}
-    with _settled():
+    with settled():
         for id, item in pipeline:
             rewriter = Rewriter(module, id, (budgets or {}).get(id))
             run, before = _run(module, item, rewriter, before, stack, check, forms)
@@ -86,24 +86,6 @@ def run_pipeline(
     for instrument in reversed(stack):
         instrument.after_pipeline(report, module)
     return report
-
-
-@contextmanager
-def _settled() -> Generator[None]:
-    """Collect garbage between passes only, and not among what lives already.
-
-    Passes make so many objects that the collector would look through all of them, and all of torch, again and again:
-    the time for a node would grow with the number of nodes.
-    """
-    enabled = gc.isenabled()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if enabled:
-            gc.enable()
 
 
 def _run(

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from qeff_ir.errors import PackageError
-from qeff_ir.module import WEIGHT_KEY, DimValue
+from qeff_ir.module import EMBEDS, WEIGHT_KEY, DimValue
 
 BATCH, LENGTH = "batch_size", "seq_len"
 
@@ -66,7 +66,9 @@ def read_interface(folder: Path) -> Interface:
         graph = onnx.load(str(models[0]), load_external_data=False).graph
     except Exception as error:  # protobuf raises types of its own
         raise PackageError(f"{models[0]} cannot be read ({type(error).__name__}): compile again") from error
-    return Interface(_tensors(graph.input), _tensors(graph.output))
+    # A weight may be an input that the target binds by itself; the host's token embeddings only name theirs.
+    given = [t for t in _tensors(graph.input) if t.weight is None or t.name == EMBEDS]
+    return Interface(tuple(given), _tensors(graph.output))
 
 
 def _tensors(values: Sequence[onnx.ValueInfoProto]) -> tuple[Tensor, ...]:

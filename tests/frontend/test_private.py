@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from qeff_ir.frontend import private
+from qeff_ir.frontend import private, recurrences
 from tests import support
 
 
@@ -115,3 +117,26 @@ def test_cache_layers_are_told_by_their_class() -> None:
     config, _ = support.tiny("gemma2")
     kinds = [type(layer) for layer in cache_utils.DynamicCache(config=config).layers]
     assert kinds == [cache_utils.DynamicSlidingWindowLayer, cache_utils.DynamicLayer]
+
+
+def test_operators_tell_whether_they_write_into_an_argument() -> None:
+    assert private.changes_arguments(torch.ops.aten.add_.Tensor)
+    assert not private.changes_arguments(torch.ops.aten.add.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("mamba", "mamba_selective_scan"),
+        ("mamba2", "mamba2_chunk_scan"),
+        ("qwen3_next", "torch_chunk_gated_delta_rule"),
+        ("kimi_linear", "chunk_kimi_delta_attention"),
+    ],
+)
+def test_kernels_have_the_names_and_arguments_that_ours_stand_for(model_type: str, name: str) -> None:
+    code = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    made = [make for pattern, make in recurrences.KERNELS.items() if re.fullmatch(pattern, name)]
+    assert len(made) == 1
+    ours = inspect.signature(made[0](lambda: None)).parameters
+    required = [p.name for p in inspect.signature(getattr(code, name)).parameters.values() if p.default is p.empty]
+    assert set(required) <= set(ours)

@@ -112,6 +112,25 @@ def test_canonicalization_keeps_the_numbers(name: str, tmp_path: Path) -> None:
     agree(before, after, feeds["position_ids"] >= 0, tolerance.bound(tolerance.depth(module)))
 
 
+@pytest.mark.parametrize(
+    ("op_type", "constant", "left"),
+    [
+        *(("Add", 0.0, 0), ("Add", 1e-8, 1), ("Sub", 0.0, 0), ("Sub", -1e-8, 1)),
+        *(("Mul", 1.0, 0), ("Mul", 1.000001, 1), ("Div", 1.0, 0), ("Div", 1.000001, 1)),
+    ],
+)
+def test_only_what_changes_nothing_is_taken_out(op_type: str, constant: float, left: int) -> None:
+    module = support.canonical("llama")
+    count = sum(n.op_type == op_type for n in module.graph)
+    power = next(n for n in module.graph if n.op_type == "Pow")
+    b = Rewriter(module, "test").at(power)
+    x = power.inputs[0]
+    assert x is not None
+    power.replace_input_with(0, b(op_type, x, b.const(constant, np.float32), shape=x.shape, dtype=x.dtype))
+    support.apply(module, "canonicalize")
+    assert sum(n.op_type == op_type for n in module.graph) == count + left
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_the_last_logits_are_those_of_each_rows_last_token(name: str, seed: int, tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_a_type_that_is_wrong_is_shown(module: Module) -> None:
         run_pipeline(module, make(resize), check=2)
     line, caret = str(error.value).splitlines()[3:5]
     assert line.startswith(
-        "  >   73 | %linear: float[batch_size, seq_len, 7] = MatMul(%mul_73, %val_63)  ; model.layers.0"
+        "  >   73 | %linear: float[batch_size, seq_len, 7] = MatMul(%mul_76, %val_63)  ; model.layers.0"
     )
     assert caret == "         | ^^^^^^^"
     assert str(error.value).splitlines()[-1].startswith("  hint: give a new node the shape and dtype of what it makes")

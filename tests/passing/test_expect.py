@@ -52,7 +52,7 @@ def run(module: Module, item: Pass, expect: Expect, monkeypatch: pytest.MonkeyPa
     return None
 
 
-UNTOUCHED = "model.layers.1.mlp.act_fn: Sigmoid 'val_215' [untouched] the pass did not touch it"
+UNTOUCHED = "model.layers.1.mlp.act_fn: Sigmoid 'val_136.1' [untouched] the pass did not touch it"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_is_left_is_reported_where_any_number_is_fine(module: Module) -> No
     assert done["left"] == [
         {
             "source": "model.layers.1.mlp.act_fn",
-            "node": "Sigmoid 'val_215'",
+            "node": "Sigmoid 'val_136.1'",
             "code": "untouched",
             "reason": "the pass did not touch it",
             "reached": "",

@@ -180,7 +180,7 @@ def test_a_pass_that_breaks_a_rule_of_the_ir_is_undone(module: Module) -> None:
     with pytest.raises(PassError) as error:
         run_pipeline(module, Pipeline((make(dangle),)))
     assert str(error.value).splitlines()[0] == (
-        "pass made: [order] Add 'add_90' of model.layers.0.input_layernorm reads 'nowhere' before it is defined"
+        "pass made: [order] Add 'add_94' of model.layers.0.input_layernorm reads 'nowhere' before it is defined"
     )
     assert to_text(module) == before
 

@@ -60,6 +60,6 @@ def test_the_guide_says_what_a_missed_site_looks_like(names: dict[str, Any]) -> 
         run_pipeline(support.lowered("llama"), Pipeline.parse("canonicalize,fuse-gates"))
     assert str(error.value).splitlines()[0] == "pass fuse-gates: 2 of 2 sites were not rewritten:"
     assert str(error.value).splitlines()[2] == (
-        "  model.layers.1.mlp.act_fn: Sigmoid 'val_215' [no-match] OpType mismatch: expected Sigmoid, got MatMul at "
-        "MatMul 'linear_11' (rule 'Swish' matched 1 node up from Mul 'silu_1' and did not come to this node)"
+        "  model.layers.1.mlp.act_fn: Sigmoid 'val_136.1' [no-match] OpType mismatch: expected Sigmoid, got MatMul at "
+        "MatMul 'linear_4.1' (rule 'Swish' matched 1 node up from Mul 'silu.1' and did not come to this node)"
     )

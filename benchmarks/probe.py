@@ -1,0 +1,64 @@
+"""One measurement in a process of its own: ``python -m benchmarks.probe FOLDER TARGET``.
+
+Compiles the model of a folder as far as an emitted package, opened where the target is ONNX Runtime and `--open` is
+given, and prints one JSON object per stage: seconds, and the peak resident memory of the process so far in MB.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(folder: Path, target: str, opened: bool) -> None:
+    """Run the stages one after the other."""
+    started = time.perf_counter()
+
+    def done(stage: str, **more: Any) -> None:
+        nonlocal started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(
+            json.dumps({"stage": stage, "seconds": time.perf_counter() - started, "peak MB": peak, **more}), flush=True
+        )
+        started = time.perf_counter()
+
+    import torch
+    import transformers
+
+    from backends import find_backend
+    from backends.base import CompileOptions
+    from qeff_ir.compiler import specialize
+    from qeff_ir.frontend.checkpoint import open_checkpoint
+    from qeff_ir.frontend.lower import lower
+    from qeff_ir.frontend.skeleton import build_skeleton
+    from qeff_ir.frontend.weights import checkpoint_weights
+    from qeff_ir.passing.manager import run_pipeline
+    from qeff_ir.passing.pipeline import Pipeline
+
+    torch.set_num_threads(1)
+    done("import")
+    backend, options = find_backend(target), CompileOptions(ctx_len=1024)
+    model = build_skeleton(transformers.AutoConfig.from_pretrained(folder))
+    module = lower(model, checkpoint_weights(model, open_checkpoint(folder)))
+    done("lower", nodes=len(module.graph))
+    specialize(module, options)
+    report = run_pipeline(module, Pipeline.parse(backend.pipeline))
+    done("passes", nodes=len(module.graph), passes={run.id: run.seconds for run in report.runs})
+    with tempfile.TemporaryDirectory(dir=folder) as name:  # beside the checkpoint, so that its files can be linked
+        package = Path(name)
+        backend.emit(module, package, options)
+        files = [path for path in package.rglob("*") if path.is_file()]
+        own = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
+        done("emit", files=len(files), own=own, linked=sum(p.stat().st_size for p in files) - own)
+        if opened:
+            backend.open(package, threads=1)
+            done("open")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], "--open" in sys.argv[3:])

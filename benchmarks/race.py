@@ -1,0 +1,148 @@
+"""Decode and prefill beside peers: the same model, the same prompts, the same threads, in turns."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.contenders import Contender, Entrant, Rows, contenders
+from benchmarks.options import Json, Peers, Plot, Quick
+from benchmarks.result import Figure, Result, Row, figure, publish
+from benchmarks.shapes import SHAPES, prompts, random_model
+
+Sizes = Annotated[str, typer.Option("--shape", help=f"Model: {', '.join(SHAPES)}.")]
+Context = Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)]
+Batch = Annotated[int, typer.Option(help="Rows.", min=1)]
+NewTokens = Annotated[int, typer.Option(help="Tokens to decode.", min=1)]
+Threads = Annotated[int, typer.Option(help="Threads of every contender.", min=1)]
+Rounds = Annotated[int, typer.Option(help="Measured rounds, after one that warms up.", min=1)]
+
+
+@dataclass
+class Laps:
+    """What one contender did, one entry per measured round.
+
+    Attributes:
+        first: Seconds to the first token.
+        rate: Decoded tokens per second, all rows together.
+        tokens: What was generated in the last round, step by step.
+    """
+
+    first: list[float] = field(default_factory=list[float])
+    rate: list[float] = field(default_factory=list[float])
+    tokens: list[list[int]] = field(default_factory=list[list[int]])
+
+
+def decode(
+    shape: Sizes = "125M",
+    context: Context = 128,
+    batch: Batch = 1,
+    new_tokens: NewTokens = 64,
+    threads: Threads = 2,
+    rounds: Rounds = 5,
+    peers: Peers = "all",
+    json: Json = None,
+    plot: Plot = None,
+    quick: Quick = False,
+) -> None:
+    """Tokens per second after a prompt, float32, random weights, greedy."""
+    publish(measure("decode", shape, context, batch, new_tokens, threads, rounds, peers, quick), json, plot)
+
+
+def prefill(
+    shape: Sizes = "125M",
+    context: Context = 128,
+    batch: Batch = 1,
+    threads: Threads = 2,
+    rounds: Rounds = 5,
+    peers: Peers = "all",
+    json: Json = None,
+    plot: Plot = None,
+    quick: Quick = False,
+) -> None:
+    """Time to the first token of a prompt, float32, random weights."""
+    publish(measure("prefill", shape, context, batch, 1, threads, rounds, peers, quick), json, plot)
+
+
+def measure(
+    suite: str,
+    shape: str,
+    context: int,
+    batch: int,
+    new_tokens: int,
+    threads: int,
+    rounds: int,
+    peers: str,
+    quick: bool,
+) -> Result:
+    """Run a race.
+
+    Raises:
+        typer.BadParameter: There is no such shape or peer.
+    """
+    if quick:
+        shape, context, new_tokens, rounds = "tiny", min(context, 16), min(new_tokens, 8), 2
+    torch.set_num_threads(threads)
+    ctx_len = 2 ** (context + new_tokens).bit_length()
+    model = random_model(shape, ctx_len)
+    rows = prompts(shape, batch, context)
+    with tempfile.TemporaryDirectory() as folder:
+        entrants = contenders(model, rows, ctx_len, threads, Path(folder), peers)
+        laps = run([e.contender for e in entrants if e.contender is not None], rows, new_tokens, rounds)
+    settings = {"shape": shape, "context": context, "batch": batch, "threads": threads, "rounds": rounds}
+    if suite == "decode":
+        settings["new tokens"] = new_tokens
+    return Result(suite, quick, settings, rows_of(suite, entrants, laps, rows))
+
+
+def run(racers: Sequence[Contender], rows: Rows, new_tokens: int, rounds: int) -> dict[str, Laps]:
+    """Race in rounds, so that whatever else the machine does hits all alike; a first, short round only warms up."""
+    laps: dict[str, Laps] = {}
+    for index in range(rounds + 1):
+        for racer in racers:
+            if index <= 1:
+                laps[racer.name] = Laps()
+            _lap(racer, rows, new_tokens if index else min(4, new_tokens), laps[racer.name])
+    return laps
+
+
+def _lap(racer: Contender, rows: Rows, new_tokens: int, laps: Laps) -> None:
+    started = time.perf_counter()
+    generated = [racer.prefill(rows)]
+    first = time.perf_counter()
+    for _ in range(new_tokens):
+        generated.append(racer.step(generated[-1]))
+    laps.rate.append(len(rows) * new_tokens / (time.perf_counter() - first))
+    laps.first.append(first - started)
+    laps.tokens = generated
+
+
+def rows_of(suite: str, entrants: Sequence[Entrant], laps: dict[str, Laps], rows: Rows) -> list[Row]:
+    """Figures, and how many steps gave the tokens of the first contender: who computes something else is no peer."""
+    base: Any = next(iter(laps.values()))
+    made: list[Row] = []
+    for entrant in entrants:
+        lap = laps.get(entrant.name)
+        if lap is None:
+            made.append(Row(entrant.name, missing=entrant.missing))
+            continue
+        read = len(rows) * len(rows[0])
+        figures: dict[str, Figure] = (
+            {"tokens/s": figure(lap.rate, "higher")}
+            if suite == "decode"
+            else {
+                "first token ms": figure(1000 * s for s in lap.first),
+                "prompt tokens/s": figure((read / s for s in lap.first), "higher"),
+            }
+        )
+        equal = sum(a == b for a, b in zip(lap.tokens, base.tokens, strict=True)) / len(base.tokens)
+        figures["equal steps %"] = figure([100 * equal], "neither")
+        made.append(Row(entrant.name, figures))
+    return made

@@ -1,0 +1,129 @@
+"""``qeff cost``: what a package's runs cost, counted on its graph, and what a device could reach with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qeff_ir.cli.tables import grid
+from qeff_ir.cli.terminal import line, show, working
+from qeff_ir.errors import CompileError, PackageError
+
+if TYPE_CHECKING:
+    from qeff_ir.cost import Cost, Storage
+    from qeff_ir.module import Module
+    from qeff_ir.package import Manifest
+    from qeff_ir.roofline import Device
+
+_MXFP6_BYTES = 25 / 32  # a block of 32 is 24 bytes of codes and one of scale (contract §15.2)
+_DEVICES = Path(__file__).parents[2] / "backends" / "ai100" / "devices"
+
+
+def command(
+    package: Annotated[Path, typer.Argument(help="A compiled package.", show_default=False)],
+    device: Annotated[
+        str | None, typer.Option(help="standard, pro, ultra, or a JSON file that describes a device.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt, for the time to the first token.", min=1)] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Plain data, all of it.")] = False,
+) -> None:
+    """Count bytes of weights and caches, and multiply-adds, of each specialization of a package."""
+    with working("Counting"):
+        from qeff_ir.cost import cost
+        from qeff_ir.package import open_package
+
+        described = None if device is None else _device(device)
+        manifest = open_package(package)
+        module = _module(package)
+        storage = _storage(manifest)
+        costs = [cost(module, item, storage) for item in module.specializations]
+    if as_json:
+        print(json.dumps([asdict(c) for c in costs], indent=2))
+        return
+    _show(costs)
+    if described is not None:
+        _show_roofline(costs, described, manifest, prompt)
+
+
+def _module(package: Path) -> Module:
+    from onnx_ir.passes.common import InlinePass
+
+    from qeff_ir import device_ops, dialect
+    from qeff_ir.snapshot import load_module
+
+    files = sorted(package.glob("*.onnx"))
+    if len(files) != 1:
+        raise PackageError(f"{package} holds {len(files)} ONNX files, so it is not clear what to count")
+    module = load_module(files[0])
+    own = (dialect.DOMAIN, *device_ops.DOMAINS)
+    for key in [key for key in module.model.functions if key[0] in own]:
+        del module.model.functions[key]
+    InlinePass()(module.model)  # layers that are functions
+    return module
+
+
+def _storage(manifest: Manifest) -> Storage:
+    """The AI 100 stores halves, and compresses what it was told to; ONNX Runtime stores what it is given."""
+    from qeff_ir.cost import Storage
+
+    if manifest.target != "ai100":
+        return Storage()
+    options = manifest.options
+    return Storage(2, _MXFP6_BYTES if options["mxfp6_matmul"] else 2, 1 if options["mxint8_kv_cache"] else 2)
+
+
+def _device(name: str) -> Device:
+    from qeff_ir.roofline import read_device
+
+    shipped = sorted(path.stem for path in _DEVICES.glob("*.json"))
+    if name in shipped:
+        return read_device(_DEVICES / f"{name}.json")
+    if not Path(name).is_file():
+        raise CompileError(f"there is no device '{name}': it is {', '.join(shipped)}, or a file that describes one")
+    return read_device(Path(name))
+
+
+def _show(costs: list[Cost]) -> None:
+    rows = ("MB weights", "MB cache", "G multiply-adds", "share")
+    table = grid("run", "operator", "nodes", *rows, right=("nodes", *rows))
+    table.columns[1].no_wrap = True
+    for item in costs:
+        per = f"{item.name}, {item.tokens} token{'s' if item.tokens > 1 else ''}"
+        total = item.multiply_adds
+        cache = f"{item.state_bytes / 1e6:,.3f}"
+        table.add_row(per, "all", "", f"{item.weight_bytes / 1e6:,.3f}", cache, f"{total / 1e9:,.4f}", "")
+        for name, op in item.ops.items():
+            if op.multiply_adds or op.weight_bytes:
+                share = f"{op.multiply_adds / total:.1%}" if total else "-"
+                bytes_, adds = f"{op.weight_bytes / 1e6:,.3f}", f"{op.multiply_adds / 1e9:,.4f}"
+                table.add_row("", name.rpartition(".")[2], str(op.nodes), bytes_, "", adds, share)
+    show(table)
+
+
+def _show_roofline(costs: list[Cost], device: Device, manifest: Manifest, prompt: int) -> None:
+    from qeff_ir.roofline import roofline
+
+    batch, devices = int(manifest.options["batch_size"]), int(manifest.options["num_devices"])
+    found = roofline(costs[0], costs[-1], device, prompt, batch, devices=devices)
+    unknown: list[str] = [
+        what
+        for what, value in (
+            ("memory_gb", device.memory_gb),
+            ("bandwidth_gb_s", device.bandwidth_gb_s),
+            ("tera_multiply_adds", device.tera_multiply_adds),
+        )
+        if value is None
+    ]
+    resident = costs[-1].resident_bytes / 1e9
+    many = f"{devices} × {device.name}" if devices > 1 else device.name
+    if found.fits is not None:
+        line(f"{many}: {resident:.2f} GB of weights and caches {'fit' if found.fits else 'do not fit'}")
+    if found.first_token_s is not None and found.tokens_per_s is not None:
+        line(f"{many}: at best {1000 * found.first_token_s:.2f} ms to the first token of {prompt}, ")
+        line(f"          and {found.tokens_per_s:,.1f} tokens/s")
+    if unknown:
+        line(f"{many}: no figure with a source for {', '.join(unknown)}; give a file of your own as --device")

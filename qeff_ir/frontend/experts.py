@@ -1,0 +1,78 @@
+"""Experts that a model's code calls one by one, for the tokens that chose them: such a loop depends on the data.
+
+transformers' own interface computes chosen experts alone, in a static form, and is used wherever a model goes through
+it. A loop outside of it keeps the model's code, but runs every expert on every token; a token that did not choose an
+expert gives it no weight. That is exact, and costs what all experts cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+Tensor = torch.Tensor
+
+_ROUTED = {"top_k_index", "top_k_weights"}
+"""Arguments by which transformers' experts take the choice: ``[tokens, chosen]`` both."""
+_WHERE = torch.where
+"""Transformers' exporters put a function of their own in its place while a model is traced."""
+
+
+@contextlib.contextmanager
+def unrolled(model: PreTrainedModel) -> Generator[None]:
+    """Let experts that are called in a loop all be called, for as long as the block lasts.
+
+    Args:
+        model: Its modules with the arguments `top_k_index` and `top_k_weights` are the experts.
+    """
+    modules = [m for m in model.modules() if set(inspect.signature(m.forward).parameters) >= _ROUTED]
+    try:
+        for module in modules:
+            module.forward = _for_every_token(module.forward, getattr(module, "num_experts", None))
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _for_every_token(forward: Callable[..., Tensor], experts: int | None) -> Callable[..., Tensor]:
+    def call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        nothing = torch.zeros_like(top_k_weights[:, :1])
+        with _EveryExpert(experts):
+            return forward(hidden_states, top_k_index, torch.cat([top_k_weights, nothing], dim=-1))
+
+    return call
+
+
+class _EveryExpert(TorchFunctionMode):
+    """What a loop over experts asks torch, answered without looking at the data.
+
+    The choice is spread by `one_hot`; `nonzero` of what that comes to gives the experts, so all of them; and `where` of
+    one expert's ``[chosen, tokens]`` gives its tokens, so all of them, each with the place of the expert among what it
+    chose, or with the place behind these, where the weights have a zero.
+    """
+
+    def __init__(self, experts: int | None) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See `TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.one_hot and self.experts is None:
+            self.experts = int(kwargs.get("num_classes", args[-1]))
+        elif func in (torch.Tensor.nonzero, torch.nonzero):
+            return [torch.tensor([expert]) for expert in range(self.experts or 0)]
+        elif func is _WHERE and len(args) == 1:
+            chosen = args[0] != 0
+            place = torch.where(chosen.any(dim=0), chosen.long().argmax(dim=0), chosen.shape[0])
+            return place, torch.arange(chosen.shape[1])
+        return func(*args, **kwargs)

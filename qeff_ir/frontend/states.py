@@ -1,0 +1,244 @@
+"""The cache handed to a model while it is traced: every kind of layer state that transformers knows, as ops.
+
+A first, probing run without states records which tensors each layer keeps; the traced run gets these as inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.module import DimValue, Role, State
+
+Tensor = torch.Tensor
+Key = tuple[Role, int]
+"""Role and index of a tensor in its layer."""
+
+
+class _Held:
+    """The tensors of one layer: the shapes that a probing run shows, or the values of a traced run."""
+
+    def __init__(self, position_ids: Tensor, past: Mapping[Key, Tensor]) -> None:
+        self.position_ids = position_ids
+        self.past = dict(past)
+        self.now = dict(past)
+        self.seen: dict[Key, tuple[DimValue, ...]] = {}
+
+    def append(self, key: Key, new: Tensor) -> Tensor:
+        """Store tokens ``[batch, heads, seq, width]``; all that the cache holds, ``[batch, heads, ctx, width]``."""
+        if key not in self.past:
+            if self.past:
+                raise UnsupportedModelError(f"a layer keeps a {key[0]} cache in one run and not in another")
+            self.seen[key] = ("batch_size", _size(new, 1), "ctx_len", _size(new, 3))
+            return new
+        self.now[key] = torch.ops.qeff.cache_update(self.now[key], new, self.position_ids)
+        return self.now[key]
+
+    def slide(self, key: Key, new: Tensor, size: int) -> Tensor:
+        """Append tokens ``[batch, channels, seq]`` to the last `size` ones: ``[batch, channels, size + seq]``."""
+        if key not in self.past:
+            self.seen[key] = ("batch_size", _size(new, 1), size)
+            return torch.cat([new.new_zeros((*new.shape[:2], size)), new], dim=-1)
+        window = torch.ops.qeff.state_window(self.past[key], new, self.position_ids)
+        self.now[key] = torch.ops.qeff.state_next(window, self.position_ids, size)
+        return window
+
+    def replace(self, key: Key, new: Tensor) -> Tensor:
+        """Store a whole state, whose shape has no token axis."""
+        if key not in self.past:
+            self.seen[key] = ("batch_size", *(_size(new, axis) for axis in range(1, new.dim())))
+        self.now[key] = new
+        return new
+
+
+def _size(tensor: Tensor, axis: int) -> int:
+    return int(tensor.shape[axis])
+
+
+class AttentionLayer(DynamicIndexedLayer):
+    """Keys and values of all tokens, or of a window; an indexer's keys where there are any."""
+
+    def __init__(self, window: int | None, held: _Held, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.is_sliding = window is not None
+        self.window = window
+        self.held = held
+        self.is_initialized = True
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.keys: Tensor = held.past.get(("key", 0), torch.zeros(0))
+        self.values: Tensor = held.past.get(("value", 0), torch.zeros(0))
+
+    @property
+    def slots(self) -> Tensor | None:
+        """The key cache, whose length is the number of slots; `None` in the probing run."""
+        return self.held.past.get(("key", 0))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See `DynamicLayer.update`."""
+        self.keys = self.held.append(("key", 0), key_states)
+        self.values = self.held.append(("value", 0), value_states)
+        return self.keys, self.values
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """See `DynamicIndexedLayer.update_indexer`; ``[batch, seq, width]`` in, ``[batch, ctx, width]`` out."""
+        return self.held.append(("indexer", 0), indexer_key_states.unsqueeze(1)).squeeze(1)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of slots; they start at 0."""
+        return (query_length if self.slots is None else self.slots.shape[2]), 0
+
+    def get_seq_length(self) -> int:
+        """Always 0: positions are given, not counted."""
+        return 0
+
+
+class RecurrentLayer(LinearAttentionLayer):
+    """Convolution windows and recurrent states; there is a previous state from the first token on (zero)."""
+
+    def __init__(self, held: _Held, number_of_states: int = 1, **kwargs: Any) -> None:
+        super().__init__(number_of_states=number_of_states)
+        self.held = held
+        self.has_previous_state = dict.fromkeys(range(number_of_states), bool(held.past))
+        for index in range(number_of_states):
+            self.conv_states[index] = held.past.get(("conv", index))
+            self.recurrent_states[index] = held.past.get(("recurrent", index))
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """See `LinearAttentionLayer.update_conv_state`."""
+        key: Key = ("conv", state_idx)
+        if conv_kernel_size is None:
+            raise UnsupportedModelError(
+                "a layer cuts its convolution's window by itself, so that padding would end up in it"
+            )
+        return self.held.slide(key, conv_states, conv_kernel_size)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """See `LinearAttentionLayer.update_recurrent_state`."""
+        return self.held.replace(("recurrent", state_idx), recurrent_states)
+
+
+class HybridLayer(RecurrentLayer, AttentionLayer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Both in one layer."""
+
+    def __init__(self, window: int | None, held: _Held, number_of_states: int = 1) -> None:
+        AttentionLayer.__init__(self, window, held)
+        RecurrentLayer.__init__(self, held, number_of_states)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+
+
+Layer = AttentionLayer | RecurrentLayer | HybridLayer | DummyLayer
+
+
+class CapturingCache(Cache):
+    """The cache handed to a model while it is traced.
+
+    Args:
+        model: The model; its configuration says which layer kinds there are.
+        position_ids: ``[batch, seq]``, -1 for padding.
+        past: Each state and its tensor; empty for the probing run that finds them.
+
+    Raises:
+        UnsupportedModelError: The model has layers whose state is of an unknown kind.
+    """
+
+    def __init__(self, model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor]) -> None:
+        self.captured = _layers(model, position_ids, past)
+        super().__init__(layers=list(self.captured))
+        self.position_ids = position_ids
+        self.mask_layer = 0
+        self.recurrent: Tensor | None = None
+        self.recurrent_calls = 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """As in transformers; also notes which layer the next mask is for."""
+        self.mask_layer = layer_idx
+        if not isinstance(self.captured[layer_idx], AttentionLayer):
+            attention = [i for i, layer in enumerate(self.captured) if isinstance(layer, AttentionLayer)]
+            if not attention:
+                return query_length, 0
+            self.mask_layer = attention[0]
+        layer = self.attention_layer()
+        return (query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
+
+    def attention_layer(self) -> AttentionLayer | None:
+        """The layer that the next mask is for; `None` when no layer has attention."""
+        layer = self.captured[self.mask_layer]
+        return layer if isinstance(layer, AttentionLayer) else None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Always 0: positions are given, not counted."""
+        return 0
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """As in transformers; also notes the state that the next recurrence starts from."""
+        self.recurrent, self.recurrent_calls = super().get_recurrent_state(layer_idx, state_idx), 0
+        return self.recurrent
+
+    def next_recurrent(self) -> Tensor | None:
+        """The state that a kernel starts from; counts the kernels that a layer calls with one state."""
+        self.recurrent_calls += 1
+        return self.recurrent
+
+    def found(self) -> list[State]:
+        """What was stored, after a probing run, in the order of `State.order`."""
+        states = [
+            State(index, role, shape, ir.DataType.FLOAT, _window(layer) if "ctx_len" in shape else None, index=number)
+            for index, layer in enumerate(self.captured)
+            if not isinstance(layer, DummyLayer)
+            for (role, number), shape in layer.held.seen.items()
+        ]
+        return sorted(states, key=lambda s: s.order)
+
+    def result(self, state: State) -> Tensor:
+        """The tensor of one state after a traced run."""
+        layer = self.captured[state.layer]
+        assert not isinstance(layer, DummyLayer)
+        return layer.held.now[state.role, state.index]
+
+
+def _window(layer: Layer) -> int | None:
+    return layer.window if isinstance(layer, AttentionLayer) else None
+
+
+def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor]) -> list[Layer]:
+    by_layer: dict[int, dict[Key, Tensor]] = {}
+    for state, tensor in past.items():
+        by_layer.setdefault(state.layer, {})[state.role, state.index] = tensor
+    kinds = DynamicCache(config=model.config).layers
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    layers: list[Layer] = []
+    for kind in kinds or [DynamicLayer() for _ in range(count)]:
+        held = _Held(position_ids, by_layer.get(len(layers), {}))
+        linear = isinstance(kind, LinearAttentionCacheLayerMixin)
+        window = int(kind.sliding_window) if isinstance(kind, DynamicSlidingWindowLayer) else None
+        if isinstance(kind, DummyLayer):
+            layers.append(kind)
+        elif linear and isinstance(kind, DynamicLayer):
+            layers.append(HybridLayer(window, held, kind.number_of_states))
+        elif linear:
+            layers.append(RecurrentLayer(held, kind.number_of_states))
+        elif type(kind) in (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer):
+            layers.append(AttentionLayer(window, held))
+        else:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} keeps a {type(kind).__name__} state in layer {len(layers)}, a kind of its own "
+                "that cannot be retained"
+            )
+    return layers

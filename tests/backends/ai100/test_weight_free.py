@@ -1,0 +1,175 @@
+"""A package without weights: they are found in safetensors files, and answer as they do in a graph that has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from backends.ai100 import BACKEND, contract, weight_free
+from backends.base import CompileOptions
+from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
+from qeff_ir.cli.app import app
+from qeff_ir.errors import PackageError
+from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.testing import tolerance
+from qeff_ir.testing.trace import compare, session_trace
+from tests import support
+from tests.encoders import build
+
+from .test_contract import codes, edit_model
+
+NAME = (
+    "mixtral"  # the checkpoint has its experts one by one, the graph stacked: some weights are in no file as they stand
+)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weight-free")
+    support.tiny(NAME)[1].save_pretrained(folder / "model")
+    model = QEFFAutoModelForCausalLM.from_pretrained(folder / "model")
+    options: dict[str, Any] = {"batch_size": 2, "prefill_seq_len": 8, "ctx_len": 48}
+    model.compile(target="ai100", emit_only=True, weight_free=True, compile_dir=folder / "package", **options)
+    return folder / "package"
+
+
+@pytest.fixture
+def damaged(package: Path, tmp_path: Path) -> Path:
+    """A copy of the package that a test may damage."""
+    import shutil
+
+    return Path(shutil.copytree(package, tmp_path / "package"))
+
+
+def proto_of(folder: Path) -> onnx.ModelProto:
+    (file,) = folder.glob("*.onnx")
+    return onnx.load(str(file), load_external_data=False)
+
+
+def edit_spec(folder: Path, change: Callable[[Any], object]) -> None:
+    """Change what the metadata and the sidecar say, both alike."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        (entry,) = (p for p in model.metadata_props if p.key == weight_free.METADATA)
+        data = json.loads(entry.value)
+        change(data)
+        entry.value = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        (folder / weight_free.SPEC).write_text(entry.value)
+
+    edit_model(folder, edit)
+
+
+def test_it_answers_as_transformers_does(package: Path) -> None:
+    decoder = Decoder(BACKEND.open(package, threads=1))
+    reference = support.reference(NAME)
+    trace = session_trace(decoder, support.PROMPTS, reference.tokens)
+    assert compare(trace, reference).equal(tolerance.bound(tolerance.depth(support.lowered(NAME))))
+
+
+def test_the_graph_has_no_weights_and_the_files_have_all(package: Path) -> None:
+    proto = proto_of(package)
+    spec = weight_free.specification(proto)
+    assert spec is not None and (spec["version"], spec["model_id"]) == (5, "weights")
+    weights = {item["name"] for item in spec["inputs"]}
+    assert "model.layers.1.self_attn.q_proj.weight" in weights
+    assert weights == {name for name, _ in support.tiny(NAME)[1].named_parameters()}
+    assert not weights & {t.name for t in proto.graph.initializer}
+    keys: set[tuple[int, str]] = set()
+    for index, file in enumerate(spec["files"]):
+        with safe_open(package / file["path"], framework="numpy") as opened:  # the library accepts what we wrote
+            keys |= {(index, key) for key in opened.keys()}  # noqa: SIM118
+    assert {(item["location"]["file"], item["location"]["key"]) for item in spec["inputs"]} <= keys
+    assert len(spec["files"]) == 2 and spec["files"][-1]["path"] == weight_free.PREPARED
+    assert list(contract.violations(package)) == []
+
+
+def test_the_files_of_the_checkpoint_are_linked(package: Path) -> None:
+    checkpoint = package.parent / "model" / "model.safetensors"
+    assert (package / "weights" / checkpoint.name).samefile(checkpoint)
+
+
+def test_a_forward_pass_answers_as_in_the_usual_form(tmp_path: Path) -> None:
+    answers: list[Any] = []
+    for name, free in (("usual", False), ("free", True)):
+        model = QEFFAutoModel(build("distilbert"))
+        model.compile(target="ai100", emit_only=True, seq_len=8, weight_free=free, compile_dir=tmp_path / name)
+        ids = np.arange(4, 12)[None]
+        answers.append(model.generate({"input_ids": ids, "attention_mask": np.ones_like(ids)}))
+    usual, free = answers
+    assert set(usual) == set(free)
+    assert all(np.array_equal(usual[key], free[key]) and np.any(usual[key]) for key in usual)
+
+
+def test_the_costs_are_those_of_the_usual_form(package: Path, tmp_path: Path) -> None:
+    said: list[Any] = []
+    for name, more in (("usual", {}), ("functions", {"sub_functions": True})):
+        model = QEFFAutoModelForCausalLM.from_pretrained(package.parent / "model")
+        options: dict[str, Any] = {"batch_size": 2, "prefill_seq_len": 8, "ctx_len": 48, **more}
+        model.compile(target="ai100", emit_only=True, compile_dir=tmp_path / name, **options)
+    for folder in (tmp_path / "usual", tmp_path / "functions", package):
+        result = CliRunner().invoke(app, ["cost", str(folder), "--json"])
+        assert result.exit_code == 0, result.output
+        said.append([{k: v for k, v in item.items() if k != "ops"} for item in json.loads(result.stdout)])
+    assert said[0][0]["weight_bytes"] > 0
+    assert said[1] == said[0] and said[2] == said[0]
+
+
+def _other_key(spec: Any) -> None:
+    spec["inputs"][0]["location"]["key"] = "gone"
+
+
+def _outside(spec: Any) -> None:
+    spec["files"][0]["path"] = "../model/model.safetensors"
+
+
+def _swapped(spec: Any) -> None:
+    """Two inputs of different shapes exchange their weights."""
+    items = {item["name"]: item for item in spec["inputs"]}
+    one, two = (items[f"model.layers.0.self_attn.{n}_proj.weight"] for n in ("k", "q"))
+    one["location"], two["location"] = two["location"], one["location"]
+
+
+def _unknown_input(spec: Any) -> None:
+    spec["inputs"][0]["name"] = "nobody"
+
+
+@pytest.mark.parametrize("change", [_other_key, _outside, _swapped, _unknown_input])
+def test_a_wrong_place_is_found(change: Callable[[Any], None], damaged: Path) -> None:
+    edit_spec(damaged, change)
+    assert "weight-free" in codes(damaged)
+    with pytest.raises(PackageError):
+        BACKEND.open(damaged, threads=1)
+
+
+def test_a_sidecar_that_says_something_else_is_found(damaged: Path) -> None:
+    (damaged / weight_free.SPEC).write_text("{}")
+    assert "weight-free" in codes(damaged)
+
+
+def test_metadata_that_are_no_list_are_refused(damaged: Path) -> None:
+    edit_spec(damaged, lambda spec: spec.pop("files"))
+    assert "weight-free" in codes(damaged)
+    with pytest.raises(PackageError, match="no list of weights"):
+        BACKEND.open(damaged, threads=1)
+
+
+def test_a_weight_in_the_usual_form_is_found(damaged: Path) -> None:
+    def add(model: onnx.ModelProto) -> None:
+        made = model.graph.initializer.add(name="w", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+        made.external_data.add(key="location", value="weights/model.safetensors")
+
+    edit_model(damaged, add)
+    assert "weight-free" in codes(damaged)
+
+
+def test_the_usual_form_is_left_alone() -> None:
+    assert not CompileOptions().weight_free
+    assert weight_free.specification(onnx.ModelProto()) is None

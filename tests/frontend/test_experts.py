@@ -1,0 +1,80 @@
+"""Experts that a loop calls are all called, with the numbers of the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qeff_ir.frontend import experts
+from qeff_ir.testing import tolerance
+
+EXPERTS, CHOSEN, WIDTH, TOKENS = 5, 2, 8, 7
+
+
+class Looped(torch.nn.Module):
+    """Experts as transformers' older modelling files write them; the last one gives back what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(EXPERTS - 1, WIDTH, WIDTH))
+        self.called: list[int] = []
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        out = torch.zeros_like(hidden_states)
+        chosen = torch.nn.functional.one_hot(top_k_index, num_classes=EXPERTS).permute(2, 1, 0)
+        for (expert,) in torch.greater(chosen.sum(dim=(-1, -2)), 0).nonzero():
+            self.called.append(int(expert))
+            place, token = torch.where(chosen[expert])
+            state = hidden_states[token]
+            state = state @ self.weight[expert] if int(expert) < EXPERTS - 1 else state
+            out.index_add_(0, token, state * top_k_weights[token, place, None])
+        return out
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Looped()
+
+
+def routed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens of which none chooses expert 1, and all of them choose two different ones."""
+    generator = torch.Generator().manual_seed(1)
+    index = torch.stack([torch.tensor([0, 2, 3, 4])[torch.randperm(4, generator=generator)[:2]] for _ in range(TOKENS)])
+    return torch.randn(TOKENS, WIDTH, generator=generator), index, torch.rand(TOKENS, CHOSEN, generator=generator) + 0.1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_expert_is_called_and_the_numbers_stay(seed: int) -> None:
+    torch.manual_seed(seed)
+    model: Any = Model()
+    state, index, weights = routed()
+    with torch.no_grad():
+        expected = model.experts(state, index, weights)
+        assert 1 not in model.experts.called
+        model.experts.called.clear()
+        with experts.unrolled(model):
+            got = model.experts(state, index, weights)
+            assert model.experts.called == list(range(EXPERTS))
+            wrong = model.experts(state, index.roll(1, dims=0), weights)
+        after = model.experts(state, index, weights)
+    assert tolerance.error_over_rms(got.numpy(), expected.numpy()) <= tolerance.bound(1)
+    assert tolerance.error_over_rms(wrong.numpy(), expected.numpy()) > 0.1
+    assert torch.equal(after, expected)
+
+
+def test_modules_are_put_back_when_something_fails() -> None:
+    model: Any = Model()
+
+    def fail() -> None:
+        with experts.unrolled(model):
+            assert "forward" in vars(model.experts)
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
+    assert "forward" not in vars(model.experts)

@@ -1,0 +1,101 @@
+"""The static cost of a run is what the formulas of a decoder say, and a roofline is its larger side."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qeff_ir.cost import Cost, Storage, cost
+from qeff_ir.errors import CompileError
+from qeff_ir.module import Module
+from qeff_ir.roofline import Device, read_device, roofline, seconds
+from tests.models import MODELS, VOCAB
+from tests.support import apply, canonical, rest_of
+
+DEVICES = sorted((Path(__file__).parents[1] / "backends" / "ai100" / "devices").glob("*.json"))
+CONFIG = MODELS["llama"].config
+HIDDEN, LAYERS, HEADS = CONFIG["hidden_size"], CONFIG["num_hidden_layers"], CONFIG["num_attention_heads"]
+WIDTH, KV = CONFIG["head_dim"], CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
+PER_LAYER = 2 * HIDDEN * HEADS * WIDTH + 2 * HIDDEN * KV + 3 * HIDDEN * CONFIG["intermediate_size"]
+DEVICE = Device("test", 1.0, 100.0, 2.0, {})
+
+
+def lowered(target: str) -> Module:
+    module = canonical("llama")
+    apply(module, rest_of(target))
+    return module
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
+def test_a_run_costs_what_the_formulas_say(target: str) -> None:
+    module = lowered(target)
+    for specialization in module.specializations:
+        symbols = specialization.symbols
+        found = cost(module, specialization)
+        batch, seq = symbols["batch_size"], symbols["seq_len"]
+        slots = [symbols[d] if isinstance(d, str) else d for d in module.states[0].shape][2]
+        attention = LAYERS * batch * HEADS * seq * slots * 2 * WIDTH
+        assert found.multiply_adds == batch * seq * LAYERS * PER_LAYER + attention + batch * HIDDEN * VOCAB
+        norms = (2 * LAYERS + 1) * HIDDEN
+        weights = LAYERS * PER_LAYER + norms + HIDDEN * VOCAB
+        assert found.weight_bytes == 4 * (weights + batch * seq * HIDDEN)  # and a row of the embedding for each token
+        assert found.state_bytes == 4 * 2 * LAYERS * batch * KV * slots
+        assert found.written_bytes == 4 * 2 * LAYERS * batch * KV * seq
+        assert found.resident_bytes == found.state_bytes + 4 * (weights + HIDDEN * VOCAB)
+        assert sum(op.multiply_adds for op in found.ops.values()) == found.multiply_adds
+        assert sum(op.nodes for op in found.ops.values()) == len(module.graph)
+
+
+def test_a_target_that_stores_less_reads_less() -> None:
+    module = lowered("ai100")
+    whole = cost(module, module.specializations[-1])
+    half = cost(module, module.specializations[-1], Storage(2, 2, 1))
+    assert (half.weight_bytes, half.state_bytes) == (whole.weight_bytes / 2, whole.state_bytes / 4)
+    packed = cost(module, module.specializations[-1], Storage(2, 25 / 32, 2))
+    saved = (2 - 25 / 32) * (LAYERS * PER_LAYER + HIDDEN * VOCAB)
+    assert math.isclose(half.weight_bytes - packed.weight_bytes, saved)
+
+
+def test_a_roofline_is_the_larger_of_its_sides() -> None:
+    step = Cost("Decode", 2, 40e6, 50e6, 10e6, 10**6, 95e6)
+    chunk = Cost("Prefill", 16, 40e6, 50e6, 10e6, 8 * 10**9, 95e6)
+    assert seconds(step, DEVICE) == pytest.approx(1e-3)  # 100 MB at 100 GB/s
+    assert seconds(chunk, DEVICE) == pytest.approx(4e-3)  # 8 G multiply-adds at 2 T/s
+    found = roofline(chunk, step, DEVICE, prompt=20, batch=2)
+    assert found.first_token_s == pytest.approx(3 * 4e-3)  # chunks of 8 tokens of each row
+    assert found.tokens_per_s == pytest.approx(2 / 1e-3)
+    assert found.fits is True
+    assert roofline(chunk, replace(step, resident_bytes=1.1e9), DEVICE, 20, 2).fits is False
+    assert roofline(chunk, replace(step, resident_bytes=1.1e9), DEVICE, 20, 2, devices=2).fits is True
+
+
+def test_a_figure_that_is_not_known_gives_no_answer() -> None:
+    step = Cost("Decode", 1, 1e6, 0, 0, 10, 1e6)
+    found = roofline(step, step, replace(DEVICE, bandwidth_gb_s=None, memory_gb=None), 1, 1)
+    assert (found.fits, found.first_token_s, found.tokens_per_s) == (None, None, None)
+
+
+def test_shipped_devices_have_a_source_for_every_figure() -> None:
+    assert [path.stem for path in DEVICES] == ["pro", "standard", "ultra"]
+    for path in DEVICES:
+        device = read_device(path)
+        figures = {n: getattr(device, n) for n in ("memory_gb", "bandwidth_gb_s", "tera_multiply_adds")}
+        assert set(device.sources) == set(figures) and all(figures.values())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": "x"}', '{"memory_gb": -1}', None])
+def test_what_describes_no_device_is_told(text: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "device.json"
+    whole = {"name": "x", "memory_gb": 1, "bandwidth_gb_s": None, "tera_multiply_adds": None, "sources": {}}
+    file.write_text(json.dumps(whole))
+    assert read_device(file).memory_gb == 1
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps({**whole, "memory_gb": -1}) if "-1" in text else text)
+    with pytest.raises(CompileError, match="is no description of a device"):
+        read_device(file)
