@@ -8,8 +8,6 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import typer
@@ -38,7 +36,7 @@ def main(depths: str = typer.Option("8,32,128", help="Layers of the models, with
     first: float | None = None
     for depth in map(int, depths.split(",")):
         module = _llama(depth)
-        _run(module, max(_LEVELS))  # imports, caches
+        _timed(module, max(_LEVELS))  # imports, caches
         times = _medians(module, repeats)
         each = times[1] / len(module.graph) * 1e3
         first = first or each
@@ -51,7 +49,7 @@ def main(depths: str = typer.Option("8,32,128", help="Layers of the models, with
 
 def _medians(module: Module, repeats: int) -> list[float]:
     """The median time of each level, the levels taking turns: what slows the machine slows them all."""
-    times = [[_timed(partial(_run, module, level)) for level in _LEVELS] for _ in range(repeats)]
+    times = [[_timed(module, level) for level in _LEVELS] for _ in range(repeats)]
     return [statistics.median(of_level) for of_level in zip(*times, strict=True)]
 
 
@@ -72,12 +70,9 @@ def _llama(depth: int) -> Module:
     return module
 
 
-def _run(module: Module, level: int) -> None:
-    run_pipeline(module.clone(), Pipeline.parse(BACKEND.pipeline), check=level)
-
-
-def _timed(work: Callable[[], None]) -> float:
+def _timed(module: Module, level: int) -> float:
+    copy, pipeline = module.clone(), Pipeline.parse(BACKEND.pipeline)
     gc.collect()  # what the run before left
     started = time.process_time()  # other processes share the machine
-    work()
+    run_pipeline(copy, pipeline, check=level)
     return time.process_time() - started

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends import find_backend
 from backends.base import CompileOptions
-from qeff_ir.compiler import Compiled, Watch, compile_model
+from qeff_ir.compiler import Compiled, TokenEmbedding, Watch, compile_model
 from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
 from qeff_ir.module import EMBEDS
@@ -58,13 +58,14 @@ class QEFFAutoModelForCausalLM:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._source: Source | None = MemorySource(model)
+        self._checkpoint: Source | None = self._source
         self._compiled: Compiled | None = None
         self._runner: SessionLM | None = None
 
     @classmethod
     def _from_source(cls, source: Source | None) -> QEFFAutoModelForCausalLM:
         self = cls.__new__(cls)
-        self._source, self._compiled, self._runner = source, None, None
+        self._source, self._checkpoint, self._compiled, self._runner = source, source, None, None
         return self
 
     @classmethod
@@ -86,13 +87,22 @@ class QEFFAutoModelForCausalLM:
         return cls._from_source(source)
 
     @classmethod
-    def from_package(cls, folder: str | Path) -> QEFFAutoModelForCausalLM:
+    def from_package(
+        cls, folder: str | Path, *, checkpoint: str | Path | Source | None = None
+    ) -> QEFFAutoModelForCausalLM:
         """Open a compiled package; it can generate, and cannot be compiled again.
+
+        Args:
+            folder: The package.
+            checkpoint: The model that it was made from, or its folder or hub id: where a package compiled with
+                ``token_embedding="host"`` finds its token embeddings. Others need none.
 
         Raises:
             PackageError: The folder is no whole package of this version.
+            ModelLoadError: There is no such checkpoint.
         """
         self = cls._from_source(None)
+        self._checkpoint = open_source(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
         path = Path(folder)
         self._compiled = Compiled(path, open_package(path), cached=True)
         return self
@@ -122,6 +132,7 @@ class QEFFAutoModelForCausalLM:
         weight_free: bool = False,
         compile_dir: str | Path | None = None,
         pipeline: str | None = None,
+        token_embedding: TokenEmbedding = "graph",
         emit_only: bool = False,
         force_flags: bool = False,
         watch: Watch | None = None,
@@ -141,6 +152,8 @@ class QEFFAutoModelForCausalLM:
             weight_free: Emit the AI 100 graph without weights; its compiler binds them from safetensors by itself.
             compile_dir: Folder of the package; one in the cache when not given.
             pipeline: Text of another pipeline than the target's own.
+            token_embedding: Who looks up the vectors of the tokens. ``host``: the package leaves their table out, and
+                its rows are read from the checkpoint.
             emit_only: Write the package without running the target's compiler.
             force_flags: Hand unknown compiler flags on instead of refusing them.
             watch: Told of every step, see `qeff_ir.compiler.Watch`.
@@ -173,6 +186,7 @@ class QEFFAutoModelForCausalLM:
             target=target,
             out=None if compile_dir is None else Path(compile_dir),
             pipeline=pipeline,
+            token_embedding=token_embedding,
             emit_only=emit_only,
             watch=watch,
         )
@@ -245,12 +259,19 @@ class QEFFAutoModelForCausalLM:
         name = inputs[EMBEDS].weight if EMBEDS in inputs else None
         if name is None:
             return None
-        if self._source is None:
+        if self._checkpoint is None:
             raise PackageError(
-                f"the token embeddings of {folder} stay in the model's checkpoint: open the model itself and compile "
-                "it with the same options, which finds this package again"
+                f"the token embeddings of {folder} stay in the model's checkpoint: open the package with "
+                "from_package(…, checkpoint=…), or compile the model itself again, which finds the package"
             )
-        return TokenTable(self._source.weights()[name], keeps_ids="input_ids" in inputs)
+        table, wanted = self._checkpoint.weights().get(name), inputs[EMBEDS].shape[-1]
+        found = None if table is None else list(table.shape)
+        if table is None or len(table.shape) != 2 or table.shape[1] != wanted:
+            raise PackageError(
+                f"{folder} wants the table {name} of [tokens, {wanted}], and the checkpoint's is {found}: give the "
+                "model that the package was made from"
+            )
+        return TokenTable(table, keeps_ids="input_ids" in inputs)
 
     @property
     def config(self) -> PreTrainedConfig:

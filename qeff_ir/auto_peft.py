@@ -103,14 +103,22 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         return self
 
     @classmethod
-    def from_package(cls, folder: str | Path) -> QEffAutoPeftModelForCausalLM:
+    def from_package(
+        cls, folder: str | Path, *, checkpoint: str | Path | Source | None = None
+    ) -> QEffAutoPeftModelForCausalLM:
         """Open a compiled package; adapters can be loaded into it, and it cannot be compiled again.
+
+        Args:
+            folder: The package.
+            checkpoint: See `QEFFAutoModelForCausalLM.from_package`.
 
         Raises:
             PackageError: The folder is no whole package of this version.
+            ModelLoadError: There is no such checkpoint.
         """
         self = cls._with_source(None)
-        self._compiled = QEFFAutoModelForCausalLM.from_package(folder).package
+        opened = QEFFAutoModelForCausalLM.from_package(folder, checkpoint=checkpoint)
+        self._compiled, self._checkpoint = opened.package, opened._checkpoint
         return self
 
     @property

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from backends import find_backend
 from backends.base import Backend, CompileOptions
@@ -26,6 +26,9 @@ from qeff_ir.storage import file_range
 
 Watch = Callable[[str, PassRun | None], None]
 """Called with the name of each step before it starts, and again with the result when it was a pass."""
+
+TokenEmbedding = Literal["graph", "host"]
+"""Who looks up the vectors of the tokens."""
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
@@ -66,6 +69,7 @@ def compile_model(
     target: str = "auto",
     out: Path | None = None,
     pipeline: str | None = None,
+    token_embedding: TokenEmbedding = "graph",
     emit_only: bool = False,
     watch: Watch | None = None,
 ) -> Compiled:
@@ -78,6 +82,8 @@ def compile_model(
         out: Folder of the package; one in the cache (`cache_root`) when not given. An equal package that is there
             already is used as it is.
         pipeline: Text of another pipeline than the target's own.
+        token_embedding: ``host``: the pass ``token-embedding`` is put before ``last-logits``, the graph takes vectors,
+            and their table stays in the checkpoint.
         emit_only: Stop before the target's compiler, which then need not be installed.
         watch: Told of every step.
 
@@ -93,6 +99,8 @@ def compile_model(
     if missing is not None:
         raise CompileError(f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without")
     steps = Pipeline.parse(pipeline or backend.pipeline)
+    if token_embedding == "host":
+        steps = steps.insert_before("last-logits", "token-embedding")
     tell = watch or (lambda _step, _run: None)
     tell("weights", None)
     module = None if source.identity() is not None else source.lower()

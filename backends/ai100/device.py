@@ -141,7 +141,9 @@ class DeviceSession:
         status, results = self._execution.getData()
         self._expect(status, "return the results")
         for name in self._changed:  # the device keeps them from now on
-            self._buffers[self._bindings[name].index] = self._rt.QBuffer(b"")
+            binding = self._bindings[name]
+            self._buffers[binding.index] = self._rt.QBuffer(b"")
+            self._dims[binding.index] = (binding.dtype.itemsize, [0])
         self._changed = set()
         return {name: self._read(name, results, choice) for name in self._outputs}
 

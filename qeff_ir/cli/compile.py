@@ -46,16 +46,17 @@ def command(
     if report is not None:
         _write_report(report, compiled.manifest.report)
         line("Report:   ", str(report))
-    _say_next(compiled)
+    needs_model = request.token_embedding == "host"
+    _say_next(compiled, f"{shlex.quote(model)} --token-embedding host" if needs_model else None)
 
 
-def _say_next(compiled: Compiled) -> None:
+def _say_next(compiled: Compiled, runs: str | None) -> None:
     line("Package:  ", (str(compiled.folder), "bold"))
     if compiled.manifest.target == "ai100" and not compiled.manifest.compiled:
         line(
             "          emitted, not compiled: it runs in the emulator; compile_command.json has the compiler's command"
         )
-    line("Next:     ", (f'qeff run {shlex.quote(str(compiled.folder))} --prompt "…"', "bold"))
+    line("Next:     ", (f'qeff run {runs or shlex.quote(str(compiled.folder))} --prompt "…"', "bold"))
 
 
 def _write_report(path: Path, report: dict[str, Any]) -> None:

@@ -70,6 +70,7 @@ def compile_source(source: Source, request: Request, out: Path | None = None, *,
             target=target,
             out=out,
             pipeline=request.pipeline,
+            token_embedding=request.token_embedding,
             emit_only=request.emit_only,
             watch=watch,
         )

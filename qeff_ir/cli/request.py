@@ -7,7 +7,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -52,6 +52,13 @@ class Request:
             help="Passes to run instead of the target's own, as text.", metavar="TEXT", rich_help_panel=_TARGET
         ),
     ] = None
+    token_embedding: Annotated[
+        Literal["graph", "host"],
+        typer.Option(
+            help="Who looks up the vectors of the tokens: host leaves their table out of the package.",
+            rich_help_panel=_TARGET,
+        ),
+    ] = "graph"
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust-remote-code", help="Let code that comes with the model run.", rich_help_panel=_TARGET),

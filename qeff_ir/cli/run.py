@@ -96,7 +96,7 @@ def open_runnable(name: str, request: Request) -> QEFFAutoModelForCausalLM:
     """
     from qeff_ir.package import SIDE_FOLDER, is_package, open_package
 
-    folder = Path(name).expanduser()
+    folder, source = Path(name).expanduser(), None
     packaged = is_package(folder) or (folder / SIDE_FOLDER).is_dir()  # one without its manifest is a damaged package
     if packaged:
         open_package(folder)
@@ -106,11 +106,12 @@ def open_runnable(name: str, request: Request) -> QEFFAutoModelForCausalLM:
                 f"{name} is compiled already: leave out {options}, or give the model instead of the package"
             )
     else:
-        folder = compile_source(open_model(name, request), request).folder
+        source = open_model(name, request)
+        folder = compile_source(source, request).folder
     with working("Opening the package"):
         from qeff_ir.auto import QEFFAutoModelForCausalLM
 
-        return QEFFAutoModelForCausalLM.from_package(folder)
+        return QEFFAutoModelForCausalLM.from_package(folder, checkpoint=source)
 
 
 def _settings(**given: Any) -> dict[str, Any]:

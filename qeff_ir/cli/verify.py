@@ -67,7 +67,7 @@ def command(
         theirs = source.reference()
         reference = reference_trace(theirs, rows, steps)
         say("Asking the compiled model")
-        decoder = QEFFAutoModelForCausalLM.from_package(compiled.folder).runner().decoder
+        decoder = QEFFAutoModelForCausalLM.from_package(compiled.folder, checkpoint=source).runner().decoder
         trace = session_trace(decoder, rows, reference.tokens)
         say("Measuring what rounding explains")
         try:

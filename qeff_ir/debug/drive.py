@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qeff_ir.errors import RuntimeInputError
-from qeff_ir.module import Module
+from qeff_ir.module import EMBEDS, WEIGHT_KEY, Module
 from qeff_ir.runtime.session import Array
+from qeff_ir.runtime.token_table import TokenTable
 from qeff_ir.snapshot import save_module
 
 SMALL = {"batch_size": 2, "seq_len": 4, "ctx_len": 24}
@@ -38,11 +39,14 @@ class Plan:
         sizes: A size for each symbol that was known when the plan was made.
         runs: ``input_ids`` and ``position_ids`` of each run; for a graph that is no decoder, its inputs for one run.
         decoder: Whether the runs are those of a decoder.
+        tables: Weights of the module that the plan was made for, by parameter: a pass may leave the look-up of the
+            tokens to the host.
     """
 
     sizes: Mapping[str, int]
     runs: Sequence[Mapping[str, Array]]
     decoder: bool
+    tables: Mapping[str, ir.TensorProtocol] = field(default_factory=dict[str, ir.TensorProtocol])
 
 
 @dataclass(frozen=True)
@@ -82,17 +86,27 @@ def make_plan(module: Module, seed: int = 0) -> Plan:
     steps = min(_DECODE_STEPS, room - 1)
     wanted = itertools.cycle((chunk + chunk // 2 + 1, max(1, chunk // 3), 2 * chunk))
     prompts = [random.integers(0, last, min(n, room - steps)) for n in itertools.islice(wanted, batch)]
-    runs = list(_prefill(prompts, chunk))
+    runs: list[dict[str, Array]] = list(_prefill(prompts, chunk))
     for step in range(steps):
         positions = np.array([[len(p) + step] for p in prompts], dtype=np.int64)
         runs.append({"input_ids": random.integers(0, last, (batch, 1)), "position_ids": positions})
-    return Plan(sizes, runs, decoder=True)
+    embeds = next((v for v in module.graph.inputs if v.name == EMBEDS), None)
+    if embeds is not None:
+        table = random.standard_normal((last, _dims(embeds, sizes)[-1])).astype(np.float32)
+        runs = [{**run, EMBEDS: table[run["input_ids"]]} for run in runs]
+    tables = {
+        v.metadata_props[WEIGHT_KEY]: v.const_value
+        for v in module.graph.initializers.values()
+        if WEIGHT_KEY in v.metadata_props and v.const_value is not None
+    }
+    return Plan(sizes, runs, decoder=True, tables=tables)
 
 
 def is_decoder(module: Module) -> bool:
     """Whether the graph has the inputs and the output of a decoder."""
     inputs = {v.name for v in module.graph.inputs}
-    return {"input_ids", "position_ids"} <= inputs and any(v.name == "logits" for v in module.graph.outputs)
+    takes_tokens = "position_ids" in inputs and not inputs.isdisjoint({"input_ids", EMBEDS})
+    return takes_tokens and any(v.name == "logits" for v in module.graph.outputs)
 
 
 def drive(module: Module, plan: Plan) -> Answers:
@@ -109,7 +123,9 @@ def drive(module: Module, plan: Plan) -> Answers:
         names = [v.name or "" for v in module.graph.outputs]
         outputs: list[dict[str, Array]] = []
         first: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
-        for feeds in plan.runs:
+        table = _table(others.get(EMBEDS), plan)
+        for run in plan.runs:
+            feeds = run if table is None else {**run, **table.inputs(run["input_ids"])}
             own = {name: feeds[name] if name in feeds else _zeros_of(v, sizes) for name, v in others.items()}
             all_feeds = {**own, **states}
             try:
@@ -121,6 +137,13 @@ def drive(module: Module, plan: Plan) -> Answers:
             states = {s.input: result[s.output] for s in module.states}
             outputs.append(_answers(result, feeds["position_ids"]) if plan.decoder else result)
     return Answers(outputs, *first)
+
+
+def _table(embeds: ir.Value | None, plan: Plan) -> TokenTable | None:
+    """Where to look up the tokens of a plan that has no vectors for `embeds`."""
+    if embeds is None or EMBEDS in plan.runs[0] or WEIGHT_KEY not in embeds.metadata_props:
+        return None
+    return TokenTable(plan.tables[embeds.metadata_props[WEIGHT_KEY]])
 
 
 def _answers(result: Mapping[str, Array], positions: Array) -> dict[str, Array]:

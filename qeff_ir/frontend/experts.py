@@ -32,13 +32,16 @@ def unrolled(model: PreTrainedModel) -> Generator[None]:
         model: Its modules with the arguments `top_k_index` and `top_k_weights` are the experts.
     """
     modules = [m for m in model.modules() if set(inspect.signature(m.forward).parameters) >= _ROUTED]
+    before = [vars(module).get("forward") for module in modules]
     try:
         for module in modules:
             module.forward = _for_every_token(module.forward, getattr(module, "num_experts", None))
         yield
     finally:
-        for module in modules:
+        for module, own in zip(modules, before, strict=True):
             del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def _for_every_token(forward: Callable[..., Tensor], experts: int | None) -> Callable[..., Tensor]:

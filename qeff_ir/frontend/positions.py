@@ -12,13 +12,14 @@ A count is the same for all rows of a batch, positions are not: what was ``[seq,
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Node
+
+from qeff_ir.frontend.example import Example, depends_on_values
+from qeff_ir.frontend.fx import call, follow
 
 _LOOKUPS: dict[Any, int] = {
     torch.ops.aten.embedding.default: 1,
@@ -26,11 +27,6 @@ _LOOKUPS: dict[Any, int] = {
     torch.ops.aten.index.Tensor: 1,
 }
 """Which argument of a lookup is the index."""
-
-_LIKE: dict[Any, int] = {torch.ops.aten.zeros_like.default: 0, torch.ops.aten.ones_like.default: 1}
-"""Ops that look at the size of what they are given, and what they fill it with."""
-
-_SEQ, _BATCH, _SLOTS = 5, 2, 11
 
 
 def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int:
@@ -48,7 +44,7 @@ def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int
     """
     graph = program.graph_module.graph
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    examples = [_Example(program, tokens, seed) for seed in (1, 2)]
+    examples = [Example(program, tokens, seed) for seed in (1, 2)]
     changed = 0
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.sub.Tensor and all(example.measures(node) for example in examples):
@@ -78,73 +74,6 @@ def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int
     return changed
 
 
-class _Example:
-    """Values of nodes for random tokens, computed when asked for."""
-
-    def __init__(self, program: ExportedProgram, tokens: str, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.values: dict[Node, Any] = {}
-        signature = program.graph_signature
-        held = {**program.state_dict, **program.constants}
-        buffers = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-        inputs = {node.name: node for node in program.graph_module.graph.nodes if node.op == "placeholder"}
-        rows, columns = (str(size) for size in inputs[tokens].meta["val"].shape)
-        self.sizes = {rows: _BATCH, columns: _SEQ}
-        for node in inputs.values():
-            if node.name == tokens:
-                self.values[node] = torch.randint(3, 50, (_BATCH, _SEQ), generator=generator)
-            elif node.name in signature.user_inputs:  # only its size can count
-                self.values[node] = torch.zeros(self._shape(node), dtype=node.meta["val"].dtype)
-            elif node.name in buffers:
-                self.values[node] = held.get(buffers[node.name])
-
-    def _shape(self, node: Node) -> list[int]:
-        return [size if isinstance(size, int) else self.sizes.get(str(size), _SLOTS) for size in node.meta["val"].shape]
-
-    def count(self, node: Node) -> int | None:
-        """The first number of every row, if the rows count up from it by one."""
-        try:
-            with torch.no_grad():
-                value = self._value(node)
-        except Exception:
-            return None
-        if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dtype == torch.bool:
-            return None
-        if value.dim() not in (1, 2) or value.shape[-1] != _SEQ:
-            return None
-        first = int(value.reshape(-1)[0])
-        return first if bool((value == torch.arange(_SEQ) + first).all()) else None
-
-    def number(self, node: Node) -> float | None:
-        """What a tensor holds everywhere, if that is one number."""
-        try:
-            value = self._value(node)
-        except Exception:
-            return None
-        return value.flatten()[0].item() if value.numel() and bool((value == value.flatten()[0]).all()) else None
-
-    def measures(self, node: Node) -> bool:
-        """Whether a table holds the distance of each token of the run to each slot of a cache."""
-        if node.meta["val"].is_floating_point() or node.meta["val"].dim() != 2:
-            return False
-        try:
-            value = self._value(node)
-        except Exception:
-            return False
-        rows, columns = torch.arange(_SEQ), torch.arange(_SLOTS)
-        return torch.equal(value, rows[:, None] - columns[None, :])
-
-    def _value(self, node: Node) -> Any:
-        if node not in self.values and node.target in _LIKE:
-            self.values[node] = torch.full(self._shape(node), _LIKE[node.target])
-        if node not in self.values:
-            if node.op != "call_function":
-                raise LookupError(node.name)
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._value)
-            self.values[node] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
-        return self.values[node]
-
-
 def _ancestors(node: Node) -> set[Node]:
     found: set[Node] = set()
     todo = [node]
@@ -161,7 +90,7 @@ def _index_by(node: Node, place: int, start: Node, offset: int) -> None:
     index = start
     with node.graph.inserting_before(node):
         if offset:
-            index = _call(torch.ops.aten.add.Tensor, start, offset)
+            index = call(torch.ops.aten.add.Tensor, start, offset)
     old = node.args[place]
     was = old[0] if isinstance(old, (list, tuple)) else old
     batch_gained = isinstance(was, Node) and was.meta["val"].dim() < index.meta["val"].dim()
@@ -174,29 +103,15 @@ def _index_by(node: Node, place: int, start: Node, offset: int) -> None:
         node.update_arg(place, [index] if isinstance(old, (list, tuple)) else index)
     if batch_gained and axis_is_first:
         _put_batch_first(node, node)
-    _follow([node])
+    follow([node])
 
 
-def _depends_on_values(node: Node) -> bool:
-    """Whether a tensor is made from more than sizes and numbers."""
-    sizes = (*_LIKE, torch.ops.aten.sym_size.int)
-    todo, seen = [node], {node}
-    while todo:
-        current = todo.pop()
-        if current.op == "placeholder":
-            return True
-        new = [n for n in current.all_input_nodes if n not in seen and current.target not in sizes]
-        seen.update(new)
-        todo.extend(new)
-    return False
-
-
-def _take_number(node: Node, example: _Example) -> bool:
+def _take_number(node: Node, example: Example) -> bool:
     """Let a lookup in what holds one number everywhere (kinds of tokens, where all are text) be that number."""
     if node.target is not torch.ops.aten.index.Tensor or not isinstance(node.args[0], Node):
         return False
     indices = cast("list[Node | None]", node.args[1])
-    if len(indices) != node.args[0].meta["val"].dim() or _depends_on_values(node.args[0]):
+    if len(indices) != node.args[0].meta["val"].dim() or depends_on_values(node.args[0]):
         return False
     number = example.number(node.args[0])
     if number is None:
@@ -207,7 +122,7 @@ def _take_number(node: Node, example: _Example) -> bool:
     with node.graph.inserting_before(node):
         shaped = given[0]
         for index in given[1:]:
-            shaped = _call(torch.ops.aten.add.Tensor, shaped, index)
+            shaped = call(torch.ops.aten.add.Tensor, shaped, index)
         made = node.graph.call_function(
             torch.ops.aten.full_like.default, (shaped, number), {"dtype": node.meta["val"].dtype}
         )
@@ -224,10 +139,10 @@ def _measure(node: Node, positions: Node, inputs: list[Node]) -> bool:
         slots = _slots(node, positions, inputs)
         if slots is None:
             return False
-        rows = _call(aten.unsqueeze.default, positions, 2)
-        made = _call(aten.sub.Tensor, rows, _call(aten.unsqueeze.default, slots, 1))
+        rows = call(aten.unsqueeze.default, positions, 2)
+        made = call(aten.sub.Tensor, rows, call(aten.unsqueeze.default, slots, 1))
     _put_batch_first(node, made)
-    _follow(list(made.users))
+    follow(list(made.users))
     return True
 
 
@@ -251,13 +166,13 @@ def _look_up_mask(node: Node, table: Node, positions: Node, inputs: list[Node]) 
         slots = _slots(node, positions, inputs)
         if slots is None:
             return False
-        rows = _call(aten.unsqueeze.default, _call(aten.clamp.default, positions, 0, last), 2)
-        columns = _call(aten.unsqueeze.default, _call(aten.clamp.default, slots, 0, last), 1)
-        made = _call(aten.index.Tensor, _call(aten.view.default, table, [last + 1, last + 1]), [rows, columns])
+        rows = call(aten.unsqueeze.default, call(aten.clamp.default, positions, 0, last), 2)
+        columns = call(aten.unsqueeze.default, call(aten.clamp.default, slots, 0, last), 1)
+        made = call(aten.index.Tensor, call(aten.view.default, table, [last + 1, last + 1]), [rows, columns])
         while made.meta["val"].dim() < node.meta["val"].dim():
-            made = _call(aten.unsqueeze.default, made, 1)
+            made = call(aten.unsqueeze.default, made, 1)
     node.replace_all_uses_with(made)
-    _follow(list(made.users))
+    follow(list(made.users))
     return True
 
 
@@ -265,15 +180,7 @@ def _slots(node: Node, positions: Node, inputs: list[Node]) -> Node | None:
     """The position in each slot of a cache that is as long as a node's last axis."""
     length = str(node.meta["val"].shape[-1])
     past = next((n for n in inputs if n.meta["val"].dim() == 4 and str(n.meta["val"].shape[2]) == length), None)
-    return None if past is None else _call(torch.ops.qeff.cache_positions.default, past, positions)
-
-
-def _call(function: Any, first: Node, *rest: Any) -> Node:
-    """A new node, with its example value."""
-    made = first.graph.call_function(function, (first, *rest))
-    made.meta = dict(first.meta)
-    _update(made)
-    return made
+    return None if past is None else call(torch.ops.qeff.cache_positions.default, past, positions)
 
 
 def _put_batch_first(node: Node, made: Node) -> None:
@@ -292,30 +199,3 @@ def _put_batch_first(node: Node, made: Node) -> None:
 
 def _puts_first(node: Node, rank: int) -> bool:
     return node.target is torch.ops.aten.unsqueeze.default and node.args[1] in (0, -rank - 1)
-
-
-def _follow(nodes: list[Node]) -> None:
-    """Bring the shapes of nodes up to date, and of all that follows from them, in the graph's order."""
-    changed: set[Node] = set()
-    for node in nodes[0].graph.nodes if nodes else ():
-        if (node in nodes or not changed.isdisjoint(node.all_input_nodes)) and _update(node):
-            changed.add(node)
-
-
-def _update(node: Node) -> bool:
-    """Compute a node's example value anew; whether its shape changed."""
-    before = node.meta.get("val")
-    if node.op != "call_function":
-        return False
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    examples = [tensor for n in node.all_input_nodes for tensor in _tensors(n.meta["val"])]
-    mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), contextlib.nullcontext())
-    with mode, torch.no_grad():
-        node.meta["val"] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
-    after = node.meta["val"]
-    return [t.shape for t in _tensors(before)] != [t.shape for t in _tensors(after)]
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """A tensor, or all tensors of a list."""
-    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]

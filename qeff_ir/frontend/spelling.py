@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.export import ExportedProgram
 
+from qeff_ir.frontend.fx import call
+
 
 def spell_out_complex(program: ExportedProgram) -> None:
     """Add axes to complex tensors through their real form, ``[..., 2]``, in place."""
@@ -22,10 +24,7 @@ def spell_out_complex(program: ExportedProgram) -> None:
         ]
         with graph.inserting_before(node):
             for function, arguments in steps:
-                made = graph.call_function(function, (value, *arguments))
-                with value.meta["val"].fake_mode:
-                    made.meta = {**node.meta, "val": function(value.meta["val"], *arguments)}
-                value = made
+                value = call(function, value, *arguments)
         node.replace_all_uses_with(value)
         graph.erase_node(node)
 

@@ -10,7 +10,7 @@ import functools
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 )
 from transformers import DynamicCache
 
+from backends import backend_names
 from qeff_ir import QEffAutoPeftModelForCausalLM
 from qeff_ir.errors import AdapterError
 from qeff_ir.testing import tolerance
@@ -64,17 +65,17 @@ def peft_model() -> Any:
 
 
 @functools.cache
-def package() -> Path:
+def package(target: str) -> Path:
     peft_model()
     model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
     for name in ("b", "c"):  # whose targets together are those of all
         model.load_adapter(FOLDERS[name], name)
-    model.compile(target="onnxruntime", adapter_slots=SLOTS, batch_size=BATCH, prefill_seq_len=4, ctx_len=48)
+    model.compile(target=target, emit_only=True, adapter_slots=SLOTS, batch_size=BATCH, prefill_seq_len=4, ctx_len=48)
     return model.package.folder
 
 
-def opened() -> QEffAutoPeftModelForCausalLM:
-    model = QEffAutoPeftModelForCausalLM.from_package(package())
+def opened(target: str = "onnxruntime") -> QEffAutoPeftModelForCausalLM:
+    model = QEffAutoPeftModelForCausalLM.from_package(package(target))
     model.runner(threads=1)
     return model
 
@@ -103,9 +104,11 @@ class Row:
 class Adapters(RuleBasedStateMachine):
     """Two sessions on one package; the second keeps one adapter and one answer."""
 
+    target: ClassVar[str]
+
     @initialize()
     def start(self) -> None:
-        self.ours, self.other = opened(), opened()
+        self.ours, self.other = opened(self.target), opened(self.target)
         self.other.load_adapter(FOLDERS["b"], "b")
         self.other.use_adapters(["b", None, "b"])
         self.witness = support.prompts([5, 3, 2], seed=1)
@@ -118,7 +121,7 @@ class Adapters(RuleBasedStateMachine):
         self.bound = tolerance.bound(tolerance.depth(support.lowered(NAME)))
 
     def stamps(self) -> list[int]:
-        return [path.stat().st_mtime_ns for path in sorted(package().rglob("*"))]
+        return [path.stat().st_mtime_ns for path in sorted(package(self.target).rglob("*"))]
 
     def agrees(self, logits: np.ndarray, expected: list[np.ndarray]) -> None:
         for ours, theirs in zip(logits, expected, strict=True):
@@ -168,11 +171,11 @@ class Adapters(RuleBasedStateMachine):
         assert np.array_equal(self.other.runner().decoder.prefill(self.witness), self.answer)
 
 
-SETTINGS = settings(max_examples=6, stateful_step_count=10)
-
-
-def test_adapters_never_disturb_each_other() -> None:
-    run_state_machine_as_test(Adapters, settings=SETTINGS)
+@pytest.mark.parametrize("target", backend_names())
+def test_adapters_never_disturb_each_other(target: str) -> None:
+    machine = type("Adapters", (Adapters,), {"target": target})
+    examples = settings().max_examples // 2
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=10))
 
 
 def test_a_row_that_keeps_a_removed_adapter_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,15 @@ def test_compile_says_target_passes_package_and_next_step(compiled: tuple[Path, 
     assert f"qeff run {folder} --prompt" in said.out
 
 
+def test_tokens_looked_up_by_the_host_need_the_model(qeff: Qeff, tmp_path: Path) -> None:
+    common = ("--target", "onnxruntime", "--token-embedding", "host")
+    said = qeff("compile", MODEL_FOLDER, "-o", tmp_path / "host", *common)
+    assert f"qeff run {MODEL_FOLDER} --token-embedding host --prompt" in said.out
+    assert "12+30=42" in qeff("run", MODEL_FOLDER, *common, "--prompt", "12+30=").out
+    alone = qeff("run", tmp_path / "host", "--prompt", "12+30=")
+    assert alone.code == 2 and "stay in the model's checkpoint" in alone.err
+
+
 def test_compile_writes_the_report(compiled: tuple[Path, Outcome]) -> None:
     report = json.loads((compiled[0].parent / "report.json").read_text())
     assert report["version"] == 1

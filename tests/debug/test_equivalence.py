@@ -57,6 +57,19 @@ def test_the_guilty_pass_is_named_and_undone() -> None:
     assert "Sub" not in {n.op_type for n in module.graph if n.metadata_props.get("qeff.pass") == "flipped-sign"}
 
 
+@pytest.mark.parametrize("name", ["gemma2", "bloom"])
+def test_tokens_looked_up_by_the_host(name: str) -> None:
+    """The module after the pass takes vectors: those of its own table, or nothing would be equal."""
+    numeric = check(support.canonical(name), "last-logits,token-embedding")
+    assert numeric.errors["token-embedding"] <= numeric.limit < 1e-4
+    alone = support.canonical(name)
+    run_pipeline(alone, Pipeline.parse("token-embedding"))
+    answers = drive(alone, make_plan(alone)).outputs[0]["logits"]
+    assert np.ptp(answers) > 0.1
+    other = drive(alone, make_plan(alone, seed=1)).outputs[0]["logits"]
+    assert not np.array_equal(answers, other)
+
+
 def test_a_cache_that_forgets_shows_in_the_steps_after() -> None:
     """States are carried over: the first run cannot see this fault."""
     module = support.canonical("llama")

@@ -67,14 +67,19 @@ def test_every_expert_is_called_and_the_numbers_stay(seed: int) -> None:
     assert torch.equal(after, expected)
 
 
-def test_modules_are_put_back_when_something_fails() -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_modules_are_put_back_when_something_fails(own: bool) -> None:
+    """Also what somebody had put in the place of a module's method."""
     model: Any = Model()
+    replaced = Looped().forward
+    if own:
+        model.experts.forward = replaced
 
     def fail() -> None:
         with experts.unrolled(model):
-            assert "forward" in vars(model.experts)
+            assert vars(model.experts)["forward"] is not replaced
             raise ValueError("stop")
 
     with pytest.raises(ValueError, match="stop"):
         fail()
-    assert "forward" not in vars(model.experts)
+    assert vars(model.experts).get("forward") is (replaced if own else None)

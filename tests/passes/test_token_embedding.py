@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from backends import find_backend
 from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir.compiler import TokenEmbedding
 from qeff_ir.errors import PackageError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.module import CHANGED_KEY
@@ -29,12 +29,11 @@ TIED = ["gemma2", "gpt2", "bloom"]
 UNTIED = ["llama", "gpt-oss"]
 
 
-def compiled(source: Source, target: str, folder: Path, side: str) -> QEFFAutoModelForCausalLM:
-    steps = find_backend(target).pipeline.replace("unflatten,", f"unflatten,token-embedding{{side={side}}},", 1)
+def compiled(source: Source, target: str, folder: Path, side: TokenEmbedding) -> QEFFAutoModelForCausalLM:
     model = QEFFAutoModelForCausalLM._from_source(source)  # pyright: ignore[reportPrivateUsage]
     model.compile(
         target=target,
-        pipeline=steps,
+        token_embedding=side,
         emit_only=True,
         compile_dir=folder / f"{target}-{side}",
         prefill_seq_len=8,
@@ -69,6 +68,7 @@ def test_the_numbers_are_those_of_the_graph(name: str, target: str, tmp_path: Pa
     """A table that is tied to the LM head is stored once, one that is not leaves with the look-up."""
     source = Lowered(name)
     graph, host = (compiled(source, target, tmp_path, side) for side in ("graph", "host"))
+    assert "token-embedding" in host.package.manifest.report["pipeline"]
     for ours, theirs in zip(logits(host), logits(graph), strict=True):
         assert np.ptp(theirs) > 0
         np.testing.assert_array_equal(ours, theirs)
@@ -117,8 +117,18 @@ def test_rows_of_a_narrow_checkpoint_are_mapped_not_loaded(tmp_path: Path) -> No
 
 
 def test_a_package_alone_has_no_table(host: QEFFAutoModelForCausalLM) -> None:
-    with pytest.raises(PackageError, match="stay in the model's checkpoint: open the model itself and compile it"):
-        QEFFAutoModelForCausalLM.from_package(host.package.folder).runner()
+    folder = host.package.folder
+    with pytest.raises(
+        PackageError, match=r"stay in the model's checkpoint: open the package with from_package\(…, ch"
+    ):
+        QEFFAutoModelForCausalLM.from_package(folder).runner()
+    again = QEFFAutoModelForCausalLM.from_package(folder, checkpoint=Lowered("llama"))
+    for ours, theirs in zip(logits(again), logits(host), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(
+        PackageError, match=r"wants the table model\.embed_tokens\.weight of \[tokens, 32\], and the .* None"
+    ):
+        QEFFAutoModelForCausalLM.from_package(folder, checkpoint=Lowered("gpt2")).runner()
     with pytest.raises(RuntimeInputError, match="a token is outside the table of 97"):
         host.runner().decoder.prefill([[VOCAB], [1]])
 

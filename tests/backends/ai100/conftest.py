@@ -68,6 +68,26 @@ def forward(_forward: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(_forward, tmp_path / "forward"))
 
 
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An emitted decoder with two slots for adapters of rank 2 or less; not to be damaged."""
+    from qeff_ir.compiler import specialize
+    from qeff_ir.passing.manager import run_pipeline
+    from qeff_ir.passing.pipeline import Pipeline
+    from tests import support
+
+    module = support.lowered("llama")
+    specialize(module, OPTIONS)
+    step = 'lora{mode=slots n=2 rank=2 targets="q_proj,v_proj" retained=true}'
+    run_pipeline(module, Pipeline.parse(BACKEND.pipeline).insert_after("last-logits", step))
+    BACKEND.check(module, OPTIONS)
+    folder = tmp_path_factory.mktemp("adapted")
+    BACKEND.emit(module, folder, OPTIONS)
+    (folder / "qpc").mkdir()
+    (folder / "qpc" / "programqpc.bin").touch()
+    return folder
+
+
 @pytest.fixture
 def folder(tiny: Tiny, tmp_path: Path) -> Path:
     """A copy of the emitted folder that a test may damage."""

@@ -1,7 +1,7 @@
 """A `qaicrt` and a `QAicApi_pb2` in pure Python that follow contract §5.1 and fail when it is not followed.
 
 The "device" answers with logits that say what it was given: entry 0 is the sum of the ids, entry 1 the last position,
-entry 2 the number of runs since activation.
+entry 2 the number of runs since activation, entry 3 the sum over the adapters that it keeps, of the row's slot.
 """
 
 from __future__ import annotations
@@ -38,6 +38,26 @@ def descriptor(shapes: list[tuple[int, int]], prefix: str = "") -> bytes:
     return json.dumps({"rows": rows, "prefix": prefix, "names": NAMES}).encode()
 
 
+def adapter_descriptor(
+    shapes: list[tuple[int, int]], states: dict[str, list[int]], adapters: dict[str, list[int]]
+) -> bytes:
+    """That of a decoder with adapters in slots: its states and adapters by name, with their shapes."""
+    kept = {**states, **adapters}
+    names = [
+        "input_ids",
+        "position_ids",
+        *states,
+        "lora_ids",
+        *adapters,
+        "logits",
+        *(n + "_RetainedState" for n in kept),
+    ]
+    rows = [
+        [[b, s], [b, s], *states.values(), [b, 1], *adapters.values(), [b, 1, VOCAB], *kept.values()] for b, s in shapes
+    ]
+    return json.dumps({"rows": rows, "prefix": "", "names": names}).encode()
+
+
 def forward_descriptor(shapes: list[tuple[int, int]]) -> bytes:
     """That of a program that retains nothing."""
     rows = [[[b, s], [b, s], [b, VOCAB]] for b, s in shapes]
@@ -49,7 +69,8 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
     log: list[str] = []
     ok, bad = "QS_SUCCESS", "QS_ERROR"
     names: list[str] = json.loads(serialized)["names"]
-    states = [i for i, name in enumerate(names) if name.startswith("past_")]
+    states = [i for i, name in enumerate(names) if "past_" in name or name.endswith("_RetainedState")]
+    adapters = [i for i, name in enumerate(names) if ".lora_" in name and i not in states]
     out = next(i for i, name in enumerate(names) if name in ("logits", "output"))
 
     def status(call: str) -> str:
@@ -99,13 +120,18 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
     class ExecObj:
         def __init__(self, context: Any, program: Program) -> None:
             assert program.state == "active", "an ExecObj needs an active program"
-            self.state, self.runs = "idle", 0
+            self.state, self.runs, self.kept = "idle", 0, dict.fromkeys(adapters, np.zeros(0))
 
         def setData(self, buffers: list[QBuffer], dims: Dims) -> str:  # noqa: N802
             assert isinstance(dims, Dims) and len(buffers) == len(dims) == len(names)
             for index in states:
                 assert bytes(buffers[index]) == b"" and dims[index][1] == [0], "states stay on the device"
             assert dims[0][0] == 8 and dims[out][0] == 4
+            for index in adapters:
+                if dims[index][1] != [0]:
+                    assert dims[index] == (2, json.loads(serialized)["rows"][0][index]), "whole adapters, in fp16"
+                    self.kept[index] = np.frombuffer(bytes(buffers[index]), np.float16).reshape(dims[index][1])
+            log.extend(f"takes {names[i]}" for i in adapters if dims[i][1] != [0])
             for buffer, (size, shape) in zip(buffers, dims, strict=True):
                 assert len(bytes(buffer)) == size * int(np.prod(shape))
             rows = json.loads(serialized)["rows"]
@@ -124,6 +150,9 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
             ids, positions = (np.frombuffer(bytes(b), np.int64).reshape(self.shape[0], -1) for b in self.buffers[:2])
             answer = np.zeros((self.shape[0], VOCAB), np.float32)
             answer[:, 0], answer[:, 1], answer[:, 2] = ids.sum(1), positions.max(1), self.runs
+            if adapters:
+                slots = np.frombuffer(bytes(self.buffers[names.index("lora_ids")]), np.int64)
+                answer[:, 3] = sum(kept[slots].reshape(len(slots), -1).sum(1) for kept in self.kept.values())
             self.state = "idle"
             return status("getData"), [*self.buffers[:out], QBuffer(answer.tobytes()), *self.buffers[out + 1 :]]
 
@@ -139,7 +168,7 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
     class IoDesc:
         def ParseFromString(self, data: bytes) -> None:  # noqa: N802
             read = json.loads(data)
-            types = [1 if i in states else 32 if i == out else 64 for i in range(len(names))]
+            types = [1 if i in (*states, *adapters) else 32 if i == out else 64 for i in range(len(names))]
             self.selected_set = SimpleNamespace(
                 bindings=[
                     Binding(name=read["prefix"] + n, index=i, dir=int(i >= out), type=types[i], dims=read["rows"][0][i])

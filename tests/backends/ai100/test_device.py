@@ -12,6 +12,7 @@ from backends.ai100.device import DeviceError, DeviceSession
 from backends.ai100.emulator import EmulatedSession
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.interface import read_interface, sized
 
 from . import fake_qaicrt
 
@@ -112,6 +113,34 @@ def test_without_a_binary_or_a_runtime_the_emulator_opens(
     install(monkeypatch, SHAPES)
     (compiled / "qpc" / "programqpc.bin").unlink()
     assert isinstance(BACKEND.open(compiled, threads=1), EmulatedSession)
+
+
+def test_adapters_travel_once_and_stay(adapted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [t for t in read_interface(adapted).inputs if t.name not in ("input_ids", "position_ids", "lora_ids")]
+    shapes = {t.name: list(sized(t, {"batch_size": 2, "ctx_len": 40})) for t in kept}
+    adapters = {n: s for n, s in shapes.items() if ".lora_" in n}
+    states = {n: s for n, s in shapes.items() if n not in adapters}
+    log = put(monkeypatch, fake_qaicrt.adapter_descriptor(SHAPES, states, adapters))
+    session = BACKEND.open(adapted)
+    assert isinstance(session, DeviceSession)
+    decoder = Decoder(session)
+    name, *others = [a.name for a in session.adapters]
+    assert {name, *others} == set(adapters) and len(others) == 7  # A and B of two layers' two projections
+
+    def sums(rows: list[int]) -> list[float]:
+        log.clear()
+        decoder.lora_ids[:] = rows
+        return decoder.decode([1, 1])[:, 3].tolist()
+
+    decoder.prefill([[1], [2]])
+    shape = adapters[name][1:]
+    session.write(name, np.full(shape, 0.5, np.float32), slot=1)
+    assert sums([0, 1]) == [0.0, 0.5 * np.prod(shape)]
+    assert [line for line in log if line.startswith("takes")] == [f"takes {name}"]
+    assert sums([1, 0]) == [0.5 * np.prod(shape), 0.0]  # kept by the device
+    assert not any(line.startswith("takes") for line in log)
+    session.write(name, np.ones(shape, np.float32), slot=2)
+    assert sums([1, 2]) == [0.5 * np.prod(shape), np.prod(shape)]
 
 
 def test_a_forward_pass_follows_the_protocol(forward: Path, monkeypatch: pytest.MonkeyPatch) -> None:
