@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -10,7 +10,7 @@ from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir.auto import hub_arguments
 from qeff_ir.compiler import Compiled, Watch, choose_target, compile_model
-from qeff_ir.errors import ModelLoadError, PackageError, PassError
+from qeff_ir.errors import ModelLoadError, PackageError, PassError, RuntimeInputError
 from qeff_ir.frontend.forward_source import (
     CTC,
     EMBEDDING,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from passes.embedding import Embedding
     from qeff_ir.frontend.inputs import Wanted
     from qeff_ir.runtime.encoder import Encoder
     from qeff_ir.runtime.session import Array
@@ -45,13 +46,16 @@ class ForwardModel:
         model: A transformers model in memory, which stays unchanged.
         inputs: Names of the inputs to compile with, or an example tensor for each; the main input (and the attention
             mask of token ids) by default.
+
+    Raises:
+        ModelLoadError: It is no transformers model.
     """
 
     task: ClassVar[Task]
     default_length: ClassVar[int] = 32
 
     def __init__(self, model: PreTrainedModel, *, inputs: Wanted | None = None) -> None:
-        self._open(ForwardMemory(model, ForwardOptions(self.task, inputs)))
+        self._open(_in_memory(model, ForwardOptions(self.task, inputs)))
 
     def _open(self, source: ForwardFolder | ForwardMemory | None) -> None:
         self._source = source
@@ -206,6 +210,8 @@ class ForwardModel:
             RuntimeInputError: An input does not fit the compiled model.
             PackageError: The model is not compiled.
         """
+        if inputs is not None and not isinstance(inputs, Mapping):
+            raise RuntimeInputError(f"inputs is a {type(inputs).__name__}: give arrays by name, as a tokenizer does")
         return self.encoder().run({**(inputs or {}), **kwargs})
 
     def encoder(self, threads: int | None = None) -> Encoder:
@@ -248,6 +254,7 @@ class QEFFAutoModel(ForwardModel):
     """
 
     task: ClassVar[Task] = EMBEDDING
+    _embedding: Embedding | None = None
 
     def __init__(
         self,
@@ -259,7 +266,7 @@ class QEFFAutoModel(ForwardModel):
         dim: int | None = None,
     ) -> None:
         options = ForwardOptions(self.task, inputs, pooling=_own(pooling))
-        self._open(ForwardMemory(model, options))
+        self._open(_in_memory(model, options))
         self._set_embedding(pooling, normalize, dim)
 
     @classmethod
@@ -302,12 +309,14 @@ class QEFFAutoModel(ForwardModel):
         options = ForwardOptions(cls.task, inputs, part, own)
         inner = sentence.folder if sentence is not None else folder
         self._open(ForwardFolder(inner, options, trust_remote_code=trust_remote_code))
-        self._set_embedding(pooling, bool(normalize), dim)
+        self._set_embedding(pooling, False if normalize is None else normalize, dim)
         return self
 
     def _set_embedding(self, pooling: Pooling, normalize: bool, dim: int | None) -> None:
         from passes.embedding import Embedding, check_pooling
 
+        if not isinstance(normalize, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ModelLoadError(f"normalize is {normalize!r}: give True or False")
         wanted = pooling is not None or normalize or dim is not None
         mode = pooling if isinstance(pooling, str) else "none"
         try:
@@ -319,7 +328,9 @@ class QEFFAutoModel(ForwardModel):
     @property
     def pools(self) -> bool:
         """Whether `encode` will work once it is compiled: there is a pooling."""
-        own = self._source is not None and self._source.options.pooling is not None
+        if self._source is None:
+            return self.encoder().pools
+        own = self._source.options.pooling is not None
         return own or (self._embedding is not None and self._embedding.pooling != "none")
 
     def pipeline_for(self, target: str) -> Pipeline:
@@ -327,7 +338,7 @@ class QEFFAutoModel(ForwardModel):
         from passes.embedding import Embedding
 
         made = super().pipeline_for(target)
-        embedding = getattr(self, "_embedding", None)
+        embedding = self._embedding
         if embedding is None and target == "ai100" and self._takes_tokens():
             embedding = Embedding("none")
         return made if embedding is None else made.insert_before("fuse-norms", embedding)
@@ -347,6 +358,8 @@ class QEFFAutoModel(ForwardModel):
     ) -> Array:
         """Embed texts, as sentence-transformers does it: sorted by length, in batches, returned in their order.
 
+        Unlike there, a prompt is only the one given here, and nothing is cut that `truncate` does not ask for.
+
         Args:
             sentences: One text, or any number of them.
             batch_size: Texts of a run; 32 where any number runs, else what the model is compiled for.
@@ -363,6 +376,8 @@ class QEFFAutoModel(ForwardModel):
         """
         from qeff_ir.runtime.sentences import encode
 
+        if not isinstance(sentences, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RuntimeInputError(f"sentences is a {type(sentences).__name__}: give a text, or several")
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         found = encode(
             self.encoder(),
@@ -427,6 +442,14 @@ class QEFFAutoModelForCTC(ForwardModel):
         """
         logits = self.generate(inputs, **kwargs)["logits"]
         return list(processor.batch_decode(logits.argmax(axis=-1)))
+
+
+def _in_memory(model: PreTrainedModel, options: ForwardOptions) -> ForwardMemory:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ModelLoadError(f"{type(model).__name__} is no transformers model: use from_pretrained() for a folder")
+    return ForwardMemory(model, options)
 
 
 def _own(pooling: Pooling) -> Callable[..., torch.Tensor] | None:

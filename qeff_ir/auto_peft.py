@@ -91,6 +91,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             AdapterError: The adapter cannot be read, or is of a kind that is not supported.
             ModelLoadError: There is no such base model, or it cannot be read.
         """
+        _check_name(adapter_name)
         adapter = open_adapter(pretrained_model_name_or_path, **kwargs)
         base = str(base_model) if base_model is not None else _base_of(adapter)
         if finite_adapters:
@@ -148,8 +149,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         Raises:
             AdapterError: It cannot be read, is not supported, or does not fit; everything else goes on as before.
         """
-        if not adapter_name or adapter_name == "base":
-            raise AdapterError("an adapter needs a name, and 'base' is that of the base model: choose another")
+        _check_name(adapter_name)
         found = open_adapter(adapter, **hub)
         if check_base_model:
             self._check_base(adapter_name, found)
@@ -199,10 +199,12 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             adapter_names: The adapters, the active one by default. They stop being adapters.
 
         Raises:
-            AdapterError: There is no such adapter.
+            AdapterError: There is no such adapter, or the model was opened from a package.
         """
+        if self._source is None:
+            raise AdapterError("a model opened from a package cannot be compiled again, so nothing is merged into it")
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        names = [self._active] if names is None and self._active else list(names or ())
+        names = [self._active] if names is None and self._active else list(dict.fromkeys(names or ()))
         for name in names:
             self._known(name)
         if not names:
@@ -335,7 +337,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """The slot of each row; with one adapter at a time, puts it in."""
         self.runner()
         assert self._bank is not None
-        names = [None if name == "base" else name for name in names]
+        names = [None if name == "base" else name for name in names]  # the incumbent's name of the base model
         for name in names:
             if name is not None:
                 self._known(name)
@@ -365,8 +367,8 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             some = any(a.biases or any(f.b_bias for f in a.layers.values()) for a in loaded)
             bias = "all" if whole else "targets" if some else "none"
         for name, value in (("adapter_slots", slots), ("max_lora_rank", rank)):
-            if value is not None and value < 1:
-                raise AdapterError(f"{name} is {value}: give at least 1")
+            if value is not None and (type(value) is not int or value < 1):
+                raise AdapterError(f"{name} is {value!r}: give a whole number of at least 1")
         return Lora(
             mode=mode,
             n=slots or max(_DEFAULT_SLOTS, len(loaded)),
@@ -377,7 +379,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         )
 
     def _known(self, name: str) -> None:
-        if name not in self._adapters:
+        if not isinstance(name, str) or name not in self._adapters:  # pyright: ignore[reportUnnecessaryIsInstance]
             there = f"there are {', '.join(self._adapters)}" if self._adapters else "there are none"
             raise AdapterError(f"there is no adapter '{name}' ({there}): load it first")
 
@@ -396,7 +398,12 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             fit(name, adapters[name], inputs, self._base_weights())
 
     def _check_base(self, name: str, adapter: Adapter) -> None:
-        """Compare what an adapter says of its base model with what the base model says of itself, where both do."""
+        """Compare what an adapter says of its base model with what the base model says of itself, where both do.
+
+        A package does not say: its configuration only knows the package's own folder.
+        """
+        if self._source is None:
+            return
         said = adapter.base.rstrip("/")
         own = {str(getattr(self.config, "_name_or_path", "") or "").rstrip("/")}
         if isinstance(self._source, FolderSource):
@@ -441,10 +448,18 @@ class QEffPeftModelForCausalLM(QEffAutoPeftModelForCausalLM):
         self._kept.append(kept)
         model.save_pretrained(kept.name, selected_adapters=list(model.peft_config))
         for name in model.peft_config:
+            _check_name(name)
             folder = Path(kept.name) / ("" if name == "default" else name)
             self._adapters[name] = open_adapter(folder)
         active = model.active_adapter
         self._active = active if active in self._adapters else None
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or name in ("", "base"):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AdapterError(
+            f"an adapter cannot be called {name!r}: it needs a name, and 'base' is that of the base model"
+        )
 
 
 def _base_of(adapter: Adapter) -> str:

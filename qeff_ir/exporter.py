@@ -11,8 +11,6 @@ exported.save_pretrained("exported")
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -30,7 +28,7 @@ from transformers.exporters.runners.base import ModelRunner
 from qeff_ir.auto_forward import ForwardModel, QEFFAutoModel
 from qeff_ir.compiler import cache_root
 from qeff_ir.errors import PackageError
-from qeff_ir.package import digest_file, open_package
+from qeff_ir.package import building, digest_file, open_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,20 +131,27 @@ class Ai100Exporter(HfExporter):
             PackageError: The file is no whole package.
         """
         file = Path(path)
+        if not file.is_file():
+            raise PackageError(f"there is no file {file}: give the folder that save_pretrained made")
         folder = cache_root() / "exports" / digest_file(file)[:16]
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+        if not _whole(folder):
+            with building(folder) as partial:
                 try:
                     with zipfile.ZipFile(file) as archive:
                         archive.extractall(partial)  # which keeps every member inside
-                except zipfile.BadZipFile as error:
-                    raise PackageError(
-                        f"{file} is not an exported package ({error}): export the model again"
-                    ) from error
-                shutil.copytree(partial, folder, dirs_exist_ok=True)
-        open_package(folder)
+                    open_package(partial)
+                except (zipfile.BadZipFile, EOFError, PackageError) as error:
+                    reason = f"{file} is not an exported package ({error}): export the model again"
+                    raise PackageError(reason) from error
         return folder
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        open_package(folder)
+    except PackageError:  # there is none yet, or somebody altered it
+        return False
+    return True
 
 
 class Ai100Runner(ModelRunner):

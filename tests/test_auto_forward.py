@@ -117,6 +117,35 @@ def test_a_sentence_transformers_folder_brings_its_pooling(tmp_path: Path) -> No
         text()
 
 
+TRANSFORMER, POOLING, NORMALIZE = ({"path": p, "type": f"x.{k}"} for p, k in
+    (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "message"),
+    [
+        ([], {}, "has the modules of nothing"),
+        ([POOLING], {}, "has the modules Pooling: what is read is Transformer, then Pooling, then Normalize"),
+        ([TRANSFORMER, POOLING, POOLING], {}, "Transformer, Pooling, Pooling"),
+        ([TRANSFORMER, NORMALIZE, POOLING], {}, "Transformer, Normalize, Pooling"),
+        ([TRANSFORMER | {"path": 5}], {}, "the folder 5, which is no name"),
+        ([TRANSFORMER | {"path": "a\0b"}], {}, "names a folder that cannot be"),
+        ([TRANSFORMER | {"path": "a" * 5000}], {}, "names a folder that cannot be"),
+        ([TRANSFORMER, POOLING], {"pooling_mode": 5}, "the pooling '5'"),
+        ([TRANSFORMER, POOLING], {"pooling_mode": [["mean"]]}, "the pooling"),
+        ([TRANSFORMER, POOLING], {"pooling_mode": []}, "the pooling of no name"),
+        ([TRANSFORMER, POOLING], {"include_prompt": False}, "pass pooling='mean', which is the same"),
+    ],
+)
+def test_modules_that_would_be_misread_are_refused(modules: Any, pooling: Any, message: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises((ModelLoadError, UnsupportedModelError), match=message):
+        QEFFAutoModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("pooling", "message"),
     [
@@ -198,6 +227,69 @@ def test_heads_and_pairs_of_texts(target: str) -> None:
         assert names == [f"{ours.task.graph_name}_{i}" for i in range(2)]
     with pytest.raises(RuntimeInputError, match="the input 'token_type_ids' is missing"):
         ours.generate(IDS)
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "ai100"])
+def pooled(request: pytest.FixtureRequest) -> QEFFAutoModel:
+    model = QEFFAutoModel(build("distilbert"), pooling="mean")
+    model.compile(target=request.param, seq_len=12, **({"emit_only": True} if request.param == "ai100" else {}))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": [[-1, 2]]}, "input_ids has -1, the model knows 0 to"),
+        ({"input_ids": [[10**6, 2]]}, "input_ids has 1000000, the model knows 0 to"),
+        ({"input_ids": np.array([[2**63 + 1]], np.uint64)}, "input_ids has 9223372036854775809, the model knows"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[2, -1]]}, "other numbers than 0 and 1"),
+        ({"input_ids": [[1, 2], [3]]}, "input_ids cannot be read as an array"),
+        ({"input_ids": [["a"]]}, "input_ids is <U1: give numbers"),
+        ({"input_ids": np.ones((1, 2), complex)}, "input_ids is complex128: give numbers"),
+        ({"input_ids": torch.ones(1, 2, device="meta")}, "input_ids cannot be read as an array"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.bfloat16)}, "input_ids is float32, the model takes int64"),
+        ([[1, 2]], "inputs is a list: give arrays by name"),
+        (torch.ones(1, 2), "inputs is a Tensor: give arrays by name"),
+    ],
+)
+def test_numbers_that_the_model_does_not_know_are_refused(inputs: Any, message: str, pooled: QEFFAutoModel) -> None:
+    with pytest.raises(RuntimeInputError, match=message):
+        pooled.generate(inputs)
+
+
+def test_all_tokens_and_masks_of_truth_values_are_known(pooled: QEFFAutoModel) -> None:
+    size = build("distilbert").config.vocab_size
+    ids = torch.tensor([[0, size - 1, 1]])
+    mask = torch.tensor([[True, True, False]])
+    cut = pooled.generate(input_ids=ids[:, :2])["output"]
+    assert np.abs(pooled.generate(input_ids=ids, attention_mask=mask)["output"] - cut).max() < 1e-5
+    assert np.abs(pooled.generate(input_ids=ids)["output"] - cut).max() > 1e-3
+
+
+def test_a_tensor_of_bfloat16_or_with_a_gradient_is_an_array(vit: QEFFAutoModel) -> None:
+    image = torch.linspace(-1, 1, 3 * 256).reshape(1, 3, 16, 16).bfloat16()
+    expected = vit.generate(pixel_values=image.float().numpy())["last_hidden_state"]
+    for tensor in (image, image.float().requires_grad_()):
+        assert np.array_equal(vit.generate(pixel_values=tensor)["last_hidden_state"], expected)
+
+
+@pytest.mark.parametrize("target", [QEFFAutoModel, QEFFAutoModelForCTC])
+def test_what_is_no_model_is_refused(target: Any) -> None:
+    with pytest.raises(ModelLoadError, match="Linear is no transformers model"):
+        target(torch.nn.Linear(1, 1))
+
+
+def test_normalize_is_true_or_false(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="normalize is 'no': give True or False"):
+        QEFFAutoModel.from_pretrained(saved(tmp_path), pooling="mean", normalize="no")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_package_tells_whether_it_pools(pooled: QEFFAutoModel, tmp_path: Path) -> None:
+    plain = QEFFAutoModel(build("distilbert"))
+    plain.compile(target="onnxruntime", seq_len=12)
+    for model, pools in ((pooled, True), (plain, False)):
+        opened = QEFFAutoModel.from_package(model.package.folder)
+        assert (opened.pools, model.pools) == (pools, pools)
 
 
 def test_speech_becomes_text() -> None:

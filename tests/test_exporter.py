@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,33 @@ def test_a_damaged_file_is_refused(exported: ExportedModel, tmp_path: Path) -> N
     (tmp_path / "model.ai100.zip").write_bytes(b"no archive")
     with pytest.raises(PackageError, match=r"model\.ai100\.zip is not an exported package"):
         Ai100Exporter.load_program(tmp_path / "model.ai100.zip")
+    for missing in (tmp_path / "none.zip", tmp_path):
+        with pytest.raises(PackageError, match="there is no file"):
+            Ai100Exporter.load_program(missing)
+
+
+def test_what_is_no_package_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.writestr("../../../escaped.txt", "x")
+    for _ in range(2):
+        with pytest.raises(PackageError, match="is not an exported package"):
+            Ai100Exporter.load_program(tmp_path / "evil.zip")
+    assert [p.name for p in tmp_path.rglob("*.txt")] == []
+    assert [p for p in (tmp_path / "home" / "exports").iterdir() if p.is_dir()] == []
+
+
+def test_a_damaged_copy_in_the_cache_is_unpacked_again(
+    exported: ExportedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    exported.save_pretrained(tmp_path)
+    folder = Ai100Exporter.load_program(tmp_path / "model.ai100.zip")
+    (model,) = folder.glob("*.onnx")
+    content = model.read_bytes()
+    model.write_bytes(content[:-1])
+    assert Ai100Exporter.load_program(tmp_path / "model.ai100.zip") == folder
+    assert model.read_bytes() == content
 
 
 def test_another_device_is_refused(exported: ExportedModel) -> None:

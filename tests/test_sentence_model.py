@@ -127,6 +127,23 @@ def test_no_texts_are_no_embeddings(opened: Any) -> None:
         opened("onnxruntime").encode(["a", 3])
 
 
+@pytest.mark.parametrize(
+    ("sentences", "options", "message"),
+    [
+        (5, {}, "sentences is a int"),
+        (None, {}, "sentences is a NoneType"),
+        ("a\ud800", {}, "text 0 has half a character"),
+        ("a", {"prompt": None}, "prompt is a NoneType"),
+        ("a", {"batch_size": 0}, "at least 1, not 0"),
+        ("a", {"batch_size": "4"}, "at least 1, not '4'"),
+        ("a", {"batch_size": 1.5}, "at least 1, not 1.5"),
+    ],
+)
+def test_what_is_no_text_is_refused(opened: Any, sentences: Any, options: Any, message: str) -> None:
+    with pytest.raises(RuntimeInputError, match=message):
+        opened("onnxruntime").encode(sentences, **options)
+
+
 def test_a_prompt_comes_before_every_text(opened: Any) -> None:
     found = opened("onnxruntime").encode(["cats", "dogs"], prompt="query: ", batch_size=1)
     np.testing.assert_allclose(found, opened("onnxruntime").encode(["query: cats", "query: dogs"]), atol=1e-6)

@@ -66,6 +66,8 @@ class AdapterBank:
     def add(self, name: str, adapter: Adapter) -> int:
         """Write an adapter into a free slot, or over the one of its name.
 
+        With one adapter at a time, one that is not that of all rows is only checked; `put` writes it.
+
         Returns:
             The slot.
 
@@ -73,6 +75,8 @@ class AdapterBank:
             AdapterError: It does not fit, or no slot is free; nothing was written.
         """
         tensors = fit(name, adapter, self.inputs, self.base)
+        if self.single and name not in self._names:
+            return 0
         if name not in self._names and None not in self._names:
             raise AdapterError(
                 f"no slot is free for the adapter '{name}': delete one of {', '.join(map(str, self._names))}, or "

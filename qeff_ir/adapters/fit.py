@@ -100,8 +100,15 @@ def package_weights(model: Path) -> Base:
 
 
 def numbers(entry: FileRange) -> Array:
-    """A tensor of an adapter, read now, float32."""
-    return entry.tensor("").numpy().astype(np.float32)
+    """A tensor of an adapter, read now, float32.
+
+    Raises:
+        AdapterError: A number is not finite.
+    """
+    values = entry.tensor("").numpy().astype(np.float32)
+    if not np.isfinite(values).all():
+        raise AdapterError(f"{entry.file} holds numbers that are not finite: train or save the adapter again")
+    return values
 
 
 def _factor_a(name: str, path: str, factors: Factors, item: AdapterInput) -> Array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,15 +168,22 @@ def _factors(folder: Path, config: LoraConfig, path: str, found: dict[str, FileR
         raise AdapterError(f"the adapter {folder} has only one of the factors of {path}: save it again")
     a, b, b_bias = found["a"], found["b"], found.get("b_bias")
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    rank = ranks.get(get_pattern_key(list(ranks), path), config.r)
-    alpha = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
+    try:
+        rank = ranks.get(get_pattern_key(list(ranks), path), config.r)
+        alpha: Any = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
+    except (AttributeError, TypeError, re.error) as error:
+        raise AdapterError(
+            f"the rank_pattern or alpha_pattern of the adapter {folder} cannot be read: {error}"
+        ) from error
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise AdapterError(f"the adapter {folder} has the lora_alpha {alpha!r} for {path}, which is no number")
     leaf = path.removesuffix(".base_layer").rpartition(".")[2]
     if config.target_parameters and (path.endswith(".base_layer") or leaf == "experts"):
         raise AdapterError(
             f"the adapter {folder} changes the stacked parameters of {path} (target_parameters), which is not "
             "supported: train it on layers, or on routers"
         )
-    fits = len(a.shape) == 2 and len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank
+    fits = len(a.shape) == 2 and len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank and rank > 0
     if not fits or (b_bias is not None and b_bias.shape != b.shape[:1]):
         raise AdapterError(
             f"the factors of {path} in the adapter {folder} are {list(a.shape)} and {list(b.shape)}, its configuration "
@@ -195,8 +203,13 @@ def _config(folder: Path) -> LoraConfig:
         raw: Any = json.loads(path.read_text())
         if not isinstance(raw, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read ({error}): save the adapter again") from error
+    said: Any = raw.get("base_model_name_or_path")
+    if said is not None and not isinstance(said, str):
+        raise AdapterError(f"{path} names the base model {said!r}, which is no name: save the adapter again")
+    if not isinstance(raw.get("use_rslora") or False, bool):  # as truth, the text "false" would be true
+        raise AdapterError(f"{path} has use_rslora={raw['use_rslora']!r}: give true or false")
     if raw.get("peft_type") != "LORA":
         raise AdapterError(f"the adapter {folder} is of the type {raw.get('peft_type')}: only LORA is supported")
     for name, what in _REFUSED.items():

@@ -34,6 +34,10 @@ _FLAGS = {
 """The older spelling: one switch for each, in the same order."""
 
 
+_KINDS = ("Transformer", "Pooling", "Normalize")
+"""The modules that are read, in their order."""
+
+
 @dataclass(frozen=True)
 class SentenceConfig:
     """What follows the transformer.
@@ -54,27 +58,27 @@ def read_sentence_config(folder: Path) -> SentenceConfig | None:
 
     Raises:
         ModelLoadError: A file is damaged, or names a folder outside.
-        UnsupportedModelError: It has a module that is neither a transformer, a pooling nor a normalization.
+        UnsupportedModelError: Its modules are not a transformer, then a pooling, then perhaps a normalization.
     """
     path = folder / "modules.json"
     if not path.is_file():
         return None
-    found = SentenceConfig(folder, "none", False)
-    for index, module in enumerate(_modules(path)):
-        kind = module["type"].rpartition(".")[2]
-        inner = _inside(folder, module.get("path") or "", path)
-        if kind == "Transformer" and index == 0:
-            found = SentenceConfig(inner, found.pooling, found.normalize)
-        elif kind == "Pooling":
-            found = SentenceConfig(found.folder, _pooling(inner / "config.json"), found.normalize)
-        elif kind == "Normalize":
-            found = SentenceConfig(found.folder, found.pooling, True)
-        else:
+    modules = [(m["type"].rpartition(".")[2], _inside(folder, m.get("path") or "", path)) for m in _modules(path)]
+    kinds = [kind for kind, _ in modules]
+    for kind in kinds:
+        if kind not in _KINDS:
             raise UnsupportedModelError(
-                f"{path} has a module of type {kind}, which is not read: only Transformer, Pooling and Normalize are; "
+                f"{path} has a module of type {kind}, which is not read: only {', '.join(_KINDS)} are; "
                 "pass pooling= with a torch module of your own that does the rest"
             )
-    return found
+    if not kinds or kinds != list(_KINDS[: len(kinds)]):
+        raise UnsupportedModelError(
+            f"{path} has the modules {', '.join(kinds) or 'of nothing'}: what is read is {', then '.join(_KINDS)}; "
+            "pass pooling= with a torch module of your own that does the rest"
+        )
+    inner = dict(modules)
+    pooling = _pooling(inner["Pooling"] / "config.json") if "Pooling" in inner else "none"
+    return SentenceConfig(inner["Transformer"], pooling, "Normalize" in inner)
 
 
 def _modules(path: Path) -> list[dict[str, Any]]:
@@ -85,7 +89,13 @@ def _modules(path: Path) -> list[dict[str, Any]]:
 
 
 def _inside(folder: Path, name: str, path: Path) -> Path:
-    inner = (folder / name).resolve()
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ModelLoadError(f"{path} names the folder {name!r}, which is no name: download the model again")
+    try:
+        inner = (folder / name).resolve()
+        inner.exists()  # raises for a name that no file can have; a module without options may have no folder
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path} names a folder that cannot be ({error}): download the model again") from error
     if not inner.is_relative_to(folder.resolve()):
         raise ModelLoadError(f"{path} names '{name}', a folder outside the model: refused")
     return inner if name else folder
@@ -98,15 +108,21 @@ def _pooling(path: Path) -> str:
     named: Any = data.get("pooling_mode")  # pyright: ignore[reportUnknownMemberType]
     if named is None:
         named = [mode for flag, mode in _FLAGS.items() if data.get(flag)] or ["mean"]  # pyright: ignore[reportUnknownMemberType]
-    modes: list[Any] = [named] if isinstance(named, str) else list(named)
-    unknown = [m for m in modes if m not in _MODES]
-    if unknown:
-        raise ModelLoadError(f"{path} asks for the pooling '{unknown[0]}': there is {', '.join(_MODES)}")
+    modes: list[Any] = named if isinstance(named, list) else [named]
+    unknown = [m for m in modes if not isinstance(m, str) or m not in _MODES]
+    if unknown or not modes:
+        what = f"'{unknown[0]}'" if unknown else "of no name"
+        raise ModelLoadError(f"{path} asks for the pooling {what}: there is {', '.join(_MODES)}")
+    if data.get("include_prompt") is False:  # pyright: ignore[reportUnknownMemberType]
+        raise UnsupportedModelError(
+            f"{path} leaves the prompt's tokens out (include_prompt), which is not supported: pass "
+            f"pooling='{'+'.join(_MODES[m] for m in modes)}', which is the same for texts without a prompt"
+        )
     return "+".join(_MODES[m] for m in modes)
 
 
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} cannot be read as JSON ({error}): download the model again") from error

@@ -28,6 +28,12 @@ class Encoder:
         lengths = [s[LENGTH] for s in sizes if LENGTH in s]
         self.longest = max(lengths) if lengths else None
 
+    @property
+    def pools(self) -> bool:
+        """Whether the model returns one embedding of each row, and no more."""
+        output = self.interface.outputs[0]
+        return output.name == "output" and len(output.shape) == 2
+
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         """Run a batch of any size.
 
@@ -41,7 +47,8 @@ class Encoder:
             Outputs by name, float32, with as many rows, and as many tokens where they have an axis of tokens.
 
         Raises:
-            RuntimeInputError: An input is missing, unknown, empty, of another type or size, or too long.
+            RuntimeInputError: An input is missing, unknown, empty, of another type or size, too long, or a number is
+                none that the model knows.
         """
         given = self._checked(inputs)
         rows, length = self._sizes(given)
@@ -57,7 +64,7 @@ class Encoder:
 
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         known = {t.name: t for t in self.interface.inputs}
-        arrays = {n: np.asarray(v) for n, v in inputs.items() if v is not None}
+        arrays = {n: _array(n, v) for n, v in inputs.items() if v is not None}
         if "token_type_ids" in arrays and "token_type_ids" not in known and not arrays["token_type_ids"].any():
             del arrays["token_type_ids"]  # tokenizers add them
         tokens = next((arrays[n] for n in ("input_ids", "inputs_embeds") if n in arrays), None)
@@ -119,15 +126,39 @@ def _cost(item: Specialization) -> int:
     return item.symbols.get(LENGTH, 1)
 
 
+def _array(name: str, value: Any) -> Array:
+    """An array or tensor of numbers as an array.
+
+    Raises:
+        RuntimeInputError: It is something else.
+    """
+    if hasattr(value, "detach"):  # a tensor
+        value = value.detach()
+        value = value.float() if value.is_floating_point() else value  # NumPy has no bfloat16
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:  # torch has an error for each device
+        raise RuntimeInputError(f"{name} cannot be read as an array: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise RuntimeInputError(f"{name} is {array.dtype}: give numbers")
+    return array
+
+
 def _typed(array: Array, tensor: Tensor) -> Array:
     """The array in the input's type.
 
     Raises:
-        RuntimeInputError: It holds another kind of numbers, or some that are not finite.
+        RuntimeInputError: It holds another kind of numbers; or rows that a table of the model does not have, or neither
+            0 nor 1 in a mask, which a session would answer with some other number's result.
     """
     floats = np.issubdtype(tensor.dtype, np.floating)
     if floats != np.issubdtype(array.dtype, np.floating):
         raise RuntimeInputError(f"{tensor.name} is {array.dtype}, the model takes {tensor.dtype}")
+    if array.size and tensor.rows is not None and not 0 <= int(array.min()) <= int(array.max()) < tensor.rows:
+        wrong = int(array.min()) if array.min() < 0 else int(array.max())
+        raise RuntimeInputError(f"{tensor.name} has {wrong}, the model knows 0 to {tensor.rows - 1}")
+    if tensor.name == "attention_mask" and not floats and not np.isin(array, (0, 1)).all():
+        raise RuntimeInputError("attention_mask has other numbers than 0 and 1")
     return array.astype(tensor.dtype, copy=False)
 
 

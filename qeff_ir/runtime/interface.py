@@ -25,12 +25,14 @@ class Tensor:
         dtype: Its type.
         shape: Symbols and sizes; `None` for a size that the model computes.
         weight: Of an input whose rows the host looks up: the parameter that has them.
+        rows: Of an input that selects rows of a table in the graph: how many there are.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[DimValue | None, ...]
     weight: str | None = None
+    rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +69,29 @@ def read_interface(folder: Path) -> Interface:
     except Exception as error:  # protobuf raises types of its own
         raise PackageError(f"{models[0]} cannot be read ({type(error).__name__}): compile again") from error
     # A weight may be an input that the target binds by itself; the host's token embeddings only name theirs.
-    given = [t for t in _tensors(graph.input) if t.weight is None or t.name == EMBEDS]
-    return Interface(tuple(given), _tensors(graph.output))
+    given = [t for t in _tensors(graph.input, _rows(graph)) if t.weight is None or t.name == EMBEDS]
+    return Interface(tuple(given), _tensors(graph.output, {}))
 
 
-def _tensors(values: Sequence[onnx.ValueInfoProto]) -> tuple[Tensor, ...]:
+def _rows(graph: onnx.GraphProto) -> dict[str, int]:
+    """Rows of the smallest table that each input selects from, where one does so directly."""
+    tables = {t.name: t.dims[0] for t in graph.initializer if t.dims}
+    found: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in tables and not any(a.i for a in node.attribute):
+            rows = tables[node.input[0]]
+            found[node.input[1]] = min(rows, found.get(node.input[1], rows))
+    return found
+
+
+def _tensors(values: Sequence[onnx.ValueInfoProto], rows: Mapping[str, int]) -> tuple[Tensor, ...]:
     return tuple(
         Tensor(
             v.name,
             onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type),
             tuple(_dim(d) for d in v.type.tensor_type.shape.dim),
             next((p.value for p in v.metadata_props if p.key == WEIGHT_KEY), None),
+            rows.get(v.name),
         )
         for v in values
     )

@@ -45,17 +45,19 @@ def encode(
         float32 ``[texts, features]``.
 
     Raises:
-        RuntimeInputError: A text has no token or is too long, or the model returns no embedding.
+        RuntimeInputError: A text has no token, is too long or no text, or the model returns no embedding.
     """
-    (output, *_) = encoder.interface.outputs
-    if output.name != "output" or len(output.shape) != 2:
+    output = encoder.interface.outputs[0]
+    if not encoder.pools:
         raise RuntimeInputError("the model returns no embedding: open it with a pooling, and compile it again")
-    size = batch_size or (_BATCH if encoder.session.free else encoder.batch_size)
-    if size < 1:
-        raise RuntimeInputError(f"batch_size must be at least 1, not {batch_size}")
-    for index, text in enumerate(texts):
+    size = batch_size if batch_size is not None else _BATCH if encoder.session.free else encoder.batch_size
+    if type(size) is not int or size < 1:
+        raise RuntimeInputError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+    for what, text in [("prompt", prompt), *((f"text {index}", text) for index, text in enumerate(texts))]:
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise RuntimeInputError(f"text {index} is a {type(text).__name__}: give texts")
+            raise RuntimeInputError(f"{what} is a {type(text).__name__}: give texts")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise RuntimeInputError(f"{what} has half a character (a lone surrogate): decode it as UTF-8 first")
     rows = _tokens(encoder, [prompt + text for text in texts], tokenizer, truncate)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     width = output.shape[-1]

@@ -125,6 +125,41 @@ def test_merging_reads_no_weight_before_it_is_written(two: tuple[Path, PeftModel
         value.const_value.numpy()  # type: ignore[union-attr]
 
 
+def test_an_adapter_that_is_named_twice_is_merged_once(two: tuple[Path, PeftModel]) -> None:
+    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model.load_adapter(two[0], "two")
+    model.merge_adapter(["two", "two"])
+    assert (model.adapters, model._merged) == ([], [two[0]])
+
+
+def test_one_adapter_at_a_time_is_loaded_beside_another(
+    one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]
+) -> None:
+    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model.load_adapter(one[0], "one")
+    model.set_adapter("one")
+    model.compile(lora_mode="single", lora_targets="q_proj,v_proj,down_proj,lm_head", **COMPILE)
+    ids = torch.tensor(support.prompts([6, 6], seed=2))
+    plain, first, second = ([theirs(m, row) for row in ids] for m in (base(NAME), one[1], two[1]))
+    assert plain != first != second
+
+    def ours() -> list[list[int]]:
+        return model.generate(ids, max_new_tokens=6, do_sample=False).tolist()
+
+    assert ours() == first
+    model.load_adapter(two[0], "two")
+    assert ours() == first
+    model.set_adapter("two")
+    assert ours() == second
+    model.disable_adapter()
+    assert ours() == plain
+    model.load_adapter(one[0], "two")  # in the place of one that is not written now
+    model.set_adapter("two")
+    assert ours() == first
+    model.load_adapter(two[0], "two")  # in the place of one that is
+    assert ours() == second
+
+
 def test_an_adapter_that_changed_is_not_merged(two: tuple[Path, PeftModel]) -> None:
     with pytest.raises(PassError, match="has changed"):
         support.apply(support.canonical(NAME), f'merge-lora{{adapter="{two[0]}" digest=0000}}')

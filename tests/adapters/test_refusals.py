@@ -81,6 +81,11 @@ def whole_module(folder: Path) -> None:
     stored(folder, lambda tensors: {**tensors, "base_model.model.lm_head.weight": torch.ones(97, 32)})
 
 
+def no_rank(folder: Path) -> None:
+    stored(folder, lambda ts: {k: (t[:0] if "lora_A" in k else t[:, :0]).contiguous() for k, t in ts.items()})
+    configured(folder, r=0)
+
+
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "rank": (other_rank, "rank 16 in model.layers.0.self_attn.q_proj"),
     "module": (other_module, "no branch"),
@@ -95,6 +100,15 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "pissa": (lambda f: configured(f, init_lora_weights="pissa"), "changes the base model"),
     "type": (lambda f: configured(f, peft_type="IA3"), "only LORA"),
     "config of another": (lambda f: configured(f, r=2), "not of one adapter"),
+    "alpha": (lambda f: configured(f, lora_alpha="8"), "which is no number"),
+    "alpha not finite": (lambda f: configured(f, lora_alpha=float("nan")), "which is no number"),
+    "alpha pattern": (lambda f: configured(f, alpha_pattern={"q_proj": None}), "which is no number"),
+    "rank pattern": (lambda f: configured(f, rank_pattern={"(": 4}), "rank_pattern or alpha_pattern"),
+    "no rank": (no_rank, "rank 0: the two files"),
+    "rslora": (lambda f: configured(f, use_rslora="false"), "use_rslora='false'"),
+    "base": (lambda f: configured(f, base_model_name_or_path=5), "which is no name"),
+    "nested": (lambda f: _write(f / CONFIG_FILE, "[" * 100_000), "cannot be read"),
+    "not finite": (lambda f: stored(f, lambda ts: {k: t / 0 for k, t in ts.items()}), "not finite"),
     "no config": (lambda f: (f / CONFIG_FILE).unlink(), "no adapter_config.json"),
 }
 
@@ -151,8 +165,34 @@ def test_names_that_are_not_loaded(running: QEffAutoPeftModelForCausalLM) -> Non
     for call in (running.set_adapter, running.delete_adapter, running.merge_adapter):
         with pytest.raises(AdapterError, match="there is no adapter 'nobody'"):
             call("nobody")
+    for wrong in ([5], [["good"]], ["nobody"]):
+        with pytest.raises(AdapterError, match="there is no adapter"):
+            running.use_adapters([*wrong, None])
     with pytest.raises(AdapterError, match="'base'"):
         running.load_adapter("anywhere", "base")
+    for name in ("base", "", None):  # 'base' and None would be answered by the base model
+        with pytest.raises(AdapterError, match="cannot be called"):
+            QEffAutoPeftModelForCausalLM.from_pretrained("anywhere", name)  # pyright: ignore[reportArgumentType]
+
+
+def test_sizes_that_are_no_numbers_are_refused(good: Path) -> None:
+    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    for size in ("adapter_slots", "max_lora_rank"):
+        for value in (0, "4", 1.5, True):
+            with pytest.raises(AdapterError, match=f"{size} is {value!r}"):
+                model.compile(target="onnxruntime", **{size: value})
+
+
+def test_nothing_is_merged_into_a_package(running: QEffAutoPeftModelForCausalLM, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(good, folder)
+    configured(folder, base_model_name_or_path="/where/the/base/was")
+    model = QEffAutoPeftModelForCausalLM.from_package(running.package.folder)
+    model.load_adapter(folder, "good")  # what its base was called, a package does not know
+    with pytest.raises(AdapterError, match="nothing is merged"):
+        model.merge_adapter("good")
+    assert model.adapters == ["good"]
+    assert model.package.folder == running.package.folder
 
 
 def test_what_is_no_peft_model_is_refused() -> None:
