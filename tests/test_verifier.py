@@ -35,9 +35,10 @@ def first(module: Module, op_type: str) -> ir.Node:
     return next(n for n in module.graph if n.op_type == op_type)
 
 
-@fault("order", "Add 'add_90' of model.layers.0.input_layernorm reads 'mean' before it is defined")
+@fault("order", "Add 'early' of model.layers.0.input_layernorm reads 'mean' before it is defined")
 def node_before_its_input(module: Module) -> None:
     node = first(module, "Add")
+    node.outputs[0].name = "early"
     module.graph.remove(node)
     module.graph.insert_before(module.graph[0], node)
 

@@ -396,7 +396,7 @@ def _faults() -> list[Fault]:
     )
     plant(
         "qeff_ir/module.py",
-        ("windows lost on loading", "P2 saved", 's["window"], s["ring"]', 'None, s["ring"]'),
+        ("windows lost on loading", "P2 saved", 's["window"],', "None,"),
         ("outputs shared by a clone", "P2 saved", "model = self.model.clone()", "model = self.model"),
     )
     plant(
@@ -496,17 +496,15 @@ def _faults() -> list[Fault]:
             "mask_function(batch, head, position_ids[:, None, :, None],",
             "mask_function(batch, head, position_ids[:, None, :, None] + 1,",
         ),
-        (
-            "keys for values",
-            "P10 frontend",
-            "for t in (layer.keys, layer.values)]",
-            "for t in (layer.values, layer.keys)]",
-        ),
+    )
+    plant(
+        "qeff_ir/frontend/states.py",
+        ("keys for values", "P10 frontend", "return self.keys, self.values", "return self.values, self.keys"),
         (
             "window one token wider",
             "P10 frontend",
-            "windows.append(int(layer.sliding_window))",
-            "windows.append(int(layer.sliding_window) + 1)",
+            "int(kind.sliding_window) if",
+            "int(kind.sliding_window) + 1 if",
         ),
     )
     return found
