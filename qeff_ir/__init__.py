@@ -6,27 +6,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qeff_ir.auto import QEFFAutoModelForCausalLM as QEFFAutoModelForCausalLM
-    from qeff_ir.auto_forward import QEFFAutoModel as QEFFAutoModel
-    from qeff_ir.auto_forward import QEFFAutoModelForCTC as QEFFAutoModelForCTC
-    from qeff_ir.auto_forward import QEFFAutoModelForSequenceClassification as QEFFAutoModelForSequenceClassification
-    from qeff_ir.auto_forward import QEFFAutoModelForTokenClassification as QEFFAutoModelForTokenClassification
-    from qeff_ir.auto_lora import QEffAutoLoraModelForCausalLM as QEffAutoLoraModelForCausalLM
-    from qeff_ir.auto_peft import QEffAutoPeftModelForCausalLM as QEffAutoPeftModelForCausalLM
-    from qeff_ir.auto_peft import QEffPeftModelForCausalLM as QEffPeftModelForCausalLM
+    from qeff_ir.auto.adapters import QEffAutoPeftModelForCausalLM as QEffAutoPeftModelForCausalLM
+    from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM as QEFFAutoModelForCausalLM
+    from qeff_ir.auto.embedding import QEFFAutoModel as QEFFAutoModel
+    from qeff_ir.auto.finite_adapters import QEffAutoLoraModelForCausalLM as QEffAutoLoraModelForCausalLM
+    from qeff_ir.auto.heads import QEFFAutoModelForCTC as QEFFAutoModelForCTC
+    from qeff_ir.auto.heads import QEFFAutoModelForSequenceClassification as QEFFAutoModelForSequenceClassification
+    from qeff_ir.auto.heads import QEFFAutoModelForTokenClassification as QEFFAutoModelForTokenClassification
+    from qeff_ir.auto.peft_model import QEffPeftModelForCausalLM as QEffPeftModelForCausalLM
 
 __version__ = "0.1.0"
 _HOMES = {
-    "QEFFAutoModel": "auto_forward",
-    "QEFFAutoModelForCTC": "auto_forward",
-    "QEFFAutoModelForCausalLM": "auto",
-    "QEFFAutoModelForSequenceClassification": "auto_forward",
-    "QEFFAutoModelForTokenClassification": "auto_forward",
-    "QEffAutoLoraModelForCausalLM": "auto_lora",
-    "QEffAutoPeftModelForCausalLM": "auto_peft",
-    "QEffPeftModelForCausalLM": "auto_peft",
+    "QEFFAutoModel": "embedding",
+    "QEFFAutoModelForCTC": "heads",
+    "QEFFAutoModelForCausalLM": "causal_lm",
+    "QEFFAutoModelForSequenceClassification": "heads",
+    "QEFFAutoModelForTokenClassification": "heads",
+    "QEffAutoLoraModelForCausalLM": "finite_adapters",
+    "QEffAutoPeftModelForCausalLM": "adapters",
+    "QEffPeftModelForCausalLM": "peft_model",
 }
-"""The module that each public name lives in."""
+"""The module of `qeff_ir.auto` that each public name lives in."""
 
 __all__ = [
     "QEFFAutoModel",
@@ -43,5 +43,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the heavy parts on first use only."""
     if name in _HOMES:
-        return getattr(importlib.import_module(f"qeff_ir.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(f"qeff_ir.auto.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'qeff_ir' has no attribute '{name}'")

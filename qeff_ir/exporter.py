@@ -25,7 +25,8 @@ from transformers.exporters.configs import ExportConfigMixin
 from transformers.exporters.metadata import ExportMetadata, record_output_structure
 from transformers.exporters.runners.base import ModelRunner
 
-from qeff_ir.auto_forward import ForwardModel, QEFFAutoModel
+from qeff_ir.auto.embedding import QEFFAutoModel
+from qeff_ir.auto.forward import ForwardModel
 from qeff_ir.compiler import cache_root
 from qeff_ir.errors import PackageError
 from qeff_ir.package import building, digest_file, open_package

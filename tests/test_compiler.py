@@ -18,7 +18,7 @@ SHAPES: dict[str, Any] = {"target": "onnxruntime", "batch_size": 2, "prefill_seq
 
 
 def model() -> QEFFAutoModelForCausalLM:
-    return QEFFAutoModelForCausalLM._from_source(support.Lowered("llama"))
+    return QEFFAutoModelForCausalLM._opened(support.Lowered("llama"))
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_a_pipeline_is_read_before_anything_is_lowered(tmp_path: Path) -> None:
         def lower(self) -> Any:
             raise AssertionError("lowered")
 
-    untouched = QEFFAutoModelForCausalLM._from_source(Untouchable("llama"))
+    untouched = QEFFAutoModelForCausalLM._opened(Untouchable("llama"))
     with pytest.raises(PipelineError, match="did you mean 'canonicalize'"):
         untouched.compile(**SHAPES, pipeline="canonicalise")
     with pytest.raises(CompileError, match="is less than prefill_seq_len"):

@@ -36,7 +36,7 @@ def limit(module: Module) -> float:
 @pytest.mark.parametrize("target", backend_names())
 @pytest.mark.parametrize("name", MODELS)
 def test_matches_transformers(name: str, target: str, record_property: Callable[[str, object], None]) -> None:
-    model = QEFFAutoModelForCausalLM._from_source(support.Lowered(name))
+    model = QEFFAutoModelForCausalLM._opened(support.Lowered(name))
     model.compile(target=target, batch_size=2, prefill_seq_len=8, ctx_len=48, emit_only=target != "onnxruntime")
     reference = support.reference(name)
     comparison = compare(session_trace(model.runner(threads=1).decoder, PROMPTS, reference.tokens), reference)

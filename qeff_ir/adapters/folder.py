@@ -244,3 +244,15 @@ def _entries(folder: Path) -> dict[str, FileRange]:
         return read_header(folder / WEIGHTS_FILE)
     except ModelLoadError as error:
         raise AdapterError(f"the adapter {folder} is damaged: {error}") from error
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be an adapter's name.
+
+    Raises:
+        AdapterError: It is empty, no text, or ``base``, which is the base model.
+    """
+    if not isinstance(name, str) or name in ("", "base"):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AdapterError(
+            f"an adapter cannot be called {name!r}: it needs a name, and 'base' is that of the base model"
+        )

@@ -131,7 +131,7 @@ def _try(
     show()
     show(f"Package: {', '.join(_top_files(compiled.folder))}")
     with working(f"Asking {_RUNNERS[target]}"):
-        from qeff_ir.auto import QEFFAutoModelForCausalLM
+        from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
         from qeff_ir.testing.trace import compare, session_trace
 
         model = QEFFAutoModelForCausalLM.from_package(compiled.folder)

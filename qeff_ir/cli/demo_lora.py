@@ -28,7 +28,7 @@ def command(targets: Sequence[str], out: Path | None) -> None:
     Raises:
         typer.Exit: An answer is wrong, or a switch has compiled again.
     """
-    from qeff_ir.auto_peft import QEffAutoPeftModelForCausalLM
+    from qeff_ir.auto.adapters import QEffAutoPeftModelForCausalLM
     from qeff_ir.demo import ADAPTERS_FOLDER, MODEL_FOLDER, TASKS
 
     started = time.perf_counter()

@@ -12,7 +12,7 @@ from qeff_ir.cli.terminal import line, working
 from qeff_ir.errors import PackageError, RuntimeInputError
 
 if TYPE_CHECKING:
-    from qeff_ir.auto_forward import QEFFAutoModel
+    from qeff_ir.auto.embedding import QEFFAutoModel
 
 
 def command(
@@ -79,7 +79,7 @@ def command(
 def _compile(
     name: str | Path, pooling: str | None, normalize: bool | None, dim: int | None, **options: object
 ) -> QEFFAutoModel:
-    from qeff_ir.auto_forward import QEFFAutoModel
+    from qeff_ir.auto.embedding import QEFFAutoModel
 
     opened = QEFFAutoModel.from_pretrained(name, pooling=pooling, normalize=normalize, dim=dim)
     if not opened.pools:
@@ -89,7 +89,7 @@ def _compile(
 
 
 def _open_package(folder: Path, *asked: object) -> QEFFAutoModel:
-    from qeff_ir.auto_forward import QEFFAutoModel
+    from qeff_ir.auto.embedding import QEFFAutoModel
 
     if any(a is not None for a in asked):
         raise PackageError(

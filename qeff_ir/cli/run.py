@@ -15,7 +15,7 @@ from qeff_ir.errors import PackageError, RuntimeInputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qeff_ir.auto import QEFFAutoModelForCausalLM
+    from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
     from qeff_ir.runtime.texts import GenerationResult
 
 _SAMPLING = "Sampling (any of these but --repetition-penalty turns it on)"
@@ -109,7 +109,7 @@ def open_runnable(name: str, request: Request) -> QEFFAutoModelForCausalLM:
         source = open_model(name, request)
         folder = compile_source(source, request).folder
     with working("Opening the package"):
-        from qeff_ir.auto import QEFFAutoModelForCausalLM
+        from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
 
         return QEFFAutoModelForCausalLM.from_package(folder, checkpoint=source)
 

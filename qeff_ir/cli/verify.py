@@ -44,7 +44,7 @@ def command(
         )
     _check_room(1, steps, request)
     opened = open_model(model, request)
-    from qeff_ir.auto import QEFFAutoModelForCausalLM
+    from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
     from qeff_ir.cli.lowered import LoweredOnce
 
     source = LoweredOnce(opened)

@@ -41,7 +41,7 @@ def theirs(model: Any, ids: torch.Tensor) -> list[int]:
 
 
 def test_switching_needs_no_compilation(one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]) -> None:
-    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
     model.load_adapter(one[0], "one")
     model.load_adapter(two[0], "two")
     model.compile(**COMPILE)
@@ -87,7 +87,7 @@ def test_a_peft_model_in_memory_stays_as_it_is(two: tuple[Path, PeftModel], one:
 
 
 def test_finite_adapters(one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]) -> None:
-    model = QEffAutoLoraModelForCausalLM._with_source(support.Lowered(NAME))
+    model = QEffAutoLoraModelForCausalLM._opened(support.Lowered(NAME))
     for name, (folder, _) in (("x", one), ("y", two)):
         model.load_adapter(folder, name)
     assert model.active_adapter_to_id == {"x": 1, "y": 2}
@@ -99,7 +99,7 @@ def test_finite_adapters(one: tuple[Path, PeftModel], two: tuple[Path, PeftModel
 
 
 def test_a_merged_adapter_is_the_base_model(two: tuple[Path, PeftModel]) -> None:
-    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
     model.load_adapter(two[0], "two")
     model.merge_adapter("two")
     model.compile(**COMPILE)
@@ -126,7 +126,7 @@ def test_merging_reads_no_weight_before_it_is_written(two: tuple[Path, PeftModel
 
 
 def test_an_adapter_that_is_named_twice_is_merged_once(two: tuple[Path, PeftModel]) -> None:
-    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
     model.load_adapter(two[0], "two")
     model.merge_adapter(["two", "two"])
     assert (model.adapters, model._merged) == ([], [two[0]])
@@ -135,7 +135,7 @@ def test_an_adapter_that_is_named_twice_is_merged_once(two: tuple[Path, PeftMode
 def test_one_adapter_at_a_time_is_loaded_beside_another(
     one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]
 ) -> None:
-    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
     model.load_adapter(one[0], "one")
     model.set_adapter("one")
     model.compile(lora_mode="single", lora_targets="q_proj,v_proj,down_proj,lm_head", **COMPILE)

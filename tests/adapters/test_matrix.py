@@ -76,7 +76,7 @@ class Case:
         self.bound = tolerance.bound(tolerance.depth(support.lowered(name)))
 
     def compiled(self, target: str, **options: Any) -> QEffAutoPeftModelForCausalLM:
-        model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(self.name))
+        model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(self.name))
         for rank, folder in zip(RANKS, self.folders, strict=True):
             model.load_adapter(folder, f"r{rank}")
         model.compile(target=target, emit_only=target == "ai100", **COMPILE, **options)

@@ -33,7 +33,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(good: Path) -> QEffAutoPeftModelForCausalLM:
     """A session with one adapter and one more slot, for adapters of rank 8 on the same layers."""
-    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
     model.load_adapter(good, "good")
     model.compile(target="onnxruntime", adapter_slots=2, max_lora_rank=8, batch_size=2, prefill_seq_len=8, ctx_len=32)
     model.use_adapters(["good", None])
@@ -149,7 +149,7 @@ def test_an_adapter_of_another_base_model_is_refused(good: Path, tmp_path: Path)
     config._name_or_path = "somebody/small-model"
     source = MemorySource(base(NAME))
     source.config = config
-    model = QEffAutoPeftModelForCausalLM._with_source(source)
+    model = QEffAutoPeftModelForCausalLM._opened(source)
     folder = tmp_path / "adapter"
     shutil.copytree(good, folder)
     configured(folder, base_model_name_or_path="somebody/large-model")
@@ -176,7 +176,7 @@ def test_names_that_are_not_loaded(running: QEffAutoPeftModelForCausalLM) -> Non
 
 
 def test_sizes_that_are_no_numbers_are_refused(good: Path) -> None:
-    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
     for size in ("adapter_slots", "max_lora_rank"):
         for value in (0, "4", 1.5, True):
             with pytest.raises(AdapterError, match=f"{size} is {value!r}"):

@@ -67,7 +67,7 @@ def peft_model() -> Any:
 @functools.cache
 def package(target: str) -> Path:
     peft_model()
-    model = QEffAutoPeftModelForCausalLM._with_source(support.Lowered(NAME))
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
     for name in ("b", "c"):  # whose targets together are those of all
         model.load_adapter(FOLDERS[name], name)
     model.compile(target=target, emit_only=True, adapter_slots=SLOTS, batch_size=BATCH, prefill_seq_len=4, ctx_len=48)

@@ -30,7 +30,7 @@ UNTIED = ["llama", "gpt-oss"]
 
 
 def compiled(source: Source, target: str, folder: Path, side: TokenEmbedding) -> QEFFAutoModelForCausalLM:
-    model = QEFFAutoModelForCausalLM._from_source(source)  # pyright: ignore[reportPrivateUsage]
+    model = QEFFAutoModelForCausalLM._opened(source)  # pyright: ignore[reportPrivateUsage]
     model.compile(
         target=target,
         token_embedding=side,

@@ -18,7 +18,7 @@ CTX = 48
 
 
 def compiled(batch_size: int) -> QEFFAutoModelForCausalLM:
-    model = QEFFAutoModelForCausalLM._from_source(support.Lowered("llama"))
+    model = QEFFAutoModelForCausalLM._opened(support.Lowered("llama"))
     model.compile(target="onnxruntime", batch_size=batch_size, prefill_seq_len=8, ctx_len=CTX)
     return model
 

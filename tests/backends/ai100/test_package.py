@@ -18,7 +18,7 @@ STATES = [f"past_{role}.{layer}" for layer in LAYERS for role in ("key", "value"
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama") / "out"
-    model = QEFFAutoModelForCausalLM._from_source(support.Lowered("llama"))
+    model = QEFFAutoModelForCausalLM._opened(support.Lowered("llama"))
     options = {"prefill_seq_len": 8, "ctx_len": 48, "batch_size": 2, "num_devices": 2, "num_cores": 14}
     model.compile(
         target="ai100", emit_only=True, compile_dir=folder, mxfp6_matmul=True, mxint8_kv_cache=True, **options

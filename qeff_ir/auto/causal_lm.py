@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from backends import find_backend
 from backends.base import CompileOptions
-from qeff_ir.compiler import Compiled, TokenEmbedding, Watch, compile_model
-from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
+from qeff_ir.auto.arguments import hub_arguments
+from qeff_ir.auto.compiled_model import CompiledModel
+from qeff_ir.compiler import TokenEmbedding, Watch
+from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
 from qeff_ir.module import EMBEDS
-from qeff_ir.package import SIDE_FOLDER, open_package
+from qeff_ir.package import SIDE_FOLDER
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qeff_ir.runtime.generation import SessionLM
     from qeff_ir.runtime.token_table import TokenTable
 
-_HUB = frozenset({"revision", "cache_dir", "token", "local_files_only"})
-_DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "attn_implementation": ("eager", "sdpa", None),
-    "continuous_batching": (False, None),
-    "qaic_config": (None,),
-    "kv_offload": (None, False),
-    "dtype": ("float32", "auto", None),
-    "torch_dtype": ("float32", "auto", None),
-}
-"""Arguments of the incumbent's `from_pretrained`, with the values that ask for what happens here anyway."""
 
-
-def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that are for the hub; those that ask for what happens anyway are dropped.
-
-    Raises:
-        ModelLoadError: One asks for something else.
-    """
-    for name, value in kwargs.items():
-        if name not in _HUB and str(value).removeprefix("torch.") not in map(str, _DEFAULTS.get(name, ())):
-            raise ModelLoadError(f"from_pretrained does not support {name}={value!r}: leave it out")
-    return {k: v for k, v in kwargs.items() if k in _HUB}
-
-
-class QEFFAutoModelForCausalLM:
+class QEFFAutoModelForCausalLM(CompiledModel[Source]):
     """A causal LM that is compiled instead of run by torch.
 
         model = QEFFAutoModelForCausalLM.from_pretrained("my-model")
@@ -57,21 +36,17 @@ class QEFFAutoModelForCausalLM:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._source: Source | None = MemorySource(model)
-        self._checkpoint: Source | None = self._source
-        self._compiled: Compiled | None = None
-        self._runner: SessionLM | None = None
+        self._open(MemorySource(model))
 
-    @classmethod
-    def _from_source(cls, source: Source | None) -> QEFFAutoModelForCausalLM:
-        self = cls.__new__(cls)
-        self._source, self._checkpoint, self._compiled, self._runner = source, source, None, None
-        return self
+    def _open(self, source: Source | None) -> None:
+        super()._open(source)
+        self._checkpoint = source
+        self._runner: SessionLM | None = None
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
-    ) -> QEFFAutoModelForCausalLM:
+    ) -> Self:
         """Open a model folder or a hub id; no weight is loaded.
 
         Args:
@@ -84,12 +59,10 @@ class QEFFAutoModelForCausalLM:
         """
         hub = hub_arguments(kwargs)
         source = open_source(pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub)
-        return cls._from_source(source)
+        return cls._opened(source)
 
     @classmethod
-    def from_package(
-        cls, folder: str | Path, *, checkpoint: str | Path | Source | None = None
-    ) -> QEFFAutoModelForCausalLM:
+    def from_package(cls, folder: str | Path, *, checkpoint: str | Path | Source | None = None) -> Self:
         """Open a compiled package; it can generate, and cannot be compiled again.
 
         Args:
@@ -101,22 +74,9 @@ class QEFFAutoModelForCausalLM:
             PackageError: The folder is no whole package of this version.
             ModelLoadError: There is no such checkpoint.
         """
-        self = cls._from_source(None)
+        self = super().from_package(folder)
         self._checkpoint = open_source(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-        path = Path(folder)
-        self._compiled = Compiled(path, open_package(path), cached=True)
         return self
-
-    @property
-    def package(self) -> Compiled:
-        """The compiled package.
-
-        Raises:
-            PackageError: There is none yet.
-        """
-        if self._compiled is None:
-            raise PackageError("the model is not compiled yet: call compile() first")
-        return self._compiled
 
     def compile(
         self,
@@ -165,8 +125,6 @@ class QEFFAutoModelForCausalLM:
         Raises:
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
-        if self._source is None:
-            raise PackageError("a model opened from a package cannot be compiled again: open the model itself")
         options = CompileOptions(
             prefill_seq_len=prefill_seq_len,
             ctx_len=ctx_len,
@@ -179,19 +137,17 @@ class QEFFAutoModelForCausalLM:
             flags=compiler_options,
             force_flags=force_flags,
         )
-        self._runner = None
-        self._compiled = compile_model(
-            self._source,
+        path = self._compile(
             options,
+            compile_dir,
             target=target,
-            out=None if compile_dir is None else Path(compile_dir),
             pipeline=pipeline,
             token_embedding=token_embedding,
             emit_only=emit_only,
             watch=watch,
         )
-        qpc = self._compiled.folder / "qpc"
-        return str(qpc if qpc.is_dir() else self._compiled.folder)
+        self._runner = None
+        return path
 
     def generate(
         self,
@@ -272,12 +228,3 @@ class QEFFAutoModelForCausalLM:
                 "model that the package was made from"
             )
         return TokenTable(table, keeps_ids="input_ids" in inputs)
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The model's configuration."""
-        if self._source is not None:
-            return self._source.config
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.package.folder / SIDE_FOLDER)

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from backends import find_backend
 from qeff_ir.adapters.bank import AdapterBank
+from qeff_ir.adapters.base_model import base_of, check_base
 from qeff_ir.adapters.fit import fit, package_weights
-from qeff_ir.adapters.folder import CONFIG_FILE, Adapter, open_adapter
-from qeff_ir.adapters.memory import AdaptedMemorySource
-from qeff_ir.adapters.targets import ALL_LINEAR, regex
-from qeff_ir.auto import QEFFAutoModelForCausalLM
+from qeff_ir.adapters.folder import Adapter, check_name, open_adapter
+from qeff_ir.adapters.step import Bias, Mode, lora_step
+from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import choose_target
 from qeff_ir.errors import AdapterError, RuntimeInputError
-from qeff_ir.frontend.source import FolderSource, Source, open_source
+from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.passing.pipeline import Pipeline
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from qeff_ir.runtime.generation import SessionLM
-
-_DEFAULT_SLOTS = 4
-_DEFAULT_RANK = 16
-Mode = Literal["slots", "single"]
-Bias = Literal["none", "targets", "all"]
 
 
 class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
@@ -48,23 +42,12 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         model: The base model, a transformers causal LM in memory, which stays unchanged.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
-        self._start()
-
-    def _start(self) -> None:
+    def _open(self, source: Source | None) -> None:
+        super()._open(source)
         self._adapters: dict[str, Adapter] = {}
         self._merged: list[Path] = []
         self._active: str | None = None
         self._bank: AdapterBank | None = None
-        self._kept: list[Any] = []
-
-    @classmethod
-    def _with_source(cls, source: Source | None) -> QEffAutoPeftModelForCausalLM:
-        self = cls.__new__(cls)
-        self._source, self._compiled, self._runner = source, None, None
-        self._start()
-        return self
 
     @classmethod
     def from_pretrained(
@@ -84,42 +67,23 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             adapter_name: What to call it.
             base_model: Folder or hub id of the base model, where the adapter's own word for it does not lead there.
             trust_remote_code: Whether code that comes with the base model may run.
-            finite_adapters: Return a `qeff_ir.auto_lora.QEffAutoLoraModelForCausalLM` instead.
+            finite_adapters: Return a `qeff_ir.auto.finite_adapters.QEffAutoLoraModelForCausalLM` instead.
             kwargs: As for `QEFFAutoModelForCausalLM.from_pretrained`.
 
         Raises:
             AdapterError: The adapter cannot be read, or is of a kind that is not supported.
             ModelLoadError: There is no such base model, or it cannot be read.
         """
-        _check_name(adapter_name)
+        check_name(adapter_name)
         adapter = open_adapter(pretrained_model_name_or_path, **kwargs)
-        base = str(base_model) if base_model is not None else _base_of(adapter)
+        base = str(base_model) if base_model is not None else base_of(adapter)
         if finite_adapters:
-            from qeff_ir.auto_lora import QEffAutoLoraModelForCausalLM
+            from qeff_ir.auto.finite_adapters import QEffAutoLoraModelForCausalLM
 
             cls = QEffAutoLoraModelForCausalLM
-        self = cls._with_source(open_source(base, trust_remote_code=trust_remote_code))
+        self = cls._opened(open_source(base, trust_remote_code=trust_remote_code))
         self._adapters[adapter_name] = adapter
         self._active = adapter_name
-        return self
-
-    @classmethod
-    def from_package(
-        cls, folder: str | Path, *, checkpoint: str | Path | Source | None = None
-    ) -> QEffAutoPeftModelForCausalLM:
-        """Open a compiled package; adapters can be loaded into it, and it cannot be compiled again.
-
-        Args:
-            folder: The package.
-            checkpoint: See `QEFFAutoModelForCausalLM.from_package`.
-
-        Raises:
-            PackageError: The folder is no whole package of this version.
-            ModelLoadError: There is no such checkpoint.
-        """
-        self = cls._with_source(None)
-        opened = QEFFAutoModelForCausalLM.from_package(folder, checkpoint=checkpoint)
-        self._compiled, self._checkpoint = opened.package, opened._checkpoint
         return self
 
     @property
@@ -149,10 +113,10 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         Raises:
             AdapterError: It cannot be read, is not supported, or does not fit; everything else goes on as before.
         """
-        _check_name(adapter_name)
+        check_name(adapter_name)
         found = open_adapter(adapter, **hub)
-        if check_base_model:
-            self._check_base(adapter_name, found)
+        if check_base_model and self._source is not None:  # a package only knows its own folder
+            check_base(adapter_name, found, self._source)
         if self._bank is not None:
             self._bank.add(adapter_name, found)
         elif self._compiled is not None:
@@ -247,7 +211,15 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         target, _ = choose_target(target)
         steps = Pipeline.parse(pipeline or find_backend(target).pipeline)
         if not any(item.name == "lora" for item in steps.passes):
-            step = self._step(adapter_slots, max_lora_rank, lora_targets, lora_bias, lora_mode, target)
+            step = lora_step(
+                list(self._adapters.values()),
+                slots=adapter_slots,
+                rank=max_lora_rank,
+                targets=lora_targets,
+                bias=lora_bias,
+                mode=lora_mode,
+                retained=target == "ai100",
+            )
             steps = steps.insert_after("last-logits", step)
         for folder in self._merged:
             from passes.merge_lora import MergeLora, adapter_digest
@@ -349,35 +321,6 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             self._bank.put(names[0], None if names[0] is None else self._adapters[names[0]])
         return [0 for _ in names]
 
-    def _step(
-        self,
-        slots: int | None,
-        rank: int | None,
-        targets: str | None,
-        bias: Bias | None,
-        mode: Mode,
-        target: str,
-    ) -> Any:
-        from passes.lora import Lora
-
-        loaded = list(self._adapters.values())
-        paths = dict.fromkeys(path for adapter in loaded for path in adapter.layers)
-        if bias is None:
-            whole = any(adapter.biases.keys() - paths.keys() for adapter in loaded)
-            some = any(a.biases or any(f.b_bias for f in a.layers.values()) for a in loaded)
-            bias = "all" if whole else "targets" if some else "none"
-        for name, value in (("adapter_slots", slots), ("max_lora_rank", rank)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise AdapterError(f"{name} is {value!r}: give a whole number of at least 1")
-        return Lora(
-            mode=mode,
-            n=slots or max(_DEFAULT_SLOTS, len(loaded)),
-            rank=rank or max((adapter.rank for adapter in loaded), default=_DEFAULT_RANK),
-            targets=targets or regex(paths) or ALL_LINEAR,
-            bias=bias,
-            retained=target == "ai100",
-        )
-
     def _known(self, name: str) -> None:
         if not isinstance(name, str) or name not in self._adapters:  # pyright: ignore[reportUnnecessaryIsInstance]
             there = f"there are {', '.join(self._adapters)}" if self._adapters else "there are none"
@@ -397,79 +340,8 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         for name in names:
             fit(name, adapters[name], inputs, self._base_weights())
 
-    def _check_base(self, name: str, adapter: Adapter) -> None:
-        """Compare what an adapter says of its base model with what the base model says of itself, where both do.
-
-        A package does not say: its configuration only knows the package's own folder.
-        """
-        if self._source is None:
-            return
-        said = adapter.base.rstrip("/")
-        own = {str(getattr(self.config, "_name_or_path", "") or "").rstrip("/")}
-        if isinstance(self._source, FolderSource):
-            own |= {str(self._source.folder), str(self._source.folder.resolve())}
-        own.discard("")
-        if not said or not own:
-            return
-        last = {Path(known).name for known in own}
-        if said not in own and Path(said).name not in last and _relative(adapter) not in own:
-            raise AdapterError(
-                f"adapter '{name}' is of the base model {said}, this one is {' or '.join(sorted(own))}: pass "
-                "check_base_model=False if they are the same"
-            )
-
     def _onnx(self) -> Path:
         return next(iter(sorted(self.package.folder.glob("*.onnx"))))
 
     def _base_weights(self) -> Any:
         return package_weights(self._onnx())
-
-
-class QEffPeftModelForCausalLM(QEffAutoPeftModelForCausalLM):
-    """The same for a `peft.PeftModelForCausalLM` in memory, whose adapters are all loaded.
-
-    Args:
-        model: The PEFT model, which stays unchanged.
-
-    Raises:
-        AdapterError: It is no PEFT model of a causal LM, an adapter of it is merged, or one is not supported.
-    """
-
-    def __init__(self, model: Any) -> None:
-        from peft import PeftModelForCausalLM
-
-        if not isinstance(model, PeftModelForCausalLM):
-            raise AdapterError(
-                f"{type(model).__name__} is no PeftModelForCausalLM: wrap the base model with PEFT first"
-            )
-        self._source, self._compiled, self._runner = AdaptedMemorySource(model), None, None
-        self._start()
-        kept = tempfile.TemporaryDirectory(prefix="qeff-adapters-")
-        self._kept.append(kept)
-        model.save_pretrained(kept.name, selected_adapters=list(model.peft_config))
-        for name in model.peft_config:
-            _check_name(name)
-            folder = Path(kept.name) / ("" if name == "default" else name)
-            self._adapters[name] = open_adapter(folder)
-        active = model.active_adapter
-        self._active = active if active in self._adapters else None
-
-
-def _check_name(name: str) -> None:
-    if not isinstance(name, str) or name in ("", "base"):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise AdapterError(
-            f"an adapter cannot be called {name!r}: it needs a name, and 'base' is that of the base model"
-        )
-
-
-def _base_of(adapter: Adapter) -> str:
-    """Name of the base model; a path that starts with a dot is one from the adapter's folder."""
-    if not adapter.base:
-        raise AdapterError(f"{adapter.folder / CONFIG_FILE} does not name its base model: pass base_model=")
-    return _relative(adapter) or adapter.base
-
-
-def _relative(adapter: Adapter) -> str | None:
-    if not adapter.base.startswith("."):
-        return None
-    return str((adapter.folder / adapter.base).resolve())

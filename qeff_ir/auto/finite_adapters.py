@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_ir.auto_peft import QEffAutoPeftModelForCausalLM
+from qeff_ir.auto.adapters import QEffAutoPeftModelForCausalLM
 from qeff_ir.frontend.source import open_source
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ class QEffAutoLoraModelForCausalLM(QEffAutoPeftModelForCausalLM):
         Raises:
             ModelLoadError: There is no such model, or it cannot be read.
         """
-        self = cls._with_source(open_source(pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub))
-        assert isinstance(self, cls)
-        return self
+        return cls._opened(open_source(pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub))
 
     @property
     def active_adapter_to_id(self) -> dict[str, int]:

@@ -1,0 +1,224 @@
+"""`QEFFAutoModel`: hidden states, or one embedding of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from qeff_ir.auto.arguments import hub_arguments
+from qeff_ir.auto.forward import ForwardModel, in_memory
+from qeff_ir.errors import ModelLoadError, PassError, RuntimeInputError
+from qeff_ir.frontend.forward_source import EMBEDDING, ForwardFolder, ForwardOptions, Task
+from qeff_ir.frontend.source import find_folder
+from qeff_ir.package import SIDE_FOLDER
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from passes.embedding import Embedding
+    from qeff_ir.frontend.inputs import Wanted
+    from qeff_ir.passing.pipeline import Pipeline
+    from qeff_ir.runtime.session import Array
+
+Pooling = Any
+"""A mode of the pass `embedding`, or a torch module of the user's (``last_hidden_states, attention_mask``)."""
+
+
+class QEFFAutoModel(ForwardModel):
+    """Any model that transformers' `AutoModel` loads, for its hidden states or one embedding of each row.
+
+        model = QEFFAutoModel.from_pretrained("my-model", pooling="mean", normalize=True)
+        model.compile(seq_len=[32, 128, 512])
+        model.generate(tokenizer("My name is", return_tensors="pt"))["output"]  # float32 [1, features]
+        model.encode(["My name is", "Hello"])  # float32 [2, features]
+
+    Without a pooling, the outputs are those of the model's forward pass (on AI 100, for token ids: the first one only,
+    called ``output``, as its contract has it). A sentence-transformers folder brings its own pooling and normalization.
+
+    Args:
+        model: A transformers model in memory, which stays unchanged. Of an encoder-decoder, the encoder is taken.
+        inputs: As for `ForwardModel`.
+        pooling: A mode of the pass `embedding` (``mean``, ``max``, ``cls``, ``last``, ``mean-sqrt-len``,
+            ``weighted-mean``), or a torch module or function of ``(last_hidden_states, attention_mask)``.
+        normalize: Whether embeddings are scaled to unit length.
+        dim: How many of an embedding's features are kept, before it is scaled.
+
+    Raises:
+        ModelLoadError: The pooling is unknown or does not take two tensors.
+    """
+
+    task: ClassVar[Task] = EMBEDDING
+    _embedding: Embedding | None = None
+    _tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        inputs: Wanted | None = None,
+        pooling: Pooling = None,
+        normalize: bool = False,
+        dim: int | None = None,
+    ) -> None:
+        options = ForwardOptions(self.task, inputs, pooling=_own(pooling))
+        self._open(in_memory(model, options))
+        self._set_embedding(pooling, normalize, dim)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        inputs: Wanted | None = None,
+        part: str | None = None,
+        trust_remote_code: bool = False,
+        pooling: Pooling = None,
+        normalize: bool | None = None,
+        dim: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Open a model folder or a hub id; no weight is loaded.
+
+        Args:
+            pretrained_model_name_or_path: The folder or id.
+            inputs: As for the class.
+            part: As for `ForwardModel.from_pretrained`.
+            trust_remote_code: Whether code that comes with the model may run.
+            pooling: As for the class; ``none`` for the hidden states of a sentence-transformers folder.
+            normalize: As for the class; the folder's own by default.
+            dim: As for the class.
+            kwargs: As for `ForwardModel.from_pretrained`.
+
+        Raises:
+            ModelLoadError: See `ForwardModel.from_pretrained`; or the pooling cannot be used.
+        """
+        from qeff_ir.frontend.sentence import read_sentence_config
+
+        folder = find_folder(pretrained_model_name_or_path, **hub_arguments(kwargs))
+        own = _own(pooling)
+        sentence = read_sentence_config(folder) if pooling is None else None
+        if sentence is not None:
+            pooling = sentence.pooling
+            normalize = sentence.normalize if normalize is None else normalize
+        options = ForwardOptions(cls.task, inputs, part, own)
+        inner = sentence.folder if sentence is not None else folder
+        self = cls._opened(ForwardFolder(inner, options, trust_remote_code=trust_remote_code))
+        self._set_embedding(pooling, False if normalize is None else normalize, dim)
+        return self
+
+    def _set_embedding(self, pooling: Pooling, normalize: bool, dim: int | None) -> None:
+        from passes.embedding import Embedding, check_pooling
+
+        if not isinstance(normalize, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ModelLoadError(f"normalize is {normalize!r}: give True or False")
+        wanted = pooling is not None or normalize or dim is not None
+        mode = pooling if isinstance(pooling, str) else "none"
+        try:
+            check_pooling(mode)
+        except PassError as error:
+            raise ModelLoadError(str(error)) from error
+        self._embedding = Embedding(mode, normalize, dim) if wanted else None
+
+    @property
+    def pools(self) -> bool:
+        """Whether `encode` will work once it is compiled: there is a pooling."""
+        if self._source is None:
+            return self.encoder().pools
+        own = self._source.options.pooling is not None
+        return own or (self._embedding is not None and self._embedding.pooling != "none")
+
+    def pipeline_for(self, target: str) -> Pipeline:
+        """See `ForwardModel.pipeline_for`; with `embedding` where it is asked for."""
+        from passes.embedding import Embedding
+
+        made = super().pipeline_for(target)
+        embedding = self._embedding
+        if embedding is None and target == "ai100" and self._takes_tokens():
+            embedding = Embedding("none")
+        return made if embedding is None else made.insert_before("fuse-norms", embedding)
+
+    def _takes_tokens(self) -> bool:
+        return self._source is not None and self._source.takes_tokens()
+
+    def encode(
+        self,
+        sentences: str | Sequence[str],
+        *,
+        batch_size: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        truncate: bool = False,
+        prompt: str = "",
+        show_progress: bool | None = None,
+    ) -> Array:
+        """Embed texts, as sentence-transformers does it: sorted by length, in batches, returned in their order.
+
+        Unlike there, a prompt is only the one given here, and nothing is cut that `truncate` does not ask for.
+
+        Args:
+            sentences: One text, or any number of them.
+            batch_size: Texts of a run; 32 where any number runs, else what the model is compiled for.
+            tokenizer: The model's own by default.
+            truncate: Whether a text longer than the largest ``seq_len`` is cut; otherwise it is refused.
+            prompt: What every text starts with.
+            show_progress: Whether to show a progress bar; by default when it takes over two seconds, in a terminal.
+
+        Returns:
+            float32 ``[texts, features]``; ``[features]`` for one text.
+
+        Raises:
+            RuntimeInputError: A text has no token or is too long, or the model was compiled without a pooling.
+        """
+        from qeff_ir.runtime.sentences import encode
+
+        if not isinstance(sentences, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RuntimeInputError(f"sentences is a {type(sentences).__name__}: give a text, or several")
+        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        found = encode(
+            self.encoder(),
+            texts,
+            tokenizer or self.tokenizer(),
+            batch_size=batch_size,
+            truncate=truncate,
+            prompt=prompt,
+            show_progress=show_progress,
+        )
+        return found[0] if isinstance(sentences, str) else found
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that is in the package.
+
+        Raises:
+            RuntimeInputError: There is none.
+        """
+        if self._tokenizer is None:
+            from qeff_ir.runtime.sentences import open_tokenizer
+
+            self._tokenizer = open_tokenizer(self.package.folder / SIDE_FOLDER)
+        return self._tokenizer
+
+
+def _own(pooling: Pooling) -> Callable[..., torch.Tensor] | None:
+    """The user's own pooling, or `None` for a mode of the pass.
+
+    Raises:
+        ModelLoadError: It is neither a text nor something to call with two tensors.
+    """
+    if pooling is None or isinstance(pooling, str):
+        return None
+    import inspect
+
+    call = getattr(pooling, "forward", pooling)
+    if not callable(call):
+        raise ModelLoadError(
+            f"pooling is {pooling!r}: give the name of a pooling, or a torch module of (last_hidden_states, "
+            "attention_mask)"
+        )
+    try:
+        inspect.signature(call).bind(None, None)
+    except TypeError as error:
+        raise ModelLoadError(
+            f"the pooling {type(pooling).__name__} cannot be called with (last_hidden_states, attention_mask): {error}"
+        ) from error
+    return pooling

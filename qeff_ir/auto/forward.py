@@ -1,0 +1,187 @@
+"""What every model without a cache has: one forward pass, compiled for some lengths, run on batches of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from backends import find_backend
+from backends.base import CompileOptions
+from qeff_ir.auto.arguments import hub_arguments
+from qeff_ir.auto.compiled_model import CompiledModel
+from qeff_ir.compiler import Watch, choose_target
+from qeff_ir.errors import ModelLoadError, RuntimeInputError
+from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions, Task
+from qeff_ir.frontend.source import find_folder
+from qeff_ir.passing.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qeff_ir.frontend.inputs import Wanted
+    from qeff_ir.runtime.encoder import Encoder
+    from qeff_ir.runtime.session import Array
+
+
+class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
+    """A model without a cache that is compiled instead of run by torch; see its subclasses.
+
+    Args:
+        model: A transformers model in memory, which stays unchanged.
+        inputs: Names of the inputs to compile with, or an example tensor for each; the main input (and the attention
+            mask of token ids) by default.
+
+    Raises:
+        ModelLoadError: It is no transformers model.
+    """
+
+    task: ClassVar[Task]
+    default_length: ClassVar[int] = 32
+
+    def __init__(self, model: PreTrainedModel, *, inputs: Wanted | None = None) -> None:
+        self._open(in_memory(model, ForwardOptions(self.task, inputs)))
+
+    def _open(self, source: ForwardFolder | ForwardMemory | None) -> None:
+        super()._open(source)
+        self._encoder: Encoder | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        inputs: Wanted | None = None,
+        part: str | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Open a model folder or a hub id; no weight is loaded.
+
+        Args:
+            pretrained_model_name_or_path: The folder or id.
+            inputs: As for the class.
+            part: A part of a model of several, by the name of its configuration: ``vision`` or ``text``, say.
+            trust_remote_code: Whether code that comes with the model may run.
+            kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
+
+        Raises:
+            ModelLoadError: There is no such model, it cannot be read, or an argument asks for what is not supported.
+        """
+        folder = find_folder(pretrained_model_name_or_path, **hub_arguments(kwargs))
+        options = ForwardOptions(cls.task, inputs, part)
+        return cls._opened(ForwardFolder(folder, options, trust_remote_code=trust_remote_code))
+
+    def compile(
+        self,
+        *,
+        target: str = "auto",
+        seq_len: int | Sequence[int] | None = None,
+        batch_size: int = 1,
+        num_cores: int = 16,
+        num_devices: int = 1,
+        mxfp6_matmul: bool = False,
+        weight_free: bool = False,
+        compile_dir: str | Path | None = None,
+        pipeline: str | None = None,
+        emit_only: bool = False,
+        force_flags: bool = False,
+        watch: Watch | None = None,
+        **compiler_options: Any,
+    ) -> str:
+        """Compile for a target; an equal package in the cache is used as it is.
+
+        Args:
+            target: ``auto`` (AI 100 when its SDK is installed, else ONNX Runtime), ``onnxruntime`` or ``ai100``.
+            seq_len: Lengths of the inputs, one specialization for each; a run takes the smallest that fits.
+            batch_size: Rows of a run.
+            num_cores: Cores of the device.
+            num_devices: Devices that share the model.
+            mxfp6_matmul: Compress constant matmul weights on the device.
+            weight_free: Emit the AI 100 graph without weights; its compiler binds them from safetensors by itself.
+            compile_dir: Folder of the package; one in the cache when not given.
+            pipeline: Text of another pipeline than `pipeline_for` makes.
+            emit_only: Write the package without running the target's compiler.
+            force_flags: Hand unknown compiler flags on instead of refusing them.
+            watch: Told of every step, see `qeff_ir.compiler.Watch`.
+            compiler_options: Any other flag of the target's compiler (``aic_enable_depth_first=True``).
+
+        Returns:
+            Path of the package (AI 100, compiled: of the ``qpc`` folder in it, as the contract has it).
+
+        Raises:
+            QeffError: See `qeff_ir.compiler.compile_model`.
+        """
+        lengths = self.default_length if seq_len is None else seq_len
+        options = CompileOptions(
+            seq_len=tuple(lengths) if isinstance(lengths, Sequence) else (lengths,),
+            graph_name=self.task.graph_name,
+            batch_size=batch_size,
+            num_cores=num_cores,
+            num_devices=num_devices,
+            mxfp6_matmul=mxfp6_matmul,
+            weight_free=weight_free,
+            flags=compiler_options,
+            force_flags=force_flags,
+        )
+        target, _ = choose_target(target)
+        path = self._compile(
+            options,
+            compile_dir,
+            target=target,
+            pipeline=pipeline or str(self.pipeline_for(target)),
+            emit_only=emit_only,
+            watch=watch,
+        )
+        self._encoder = None
+        return path
+
+    def pipeline_for(self, target: str) -> Pipeline:
+        """The pipeline that `compile` runs: the target's own, without what only token by token generation needs."""
+        return Pipeline.parse(find_backend(target).pipeline).without("last-logits")
+
+    def generate(self, inputs: Any = None, **kwargs: Any) -> dict[str, Array]:
+        """Run the forward pass once on a batch of any size.
+
+        Args:
+            inputs: What a tokenizer or processor returns.
+            kwargs: The same, input by input (``input_ids=``).
+
+        Returns:
+            Outputs by name, float32; see `qeff_ir.runtime.encoder.Encoder.run`.
+
+        Raises:
+            RuntimeInputError: An input does not fit the compiled model.
+            PackageError: The model is not compiled.
+        """
+        if inputs is not None and not isinstance(inputs, Mapping):
+            raise RuntimeInputError(f"inputs is a {type(inputs).__name__}: give arrays by name, as a tokenizer does")
+        return self.encoder().run({**(inputs or {}), **kwargs})
+
+    def encoder(self, threads: int | None = None) -> Encoder:
+        """The session that `generate` uses, opened on first use.
+
+        Raises:
+            PackageError: The model is not compiled, or its package is damaged.
+        """
+        if self._encoder is None:
+            from qeff_ir.runtime.encoder import Encoder
+            from qeff_ir.runtime.interface import read_interface
+
+            package = self.package
+            session = find_backend(package.manifest.target).open_forward(package.folder, threads=threads)
+            self._encoder = Encoder(session, read_interface(package.folder))
+        return self._encoder
+
+
+def in_memory(model: PreTrainedModel, options: ForwardOptions) -> ForwardMemory:
+    """A model in memory as a source.
+
+    Raises:
+        ModelLoadError: It is no transformers model.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ModelLoadError(f"{type(model).__name__} is no transformers model: use from_pretrained() for a folder")
+    return ForwardMemory(model, options)
