@@ -75,11 +75,12 @@ def give_positions(program: ExportedProgram, tokens: str, positions: str) -> int
 
 
 def _ancestors(node: Node) -> set[Node]:
+    """All whose values a node is made from; a size is no value, whosever it is."""
     found: set[Node] = set()
     todo = [node]
     while todo:
         current = todo.pop()
-        if current not in found:
+        if current not in found and current.target is not torch.ops.aten.sym_size.int:
             found.add(current)
             todo.extend(current.all_input_nodes)
     return found

@@ -50,6 +50,18 @@ class Rows(torch.nn.Module):
         return torch.stack([second, first], dim=-1).reshape_as(found) + torch.zeros(input_ids.shape[0], 1, 1, 1)
 
 
+class Counted(torch.nn.Module):
+    """``[batch, seq, width]``: rows of a table by a count, on as many rows as the positions have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(2.0 * LONGEST).reshape(LONGEST, 2))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor) -> Tensor:
+        count = torch.arange(input_ids.shape[1]).expand(position_ids.shape[0], -1) + 2
+        return torch.nn.functional.embedding(count, self.table) + 0 * position_ids[:, :, None]  # type: ignore[arg-type]
+
+
 class Kinds(torch.nn.Module):
     """``[batch, seq]``: the kind of each token, looked up by positions."""
 
@@ -116,6 +128,13 @@ def test_rows_of_a_table_keep_their_batch_first() -> None:
     changed, result, _ = given(Rows(), positions, TOKENS)
     assert changed == 1
     assert torch.equal(result[:, 0], torch.stack([2.0 * positions + 1, 2.0 * positions], dim=-1))
+
+
+def test_the_size_of_the_positions_is_not_the_positions() -> None:
+    positions = POSITIONS.clamp(min=0)
+    changed, result, _ = given(Counted(), positions, TOKENS)
+    assert changed == 1
+    assert torch.equal(result, torch.stack([2.0 * (positions + 2), 2.0 * (positions + 2) + 1], dim=-1))
 
 
 @pytest.mark.parametrize("from_tokens", [False, True])
