@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from backends import backend_names, find_backend
 from backends.base import CompileOptions
-from benchmarks.coverage import PASSED, Job, Row
 from benchmarks.coverage_models import build, data, shrink, small_config
+from benchmarks.coverage_row import PASSED, Job, Row
 from qeff_ir.compiler import specialize
 from qeff_ir.errors import QeffError
 from qeff_ir.frontend.source import MemorySource, read_config

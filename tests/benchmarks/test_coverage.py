@@ -9,9 +9,10 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.coverage import PASSED, RESULTS, Job
+from benchmarks.coverage import RESULTS
 from benchmarks.coverage_check import check
 from benchmarks.coverage_models import architectures, data, small_config
+from benchmarks.coverage_row import PASSED, Job
 
 OWN = Path(__file__).parent / "modeling_own.py"
 
