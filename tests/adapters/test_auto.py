@@ -15,7 +15,6 @@ from qeff_ir.adapters.targets import regex, select, selection
 from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.testing import tolerance
 from tests import support
 from tests.adapters.random_adapters import base, make
 
@@ -104,14 +103,8 @@ def test_a_merged_adapter_is_the_base_model(two: tuple[Path, PeftModel]) -> None
     model.merge_adapter("two")
     model.compile(**COMPILE)
     assert model.adapters == []
-    rows = support.prompts([9, 4])
-    bound = tolerance.bound(tolerance.depth(support.lowered(NAME)))
-    with torch.no_grad():
-        wanted = [two[1](torch.tensor([row])).logits[0, -1].numpy() for row in rows]
-        plain = [base(NAME)(torch.tensor([row])).logits[0, -1].numpy() for row in rows]
-    found = model.runner(threads=1).decoder.prefill(rows)
-    assert max(tolerance.error_over_rms(a, b) for a, b in zip(found, wanted, strict=True)) <= bound
-    assert tolerance.error_over_rms(found[0], plain[0]) > 100 * bound
+    ids = torch.tensor(support.prompts([6, 6], seed=2))
+    assert model.generate(ids, max_new_tokens=6, do_sample=False).tolist() == [theirs(two[1], row) for row in ids]
 
 
 def test_merging_reads_no_weight_before_it_is_written(two: tuple[Path, PeftModel], monkeypatch: Any) -> None:

@@ -133,6 +133,19 @@ def test_one_adapter_at_a_time_answers_as_peft_does(case: Case, target: str) -> 
         assert np.array_equal(found.logits, plain.logits) == (name is None)
 
 
+@pytest.mark.parametrize("row", [2, 3], ids=["r8", "r64"])
+@pytest.mark.parametrize("case", CONFIGS, indirect=True)
+def test_a_merged_adapter_answers_as_peft_does(case: Case, row: int) -> None:
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(case.name))
+    model.load_adapter(case.folders[row - 1], "it")
+    model.merge_adapter("it")
+    model.compile(target="onnxruntime", **COMPILE)
+    found = session_trace(model.runner(threads=1).decoder, PROMPTS, case.mixed.tokens)
+    errors = row_errors(found, case.mixed)
+    assert errors.pop(row) <= case.bound
+    assert min(errors) > 100 * case.bound  # the kill test: nobody else's answer is that
+
+
 def test_the_reference_sees_the_adapter(tmp_path: Path) -> None:
     peft_model = make(base("llama"), tmp_path, 0, r=4, target_modules=["q_proj"])
     with_it = reference_trace(peft_model, PROMPTS[:1], 2)
