@@ -254,6 +254,26 @@ def test_a_windowed_mask_over_other_positions_gets_no_ring(tmp_path: Path) -> No
         assert tolerance.error_over_rms(logits[row], support.forward("mistral", tokens[row])) <= limit
 
 
+def test_a_windowed_mask_over_the_slots_of_another_cache_too_gets_no_ring(tmp_path: Path) -> None:
+    """The slots of a ring are others than those of a cache of the whole context, and fewer."""
+    module = support.canonical("gemma2")
+    windowed = {module.output(s.output) for s in module.states if s.window is not None}
+    attentions = [node for node in module.graph if node.op_type == "Attention"]
+    ours = [node for node in attentions if node.inputs[1] in windowed]
+    (mask,) = {node.inputs[3] for node in ours}
+    (whole,) = {node.inputs[3] for node in attentions if node not in ours}
+    both = Rewriter(module, "fault").at(attentions[0])("And", mask, whole)  # a window is a part of the whole
+    for node in ours:
+        node.replace_input_with(3, both)
+    decoder = support.open_decoder(module, tmp_path)
+    assert not any(s.ring for s in module.states)
+    tokens = support.PROMPTS
+    logits = decoder.prefill(tokens)
+    limit = tolerance.bound(tolerance.depth(module))
+    for row in range(2):
+        assert tolerance.error_over_rms(logits[row], support.forward("gemma2", tokens[row])) <= limit
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
 def test_every_declared_shape_is_the_true_one_once_caches_are_physical(name: str, tmp_path: Path) -> None:
     """With rings and with plain caches in one graph; a runtime plans its buffers by these shapes."""
