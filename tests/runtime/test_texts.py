@@ -1,0 +1,74 @@
+"""From prompts to texts, with the bundled model, whose answers can be checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from qeff_ir import QEffAutoPeftModelForCausalLM
+from qeff_ir.demo import ADAPTERS_FOLDER, MODEL_FOLDER, TASKS, problems
+from qeff_ir.errors import RuntimeInputError
+
+CTX = 96
+TOKENIZER: Any = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+PROMPTS, ANSWERS = (list(part) for part in zip(*problems()[:5], strict=True))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> QEffAutoPeftModelForCausalLM:
+    """Two rows, and an adapter for each of the tasks."""
+    made = QEffAutoPeftModelForCausalLM.from_pretrained(ADAPTERS_FOLDER / "subtract", "subtract")
+    made.load_adapter(ADAPTERS_FOLDER / "larger", "larger")
+    made.compile(target="onnxruntime", batch_size=2, ctx_len=CTX, compile_dir=tmp_path_factory.mktemp("texts") / "two")
+    made.disable_adapter()
+    return made
+
+
+def test_any_number_of_prompts_is_answered_in_order(model: QEffAutoPeftModelForCausalLM) -> None:
+    result = model.generate(prompts=PROMPTS, tokenizer=TOKENIZER)
+    assert result.generated_texts == ANSWERS
+    assert len(result.timings) == 3  # two, two, and one with a copy of itself
+    assert result.time_to_first_token > 0.0
+    assert result.tokens_per_second > 0.0
+    assert "5 prompts" in str(result)
+
+
+def test_every_prompt_has_its_adapter_in_whichever_batch_it_runs(model: QEffAutoPeftModelForCausalLM) -> None:
+    names = [None, "subtract", "larger", None, "subtract"]
+    pairs = [(47, 38), (55, 12), (9, 61), (12, 34), (70, 7)]
+    found = model.generate(prompts=[f"{a}+{b}=" for a, b in pairs], tokenizer=TOKENIZER, adapters=names)
+    right = [a + b if name is None else TASKS[name](a, b) for (a, b), name in zip(pairs, names, strict=True)]
+    assert found.generated_texts == [str(number) for number in right]
+
+
+def test_an_answer_ends_with_its_stop_token(model: QEffAutoPeftModelForCausalLM) -> None:
+    stop = model.runner().generation_config.eos_token_id
+    ids = model.generate(prompts=PROMPTS[:2], tokenizer=TOKENIZER).generated_ids
+    assert [len(row) for row in ids] == [3, 3]  # the longer answer does not fill up the shorter one
+    shorter, longer = model.generate(prompts=["1+1=", "99+99="], tokenizer=TOKENIZER).generated_ids
+    assert (len(shorter), len(longer)) == (2, 4)
+    assert all(row[-1] == stop and stop not in row[:-1] for row in (*ids, shorter, longer))
+
+
+def test_without_a_stop_token_an_answer_ends_with_the_context(model: QEffAutoPeftModelForCausalLM) -> None:
+    question = TOKENIZER("=")["input_ids"][-1]  # never ends an answer
+    result = model.generate(prompts=PROMPTS[:2], tokenizer=TOKENIZER, eos_token_id=question)
+    longest = max(len(TOKENIZER(prompt)["input_ids"]) for prompt in PROMPTS[:2])
+    assert max(len(ids) for ids in result.generated_ids) == CTX - longest
+
+
+@pytest.mark.parametrize("more", [{"return_dict_in_generate": True}, {"max_new_tokens": 8}])
+def test_other_arguments_of_generate_change_no_text(model: QEffAutoPeftModelForCausalLM, more: dict[str, Any]) -> None:
+    assert model.generate(prompts=PROMPTS[:3], tokenizer=TOKENIZER, **more).generated_texts == ANSWERS[:3]
+
+
+def test_the_length_is_kept(model: QEffAutoPeftModelForCausalLM) -> None:
+    result = model.generate(prompts=PROMPTS[:3], tokenizer=TOKENIZER, max_new_tokens=1)
+    assert result.generated_texts == [answer[0] for answer in ANSWERS[:3]]
+
+
+def test_nothing_to_answer_is_refused(model: QEffAutoPeftModelForCausalLM) -> None:
+    with pytest.raises(RuntimeInputError, match="there is no prompt: give at least one"):
+        model.generate(prompts=[], tokenizer=TOKENIZER)
