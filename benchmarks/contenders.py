@@ -1,53 +1,23 @@
-"""Whoever takes part in a race: reads prompts, then continues greedily, one step at a time."""
+"""Who takes part in a race: this project, and the peers that are wanted and run here."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-import torch
 import typer
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from backends.base import CompileOptions
+from benchmarks.peers.contender import Contender, Entrant, Rows
+from benchmarks.peers.eager import Compiled, Eager
+from benchmarks.peers.exported import ExportedOnnx, ExportedOpenVino
+from benchmarks.peers.genai import GenAI
 from benchmarks.prepare import prepare
 from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.runtime.decoder import Decoder
-
-Rows = list[list[int]]
-
-
-class Contender(Protocol):
-    """One way to run the model."""
-
-    name: str
-
-    def prefill(self, rows: Rows) -> list[int]:
-        """Forget everything, read the prompts (all of one length), return each row's next token."""
-        ...
-
-    def step(self, tokens: list[int]) -> list[int]:
-        """Append one token to every row, return each row's next token."""
-        ...
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """Somebody who takes part, or would: with a reason why not, which the figures report.
-
-    Attributes:
-        name: Who.
-        contender: The one who runs; `None` when missing.
-        missing: Why it does not run here.
-    """
-
-    name: str
-    contender: Contender | None = None
-    missing: str | None = None
 
 
 class Ours:
@@ -65,52 +35,6 @@ class Ours:
     def step(self, tokens: list[int]) -> list[int]:
         """See `Contender.step`."""
         return np.argmax(self.decoder.decode(tokens), axis=-1).tolist()
-
-
-class Eager:
-    """transformers as it comes: SDPA attention and a cache that grows."""
-
-    name = "transformers, eager"
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.cache: Any = None
-
-    def prefill(self, rows: Rows) -> list[int]:
-        """See `Contender.prefill`."""
-        self.cache = DynamicCache(config=self.model.config)
-        return _next(self.model, self.cache, rows)
-
-    def step(self, tokens: list[int]) -> list[int]:
-        """See `Contender.step`."""
-        return _next(self.model, self.cache, [[token] for token in tokens])
-
-
-class Compiled:
-    """transformers' fast way: a static cache, decode steps through `torch.compile`, prefill eager as in `generate`.
-
-    Args:
-        model: The model.
-        ctx_len: Tokens that the cache has room for.
-        warmup: Prompts to compile with; raises what `torch.compile` raises.
-    """
-
-    name = "transformers, static cache + torch.compile"
-
-    def __init__(self, model: PreTrainedModel, ctx_len: int, warmup: Rows) -> None:
-        self.model = model
-        self.cache = StaticCache(config=model.config, max_cache_len=ctx_len)
-        self.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
-        self.step(self.prefill(warmup))
-
-    def prefill(self, rows: Rows) -> list[int]:
-        """See `Contender.prefill`."""
-        self.cache.reset()
-        return _next(self.model, self.cache, rows)
-
-    def step(self, tokens: list[int]) -> list[int]:
-        """See `Contender.step`."""
-        return _next(self.forward, self.cache, [[token] for token in tokens])
 
 
 PEERS = ("eager", "compiled", "transformers-onnx", "openvino", "genai")
@@ -144,28 +68,20 @@ def contenders(
     ours = Ours(prepare(model, memory_weights(model), options, folder, threads=threads))
     made: dict[str, Callable[[], Entrant]] = {
         "eager": lambda: Entrant(Eager.name, Eager(model)),
-        "compiled": lambda: _compiled(model, ctx_len, rows),
-        "transformers-onnx": lambda: Entrant("transformers, ONNX exporter", missing="there is no runner for it yet"),
-        "openvino": lambda: _absent("OpenVINO", "openvino"),
-        "genai": lambda: _absent("ONNX Runtime GenAI", "onnxruntime_genai"),
+        "compiled": lambda: _entrant(Compiled.name, None, lambda: Compiled(model, ctx_len, rows)),
+        "transformers-onnx": lambda: _entrant(ExportedOnnx.name, None, lambda: ExportedOnnx(model, rows, threads)),
+        "openvino": lambda: _entrant(ExportedOpenVino.name, "openvino", lambda: ExportedOpenVino(model, rows, threads)),
+        "genai": lambda: _entrant(GenAI.name, "onnxruntime_genai", lambda: GenAI(model, ctx_len, threads, folder)),
     }
     return [Entrant(ours.name, ours), *(made[name]() for name in wanted)]
 
 
-def _absent(name: str, module: str) -> Entrant:
-    installed = importlib.util.find_spec(module) is not None
-    return Entrant(name, missing="there is no runner for it yet" if installed else f"{module} is not installed")
-
-
-def _compiled(model: PreTrainedModel, ctx_len: int, rows: Rows) -> Entrant:
+def _entrant(name: str, package: str | None, make: Callable[[], Contender]) -> Entrant:
+    """A peer, ready to run, or the reason why it does not."""
+    if package is not None and importlib.util.find_spec(package) is None:
+        return Entrant(name, missing=f"{package} is not installed")
     try:
-        return Entrant(Compiled.name, Compiled(model, ctx_len, rows))
-    except Exception as error:  # whatever the compiler or its toolchain raises; it is reported
+        return Entrant(name, make())
+    except Exception as error:  # whatever the peer or its toolchain raises; it is reported
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        return Entrant(Compiled.name, missing=f"{type(error).__name__}: {first[:80]}")
-
-
-@torch.no_grad()  # as in `generate`
-def _next(forward: Callable[..., Any], cache: Any, rows: Rows) -> list[int]:
-    out = forward(input_ids=torch.tensor(rows), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1].argmax(-1).tolist()
+        return Entrant(name, missing=f"{type(error).__name__}: {first[:120]}")

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.contenders import Contender, Entrant, Rows, contenders
+from benchmarks.contenders import contenders
 from benchmarks.options import Json, Peers, Plot, Quick
+from benchmarks.peers.contender import Contender, Entrant, Rows
 from benchmarks.result import Figure, Result, Row, figure, publish
 from benchmarks.shapes import SHAPES, prompts, random_model
 

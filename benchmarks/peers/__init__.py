@@ -1,0 +1,1 @@
+"""Who races beside this project, one runner a file."""
