@@ -16,7 +16,7 @@ import numpy as np
 from backends.base import CompileOptions
 from qeff_ir.compiler import specialize
 from qeff_ir.debug.bundle import Metadata, describe, versions, write_bundle
-from qeff_ir.debug.drive import Plan, drive
+from qeff_ir.debug.drive import Plan, drive, tables_of
 from qeff_ir.module import Module
 from qeff_ir.printer import to_text
 from qeff_ir.runtime.session import Array, Session
@@ -48,14 +48,20 @@ def expected(recipe: Recipe, request: Request) -> Array:
     return np.stack([next(a[len(r) - 1] for k, a in longest.items() if list(k[: len(r)]) == r) for r in rows])
 
 
-def module_answers(module: Module, request: Request) -> Array:
+def module_answers(module: Module, request: Request, start: Module | None = None) -> Array:
     """The answers of a module's graph as it is, ONNX Runtime's own rewriting off.
+
+    Args:
+        module: The module.
+        request: What it is asked.
+        start: The module before any pass: it has the tables that the host looks tokens up in, where a pass left that to
+            the host; `module` by default.
 
     Raises:
         RuntimeInputError: ONNX Runtime cannot load or run the graph.
     """
     feeds = [f for f, _, _ in request.feeds()]
-    given = drive(module, Plan({}, feeds, decoder=True))
+    given = drive(module, Plan({}, feeds, decoder=True, tables=tables_of(start or module)))
     return np.concatenate([run["logits"] for run in given.outputs])
 
 
