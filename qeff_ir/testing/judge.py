@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +40,16 @@ def prepare(module: Module, request: Request) -> Module:
 
 def expected(recipe: Recipe, request: Request) -> Array:
     """The answers in double precision, by the recipe alone."""
+    return answered(request, lambda row: answer(recipe, row))
+
+
+def answered(request: Request, whole: Callable[[Sequence[int]], Array]) -> Array:
+    """The answers by a function from a row to the logits of all its tokens, ``[tokens, vocab]``."""
     rows = [row for _, rows, _ in request.feeds() for row in rows if row is not None]
     longest: dict[tuple[int, ...], Array] = {}
     for row in sorted(map(tuple, rows), key=len, reverse=True):  # the answer to a prefix is part of that to the whole
         if not any(known[: len(row)] == row for known in longest):
-            longest[row] = answer(recipe, row)
+            longest[row] = whole(row)
     return np.stack([next(a[len(r) - 1] for k, a in longest.items() if list(k[: len(r)]) == r) for r in rows])
 
 

@@ -124,7 +124,8 @@ def _slice(tests: Path, name: str, item: Property, examples: int, at: str) -> Sl
         log.replace(folder / "report.txt")
     else:
         log.unlink()
-    return Slice(seed, out.examples, out.rejected, out.tests, round(out.seconds, 1), at, tuple(out.failures), out.exhausted == out.tests)
+    seconds, exhausted = round(out.seconds, 1), out.exhausted == out.tests
+    return Slice(seed, out.examples, out.rejected, out.tests, seconds, at, tuple(out.failures), exhausted)
 
 
 if __name__ == "__main__":

@@ -89,14 +89,17 @@ class Record:
         """Read what `save` wrote."""
         data = json.loads(path.read_text())
         found = {
-            name: Property(p["drawn"], p["cases"], [Slice(**{**s, "failures": tuple(s["failures"])}) for s in p["slices"]])
+            name: Property(
+                p["drawn"], p["cases"], [Slice(**s | {"failures": tuple(s["failures"])}) for s in p["slices"]]
+            )
             for name, p in data["properties"].items()
         }
         return cls(data["target"], data["versions"], found)
 
     def save(self, path: Path) -> None:
         """Write the record, and the table beside it; a reader sees the old ones or the new ones."""
-        for file, text in ((path, json.dumps(dataclasses.asdict(self), indent=1) + "\n"), (path.with_suffix(".md"), self.table())):
+        data = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        for file, text in ((path, data), (path.with_suffix(".md"), self.table())):
             draft = file.with_name(f".{file.name}")
             draft.write_text(text)
             draft.replace(file)
@@ -106,8 +109,8 @@ class Record:
         lines = [
             "# Nightly run of the properties",
             "",
-            f"Written by `python -m tests.nightly`; the target is {self.target:,} random examples a property. Only what",
-            "ran to its end is counted. A parametrized property spreads its examples over its cases; a property that",
+            f"Written by `python -m tests.nightly`; the target is {self.target:,} random examples a property. Only",
+            "what ran to its end is counted. A parametrized property spreads its examples over its cases; one that",
             "goes through all there are draws nothing and runs once.",
             "",
             "| property | examples | cases | CPU s | result | commits | seeds |",
@@ -116,13 +119,15 @@ class Record:
         for name, item in sorted(self.properties.items()):
             fine = [s for s in item.slices if not s.failures]
             found = len(item.slices) - len(fine)
-            state = "failing" if item.failing else "clean" if not item.left(self.target) else "unfinished" if fine else "not run"
-            result = state + (f", after {found} failing" if found and not item.failing else "")
+            result = "clean" if not item.left(self.target) else "unfinished" if fine else "not run"
+            if found:
+                result = "failing" if item.failing else f"{result}, after {found} failing"
             commits = " ".join(dict.fromkeys(s.commit for s in item.slices))
             seeds = " ".join(f"{s.seed}{'!' if s.failures else ''}" for s in item.slices) if item.drawn else ""
             every = not item.drawn or any(s.exhausted for s in fine)
             examples = ("all" if every else "") + (f" {fine[-1].examples}" if every and item.drawn and fine else "")
             examples = examples or f"{item.examples:,}"
-            lines.append(f"| {name} | {examples} | {item.cases} | {item.seconds:.0f} | {result} | {commits} | {seeds} |")
+            cells = name, examples, item.cases, f"{item.seconds:.0f}", result, commits, seeds
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return "\n".join([*lines, "", f"A seed with `!` is of a slice that failed. Versions: {versions}.", ""])
