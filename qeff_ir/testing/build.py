@@ -56,7 +56,7 @@ class _Builder:
         self.ids = ir.val("input_ids", dtype=INT, shape=ir.Shape(ROWS))
         self.positions = ir.val("position_ids", dtype=INT, shape=ir.Shape(ROWS))
         self.graph = ir.Graph([self.ids, self.positions], [], nodes=[], opset_imports={"": dialect.OPSET, "qeff": 1})
-        self.kept: dict[int, tuple[ir.Value, ir.Value]] = {}
+        self.kept: dict[int, dict[Role, ir.Value]] = {}
         self.masks: dict[int | None, tuple[ir.Value, bool]] = {}
         self.slots: dict[int | None, ir.Value] = {}
         self.angles: dict[bool, tuple[ir.Value, ir.Value]] = {}
@@ -64,22 +64,17 @@ class _Builder:
 
     def build(self) -> Built:
         r = self.r
-        shape = lambda heads, width: ("batch_size", heads, "ctx_len", width)  # noqa: E731
-        states = [
-            State(i, role, shape(r.kv_heads, width), FLOAT, r.layers[i].window)
-            for i in r.owners
-            for role, width in _roles(r)
-        ]
+        states = [state for index in range(len(r.layers)) for state in _states(r, index)]
         pasts = [ir.val(s.input, dtype=FLOAT, shape=ir.Shape(s.shape)) for s in states]
         self.graph.inputs.extend(pasts)
         self.pasts = {(s.layer, s.role): p for s, p in zip(states, pasts, strict=True)}
         logits = self.decoder()
         logits.name = "logits"
         self.graph.outputs.append(logits)
-        for i in r.owners:
-            for (role, _), value in zip(_roles(r), self.kept[i], strict=True):
-                value.name = f"past_{role}.{i}{State.SUFFIX}"
-                self.graph.outputs.append(value)
+        for state in states:
+            value = self.kept[state.layer][state.role]
+            value.name = state.output
+            self.graph.outputs.append(value)
         module = Module(ir.Model(self.graph, ir_version=11), "Drawn", states)
         limit = r.POSITIONS if r.learned_positions else None
         module.dims = {n: Dim(n) for n in ROWS} | {"ctx_len": Dim("ctx_len", limit)}
@@ -182,7 +177,9 @@ class _Builder:
         r, prefix, shape = self.r, f"layers.{index}", x.shape
         self.source = f"model.{prefix}"
         normal = self.norm(f"{prefix}.attention_norm", x, odd=index == 0)
-        mixed = self.attention(index, prefix, normal)
+        mixed = (
+            self.attention(index, prefix, normal) if layer.linear == "none" else self.recurrence(index, prefix, normal)
+        )
         if r.parallel:
             return self.pair(
                 "Add", self.pair("Add", x, mixed, shape=shape), self.block(layer, prefix, normal), shape=shape
@@ -255,9 +252,9 @@ class _Builder:
             k = self.heads(self.linear(f"{prefix}.k", x, r.kv_heads * r.head_dim), r.kv_heads, r.head_dim)
             k = self.rotate(self.norm(f"{prefix}.k_norm", k) if r.qk_norm else k)
             v = self.heads(self.linear(f"{prefix}.v", x, r.kv_heads * r.value_dim), r.kv_heads, r.value_dim)
-            self.kept[index] = self.update(index, "key", k), self.update(index, "value", v)
+            self.kept[index] = {"key": self.update(index, "key", k), "value": self.update(index, "value", v)}
         source = index if layer.shares is None else layer.shares
-        k, v = self.kept[source]
+        k, v = self.kept[source]["key"], self.kept[source]["value"]
         mask, plain = self.mask(r.window(index))
         shape = ["batch_size", r.heads, "seq_len", r.value_dim]
         if layer.spelled:
@@ -288,6 +285,62 @@ class _Builder:
         self.graph.append(node)
         self.planted["write"] += 1
         return node.outputs[0]
+
+    def recurrence(self, index: int, prefix: str, x: ir.Value) -> ir.Value:
+        """A convolution over the last tokens, then linear attention from a retained state."""
+        r, layer = self.r, self.r.layers[index]
+        self.source = f"model.{prefix}.recurrence"
+        columns, size = ["batch_size", r.HIDDEN, "seq_len"], layer.kernel
+        past, domain = self.pasts[index, "conv"], dialect.DOMAIN
+        turned = self.node("Transpose", x, perm=[0, 2, 1], shape=columns)
+        seen = self.node(
+            "StateWindow", past, turned, self.positions, domain=domain, shape=["batch_size", r.HIDDEN, None]
+        )
+        taps = self.weight(f"{prefix}.conv.weight", r.HIDDEN, 1, size)
+        wide = self.node("Conv", seen, taps, group=r.HIDDEN, shape=["batch_size", r.HIDDEN, None])
+        # The first result is of the token before the run, which is in the window too.
+        new = self.node(
+            "Slice", wide, self.const([1]), self.const([2**63 - 1]), self.const([2]), self.const([1]), shape=columns
+        )
+        x = self.act(self.node("Transpose", new, perm=[0, 2, 1], shape=x.shape))
+        q, k = (self.heads(self.linear(f"{prefix}.{n}", x, r.heads * r.head_dim), r.heads, r.head_dim) for n in "qk")
+        q, k = (
+            self.pair("Mul", self.node("Tanh", t, shape=t.shape), self.number(r.head_dim**-0.5), shape=t.shape)
+            for t in (q, k)
+        )
+        v = self.heads(self.linear(f"{prefix}.v", x, r.heads * r.value_dim), r.heads, r.value_dim)
+        gate = self.node("Softplus", self.linear(f"{prefix}.g", x, r.heads), shape=[*ROWS, r.heads])
+        decay = self.by_head(self.node("Neg", gate, shape=gate.shape))
+        delta = layer.linear == "delta"
+        # Without the rule, nothing may depend on its strength.
+        strength = decay
+        if delta:
+            share = self.linear(f"{prefix}.b", x, r.heads)
+            strength = self.by_head(self.node("Sigmoid", share, shape=share.shape))
+        state = self.pasts[index, "recurrent"]
+        node = ir.node(
+            "LinearAttention", [q, k, v, decay, strength, state, self.positions], attributes={"delta": float(delta)},
+            domain=domain, num_outputs=2,
+        )  # fmt: skip
+        node.metadata_props[SOURCE_KEY] = self.source
+        shapes = ["batch_size", r.heads, "seq_len", r.value_dim], state.shape
+        for out, name, shape in zip(node.outputs, ("mixed", "state"), shapes, strict=True):
+            out.name, out.dtype, out.shape = f"{prefix}.{name}", FLOAT, ir.Shape(shape)
+        self.graph.append(node)
+        last = ir.node("StateNext", [seen, self.positions], attributes={"size": size}, domain=domain)
+        last.metadata_props[SOURCE_KEY] = self.source
+        last.outputs[0].dtype, last.outputs[0].shape = FLOAT, past.shape
+        self.graph.append(last)
+        self.kept[index] = {"conv": last.outputs[0], "recurrent": node.outputs[1]}
+        rows = self.node("Transpose", node.outputs[0], perm=[0, 2, 1, 3], shape=[*ROWS, r.heads, r.value_dim])
+        width = r.heads * r.value_dim
+        rows = self.node("Reshape", rows, self.target([width]), shape=[*ROWS, width])
+        return self.linear(f"{prefix}.o", rows, r.HIDDEN)
+
+    def by_head(self, x: ir.Value) -> ir.Value:
+        """``[batch, seq, heads]`` as ``[batch, heads, seq, 1]``."""
+        turned = self.node("Transpose", x, perm=[0, 2, 1], shape=["batch_size", self.r.heads, "seq_len"])
+        return self.node("Unsqueeze", turned, self.const([3]), shape=["batch_size", self.r.heads, "seq_len", 1])
 
     def places(self, window: int | None) -> ir.Value:
         """``[batch, ctx]``: the position in each slot of the caches of one window."""
@@ -529,5 +582,13 @@ class _Builder:
         return self.node("ReduceSum", weighed, self.const([2]), keepdims=0, shape=[*ROWS, r.HIDDEN])
 
 
-def _roles(recipe: Recipe) -> list[tuple[Role, int]]:
-    return [("key", recipe.head_dim), ("value", recipe.value_dim)]
+def _states(r: Recipe, index: int) -> list[State]:
+    """What a layer keeps."""
+    layer, shapes = r.layers[index], dict[Role, tuple[str | int, ...]]()
+    if layer.linear != "none":
+        shapes["conv"] = "batch_size", r.HIDDEN, layer.kernel
+        shapes["recurrent"] = "batch_size", r.heads, r.head_dim, r.value_dim
+    elif layer.shares is None:
+        shapes["key"] = "batch_size", r.kv_heads, "ctx_len", r.head_dim
+        shapes["value"] = "batch_size", r.kv_heads, "ctx_len", r.value_dim
+    return [State(index, role, shape, FLOAT, layer.window) for role, shape in shapes.items()]

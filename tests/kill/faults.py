@@ -421,6 +421,39 @@ def _faults() -> list[Fault]:
         ),
     )
     plant(
+        "qeff_ir/dialect.py",
+        (
+            "padding in the convolution's window",
+            "P11 packages",
+            "real = op.Cast(op.GreaterOrEqual(position_ids, op.Constant(value_int=0)), to=7)",
+            "real = op.Cast(op.GreaterOrEqual(position_ids, op.Constant(value_int=-1)), to=7)",
+        ),
+        (
+            "convolution sees the request before",
+            "P10 passes",
+            "before = op.Where(starts, op.CastLike(op.Constant(value_float=0.0), past), past)",
+            "before = op.Identity(past)",
+        ),
+        (
+            "recurrence goes on from the request before",
+            "P10 passes",
+            "op.Where(starts, zero, past), body=token)",
+            "op.Identity(past), body=token)",
+        ),
+        (
+            "state fades on padding",
+            "P11 packages",
+            "kept = op.Where(padded, one, op.Exp(decay))",
+            "kept = op.Exp(decay)",
+        ),
+        (
+            "delta rule forgets what it knows",
+            "P10 passes",
+            "known = op.Mul(op.MatMul(row, faded), rule)",
+            "known = op.Mul(op.MatMul(row, state), rule)",
+        ),
+    )
+    plant(
         "qeff_ir/device_ops.py",
         (
             "norm without its scale",
