@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qeff_ir import dialect
 from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State
 from qeff_ir.runtime.session import Array
-from qeff_ir.testing.recipe import Layer, Recipe
+from qeff_ir.testing.recipe import KEY_SCALE, Layer, Recipe
 
 FLOAT, INT, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 ROWS = ("batch_size", "seq_len")
@@ -255,6 +255,9 @@ class _Builder:
             self.kept[index] = {"key": self.update(index, "key", k), "value": self.update(index, "value", v)}
         source = index if layer.shares is None else layer.shares
         k, v = self.kept[source]["key"], self.kept[source]["value"]
+        scaled = r.odd == "scaled-keys" and index == 0
+        if scaled:
+            k = self.pair("Mul", k, self.number(KEY_SCALE), shape=k.shape)
         mask, plain = self.mask(r.window(index))
         shape = ["batch_size", r.heads, "seq_len", r.value_dim]
         if layer.spelled:
@@ -270,7 +273,7 @@ class _Builder:
             self.planted["Attention"] += 1
             alone = sum(source in (i, other.shares) for i, other in enumerate(r.layers)) == 1
             fits = r.head_dim == r.value_dim and r.head_dim % 8 == 0 and plain and alone
-            self.planted["GroupQueryAttention"] += fits
+            self.planted["GroupQueryAttention"] += fits and not scaled
         rows = self.node("Transpose", mixed, perm=[0, 2, 1, 3], shape=[*ROWS, r.heads, r.value_dim])
         width = r.heads * r.value_dim
         return self.linear(
@@ -462,17 +465,29 @@ class _Builder:
             part = self.slice(x, 0, width, shape)
             rest = self.slice(x, width, r.head_dim, shape)
         inner, half = ["batch_size", count, "seq_len", width], width // 2
-        unequal, backward = first and r.odd == "unequal-halves", first and r.odd == "other-sign"
+        odd = r.odd if first else "none"
+        unequal, backward = odd == "unequal-halves", odd == "other-sign"
         cos, sin = self.cosines(unequal=unequal)
         low, high = self.slice(part, 0, half, inner), self.slice(part, half, width, inner)
         if backward:
             turned = self.node("Concat", high, self.node("Neg", low, shape=low.shape), axis=-1, shape=inner)
         else:
-            turned = self.node("Concat", self.node("Neg", high, shape=high.shape), low, axis=-1, shape=inner)
-        plain = self.pair("Mul", part, cos, shape=inner)
-        out = self.pair("Add", plain, self.pair("Mul", turned, sin, shape=inner), shape=inner)
-        self.missed["fuse-rotary"] += unequal
-        self.planted["RotaryEmbedding"] += not (unequal or backward)
+            second = high if odd == "same-half" else low
+            turned = self.node("Concat", self.node("Neg", high, shape=high.shape), second, axis=-1, shape=inner)
+        plain = part if odd == "no-cosine" else self.pair("Mul", part, cos, shape=inner)
+        if odd == "two-sines":
+            shares = [self.node("Mul", sin, self.number(share), shape=sin.shape) for share in (0.25, 0.75)]
+            parts = [self.pair("Mul", turned, share, shape=inner) for share in shares]
+            other = self.pair("Add", *parts, shape=inner)
+        else:
+            other = self.pair("Mul", turned, sin, shape=inner)
+        if odd == "subtracted":
+            out = self.node("Sub", plain, other, shape=inner)
+        else:
+            out = self.pair("Add", plain, other, shape=inner)
+        missed = odd in ("unequal-halves", "same-half", "two-sines", "subtracted", "no-cosine")
+        self.missed["fuse-rotary"] += missed
+        self.planted["RotaryEmbedding"] += not (missed or backward)
         return self.node("Concat", out, rest, axis=-1, shape=shape) if rest is not None else out
 
     def slice(self, x: ir.Value, start: int, end: int, shape: Sequence[Any]) -> ir.Value:

@@ -21,10 +21,27 @@ Rotary = Literal["none", "half", "partial", "interleaved"]
 Activation = Literal["swish", "gelu", "gelu-tanh", "relu"]
 Linear = Literal["none", "decay", "delta"]
 Odd = Literal[
-    "none", "norm-power", "gelu-constant", "unequal-halves", "other-sign", "gemm-beta", "strided-mask", "other-gate"
+    "none",
+    "norm-power",
+    "gelu-constant",
+    "unequal-halves",
+    "other-sign",
+    "gemm-beta",
+    "strided-mask",
+    "other-gate",
+    "same-half",
+    "two-sines",
+    "subtracted",
+    "no-cosine",
+    "scaled-keys",
 ]
 """One near miss of what a pass matches: a norm over another power, a GELU with another divisor, cosines whose halves
-differ, a rotation the other way round, a Gemm that scales its bias, a mask that skips keys, a gate of its own."""
+differ, a rotation the other way round, a Gemm that scales its bias, a mask that skips keys, a gate of its own; of a
+rotation, one half in the place of both, the sine in two parts, the rotated part subtracted, no cosine; keys that are
+scaled as they come out of their cache."""
+
+KEY_SCALE = 0.75
+"""Of the keys that a cache gives, where they are scaled."""
 
 WEIGHT_SCALE = 1.0
 """Standard deviation of a weight, over the square root of the number of features that it sums."""
@@ -247,6 +264,7 @@ class _Reference:
             v = self.heads(self.linear(f"{prefix}.v", x, r.kv_heads * r.value_dim), r.kv_heads)
             kept[index] = k, v
         k, v = (np.repeat(t, r.group, axis=0) for t in kept[index if layer.shares is None else layer.shares])
+        k = KEY_SCALE * k if r.odd == "scaled-keys" and index == 0 else k
         scores = np.einsum("hqd,hkd->hqk", q, k) * r.score_scale
         at = np.arange(len(x))
         query, key = at[:, None], at[None, :]
@@ -312,8 +330,12 @@ class _Reference:
                 float
             )
             parts = [one * cos - other * sin, other * np.cos(second) + one * np.sin(second)]
-        elif r.odd == "other-sign" and first:
+        elif r.odd in ("other-sign", "subtracted") and first:
             parts = [one * cos + other * sin, other * cos - one * sin]
+        elif r.odd == "same-half" and first:
+            parts = [one * cos - other * sin, other * cos + other * sin]
+        elif r.odd == "no-cosine" and first:
+            parts = [one - other * sin, other + one * sin]
         else:
             parts = [one * cos - other * sin, other * cos + one * sin]
         return np.concatenate([*parts, rest], axis=-1)

@@ -55,7 +55,7 @@ def recipes(draw: st.DrawFn, *, most_layers: int = 4, odd: Odd | None = "none") 
         layers[0] = replace(layers[0], window=None)
     head_dim = draw(st.sampled_from([8, 2, 4]))
     rotary = draw(st.sampled_from(["none", "half", "partial", "interleaved"]))
-    if odd in ("unequal-halves", "other-sign") and rotary not in ("half", "partial"):
+    if odd in ROTATIONS and rotary not in ("half", "partial"):
         rotary = "half"
     if rotary == "partial" and head_dim == 2:
         head_dim = 4
@@ -89,9 +89,20 @@ def recipes(draw: st.DrawFn, *, most_layers: int = 4, odd: Odd | None = "none") 
     )
 
 
-ODD: tuple[Odd, ...] = (
-    "norm-power", "gelu-constant", "unequal-halves", "other-sign", "gemm-beta", "strided-mask", "other-gate"
+ROTATIONS: tuple[Odd, ...] = (
+    "unequal-halves", "other-sign", "same-half", "two-sines", "subtracted", "no-cosine"
 )  # fmt: skip
+"""Near misses of a rotation."""
+
+ODD: tuple[Odd, ...] = (
+    "norm-power",
+    "gelu-constant",
+    "gemm-beta",
+    "strided-mask",
+    "other-gate",
+    "scaled-keys",
+    *ROTATIONS,
+)
 """All near misses."""
 
 
