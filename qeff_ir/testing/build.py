@@ -326,7 +326,7 @@ class _Builder:
             domain=domain, num_outputs=2,
         )  # fmt: skip
         node.metadata_props[SOURCE_KEY] = self.source
-        shapes = ["batch_size", r.heads, "seq_len", r.value_dim], state.shape
+        shapes = ["batch_size", r.heads, "seq_len", r.value_dim], list(state.shape or ())
         for out, name, shape in zip(node.outputs, ("mixed", "state"), shapes, strict=True):
             out.name, out.dtype, out.shape = f"{prefix}.{name}", FLOAT, ir.Shape(shape)
         self.graph.append(node)

@@ -17,8 +17,6 @@ from tests.nightly.record import Property, Record, Slice
 from tests.nightly.slices import ROOT, run
 
 RECORD = Path(__file__).with_name("record.json")
-OUTPUT = ROOT / ".nightly"
-"""Reports and bundles of failures."""
 IMPORTED = (
     "hypothesis.stateful", "onnxruntime", "onnxscript.optimizer", "onnxscript.rewriter", "onnxscript.version_converter",
     "torch.export", "torch.onnx", "transformers.exporters.exporter_onnx", "qeff_ir.compiler", "qeff_ir.testing.judge",
@@ -54,6 +52,7 @@ def main() -> int:
     parser.add_argument("--anew", action="store_true", help="forget what the record knows")
     parser.add_argument("--record", type=Path, default=RECORD, help="where the record lies")
     parser.add_argument("--tests", type=Path, default=ROOT / "tests" / "properties", help="where the properties lie")
+    parser.add_argument("--output", type=Path, default=ROOT / ".nightly", help="for reports and bundles of failures")
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     for module in IMPORTED:
@@ -64,7 +63,7 @@ def main() -> int:
         if record.versions != versions():
             parser.error(f"{given.record} is of other versions of the libraries: start again with --anew")
         record.target = given.examples
-    known = run([str(given.tests)], ["--collect-only"], {}, OUTPUT / "collect.log")
+    known = run([str(given.tests)], ["--collect-only"], {}, given.output / "collect.log")
     if known.failures or not known.found:
         parser.error(f"the properties cannot be collected: {known.failures}")
     for name, (drawn, cases) in known.found.items():
@@ -93,7 +92,7 @@ def _run(record: Record, names: list[str], given: argparse.Namespace) -> int:
             name = min(open_, key=lambda n: (record.properties[n].drawn, record.properties[n].seconds))
             item = record.properties[name]
             bar.update(task, description=name)
-            done = _slice(given.tests, name, item, min(given.slice, item.left(record.target)), at)
+            done = _slice(given, name, item, min(given.slice, item.left(record.target)), at)
             item.slices.append(done)
             if done.failures:
                 failed.add(name)
@@ -110,15 +109,15 @@ def _run(record: Record, names: list[str], given: argparse.Namespace) -> int:
     return 1 if any(record.properties[n].failing for n in names) else 0
 
 
-def _slice(tests: Path, name: str, item: Property, examples: int, at: str) -> Slice:
+def _slice(given: argparse.Namespace, name: str, item: Property, examples: int, at: str) -> Slice:
     seed = random.SystemRandom().randrange(2**32)
     each = -(-examples // item.cases)
-    folder = OUTPUT / f"{name.replace('::', '-')}-{seed}"
+    folder = given.output / f"{name.replace('::', '-')}-{seed}"
     environment = {
         "HYPOTHESIS_PROFILE": "nightly", "QEFF_EXAMPLES": str(each), "QEFF_BUNDLES": str(folder / "bundles")
     }  # fmt: skip
-    log = OUTPUT / "logs" / f"{folder.name}.txt"
-    out = run([str(tests / name)], [f"--hypothesis-seed={seed}"], environment, log)
+    log = given.output / "logs" / f"{folder.name}.txt"
+    out = run([str(given.tests / name)], [f"--hypothesis-seed={seed}"], environment, log)
     if out.failures:
         folder.mkdir(parents=True, exist_ok=True)
         log.replace(folder / "report.txt")
