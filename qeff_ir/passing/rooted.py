@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def root_operator(rule: RewriteRule) -> str | None:
     """Operator of the last node of a rule's pattern; `None` where it may be one of several, or is not known."""
-    nodes = list(getattr(getattr(rule, "_target_pattern", None), "output_nodes", ()))
+    nodes: list[Any] = list(getattr(getattr(rule, "_target_pattern", None), "output_nodes", ()))
     operator: object = nodes[0].op if len(nodes) == 1 else None
     return operator.value() if isinstance(operator, StringConstantPattern) else None
 
