@@ -179,7 +179,8 @@ class Rewriter:
                 rooted(cast("Sequence[RewriteRule]", counted)).apply_to_model(self.module.model)
         finally:
             self.module.model.functions.update(functions)
-        self.sweep()
+        if self.count > before:
+            self.sweep()
         return self.count - before
 
     def constant(self, array: np.ndarray) -> ir.Value:
