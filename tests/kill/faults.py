@@ -192,6 +192,7 @@ def _faults() -> list[Fault]:
             "concat.inputs[0] is not concat.inputs[1] or concat.inputs[0] is None",
             "concat.inputs[0] is None",
         ),
+        ("one half in the place of both", "P7 near misses", "(start, end) == (0, half) and upper[1]", "upper[1]"),
         ("cosine for sine", "P10 passes", 'b("RotaryEmbedding", x, cos, sin)', 'b("RotaryEmbedding", x, sin, cos)'),
         ("queries only", "P7 sites", "for node in self.sites(module):", "for node in self.sites(module)[::2]:"),
     )

@@ -144,6 +144,7 @@ def sequences(draw: st.DrawFn) -> str:
 @given(cases(), sequences())
 @example((RICH[1], LONG), "canonicalize,last-logits,last-logits")
 @example((RICH[0], LONG), "canonicalize,kv-retention{layout=scatter},kv-retention{layout=tensor-scatter},unflatten")
+@example((RICH[2], FULL), "canonicalize,kv-retention{layout=tensor-scatter},kv-retention{layout=tensor-scatter}")
 @example((RICH[0], LONG), "canonicalize,token-embedding")
 @example((RICH[1], LONG), "canonicalize,last-logits,token-embedding,unflatten")
 def test_p14_any_sequence_of_passes_is_refused_or_right(case: tuple[Recipe, Request], text: str) -> None:
