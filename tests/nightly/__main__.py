@@ -1,4 +1,4 @@
-"""Run the slices that are left, least processor time first, and write the record after each."""
+"""Run the slices that are left, what failed first, then least processor time first; write the record after each."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def _run(record: Record, names: list[str], given: argparse.Namespace) -> int:
             late = given.minutes is not None and time.monotonic() - started > 60 * given.minutes
             if not open_ or late:
                 break
-            name = min(open_, key=lambda n: (record.properties[n].drawn, record.properties[n].seconds))
+            known = record.properties
+            name = min(open_, key=lambda n: (known[n].drawn, not known[n].failing, known[n].seconds))
             item = record.properties[name]
             bar.update(task, description=name)
             done = _slice(given, name, item, min(given.slice, item.left(record.target)), at)
