@@ -18,6 +18,7 @@ from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.hiding import LARGE
 from qeff_ir.passing.matching import same_size
+from qeff_ir.passing.rooted import rooted
 from qeff_ir.testing.tolerance import Exact, Numeric
 
 # Not `optimizer.optimize_ir`: its default rules contain one with two results, which looks at every pair of slices and
@@ -34,7 +35,7 @@ def _neutral(match: Callable[[Any, Any], Any]) -> pattern.RewriteRule:
 _COMMUTATIVE = RewriteRuleSet(
     [_neutral(lambda op, x: op.Add(x, _ZERO)), _neutral(lambda op, x: op.Mul(x, _ONE))], commute=True
 ).rules
-_RULES = RewriteRuleSet(
+_RULES = rooted(
     [
         *_COMMUTATIVE,
         _neutral(lambda op, x: op.Sub(x, _ZERO)),

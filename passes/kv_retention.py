@@ -53,7 +53,7 @@ class KVRetention(Pass):
         """
         if not module.specializations:
             raise PassError("kv-retention sizes the caches: set the module's specializations before it")
-        if not module.states:
+        if not self.sites(module):  # no cache, or all are lowered: their sizes must not grow again
             return
         for window in sorted({s.window for s in module.states if s.window is not None}):
             if self.ring == "auto" and _ring_fits(module, window):

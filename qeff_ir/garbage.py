@@ -6,6 +6,12 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 
+MANY = 250_000
+"""Objects that blocks may leave behind before all that lives is looked through once: a fraction of a second's work."""
+
+_left = 0
+"""Objects that blocks have left behind since the last time."""
+
 
 @contextmanager
 def settled() -> Generator[None]:
@@ -13,13 +19,22 @@ def settled() -> Generator[None]:
 
     Tracing and passes make so many objects that the collector would look through all of them, and all of torch, again
     and again: the time for a node would grow with the number of nodes.
+
+    What a block leaves behind is old when it ends, and Python collects old objects only once there are many that grew
+    old in its own way. So the blocks count them: otherwise no module would be freed in a process that compiles many.
     """
+    global _left
     enabled = gc.isenabled()
+    _left += sum(len(gc.get_objects(generation=young)) for young in (0, 1))  # freezing makes them old too
     gc.freeze()
     gc.disable()
     try:
         yield
     finally:
+        _left += len(gc.get_objects())  # not those that are frozen
         gc.unfreeze()
+        if _left > MANY:
+            _left = 0
+            gc.collect()
         if enabled:
             gc.enable()

@@ -24,8 +24,15 @@ torch.set_num_threads(1)
 
 settings.register_profile("pr", derandomize=True, database=None, deadline=None, print_blob=True, max_examples=30)
 settings.register_profile("dev", deadline=None, max_examples=200)
+# New examples only: those that are written down run with every other profile (`tests.nightly` runs slices of this one).
 settings.register_profile(
-    "nightly", deadline=None, print_blob=True, max_examples=5000, suppress_health_check=[HealthCheck.too_slow]
+    "nightly",
+    deadline=None,
+    database=None,
+    print_blob=True,
+    max_examples=int(os.environ.get("QEFF_EXAMPLES", "5000")),
+    phases=[Phase.generate, Phase.target, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
     "hunt", deadline=None, print_blob=True, max_examples=100_000, suppress_health_check=list(HealthCheck)

@@ -94,12 +94,16 @@ def make_plan(module: Module, seed: int = 0) -> Plan:
     if embeds is not None:
         table = random.standard_normal((last, _dims(embeds, sizes)[-1])).astype(np.float32)
         runs = [{**run, EMBEDS: table[run["input_ids"]]} for run in runs]
-    tables = {
+    return Plan(sizes, runs, decoder=True, tables=tables_of(module))
+
+
+def tables_of(module: Module) -> dict[str, ir.TensorProtocol]:
+    """The weights of a module, by parameter: what a host has that looks up the tokens itself."""
+    return {
         v.metadata_props[WEIGHT_KEY]: v.const_value
         for v in module.graph.initializers.values()
         if WEIGHT_KEY in v.metadata_props and v.const_value is not None
     }
-    return Plan(sizes, runs, decoder=True, tables=tables)
 
 
 def is_decoder(module: Module) -> bool:

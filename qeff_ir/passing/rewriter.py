@@ -169,17 +169,18 @@ class Rewriter:
         Returns:
             How often they fired.
         """
-        from onnxscript.rewriter import RewriteRuleSet
+        from qeff_ir.passing.rooted import rooted  # imports onnxscript, which takes long
 
         before, counted = self.count, [_Counted(rule, name, self) for rule in rules]
         functions = dict(self.module.model.functions)
         self.module.model.functions.clear()  # the bodies of ops say what the ops mean; rules must not change them
         try:
             with self.hidden_weights():
-                RewriteRuleSet(cast("Sequence[RewriteRule]", counted)).apply_to_model(self.module.model)
+                rooted(cast("Sequence[RewriteRule]", counted)).apply_to_model(self.module.model)
         finally:
             self.module.model.functions.update(functions)
-        self.sweep()
+        if self.count > before:
+            self.sweep()
         return self.count - before
 
     def constant(self, array: np.ndarray) -> ir.Value:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qeff_ir import dialect
 from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State
 from qeff_ir.runtime.session import Array
-from qeff_ir.testing.recipe import Layer, Recipe
+from qeff_ir.testing.recipe import KEY_SCALE, Layer, Recipe
 
 FLOAT, INT, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 ROWS = ("batch_size", "seq_len")
@@ -56,7 +56,7 @@ class _Builder:
         self.ids = ir.val("input_ids", dtype=INT, shape=ir.Shape(ROWS))
         self.positions = ir.val("position_ids", dtype=INT, shape=ir.Shape(ROWS))
         self.graph = ir.Graph([self.ids, self.positions], [], nodes=[], opset_imports={"": dialect.OPSET, "qeff": 1})
-        self.kept: dict[int, tuple[ir.Value, ir.Value]] = {}
+        self.kept: dict[int, dict[Role, ir.Value]] = {}
         self.masks: dict[int | None, tuple[ir.Value, bool]] = {}
         self.slots: dict[int | None, ir.Value] = {}
         self.angles: dict[bool, tuple[ir.Value, ir.Value]] = {}
@@ -64,22 +64,17 @@ class _Builder:
 
     def build(self) -> Built:
         r = self.r
-        shape = lambda heads, width: ("batch_size", heads, "ctx_len", width)  # noqa: E731
-        states = [
-            State(i, role, shape(r.kv_heads, width), FLOAT, r.layers[i].window)
-            for i in r.owners
-            for role, width in _roles(r)
-        ]
+        states = [state for index in range(len(r.layers)) for state in _states(r, index)]
         pasts = [ir.val(s.input, dtype=FLOAT, shape=ir.Shape(s.shape)) for s in states]
         self.graph.inputs.extend(pasts)
         self.pasts = {(s.layer, s.role): p for s, p in zip(states, pasts, strict=True)}
         logits = self.decoder()
         logits.name = "logits"
         self.graph.outputs.append(logits)
-        for i in r.owners:
-            for (role, _), value in zip(_roles(r), self.kept[i], strict=True):
-                value.name = f"past_{role}.{i}{State.SUFFIX}"
-                self.graph.outputs.append(value)
+        for state in states:
+            value = self.kept[state.layer][state.role]
+            value.name = state.output
+            self.graph.outputs.append(value)
         module = Module(ir.Model(self.graph, ir_version=11), "Drawn", states)
         limit = r.POSITIONS if r.learned_positions else None
         module.dims = {n: Dim(n) for n in ROWS} | {"ctx_len": Dim("ctx_len", limit)}
@@ -182,7 +177,9 @@ class _Builder:
         r, prefix, shape = self.r, f"layers.{index}", x.shape
         self.source = f"model.{prefix}"
         normal = self.norm(f"{prefix}.attention_norm", x, odd=index == 0)
-        mixed = self.attention(index, prefix, normal)
+        mixed = (
+            self.attention(index, prefix, normal) if layer.linear == "none" else self.recurrence(index, prefix, normal)
+        )
         if r.parallel:
             return self.pair(
                 "Add", self.pair("Add", x, mixed, shape=shape), self.block(layer, prefix, normal), shape=shape
@@ -255,9 +252,12 @@ class _Builder:
             k = self.heads(self.linear(f"{prefix}.k", x, r.kv_heads * r.head_dim), r.kv_heads, r.head_dim)
             k = self.rotate(self.norm(f"{prefix}.k_norm", k) if r.qk_norm else k)
             v = self.heads(self.linear(f"{prefix}.v", x, r.kv_heads * r.value_dim), r.kv_heads, r.value_dim)
-            self.kept[index] = self.update(index, "key", k), self.update(index, "value", v)
+            self.kept[index] = {"key": self.update(index, "key", k), "value": self.update(index, "value", v)}
         source = index if layer.shares is None else layer.shares
-        k, v = self.kept[source]
+        k, v = self.kept[source]["key"], self.kept[source]["value"]
+        scaled = r.odd == "scaled-keys" and index == 0
+        if scaled:
+            k = self.pair("Mul", k, self.number(KEY_SCALE), shape=k.shape)
         mask, plain = self.mask(r.window(index))
         shape = ["batch_size", r.heads, "seq_len", r.value_dim]
         if layer.spelled:
@@ -273,7 +273,7 @@ class _Builder:
             self.planted["Attention"] += 1
             alone = sum(source in (i, other.shares) for i, other in enumerate(r.layers)) == 1
             fits = r.head_dim == r.value_dim and r.head_dim % 8 == 0 and plain and alone
-            self.planted["GroupQueryAttention"] += fits
+            self.planted["GroupQueryAttention"] += fits and not scaled
         rows = self.node("Transpose", mixed, perm=[0, 2, 1, 3], shape=[*ROWS, r.heads, r.value_dim])
         width = r.heads * r.value_dim
         return self.linear(
@@ -288,6 +288,62 @@ class _Builder:
         self.graph.append(node)
         self.planted["write"] += 1
         return node.outputs[0]
+
+    def recurrence(self, index: int, prefix: str, x: ir.Value) -> ir.Value:
+        """A convolution over the last tokens, then linear attention from a retained state."""
+        r, layer = self.r, self.r.layers[index]
+        self.source = f"model.{prefix}.recurrence"
+        columns, size = ["batch_size", r.HIDDEN, "seq_len"], layer.kernel
+        past, domain = self.pasts[index, "conv"], dialect.DOMAIN
+        turned = self.node("Transpose", x, perm=[0, 2, 1], shape=columns)
+        seen = self.node(
+            "StateWindow", past, turned, self.positions, domain=domain, shape=["batch_size", r.HIDDEN, None]
+        )
+        taps = self.weight(f"{prefix}.conv.weight", r.HIDDEN, 1, size)
+        wide = self.node("Conv", seen, taps, group=r.HIDDEN, shape=["batch_size", r.HIDDEN, None])
+        # The first result is of the token before the run, which is in the window too.
+        new = self.node(
+            "Slice", wide, self.const([1]), self.const([2**63 - 1]), self.const([2]), self.const([1]), shape=columns
+        )
+        x = self.act(self.node("Transpose", new, perm=[0, 2, 1], shape=x.shape))
+        q, k = (self.heads(self.linear(f"{prefix}.{n}", x, r.heads * r.head_dim), r.heads, r.head_dim) for n in "qk")
+        q, k = (
+            self.pair("Mul", self.node("Tanh", t, shape=t.shape), self.number(r.head_dim**-0.5), shape=t.shape)
+            for t in (q, k)
+        )
+        v = self.heads(self.linear(f"{prefix}.v", x, r.heads * r.value_dim), r.heads, r.value_dim)
+        gate = self.node("Softplus", self.linear(f"{prefix}.g", x, r.heads), shape=[*ROWS, r.heads])
+        decay = self.by_head(self.node("Neg", gate, shape=gate.shape))
+        delta = layer.linear == "delta"
+        # Without the rule, nothing may depend on its strength.
+        strength = decay
+        if delta:
+            share = self.linear(f"{prefix}.b", x, r.heads)
+            strength = self.by_head(self.node("Sigmoid", share, shape=share.shape))
+        state = self.pasts[index, "recurrent"]
+        node = ir.node(
+            "LinearAttention", [q, k, v, decay, strength, state, self.positions], attributes={"delta": float(delta)},
+            domain=domain, num_outputs=2,
+        )  # fmt: skip
+        node.metadata_props[SOURCE_KEY] = self.source
+        shapes = ["batch_size", r.heads, "seq_len", r.value_dim], list(state.shape or ())
+        for out, name, shape in zip(node.outputs, ("mixed", "state"), shapes, strict=True):
+            out.name, out.dtype, out.shape = f"{prefix}.{name}", FLOAT, ir.Shape(shape)
+        self.graph.append(node)
+        last = ir.node("StateNext", [seen, self.positions], attributes={"size": size}, domain=domain)
+        last.metadata_props[SOURCE_KEY] = self.source
+        last.outputs[0].dtype, last.outputs[0].shape = FLOAT, past.shape
+        self.graph.append(last)
+        self.kept[index] = {"conv": last.outputs[0], "recurrent": node.outputs[1]}
+        rows = self.node("Transpose", node.outputs[0], perm=[0, 2, 1, 3], shape=[*ROWS, r.heads, r.value_dim])
+        width = r.heads * r.value_dim
+        rows = self.node("Reshape", rows, self.target([width]), shape=[*ROWS, width])
+        return self.linear(f"{prefix}.o", rows, r.HIDDEN)
+
+    def by_head(self, x: ir.Value) -> ir.Value:
+        """``[batch, seq, heads]`` as ``[batch, heads, seq, 1]``."""
+        turned = self.node("Transpose", x, perm=[0, 2, 1], shape=["batch_size", self.r.heads, "seq_len"])
+        return self.node("Unsqueeze", turned, self.const([3]), shape=["batch_size", self.r.heads, "seq_len", 1])
 
     def places(self, window: int | None) -> ir.Value:
         """``[batch, ctx]``: the position in each slot of the caches of one window."""
@@ -409,17 +465,29 @@ class _Builder:
             part = self.slice(x, 0, width, shape)
             rest = self.slice(x, width, r.head_dim, shape)
         inner, half = ["batch_size", count, "seq_len", width], width // 2
-        unequal, backward = first and r.odd == "unequal-halves", first and r.odd == "other-sign"
+        odd = r.odd if first else "none"
+        unequal, backward = odd == "unequal-halves", odd == "other-sign"
         cos, sin = self.cosines(unequal=unequal)
         low, high = self.slice(part, 0, half, inner), self.slice(part, half, width, inner)
         if backward:
             turned = self.node("Concat", high, self.node("Neg", low, shape=low.shape), axis=-1, shape=inner)
         else:
-            turned = self.node("Concat", self.node("Neg", high, shape=high.shape), low, axis=-1, shape=inner)
-        plain = self.pair("Mul", part, cos, shape=inner)
-        out = self.pair("Add", plain, self.pair("Mul", turned, sin, shape=inner), shape=inner)
-        self.missed["fuse-rotary"] += unequal
-        self.planted["RotaryEmbedding"] += not (unequal or backward)
+            second = high if odd == "same-half" else low
+            turned = self.node("Concat", self.node("Neg", high, shape=high.shape), second, axis=-1, shape=inner)
+        plain = part if odd == "no-cosine" else self.pair("Mul", part, cos, shape=inner)
+        if odd == "two-sines":
+            shares = [self.node("Mul", sin, self.number(share), shape=sin.shape) for share in (0.25, 0.75)]
+            parts = [self.pair("Mul", turned, share, shape=inner) for share in shares]
+            other = self.pair("Add", *parts, shape=inner)
+        else:
+            other = self.pair("Mul", turned, sin, shape=inner)
+        if odd == "subtracted":
+            out = self.node("Sub", plain, other, shape=inner)
+        else:
+            out = self.pair("Add", plain, other, shape=inner)
+        missed = odd in ("unequal-halves", "same-half", "two-sines", "subtracted", "no-cosine")
+        self.missed["fuse-rotary"] += missed
+        self.planted["RotaryEmbedding"] += not (missed or backward)
         return self.node("Concat", out, rest, axis=-1, shape=shape) if rest is not None else out
 
     def slice(self, x: ir.Value, start: int, end: int, shape: Sequence[Any]) -> ir.Value:
@@ -529,5 +597,13 @@ class _Builder:
         return self.node("ReduceSum", weighed, self.const([2]), keepdims=0, shape=[*ROWS, r.HIDDEN])
 
 
-def _roles(recipe: Recipe) -> list[tuple[Role, int]]:
-    return [("key", recipe.head_dim), ("value", recipe.value_dim)]
+def _states(r: Recipe, index: int) -> list[State]:
+    """What a layer keeps."""
+    layer, shapes = r.layers[index], dict[Role, tuple[str | int, ...]]()
+    if layer.linear != "none":
+        shapes["conv"] = "batch_size", r.HIDDEN, layer.kernel
+        shapes["recurrent"] = "batch_size", r.heads, r.head_dim, r.value_dim
+    elif layer.shares is None:
+        shapes["key"] = "batch_size", r.kv_heads, "ctx_len", r.head_dim
+        shapes["value"] = "batch_size", r.kv_heads, "ctx_len", r.value_dim
+    return [State(index, role, shape, FLOAT, layer.window) for role, shape in shapes.items()]

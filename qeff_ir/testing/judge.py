@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from backends.base import CompileOptions
 from qeff_ir.compiler import specialize
 from qeff_ir.debug.bundle import Metadata, describe, versions, write_bundle
-from qeff_ir.debug.drive import Plan, drive
+from qeff_ir.debug.drive import Plan, drive, tables_of
 from qeff_ir.module import Module
 from qeff_ir.printer import to_text
 from qeff_ir.runtime.session import Array, Session
@@ -40,22 +40,33 @@ def prepare(module: Module, request: Request) -> Module:
 
 def expected(recipe: Recipe, request: Request) -> Array:
     """The answers in double precision, by the recipe alone."""
+    return answered(request, lambda row: answer(recipe, row))
+
+
+def answered(request: Request, whole: Callable[[Sequence[int]], Array]) -> Array:
+    """The answers by a function from a row to the logits of all its tokens, ``[tokens, vocab]``."""
     rows = [row for _, rows, _ in request.feeds() for row in rows if row is not None]
     longest: dict[tuple[int, ...], Array] = {}
     for row in sorted(map(tuple, rows), key=len, reverse=True):  # the answer to a prefix is part of that to the whole
         if not any(known[: len(row)] == row for known in longest):
-            longest[row] = answer(recipe, row)
+            longest[row] = whole(row)
     return np.stack([next(a[len(r) - 1] for k, a in longest.items() if list(k[: len(r)]) == r) for r in rows])
 
 
-def module_answers(module: Module, request: Request) -> Array:
+def module_answers(module: Module, request: Request, start: Module | None = None) -> Array:
     """The answers of a module's graph as it is, ONNX Runtime's own rewriting off.
+
+    Args:
+        module: The module.
+        request: What it is asked.
+        start: The module before any pass: it has the tables that the host looks tokens up in, where a pass left that to
+            the host; `module` by default.
 
     Raises:
         RuntimeInputError: ONNX Runtime cannot load or run the graph.
     """
     feeds = [f for f, _, _ in request.feeds()]
-    given = drive(module, Plan({}, feeds, decoder=True))
+    given = drive(module, Plan({}, feeds, decoder=True, tables=tables_of(start or module)))
     return np.concatenate([run["logits"] for run in given.outputs])
 
 

@@ -18,7 +18,7 @@ from qeff_ir.errors import PipelineError
 from qeff_ir.passing.manager import check_order
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.session import Array
-from qeff_ir.testing.recipe import Layer, Odd, Recipe
+from qeff_ir.testing.recipe import Layer, Linear, Odd, Recipe
 
 SEEDS = st.integers(0, 2**16)
 """Of weights and tokens."""
@@ -38,19 +38,24 @@ def recipes(draw: st.DrawFn, *, most_layers: int = 4, odd: Odd | None = "none") 
     windows = draw(st.lists(st.integers(1, 6), min_size=0, max_size=2, unique=True))
     spelled = draw(st.sampled_from(["never", "never", "always", "some"]))
     sinks, experts = draw(st.booleans()) and spelled == "never", draw(st.booleans())
+    recurrent = draw(st.sampled_from(["never", "never", "some"]))
     layers: list[Layer] = []
     for index in range(draw(st.integers(1, most_layers))):
-        owners = [i for i, layer in enumerate(layers) if layer.shares is None]
-        shares = draw(st.sampled_from(owners)) if index and draw(st.integers(0, 4)) == 4 else None
+        some_experts = draw(st.integers(2, 4)) if experts and draw(st.booleans()) else 0
+        if recurrent == "some" and (index or odd == "none") and draw(st.booleans()):
+            kind: Linear = draw(st.sampled_from(["decay", "delta"]))
+            layers.append(Layer(experts=some_experts, linear=kind, kernel=draw(st.integers(1, 4))))
+            continue
+        owners = [i for i, layer in enumerate(layers) if layer.shares is None and layer.linear == "none"]
+        shares = draw(st.sampled_from(owners)) if owners and draw(st.integers(0, 4)) == 4 else None
         window = draw(st.sampled_from([None, *windows])) if shares is None else None
         written = spelled == "always" or (spelled == "some" and draw(st.booleans()))
-        some_experts = draw(st.integers(2, 4)) if experts and draw(st.booleans()) else 0
         layers.append(Layer(window, shares, sinks and draw(st.booleans()), some_experts, written))
     if odd == "strided-mask":
         layers[0] = replace(layers[0], window=None)
     head_dim = draw(st.sampled_from([8, 2, 4]))
     rotary = draw(st.sampled_from(["none", "half", "partial", "interleaved"]))
-    if odd in ("unequal-halves", "other-sign") and rotary not in ("half", "partial"):
+    if odd in ROTATIONS and rotary not in ("half", "partial"):
         rotary = "half"
     if rotary == "partial" and head_dim == 2:
         head_dim = 4
@@ -84,9 +89,20 @@ def recipes(draw: st.DrawFn, *, most_layers: int = 4, odd: Odd | None = "none") 
     )
 
 
-ODD: tuple[Odd, ...] = (
-    "norm-power", "gelu-constant", "unequal-halves", "other-sign", "gemm-beta", "strided-mask", "other-gate"
+ROTATIONS: tuple[Odd, ...] = (
+    "unequal-halves", "other-sign", "same-half", "two-sines", "subtracted", "no-cosine"
 )  # fmt: skip
+"""Near misses of a rotation."""
+
+ODD: tuple[Odd, ...] = (
+    "norm-power",
+    "gelu-constant",
+    "gemm-beta",
+    "strided-mask",
+    "other-gate",
+    "scaled-keys",
+    *ROTATIONS,
+)
 """All near misses."""
 
 
@@ -232,7 +248,7 @@ def _allowed(item: str, held: set[str]) -> bool:
 CONFIGS: dict[str, Any] = {
     "vocab_size": 31,
     "num_hidden_layers": 2,
-    "hidden_size": 16,
+    "hidden_size": 24,  # a multiple of every number of heads that is drawn: transformers refuses others
     "intermediate_size": 24,
     "max_position_embeddings": 64,
     "initializer_range": 0.2,

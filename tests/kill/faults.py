@@ -192,6 +192,7 @@ def _faults() -> list[Fault]:
             "concat.inputs[0] is not concat.inputs[1] or concat.inputs[0] is None",
             "concat.inputs[0] is None",
         ),
+        ("one half in the place of both", "P7 near misses", "(start, end) == (0, half) and upper[1]", "upper[1]"),
         ("cosine for sine", "P10 passes", 'b("RotaryEmbedding", x, cos, sin)', 'b("RotaryEmbedding", x, sin, cos)'),
         ("queries only", "P7 sites", "for node in self.sites(module):", "for node in self.sites(module)[::2]:"),
     )
@@ -418,6 +419,39 @@ def _faults() -> list[Fault]:
             "P10 passes",
             "scores = op.Where(op.Unsqueeze(mask, one), scores,",
             "scores = op.Where(op.Unsqueeze(mask, one), op.Abs(scores),",
+        ),
+    )
+    plant(
+        "qeff_ir/dialect.py",
+        (
+            "padding in the convolution's window",
+            "P11 packages",
+            "real = op.Cast(op.GreaterOrEqual(position_ids, op.Constant(value_int=0)), to=7)",
+            "real = op.Cast(op.GreaterOrEqual(position_ids, op.Constant(value_int=-1)), to=7)",
+        ),
+        (
+            "convolution sees the request before",
+            "P10 passes",
+            "before = op.Where(starts, op.CastLike(op.Constant(value_float=0.0), past), past)",
+            "before = op.Identity(past)",
+        ),
+        (
+            "recurrence goes on from the request before",
+            "P10 passes",
+            "op.Where(starts, zero, past), body=token)",
+            "op.Identity(past), body=token)",
+        ),
+        (
+            "state fades on padding",
+            "P11 packages",
+            "kept = op.Where(padded, one, op.Exp(decay))",
+            "kept = op.Exp(decay)",
+        ),
+        (
+            "delta rule forgets what it knows",
+            "P10 passes",
+            "known = op.Mul(op.MatMul(row, faded), rule)",
+            "known = op.Mul(op.MatMul(row, state), rule)",
         ),
     )
     plant(

@@ -61,6 +61,7 @@ def adapted(recipe: Recipe, targets: str) -> set[str]:
     found: set[str] = set()
     for index, layer in enumerate(recipe.layers):
         parts = ["q", "o", *(["k", "v"] if layer.shares is None else [])]
+        parts += {"none": [], "decay": ["g"], "delta": ["g", "b"]}[layer.linear]
         parts += [] if layer.experts else ["up", "down", *(["gate"] if recipe.gated else [])]
         found |= {f"{PREFIX}layers.{index}.{part}" for part in parts}
     return {n for n in found if targets == "all-linear" or n.rpartition(".")[2] in targets.split(",")}

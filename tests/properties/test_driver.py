@@ -40,6 +40,10 @@ RECIPES = {
         rotary="partial",
         softcap=2.0,
     ),
+    "recurrent states": Recipe(
+        (Layer(linear="delta", kernel=3), Layer(window=3), Layer(linear="decay", kernel=1)), kv_heads=2, qk_norm=True
+    ),
+    "only recurrent states": Recipe((Layer(linear="decay", kernel=4), Layer(linear="delta")), gated=True, tied=True),
     "written out": Recipe(
         (Layer(window=2, spelled=True), Layer(spelled=True)), group=2, learned_positions=True, norm="layer", gemm=True
     ),

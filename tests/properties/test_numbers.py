@@ -144,6 +144,9 @@ def sequences(draw: st.DrawFn) -> str:
 @given(cases(), sequences())
 @example((RICH[1], LONG), "canonicalize,last-logits,last-logits")
 @example((RICH[0], LONG), "canonicalize,kv-retention{layout=scatter},kv-retention{layout=tensor-scatter},unflatten")
+@example((RICH[2], FULL), "canonicalize,kv-retention{layout=tensor-scatter},kv-retention{layout=tensor-scatter}")
+@example((RICH[0], LONG), "canonicalize,token-embedding")
+@example((RICH[1], LONG), "canonicalize,last-logits,token-embedding,unflatten")
 def test_p14_any_sequence_of_passes_is_refused_or_right(case: tuple[Recipe, Request], text: str) -> None:
     recipe, request = case
     check_any(prepare(build(recipe).module, request), text, recipe, request)
@@ -159,7 +162,7 @@ def check_any(module: Module, text: str, recipe: Recipe, request: Request) -> No
             except QeffError:
                 assert to_text(module) == before
                 continue
-        hold(module_answers(module, request), exact, start)
+        hold(module_answers(module, request, start), exact, start)
 
 
 @scaled(0.4)
