@@ -100,7 +100,8 @@ def measure(
     settings = {"shape": shape, "context": context, "batch": batch, "threads": threads, "rounds": rounds}
     if suite == "decode":
         settings["new tokens"] = new_tokens
-    return Result(suite, quick, settings, rows_of(suite, entrants, laps, rows))
+    made = rows_of(suite, entrants, laps, rows)
+    return Result(suite, quick, settings, made, standing(made))
 
 
 def run(racers: Sequence[Contender], rows: Rows, new_tokens: int, rounds: int) -> dict[str, Laps]:
@@ -147,3 +148,15 @@ def rows_of(suite: str, entrants: Sequence[Entrant], laps: dict[str, Laps], rows
         figures["equal steps %"] = figure([100 * equal], "neither")
         made.append(Row(entrant.name, figures))
     return made
+
+
+def standing(rows: Sequence[Row]) -> str:
+    """Which peers are ahead of the first contender, and how far, by its first figure."""
+    ours, *peers = [row for row in rows if row.missing is None]
+    name, own = next(iter(ours.figures.items()))
+    factors = {peer.name: peer.figures[name].median / own.median for peer in peers}
+    ahead = {n: f if own.better == "higher" else 1 / f for n, f in factors.items()}
+    told = [f"{n} by {f:.2f} times" for n, f in ahead.items() if f > 1.0]
+    if not peers:
+        return ""
+    return f"ahead of {ours.name}: {', '.join(told)}" if told else f"{ours.name} is ahead of every peer that ran"
