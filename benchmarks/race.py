@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.bandwidth import allowed_rate
 from benchmarks.contenders import contenders
 from benchmarks.options import Json, Peers, Plot, Quick
 from benchmarks.peers.contender import Contender, Entrant, Rows
@@ -98,16 +97,11 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         entrants = contenders(model, rows, ctx_len, threads, Path(folder), peers)
         laps = run([e.contender for e in entrants if e.contender is not None], rows, new_tokens, rounds)
-        allowed = allowed_rate(Path(folder), batch, threads, quick) if suite == "decode" else None
     settings = {"shape": shape, "context": context, "batch": batch, "threads": threads, "rounds": rounds}
     if suite == "decode":
         settings["new tokens"] = new_tokens
     made = rows_of(suite, entrants, laps, rows)
-    notes = [standing(made)]
-    if allowed is not None:
-        share = 100 * made[0].figures["tokens/s"].median / allowed
-        notes.append(f"memory allows {allowed:.1f} tokens/s, of which {made[0].name} reaches {share:.0f} %")
-    return Result(suite, quick, settings, made, "; ".join(filter(None, notes)))
+    return Result(suite, quick, settings, made, standing(made))
 
 
 def run(racers: Sequence[Contender], rows: Rows, new_tokens: int, rounds: int) -> dict[str, Laps]:

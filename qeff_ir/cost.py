@@ -11,13 +11,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from qeff_ir import device_ops, dialect
-from qeff_ir.errors import PackageError, VerificationError
+from qeff_ir.errors import VerificationError
 from qeff_ir.module import EMBEDS, WEIGHT_KEY, Module, Specialization
 from qeff_ir.passing.hiding import hidden_weights
 
@@ -130,27 +128,6 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
         resident + state_bytes,
         dict(sorted(ops.items(), key=lambda pair: (-pair[1].multiply_adds, -pair[1].weight_bytes, pair[0]))),
     )
-
-
-def load_counted(package: Path) -> Module:
-    """The graph of a package in the form that `cost` counts: layers that are functions are written out.
-
-    Raises:
-        PackageError: There is not exactly one graph in it.
-    """
-    from onnx_ir.passes.common import InlinePass
-
-    from qeff_ir.snapshot import load_module
-
-    files = sorted(package.glob("*.onnx"))
-    if len(files) != 1:
-        raise PackageError(f"{package} holds {len(files)} ONNX files, so it is not clear what to count")
-    module = load_module(files[0])
-    own = (dialect.DOMAIN, *device_ops.DOMAINS)
-    for key in [key for key in module.model.functions if key[0] in own]:
-        del module.model.functions[key]
-    InlinePass()(module.model)
-    return module
 
 
 def _is_weight(value: ir.Value) -> bool:

@@ -11,10 +11,11 @@ import typer
 
 from qeff_ir.cli.tables import grid
 from qeff_ir.cli.terminal import line, show, working
-from qeff_ir.errors import CompileError
+from qeff_ir.errors import CompileError, PackageError
 
 if TYPE_CHECKING:
     from qeff_ir.cost import Cost, Storage
+    from qeff_ir.module import Module
     from qeff_ir.package import Manifest
     from qeff_ir.roofline import Device
 
@@ -32,12 +33,12 @@ def command(
 ) -> None:
     """Count bytes of weights and caches, and multiply-adds, of each specialization of a package."""
     with working("Counting"):
-        from qeff_ir.cost import cost, load_counted
+        from qeff_ir.cost import cost
         from qeff_ir.package import open_package
 
         described = None if device is None else _device(device)
         manifest = open_package(package)
-        module = load_counted(package)
+        module = _module(package)
         storage = _storage(manifest)
         costs = [cost(module, item, storage) for item in module.specializations]
     if as_json:
@@ -46,6 +47,23 @@ def command(
     _show(costs)
     if described is not None:
         _show_roofline(costs, described, manifest, prompt)
+
+
+def _module(package: Path) -> Module:
+    from onnx_ir.passes.common import InlinePass
+
+    from qeff_ir import device_ops, dialect
+    from qeff_ir.snapshot import load_module
+
+    files = sorted(package.glob("*.onnx"))
+    if len(files) != 1:
+        raise PackageError(f"{package} holds {len(files)} ONNX files, so it is not clear what to count")
+    module = load_module(files[0])
+    own = (dialect.DOMAIN, *device_ops.DOMAINS)
+    for key in [key for key in module.model.functions if key[0] in own]:
+        del module.model.functions[key]
+    InlinePass()(module.model)  # layers that are functions
+    return module
 
 
 def _storage(manifest: Manifest) -> Storage:
