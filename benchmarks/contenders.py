@@ -1,4 +1,4 @@
-"""Whoever takes part in a race: reads prompts, then continues greedily, one step at a time."""
+"""Who takes part in a race: ours first, then the peers that are wanted, or the reasons why they are missing."""
 
 from __future__ import annotations
 
@@ -6,48 +6,19 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-import torch
 import typer
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from backends.base import CompileOptions
+from benchmarks.peers.compiled import Compiled
+from benchmarks.peers.contender import Contender, Entrant, Rows
+from benchmarks.peers.eager import Eager
+from benchmarks.peers.onnx_export import OnnxExport
 from benchmarks.prepare import prepare
 from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.runtime.decoder import Decoder
-
-Rows = list[list[int]]
-
-
-class Contender(Protocol):
-    """One way to run the model."""
-
-    name: str
-
-    def prefill(self, rows: Rows) -> list[int]:
-        """Forget everything, read the prompts (all of one length), return each row's next token."""
-        ...
-
-    def step(self, tokens: list[int]) -> list[int]:
-        """Append one token to every row, return each row's next token."""
-        ...
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """Somebody who takes part, or would: with a reason why not, which the figures report.
-
-    Attributes:
-        name: Who.
-        contender: The one who runs; `None` when missing.
-        missing: Why it does not run here.
-    """
-
-    name: str
-    contender: Contender | None = None
-    missing: str | None = None
 
 
 class Ours:
@@ -67,105 +38,86 @@ class Ours:
         return np.argmax(self.decoder.decode(tokens), axis=-1).tolist()
 
 
-class Eager:
-    """transformers as it comes: SDPA attention and a cache that grows."""
+@dataclass(frozen=True)
+class Start:
+    """What every contender is given.
 
-    name = "transformers, eager"
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.cache: Any = None
-
-    def prefill(self, rows: Rows) -> list[int]:
-        """See `Contender.prefill`."""
-        self.cache = DynamicCache(config=self.model.config)
-        return _next(self.model, self.cache, rows)
-
-    def step(self, tokens: list[int]) -> list[int]:
-        """See `Contender.step`."""
-        return _next(self.model, self.cache, [[token] for token in tokens])
-
-
-class Compiled:
-    """transformers' fast way: a static cache, decode steps through `torch.compile`, prefill eager as in `generate`.
-
-    Args:
-        model: The model.
-        ctx_len: Tokens that the cache has room for.
-        warmup: Prompts to compile with; raises what `torch.compile` raises.
+    Attributes:
+        model: The model, float32, on the CPU.
+        rows: The prompts.
+        ctx_len: Tokens that a fixed cache has room for.
+        threads: Threads of each.
+        folder: Where to put packages.
     """
 
-    name = "transformers, static cache + torch.compile"
-
-    def __init__(self, model: PreTrainedModel, ctx_len: int, warmup: Rows) -> None:
-        self.model = model
-        self.cache = StaticCache(config=model.config, max_cache_len=ctx_len)
-        self.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
-        self.step(self.prefill(warmup))
-
-    def prefill(self, rows: Rows) -> list[int]:
-        """See `Contender.prefill`."""
-        self.cache.reset()
-        return _next(self.model, self.cache, rows)
-
-    def step(self, tokens: list[int]) -> list[int]:
-        """See `Contender.step`."""
-        return _next(self.forward, self.cache, [[token] for token in tokens])
+    model: PreTrainedModel
+    rows: Rows
+    ctx_len: int
+    threads: int
+    folder: Path
 
 
-PEERS = ("eager", "compiled", "transformers-onnx", "openvino", "genai")
-"""Names of the peers, as `--peers` takes them."""
+@dataclass(frozen=True)
+class Peer:
+    """Somebody who can be asked to take part.
+
+    Attributes:
+        name: Of the row of figures.
+        make: Prepares the one who runs; raises whatever it likes.
+        needs: The module that it needs beyond what qeff-ir itself needs.
+    """
+
+    name: str
+    make: Callable[[Start], Contender]
+    needs: str | None = None
+
+
+PEERS = {
+    "eager": Peer(Eager.name, lambda start: Eager(start.model)),
+    "compiled": Peer(Compiled.name, lambda start: Compiled(start.model, start.ctx_len)),
+    "transformers-onnx": Peer(OnnxExport.name, lambda start: OnnxExport(start.model, len(start.rows), start.threads)),
+}
+"""The peers, by the names that `--peers` takes."""
 
 _CHUNK = 128
 """Prompt tokens that one of our prefill runs takes, at most."""
 
 
-def contenders(
-    model: PreTrainedModel, rows: Rows, ctx_len: int, threads: int, folder: Path, peers: str
-) -> list[Entrant]:
+def contenders(start: Start, peers: str) -> list[Entrant]:
     """Ours, and the peers that are wanted, each ready to run or with the reason why it is missing.
 
     Args:
-        model: The model, float32, on the CPU.
-        rows: The prompts, for whoever compiles while warming up.
-        ctx_len: Tokens that a fixed cache has room for.
-        threads: Threads of each.
-        folder: Where to put packages.
+        start: What they are given.
         peers: Names with commas, ``all`` or ``none``.
 
     Raises:
         typer.BadParameter: There is no such peer.
     """
-    wanted = PEERS if peers == "all" else () if peers == "none" else tuple(peers.split(","))
+    wanted = list(PEERS) if peers == "all" else [] if peers == "none" else peers.split(",")
     unknown = [name for name in wanted if name not in PEERS]
     if unknown:
         raise typer.BadParameter(f"there is no peer '{unknown[0]}': it is one of {', '.join(PEERS)}")
-    options = CompileOptions(prefill_seq_len=min(_CHUNK, len(rows[0])), ctx_len=ctx_len, batch_size=len(rows))
-    ours = Ours(prepare(model, memory_weights(model), options, folder, threads=threads))
-    made: dict[str, Callable[[], Entrant]] = {
-        "eager": lambda: Entrant(Eager.name, Eager(model)),
-        "compiled": lambda: _compiled(model, ctx_len, rows),
-        "transformers-onnx": lambda: Entrant("transformers, ONNX exporter", missing="there is no runner for it yet"),
-        "openvino": lambda: _absent("OpenVINO", "openvino"),
-        "genai": lambda: _absent("ONNX Runtime GenAI", "onnxruntime_genai"),
-    }
-    return [Entrant(ours.name, ours), *(made[name]() for name in wanted)]
+    return [Entrant(Ours.name, _ours(start)), *(entrant(PEERS[name], start) for name in wanted)]
 
 
-def _absent(name: str, module: str) -> Entrant:
-    installed = importlib.util.find_spec(module) is not None
-    return Entrant(name, missing="there is no runner for it yet" if installed else f"{module} is not installed")
+def entrant(peer: Peer, start: Start) -> Entrant:
+    """Prepare a peer and let it try one step, so that whoever cannot run is found missing before the race.
 
-
-def _compiled(model: PreTrainedModel, ctx_len: int, rows: Rows) -> Entrant:
+    Returns:
+        The peer, ready, or the first line of what it raised.
+    """
+    if peer.needs is not None and importlib.util.find_spec(peer.needs) is None:
+        return Entrant(peer.name, missing=f"{peer.needs} is not installed")
     try:
-        return Entrant(Compiled.name, Compiled(model, ctx_len, rows))
-    except Exception as error:  # whatever the compiler or its toolchain raises; it is reported
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
-        return Entrant(Compiled.name, missing=f"{type(error).__name__}: {first[:80]}")
+        made = peer.make(start)
+        made.step(made.prefill(start.rows))
+    except Exception as error:  # whatever a compiler, an exporter or a runtime raises; it is reported
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        return Entrant(peer.name, missing=f"{type(error).__name__}: {first[:120]}")
+    return Entrant(peer.name, made)
 
 
-@torch.no_grad()  # as in `generate`
-def _next(forward: Callable[..., Any], cache: Any, rows: Rows) -> list[int]:
-    out = forward(input_ids=torch.tensor(rows), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1].argmax(-1).tolist()
+def _ours(start: Start) -> Ours:
+    rows = start.rows
+    options = CompileOptions(prefill_seq_len=min(_CHUNK, len(rows[0])), ctx_len=start.ctx_len, batch_size=len(rows))
+    return Ours(prepare(start.model, memory_weights(start.model), options, start.folder, threads=start.threads))

@@ -13,8 +13,10 @@ from peft import LoraConfig, get_peft_model
 
 from backends.base import CompileOptions
 from backends.onnxruntime import BACKEND
-from benchmarks.contenders import Eager, Entrant, Ours
+from benchmarks.contenders import Ours
 from benchmarks.options import Json, Peers, Plot, Quick
+from benchmarks.peers.contender import Entrant
+from benchmarks.peers.eager import Eager
 from benchmarks.prepare import lowered
 from benchmarks.race import Batch, Context, NewTokens, Rounds, Sizes, Threads, rows_of, run
 from benchmarks.result import Result, publish

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.contenders import Contender, Entrant, Rows, contenders
+from benchmarks.contenders import Start, contenders
 from benchmarks.options import Json, Peers, Plot, Quick
+from benchmarks.peers.contender import Contender, Entrant, Rows
 from benchmarks.result import Figure, Result, Row, figure, publish
 from benchmarks.shapes import SHAPES, prompts, random_model
 
@@ -94,7 +95,7 @@ def measure(
     model = random_model(shape, ctx_len)
     rows = prompts(shape, batch, context)
     with tempfile.TemporaryDirectory() as folder:
-        entrants = contenders(model, rows, ctx_len, threads, Path(folder), peers)
+        entrants = contenders(Start(model, rows, ctx_len, threads, Path(folder)), peers)
         laps = run([e.contender for e in entrants if e.contender is not None], rows, new_tokens, rounds)
     settings = {"shape": shape, "context": context, "batch": batch, "threads": threads, "rounds": rounds}
     if suite == "decode":

@@ -1,0 +1,1 @@
+"""Whoever runs beside qeff-ir in a race, a file each."""

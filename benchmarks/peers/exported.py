@@ -1,0 +1,54 @@
+"""A decoder through one of transformers' own exporters, in the form that suits a race best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import Dim
+from transformers import DynamicCache, PreTrainedModel
+from transformers.exporters.auto import AutoHfExporter
+from transformers.exporters.base import ExportedModel
+from transformers.exporters.configs import DynamoConfig
+
+from benchmarks.peers.contender import Rows
+from benchmarks.peers.silence import silence
+
+_PAST, _NEW = 5, 3
+"""Tokens of the example, cached and new: neither 0 nor 1, which an export would take for constants, and different."""
+
+
+def export(model: PreTrainedModel, config: DynamoConfig, batch: int) -> ExportedModel:
+    """One graph that reads any number of tokens after a past of any length, so that it prefills and decodes.
+
+    `export_for_generation` would make two graphs, and logits of every token of a prompt; this one computes those of
+    the last token alone, as `generate` asks of eager.
+    """
+    ids = torch.zeros((batch, _PAST + _NEW), dtype=torch.int64)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :_PAST], past_key_values=cache, use_cache=True)
+    example = {**inputs(ids[:, _PAST:].tolist(), _PAST), "past_key_values": cache}
+    # Naming what varies spares the exporter to find out; rows and heads are fixed in a race.
+    tokens, slots = {1: Dim.AUTO}, {2: Dim.AUTO}
+    config.dynamic = True
+    config.dynamic_shapes = {
+        "input_ids": tokens,
+        "position_ids": tokens,
+        "logits_to_keep": None,
+        "past_key_values": [slots] * (2 * len(cache.layers)),
+    }
+    with silence():
+        return AutoHfExporter.from_config(config).export(model, example, config)
+
+
+def inputs(rows: Rows, start: int) -> dict[str, Any]:
+    """Arguments of the forward pass, the cache apart.
+
+    Args:
+        rows: New tokens, each row as many.
+        start: Tokens that the cache holds.
+    """
+    ids = torch.tensor(rows)
+    positions = torch.arange(start, start + ids.shape[1]).expand(len(rows), -1).contiguous()
+    return {"input_ids": ids, "position_ids": positions, "logits_to_keep": 1}
