@@ -16,6 +16,7 @@ from benchmarks.peers.compiled import Compiled
 from benchmarks.peers.contender import Contender, Entrant, Rows
 from benchmarks.peers.eager import Eager
 from benchmarks.peers.onnx_export import OnnxExport
+from benchmarks.peers.openvino_export import OpenVinoExport
 from benchmarks.prepare import prepare
 from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.runtime.decoder import Decoder
@@ -76,6 +77,9 @@ PEERS = {
     "eager": Peer(Eager.name, lambda start: Eager(start.model)),
     "compiled": Peer(Compiled.name, lambda start: Compiled(start.model, start.ctx_len)),
     "transformers-onnx": Peer(OnnxExport.name, lambda start: OnnxExport(start.model, len(start.rows), start.threads)),
+    "openvino": Peer(
+        OpenVinoExport.name, lambda start: OpenVinoExport(start.model, len(start.rows), start.threads), "openvino"
+    ),
 }
 """The peers, by the names that `--peers` takes."""
 
