@@ -15,6 +15,7 @@ from backends.base import CompileOptions
 from benchmarks.peers.compiled import Compiled
 from benchmarks.peers.contender import Contender, Entrant, Rows
 from benchmarks.peers.eager import Eager
+from benchmarks.peers.genai import GenAI
 from benchmarks.peers.onnx_export import OnnxExport
 from benchmarks.peers.openvino_export import OpenVinoExport
 from benchmarks.prepare import prepare
@@ -79,6 +80,9 @@ PEERS = {
     "transformers-onnx": Peer(OnnxExport.name, lambda start: OnnxExport(start.model, len(start.rows), start.threads)),
     "openvino": Peer(
         OpenVinoExport.name, lambda start: OpenVinoExport(start.model, len(start.rows), start.threads), "openvino"
+    ),
+    "genai": Peer(
+        GenAI.name, lambda start: GenAI(start.model, start.ctx_len, start.threads, start.folder), "onnxruntime_genai"
     ),
 }
 """The peers, by the names that `--peers` takes."""

@@ -1,0 +1,87 @@
+"""ONNX Runtime GenAI, with the model that its own builder makes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, TokenizersBackend
+
+from benchmarks.peers.contender import Rows
+from benchmarks.peers.silence import silence
+
+
+class GenAI:
+    """GenAI's own loop: greedy search over a cache of fixed size that is updated in place.
+
+    Args:
+        model: The model.
+        ctx_len: Tokens that the cache has room for.
+        threads: Threads of the session.
+        folder: Where to put the built model.
+
+    Raises:
+        RuntimeError: The builder failed.
+    """
+
+    name = "ONNX Runtime GenAI"
+
+    def __init__(self, model: PreTrainedModel, ctx_len: int, threads: int, folder: Path) -> None:
+        import onnxruntime_genai  # pyright: ignore[reportMissingImports]  # installed or not
+
+        self.genai: Any = onnxruntime_genai
+        built = _build(model, folder)
+        file = built / "genai_config.json"
+        settings = json.loads(file.read_text())
+        settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+        settings["model"]["eos_token_id"] = []  # nothing ends a race early
+        file.write_text(json.dumps(settings))
+        self.model = self.genai.Model(str(built))
+        self.ctx_len = ctx_len
+        self.generator: Any = None
+        self.last: list[int] = []
+
+    def prefill(self, rows: Rows) -> list[int]:
+        """See `Contender.prefill`."""
+        search = self.genai.GeneratorParams(self.model)
+        search.set_search_options(max_length=self.ctx_len, batch_size=len(rows), do_sample=False)
+        self.generator = self.genai.Generator(self.model, search)
+        self.generator.append_tokens(np.array(rows, dtype=np.int32))
+        return self._next()
+
+    def step(self, tokens: list[int]) -> list[int]:
+        """See `Contender.step`; only what it generated itself can be appended.
+
+        Raises:
+            ValueError: The tokens are others.
+        """
+        if tokens != self.last:  # a batch of several rows takes no tokens from outside after its prompts
+            raise ValueError(f"GenAI continues with what it generated, {self.last}: it cannot take {tokens}")
+        return self._next()
+
+    def _next(self) -> list[int]:
+        self.generator.generate_next_token()
+        self.last = self.generator.get_next_tokens().tolist()
+        return self.last
+
+
+def _build(model: PreTrainedModel, folder: Path) -> Path:
+    """The model in GenAI's form; the builder wants a tokenizer, which the race does not use."""
+    source, built = folder / "genai-source", folder / "genai"
+    with silence():
+        model.save_pretrained(source)
+        words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
+        TokenizersBackend(tokenizer_object=words, unk_token="?").save_pretrained(source)
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(built)]
+    options = ["-p", "fp32", "-e", "cpu", "-c", str(folder / "genai-cache")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it gave no reason")
+        raise RuntimeError(f"its builder failed: {last.strip()}")
+    return built
