@@ -19,7 +19,7 @@ from benchmarks.peers.genai import GenAI
 from benchmarks.peers.onnx_export import OnnxExport
 from benchmarks.peers.openvino_export import OpenVinoExport
 from benchmarks.prepare import prepare
-from qeff_ir.frontend.weights import memory_weights
+from qeff_ir.module import Module
 from qeff_ir.runtime.decoder import Decoder
 
 
@@ -46,6 +46,7 @@ class Start:
 
     Attributes:
         model: The model, float32, on the CPU.
+        module: The same as the frontend makes it; compiling it changes it.
         rows: The prompts.
         ctx_len: Tokens that a fixed cache has room for.
         threads: Threads of each.
@@ -53,6 +54,7 @@ class Start:
     """
 
     model: PreTrainedModel
+    module: Module
     rows: Rows
     ctx_len: int
     threads: int
@@ -128,4 +130,4 @@ def entrant(peer: Peer, start: Start) -> Entrant:
 def _ours(start: Start) -> Ours:
     rows = start.rows
     options = CompileOptions(prefill_seq_len=min(_CHUNK, len(rows[0])), ctx_len=start.ctx_len, batch_size=len(rows))
-    return Ours(prepare(start.model, memory_weights(start.model), options, start.folder, threads=start.threads))
+    return Ours(prepare(start.module, options, start.folder, threads=start.threads))
