@@ -28,7 +28,7 @@ def export(model: PreTrainedModel, config: DynamoConfig, batch: int) -> Exported
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids[:, :_PAST], past_key_values=cache, use_cache=True)
-    example = {**inputs(ids[:, _PAST:].tolist(), _PAST), "past_key_values": cache}
+    example: dict[str, Any] = {**inputs(ids[:, _PAST:].tolist(), _PAST), "past_key_values": cache}
     # Naming what varies spares the exporter to find out; rows and heads are fixed in a race.
     tokens, slots = {1: Dim.AUTO}, {2: Dim.AUTO}
     config.dynamic = True

@@ -49,7 +49,7 @@ class OnnxExport:
     def _empty(self, batch: int) -> DynamicCache:
         """A cache without tokens, whose layers have their tensors all the same: the graph takes them as inputs."""
         cache, config = DynamicCache(config=self.config), self.config
-        for layer in cache.layers:
+        for index in range(len(cache.layers)):
             keys = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim)
-            layer.update(keys, keys.clone())
+            cache.update(keys, keys.clone(), index)
         return cache
