@@ -1,9 +1,10 @@
-"""Who takes part in a race: this project, and the peers that are wanted and run here."""
+"""Who takes part in a race: ours first, then the peers that are wanted, or the reasons why they are missing."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import typer
 from transformers import PreTrainedModel
 
 from backends.base import CompileOptions
+from benchmarks.peers.compiled import Compiled
 from benchmarks.peers.contender import Contender, Entrant, Rows
-from benchmarks.peers.eager import Compiled, Eager
-from benchmarks.peers.exported import ExportedOnnx, ExportedOpenVino
+from benchmarks.peers.eager import Eager
 from benchmarks.peers.genai import GenAI
+from benchmarks.peers.onnx_export import OnnxExport
+from benchmarks.peers.openvino_export import OpenVinoExport
 from benchmarks.prepare import prepare
-from qeff_ir.frontend.weights import memory_weights
+from qeff_ir.module import Module
 from qeff_ir.runtime.decoder import Decoder
 
 
@@ -37,51 +40,94 @@ class Ours:
         return np.argmax(self.decoder.decode(tokens), axis=-1).tolist()
 
 
-PEERS = ("eager", "compiled", "transformers-onnx", "openvino", "genai")
-"""Names of the peers, as `--peers` takes them."""
+@dataclass(frozen=True)
+class Start:
+    """What every contender is given.
+
+    Attributes:
+        model: The model, float32, on the CPU.
+        module: The same as the frontend makes it; compiling it changes it.
+        rows: The prompts.
+        ctx_len: Tokens that a fixed cache has room for.
+        threads: Threads of each.
+        folder: Where to put packages.
+    """
+
+    model: PreTrainedModel
+    module: Module
+    rows: Rows
+    ctx_len: int
+    threads: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody who can be asked to take part.
+
+    Attributes:
+        name: Of the row of figures.
+        make: Prepares the one who runs; raises whatever it likes.
+        needs: The module that it needs beyond what qeff-ir itself needs.
+    """
+
+    name: str
+    make: Callable[[Start], Contender]
+    needs: str | None = None
+
+
+PEERS = {
+    "eager": Peer(Eager.name, lambda start: Eager(start.model)),
+    "compiled": Peer(Compiled.name, lambda start: Compiled(start.model, start.ctx_len)),
+    "transformers-onnx": Peer(OnnxExport.name, lambda start: OnnxExport(start.model, len(start.rows), start.threads)),
+    "openvino": Peer(
+        OpenVinoExport.name, lambda start: OpenVinoExport(start.model, len(start.rows), start.threads), "openvino"
+    ),
+    "genai": Peer(
+        GenAI.name, lambda start: GenAI(start.model, start.ctx_len, start.threads, start.folder), "onnxruntime_genai"
+    ),
+}
+"""The peers, by the names that `--peers` takes."""
 
 _CHUNK = 128
 """Prompt tokens that one of our prefill runs takes, at most."""
 
 
-def contenders(
-    model: PreTrainedModel, rows: Rows, ctx_len: int, threads: int, folder: Path, peers: str
-) -> list[Entrant]:
+def contenders(start: Start, peers: str) -> list[Entrant]:
     """Ours, and the peers that are wanted, each ready to run or with the reason why it is missing.
 
     Args:
-        model: The model, float32, on the CPU.
-        rows: The prompts, for whoever compiles while warming up.
-        ctx_len: Tokens that a fixed cache has room for.
-        threads: Threads of each.
-        folder: Where to put packages.
+        start: What they are given.
         peers: Names with commas, ``all`` or ``none``.
 
     Raises:
         typer.BadParameter: There is no such peer.
     """
-    wanted = PEERS if peers == "all" else () if peers == "none" else tuple(peers.split(","))
+    wanted = list(PEERS) if peers == "all" else [] if peers == "none" else peers.split(",")
     unknown = [name for name in wanted if name not in PEERS]
     if unknown:
         raise typer.BadParameter(f"there is no peer '{unknown[0]}': it is one of {', '.join(PEERS)}")
-    options = CompileOptions(prefill_seq_len=min(_CHUNK, len(rows[0])), ctx_len=ctx_len, batch_size=len(rows))
-    ours = Ours(prepare(model, memory_weights(model), options, folder, threads=threads))
-    made: dict[str, Callable[[], Entrant]] = {
-        "eager": lambda: Entrant(Eager.name, Eager(model)),
-        "compiled": lambda: _entrant(Compiled.name, None, lambda: Compiled(model, ctx_len, rows)),
-        "transformers-onnx": lambda: _entrant(ExportedOnnx.name, None, lambda: ExportedOnnx(model, rows, threads)),
-        "openvino": lambda: _entrant(ExportedOpenVino.name, "openvino", lambda: ExportedOpenVino(model, rows, threads)),
-        "genai": lambda: _entrant(GenAI.name, "onnxruntime_genai", lambda: GenAI(model, ctx_len, threads, folder)),
-    }
-    return [Entrant(ours.name, ours), *(made[name]() for name in wanted)]
+    return [Entrant(Ours.name, _ours(start)), *(entrant(PEERS[name], start) for name in wanted)]
 
 
-def _entrant(name: str, package: str | None, make: Callable[[], Contender]) -> Entrant:
-    """A peer, ready to run, or the reason why it does not."""
-    if package is not None and importlib.util.find_spec(package) is None:
-        return Entrant(name, missing=f"{package} is not installed")
+def entrant(peer: Peer, start: Start) -> Entrant:
+    """Prepare a peer and let it try one step, so that whoever cannot run is found missing before the race.
+
+    Returns:
+        The peer, ready, or the first line of what it raised.
+    """
+    if peer.needs is not None and importlib.util.find_spec(peer.needs) is None:
+        return Entrant(peer.name, missing=f"{peer.needs} is not installed")
     try:
-        return Entrant(name, make())
-    except Exception as error:  # whatever the peer or its toolchain raises; it is reported
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
-        return Entrant(name, missing=f"{type(error).__name__}: {first[:120]}")
+        made = peer.make(start)
+        made.step(made.prefill(start.rows))
+    except Exception as error:  # whatever a compiler, an exporter or a runtime raises; it is reported
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        return Entrant(peer.name, missing=f"{type(error).__name__}: {first[:120]}")
+    return Entrant(peer.name, made)
+
+
+def _ours(start: Start) -> Ours:
+    rows = start.rows
+    options = CompileOptions(prefill_seq_len=min(_CHUNK, len(rows[0])), ctx_len=start.ctx_len, batch_size=len(rows))
+    return Ours(prepare(start.module, options, start.folder, threads=start.threads))

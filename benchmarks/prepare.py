@@ -28,11 +28,8 @@ def finish(module: Module, options: CompileOptions) -> None:
     run_pipeline(module, Pipeline.parse(BACKEND.pipeline))
 
 
-def prepare(
-    model: PreTrainedModel, weights: Weights, options: CompileOptions, folder: Path, *, threads: int
-) -> Decoder:
-    """Compile a model for ONNX Runtime into `folder`, and open it."""
-    module = lowered(model, weights)
+def prepare(module: Module, options: CompileOptions, folder: Path, *, threads: int) -> Decoder:
+    """Compile a lowered module for ONNX Runtime into `folder`, in place, and open it."""
     finish(module, options)
     BACKEND.emit(module, folder, options)
     return Decoder(BACKEND.open(folder, threads=threads))

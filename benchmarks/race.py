@@ -12,11 +12,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.contenders import contenders
+from benchmarks.bandwidth import bandwidth, step_bytes
+from benchmarks.contenders import Start, contenders
 from benchmarks.options import Json, Peers, Plot, Quick
 from benchmarks.peers.contender import Contender, Entrant, Rows
+from benchmarks.prepare import lowered
 from benchmarks.result import Figure, Result, Row, figure, publish
 from benchmarks.shapes import SHAPES, prompts, random_model
+from qeff_ir.frontend.weights import memory_weights
 
 Sizes = Annotated[str, typer.Option("--shape", help=f"Model: {', '.join(SHAPES)}.")]
 Context = Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)]
@@ -94,14 +97,22 @@ def measure(
     ctx_len = 2 ** (context + new_tokens).bit_length()
     model = random_model(shape, ctx_len)
     rows = prompts(shape, batch, context)
+    module = lowered(model, memory_weights(model))
+    # The cache grows while it is read: half of the new tokens are there on average.
+    read = step_bytes(module, batch, context + new_tokens // 2)
     with tempfile.TemporaryDirectory() as folder:
-        entrants = contenders(model, rows, ctx_len, threads, Path(folder), peers)
+        entrants = contenders(Start(model, module, rows, ctx_len, threads, Path(folder)), peers)
         laps = run([e.contender for e in entrants if e.contender is not None], rows, new_tokens, rounds)
     settings = {"shape": shape, "context": context, "batch": batch, "threads": threads, "rounds": rounds}
-    if suite == "decode":
+    speed = bandwidth(threads) if suite == "decode" else None
+    made = rows_of(suite, entrants, laps, rows, None if speed is None else batch * speed / read)
+    notes = [standing(made)]
+    if speed is not None:
         settings["new tokens"] = new_tokens
-    made = rows_of(suite, entrants, laps, rows)
-    return Result(suite, quick, settings, made, standing(made))
+        notes.append(
+            f"a step reads {read / 1e6:,.1f} MB; memory gives {speed / 1e9:.1f} GB/s, caches of the processor more"
+        )
+    return Result(suite, quick, settings, made, "; ".join(filter(None, notes)))
 
 
 def run(racers: Sequence[Contender], rows: Rows, new_tokens: int, rounds: int) -> dict[str, Laps]:
@@ -126,8 +137,18 @@ def _lap(racer: Contender, rows: Rows, new_tokens: int, laps: Laps) -> None:
     laps.tokens = generated
 
 
-def rows_of(suite: str, entrants: Sequence[Entrant], laps: dict[str, Laps], rows: Rows) -> list[Row]:
-    """Figures, and how many steps gave the tokens of the first contender: who computes something else is no peer."""
+def rows_of(
+    suite: str, entrants: Sequence[Entrant], laps: dict[str, Laps], rows: Rows, ceiling: float | None = None
+) -> list[Row]:
+    """Figures, and how many steps gave the tokens of the first contender: who computes something else is no peer.
+
+    Args:
+        suite: ``decode`` or ``prefill``.
+        entrants: Who took part, or would have.
+        laps: What they did, by name.
+        rows: The prompts.
+        ceiling: Tokens per second that the bandwidth of memory allows, where it is known.
+    """
     base: Any = next(iter(laps.values()))
     made: list[Row] = []
     for entrant in entrants:
@@ -144,6 +165,8 @@ def rows_of(suite: str, entrants: Sequence[Entrant], laps: dict[str, Laps], rows
                 "prompt tokens/s": figure((read / s for s in lap.first), "higher"),
             }
         )
+        if ceiling is not None:  # the rate says which direction is good
+            figures["share of bandwidth %"] = figure((100 * rate / ceiling for rate in lap.rate), "neither")
         equal = sum(a == b for a, b in zip(lap.tokens, base.tokens, strict=True)) / len(base.tokens)
         figures["equal steps %"] = figure([100 * equal], "neither")
         made.append(Row(entrant.name, figures))

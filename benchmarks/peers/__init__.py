@@ -1,1 +1,1 @@
-"""Who races beside this project, one runner a file."""
+"""Whoever runs beside qeff-ir in a race, a file each."""

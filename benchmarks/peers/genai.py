@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, TokenizersBackend
 
 from benchmarks.peers.contender import Rows
 from benchmarks.peers.silence import silence
-from qeff_ir.demo import MODEL_FOLDER
 
 
 class GenAI:
-    """A generator over a cache of fixed size, updated in place.
+    """GenAI's own loop: greedy search over a cache of fixed size that is updated in place.
 
     Args:
         model: The model.
@@ -32,43 +33,55 @@ class GenAI:
     name = "ONNX Runtime GenAI"
 
     def __init__(self, model: PreTrainedModel, ctx_len: int, threads: int, folder: Path) -> None:
-        import onnxruntime_genai  # pyright: ignore[reportMissingImports]
+        import onnxruntime_genai  # pyright: ignore[reportMissingImports]  # installed or not
 
         self.genai: Any = onnxruntime_genai
         built = _build(model, folder)
-        settings = json.loads((built / "genai_config.json").read_text())
+        file = built / "genai_config.json"
+        settings = json.loads(file.read_text())
         settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
-        (built / "genai_config.json").write_text(json.dumps(settings))
+        settings["model"]["eos_token_id"] = []  # nothing ends a race early
+        file.write_text(json.dumps(settings))
         self.model = self.genai.Model(str(built))
         self.ctx_len = ctx_len
         self.generator: Any = None
+        self.last: list[int] = []
 
     def prefill(self, rows: Rows) -> list[int]:
         """See `Contender.prefill`."""
-        parameters = self.genai.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=self.ctx_len, batch_size=len(rows), do_sample=False)
-        self.generator = self.genai.Generator(self.model, parameters)
-        return self._run(rows)
+        search = self.genai.GeneratorParams(self.model)
+        search.set_search_options(max_length=self.ctx_len, batch_size=len(rows), do_sample=False)
+        self.generator = self.genai.Generator(self.model, search)
+        self.generator.append_tokens(np.array(rows, dtype=np.int32))
+        return self._next()
 
     def step(self, tokens: list[int]) -> list[int]:
-        """See `Contender.step`."""
-        return self._run([[token] for token in tokens])
+        """See `Contender.step`; only what it generated itself can be appended.
 
-    def _run(self, rows: Rows) -> list[int]:
-        self.generator.append_tokens(np.array(rows, dtype=np.int32))
-        return np.asarray(self.generator.get_logits())[:, -1].argmax(-1).tolist()
+        Raises:
+            ValueError: The tokens are others.
+        """
+        if tokens != self.last:  # a batch of several rows takes no tokens from outside after its prompts
+            raise ValueError(f"GenAI continues with what it generated, {self.last}: it cannot take {tokens}")
+        return self._next()
+
+    def _next(self) -> list[int]:
+        self.generator.generate_next_token()
+        self.last = self.generator.get_next_tokens().tolist()
+        return self.last
 
 
 def _build(model: PreTrainedModel, folder: Path) -> Path:
-    """The model in the form of GenAI; the builder asks for a tokenizer, any, which the race does not use."""
+    """The model in GenAI's form; the builder wants a tokenizer, which the race does not use."""
     source, built = folder / "genai-source", folder / "genai"
     with silence():
         model.save_pretrained(source)
-        AutoTokenizer.from_pretrained(MODEL_FOLDER).save_pretrained(source)
+        words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
+        TokenizersBackend(tokenizer_object=words, unk_token="?").save_pretrained(source)
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(built)]
     options = ["-p", "fp32", "-e", "cpu", "-c", str(folder / "genai-cache")]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     if done.returncode:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        raise RuntimeError(f"its builder failed: {last}")
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it gave no reason")
+        raise RuntimeError(f"its builder failed: {last.strip()}")
     return built

@@ -1,26 +1,25 @@
-"""Keeps what the peers' tools print off the tables; what they raise is raised."""
+"""Quiet for what prints while it prepares: the table of figures is all that a race shows."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-import warnings
 from collections.abc import Generator
+
+from transformers.utils import logging as transformers_logging
 
 
 @contextlib.contextmanager
 def silence() -> Generator[None]:
-    """No log, warning, progress bar or other text for as long as the block lasts."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    """Drop advice, warnings and progress; errors and exceptions still tell."""
+    disabled, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
+        with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled)
+        if bars:
+            transformers_logging.enable_progress_bar()
