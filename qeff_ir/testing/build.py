@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir import dialect
-from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, Module, Role, State
-from qeff_ir.runtime.session import Array
+from qeff_ir.module import SOURCE_KEY, Dim, Module, Role, State
 from qeff_ir.testing.recipe import KEY_SCALE, Layer, Recipe
+from qeff_ir.testing.rotated import Rotated
+from qeff_ir.testing.spelled import BOOL, FLOAT, INT, ROWS
 
-FLOAT, INT, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
-ROWS = ("batch_size", "seq_len")
 HIDDEN = -65504.0
 """Score of a key that spelled attention hides."""
 
@@ -44,23 +42,14 @@ def build(recipe: Recipe) -> Built:
     return _Builder(recipe).build()
 
 
-class _Builder:
+class _Builder(Rotated):
     """Appends nodes in the order in which a traced model computes."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.r = recipe
-        self.random = np.random.default_rng([recipe.spelling, 7])
-        self.planted: Counter[str] = Counter()
-        self.missed: Counter[str] = Counter()
-        self.source = "model"
-        self.ids = ir.val("input_ids", dtype=INT, shape=ir.Shape(ROWS))
-        self.positions = ir.val("position_ids", dtype=INT, shape=ir.Shape(ROWS))
-        self.graph = ir.Graph([self.ids, self.positions], [], nodes=[], opset_imports={"": dialect.OPSET, "qeff": 1})
+        super().__init__(recipe)
         self.kept: dict[int, dict[Role, ir.Value]] = {}
         self.masks: dict[int | None, tuple[ir.Value, bool]] = {}
         self.slots: dict[int | None, ir.Value] = {}
-        self.angles: dict[bool, tuple[ir.Value, ir.Value]] = {}
-        self.names = 0
 
     def build(self) -> Built:
         r = self.r
@@ -81,70 +70,6 @@ class _Builder:
         dialect.attach(module.model)
         module.write_facts()
         return Built(r, module, self.planted, self.missed)
-
-    # Spelling.
-
-    def pick(self, count: int) -> int:
-        """Which of so many equivalent spellings to use here; the first, where the recipe asks for none."""
-        return int(self.random.integers(count)) if self.r.spelling else 0
-
-    def node(
-        self, op_type: str, *inputs: ir.Value | None, shape: Any = None, dtype: Any = FLOAT, domain: str = "", **kw: Any
-    ) -> ir.Value:
-        node = ir.node(op_type, list(inputs), attributes=kw, domain=domain)
-        node.metadata_props[SOURCE_KEY] = self.source
-        self.names += 1
-        out = node.outputs[0]
-        out.name = f"{op_type.lower()}_{self.names}"
-        out.dtype = dtype
-        if shape is not None:
-            out.shape = ir.Shape(shape)
-        self.graph.append(node)
-        if self.pick(8) == 7:
-            return self.node("Identity", out, shape=shape, dtype=dtype)
-        return out
-
-    def const(self, value: Any, dtype: Any = np.int64) -> ir.Value:
-        """A constant: an initializer, or a `Constant` node as the exporter makes."""
-        array = np.asarray(value, dtype=dtype)
-        self.names += 1
-        name = f"number_{self.names}"  # not one that onnx_ir gives to values without a name
-        if self.pick(2):
-            node = ir.node("Constant", [], attributes={"value": ir.tensor(array)})
-            node.metadata_props[SOURCE_KEY] = self.source
-            node.outputs[0].name = name
-            self.graph.append(node)
-            return node.outputs[0]
-        made = ir.val(name, const_value=ir.tensor(array, name=name))
-        self.graph.register_initializer(made)
-        return made
-
-    def number(self, value: float) -> ir.Value:
-        return self.const(value, np.float32)
-
-    def weight(self, name: str, *shape: int, numbers: Array | None = None, layer: str = "") -> ir.Value:
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        array = self.r.tensor(name, *shape) if numbers is None else numbers
-        made = ir.val(name, const_value=ir.tensor(array, name=name))
-        made.metadata_props[WEIGHT_KEY] = name
-        if layer:
-            made.metadata_props[LAYER_KEY] = layer
-        self.graph.register_initializer(made)
-        return made
-
-    def pair(self, op_type: str, one: ir.Value, other: ir.Value, **kw: Any) -> ir.Value:
-        """A commutative operator, either way round."""
-        return self.node(op_type, *((other, one) if self.pick(2) else (one, other)), **kw)
-
-    def target(self, dims: Sequence[int]) -> ir.Value:
-        """Target of a reshape of rows: constant, or computed from the shape of the input as exporters do."""
-        if not self.pick(2):
-            return self.const([0, 0, *dims])
-        parts = [self.node("Shape", self.ids, start=i, end=i + 1, shape=[1], dtype=INT) for i in (0, 1)]
-        return self.node("Concat", *parts, self.const(list(dims)), axis=0, shape=[2 + len(dims)], dtype=INT)
-
-    # The decoder.
 
     def decoder(self) -> ir.Value:
         r = self.r
@@ -202,46 +127,6 @@ class _Builder:
         normal = self.node("Mul", x, self.node("Reciprocal", root, shape=small), shape=shape)
         (self.missed if strange else self.planted)["fuse-norms" if strange else "RMSNormalization"] += 1
         return self.pair("Mul", normal, scale, shape=shape)
-
-    def stored(self, name: str, rows: int, columns: int) -> ir.Value:
-        """The weight of a product: stored the other way round as torch does, or as it is."""
-        numbers = self.r.product(name, rows, columns)
-        if self.pick(3) == 2:
-            return self.weight(f"{name}.weight", numbers=numbers, layer="linear")
-        self.planted["FusedMatMul"] += 1
-        turned = self.weight(f"{name}.weight", numbers=np.ascontiguousarray(numbers.T), layer="linear")
-        return self.node("Transpose", turned, perm=[1, 0], shape=[rows, columns])
-
-    def linear(self, name: str, x: ir.Value, columns: int, *, odd: bool = False) -> ir.Value:
-        around, self.source = self.source, f"model.{name}"
-        out = self.product(name, x, columns, odd=odd)
-        self.source = around
-        return out
-
-    def product(self, name: str, x: ir.Value, columns: int, *, odd: bool) -> ir.Value:
-        r, rows = self.r, int(list(x.shape or ())[-1])  # pyright: ignore[reportArgumentType]
-        shape = [*ROWS, columns]
-        bias = self.weight(f"{name}.bias", columns) if r.bias else None
-        if not r.gemm:
-            out = self.node("MatMul", x, self.stored(name, rows, columns), shape=shape)
-            return self.pair("Add", out, bias, shape=shape) if bias is not None else out
-        flat = self.node("Reshape", x, self.const([-1, rows]), shape=["batch_size*seq_len", rows])
-        weight = self.weight(f"{name}.weight", numbers=r.product(name, rows, columns), layer="linear")
-        strange = odd and r.odd == "gemm-beta" and bias is not None
-        beta = 0.5 if strange else 1.0
-        out = self.node(
-            "Gemm", flat, weight, *([bias] if bias is not None else []), alpha=1.0, beta=beta, transA=0, transB=0,
-            shape=["batch_size*seq_len", columns],
-        )  # fmt: skip
-        self.missed["unflatten"] += strange
-        self.planted["Gemm"] += not strange
-        parts = [self.node("Shape", self.ids, start=i, end=i + 1, shape=[1], dtype=INT) for i in (0, 1)]
-        back = self.node("Concat", *parts, self.const([columns]), axis=0, shape=[3], dtype=INT)
-        return self.node("Reshape", out, back, shape=shape)
-
-    def heads(self, x: ir.Value, count: int, width: int) -> ir.Value:
-        split = self.node("Reshape", x, self.target([count, width]), shape=[*ROWS, count, width])
-        return self.node("Transpose", split, perm=[0, 2, 1, 3], shape=["batch_size", count, "seq_len", width])
 
     def attention(self, index: int, prefix: str, x: ir.Value) -> ir.Value:
         r, layer = self.r, self.r.layers[index]
@@ -427,98 +312,6 @@ class _Builder:
         return self.node(
             "Reshape", many, self.const([0, r.heads, -1, width]), shape=["batch_size", r.heads, "ctx_len", width]
         )
-
-    def cosines(self, *, unequal: bool) -> tuple[ir.Value, ir.Value]:
-        """Cosine and sine ``[batch, 1, seq, rotated]``, each of two equal halves as models make them."""
-        if unequal not in self.angles:
-            r, half = self.r, self.r.rotated // 2
-            wide, full = [*ROWS, half], [*ROWS, r.rotated]
-            column = self.node("Unsqueeze", self.positions, self.const([2]), shape=[*ROWS, 1], dtype=INT)
-            places = self.node("Cast", column, to=int(FLOAT), shape=[*ROWS, 1])
-            one = self.node("Mul", places, self.const(r.frequencies(), np.float32), shape=wide)
-            other = one
-            if unequal:
-                slower = self.const(r.frequencies() * np.float32(0.5), np.float32)
-                other = self.node("Mul", places, slower, shape=wide)
-            angles = self.node("Concat", one, other, axis=-1, shape=full)
-            found: list[ir.Value] = []
-            for op_type in ("Cos", "Sin"):
-                value = self.node(op_type, angles, shape=full)
-                if self.pick(2):
-                    value = self.node("Mul", value, self.number(1.0), shape=full)
-                found.append(
-                    self.node("Unsqueeze", value, self.const([1]), shape=["batch_size", 1, "seq_len", r.rotated])
-                )
-            self.angles[unequal] = found[0], found[1]
-        return self.angles[unequal]
-
-    def rotate(self, x: ir.Value, *, first: bool = False) -> ir.Value:
-        r = self.r
-        if not r.rotated:
-            return x
-        shape = list(x.shape or ())
-        count, width = shape[1], r.rotated
-        if r.rotary == "interleaved":
-            return self.interleaved(x, shape)
-        part, rest = x, None
-        if width < r.head_dim:
-            part = self.slice(x, 0, width, shape)
-            rest = self.slice(x, width, r.head_dim, shape)
-        inner, half = ["batch_size", count, "seq_len", width], width // 2
-        odd = r.odd if first else "none"
-        unequal, backward = odd == "unequal-halves", odd == "other-sign"
-        cos, sin = self.cosines(unequal=unequal)
-        low, high = self.slice(part, 0, half, inner), self.slice(part, half, width, inner)
-        if backward:
-            turned = self.node("Concat", high, self.node("Neg", low, shape=low.shape), axis=-1, shape=inner)
-        else:
-            second = high if odd == "same-half" else low
-            turned = self.node("Concat", self.node("Neg", high, shape=high.shape), second, axis=-1, shape=inner)
-        plain = part if odd == "no-cosine" else self.pair("Mul", part, cos, shape=inner)
-        if odd == "two-sines":
-            shares = [self.node("Mul", sin, self.number(share), shape=sin.shape) for share in (0.25, 0.75)]
-            parts = [self.pair("Mul", turned, share, shape=inner) for share in shares]
-            other = self.pair("Add", *parts, shape=inner)
-        else:
-            other = self.pair("Mul", turned, sin, shape=inner)
-        if odd == "subtracted":
-            out = self.node("Sub", plain, other, shape=inner)
-        else:
-            out = self.pair("Add", plain, other, shape=inner)
-        missed = odd in ("unequal-halves", "same-half", "two-sines", "subtracted", "no-cosine")
-        self.missed["fuse-rotary"] += missed
-        self.planted["RotaryEmbedding"] += not (missed or backward)
-        return self.node("Concat", out, rest, axis=-1, shape=shape) if rest is not None else out
-
-    def slice(self, x: ir.Value, start: int, end: int, shape: Sequence[Any]) -> ir.Value:
-        """``x[..., start:end]``; an end at the border may be written as the largest number."""
-        width = int(shape[-1])
-        stop = 2**63 - 1 if end == width and self.pick(2) == 0 else end
-        bounds = self.const([start]), self.const([stop]), self.const([3 if self.pick(2) == 0 else -1]), self.const([1])
-        return self.node("Slice", x, *bounds, shape=[*shape[:-1], end - start])
-
-    def interleaved(self, x: ir.Value, shape: Sequence[Any]) -> ir.Value:
-        """Neighbors turned together: a form that no pass fuses."""
-        half = self.r.rotated // 2
-        inner = [*shape[:-1], half]
-        cos, sin = (
-            self.node("Slice", v, self.const([0]), self.const([half]), self.const([3]), self.const([1]),
-                      shape=["batch_size", 1, "seq_len", half])
-            for v in self.cosines(unequal=False)
-        )  # fmt: skip
-        one, other = (
-            self.node("Slice", x, self.const([i]), self.const([2**31]), self.const([3]), self.const([2]), shape=inner)
-            for i in (0, 1)
-        )
-        low = self.node(
-            "Sub", self.node("Mul", one, cos, shape=inner), self.node("Mul", other, sin, shape=inner), shape=inner
-        )
-        high = self.node(
-            "Add", self.node("Mul", other, cos, shape=inner), self.node("Mul", one, sin, shape=inner), shape=inner
-        )
-        parts = [self.node("Unsqueeze", v, self.const([-1]), shape=[*inner, 1]) for v in (low, high)]
-        both = self.node("Concat", *parts, axis=-1, shape=[*inner, 2])
-        return self.node("Reshape", both, self.const([0, 0, 0, int(shape[-1])]), shape=shape)
 
     def act(self, x: ir.Value, *, odd: bool = False) -> ir.Value:
         kind, strange = self.r.activation, False

@@ -14,6 +14,7 @@ from qeff_ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.manager import Report
 from qeff_ir.printer import to_text
+from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.snapshot import load_module, save_module
 from qeff_ir.testing import tolerance
 from tests import support
@@ -236,6 +237,13 @@ def _replace_logits(module: Module, op_type: str) -> None:
     module.graph.outputs[0] = new
 
 
+def assert_answers(decoder: Decoder, name: str, module: Module) -> None:
+    """A decoder answers both prompts as transformers does."""
+    limit = tolerance.bound(tolerance.depth(module))
+    for tokens, logits in zip(support.PROMPTS, decoder.prefill(support.PROMPTS), strict=True):
+        assert tolerance.error_over_rms(logits, support.forward(name, tokens)) <= limit
+
+
 def test_a_windowed_mask_over_other_positions_gets_no_ring(tmp_path: Path) -> None:
     """A mask that does not follow the cache's own positions would be wrong in a ring."""
     module = support.canonical("mistral")
@@ -247,11 +255,7 @@ def test_a_windowed_mask_over_other_positions_gets_no_ring(tmp_path: Path) -> No
         Rewriter(module, "fault").replace(node, b("Add", row, zero))
     decoder = support.open_decoder(module, tmp_path)
     assert not any(s.ring for s in module.states)
-    tokens = support.PROMPTS
-    logits = decoder.prefill(tokens)
-    limit = tolerance.bound(tolerance.depth(module))
-    for row in range(2):
-        assert tolerance.error_over_rms(logits[row], support.forward("mistral", tokens[row])) <= limit
+    assert_answers(decoder, "mistral", module)
 
 
 def test_a_windowed_mask_over_the_slots_of_another_cache_too_gets_no_ring(tmp_path: Path) -> None:
@@ -267,11 +271,7 @@ def test_a_windowed_mask_over_the_slots_of_another_cache_too_gets_no_ring(tmp_pa
         node.replace_input_with(3, both)
     decoder = support.open_decoder(module, tmp_path)
     assert not any(s.ring for s in module.states)
-    tokens = support.PROMPTS
-    logits = decoder.prefill(tokens)
-    limit = tolerance.bound(tolerance.depth(module))
-    for row in range(2):
-        assert tolerance.error_over_rms(logits[row], support.forward("gemma2", tokens[row])) <= limit
+    assert_answers(decoder, "gemma2", module)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
