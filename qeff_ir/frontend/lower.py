@@ -1,4 +1,4 @@
-"""A transformers causal LM becomes a `Module`: probe the layers, trace once on fake tensors, convert, refer to weights.
+"""A transformers causal LM becomes a `Module`: find its states, trace it on fake tensors, convert, refer to weights.
 
 `torch.export` traces the model inside `captured`; `torch.onnx` converts the graph with transformers' own export fixes;
 the initializers then become references to the checkpoint.
@@ -34,6 +34,7 @@ from qeff_ir.frontend.layers import Fold, Prepared, cut, find_fold, marked
 from qeff_ir.frontend.own_masks import refuse_own_masks
 from qeff_ir.frontend.positions import give_positions
 from qeff_ir.frontend.private import onnx_translations
+from qeff_ir.frontend.probing import expect, probe
 from qeff_ir.frontend.skeleton import fake_weights
 from qeff_ir.frontend.spelling import drop_idle_squeezes, spell_out_complex
 from qeff_ir.frontend.stamp import cut_weights, find_layers, unfold
@@ -75,10 +76,7 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> M
     """
     model = model.eval()
     with settled(), torch.no_grad(), captured(model), fake_weights(model) as fake, quiet():
-        with attributes_kept(model):
-            states = _probe(model, fake)
-        with attributes_kept(model):
-            fold = None if whole else find_fold(model, lambda kept: _prepared(model, states, kept, fake))
+        states, fold = _states_and_fold(model, fake, whole=whole)
         module = None if fold is None else _folded(model, weights, states, fold, fake)
         if module is None:
             with attributes_kept(model):
@@ -133,6 +131,8 @@ class _Step(torch.nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         cache = CapturingCache(self.hf, position_ids, dict(zip(self.states, past, strict=True)))
         out = self.run(input_ids, position_ids, cache)
+        for state in cache.found():
+            raise UnsupportedModelError(f"layer {state.layer} keeps a {state.role} state in one run and not in another")
         return (out.logits, *(cache.result(state) for state in self.states))
 
     def run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: CapturingCache) -> Any:
@@ -144,20 +144,32 @@ class _Step(torch.nn.Module):
             return self.hf(input_ids=input_ids, **arguments)
 
 
-def _probe(model: PreTrainedModel, fake: FakeTensorMode) -> list[State]:
-    """Run the model once on fake tensors to see what each layer caches."""
+def _states_and_fold(model: PreTrainedModel, fake: FakeTensorMode, *, whole: bool) -> tuple[list[State], Fold | None]:
+    """What the model keeps between tokens, and which of its layers are to be traced (`None`: all of them)."""
+    ids, _ = _inputs([], fake)
     step = _Step(model, [])
-    with fake:
-        ids = torch.zeros((_BATCH, _SEQ), dtype=torch.long)
-        cache = CapturingCache(model, ids, {})
-        with as_unsupported(model, "cannot be run with a cache"):
+
+    def run(cache: CapturingCache) -> None:
+        with fake:
             step.run(ids, ids.clone(), cache)
-    states = cache.found()
+
+    def fold(states: list[State]) -> Fold | None:
+        with attributes_kept(model):
+            return find_fold(model, lambda kept: _prepared(model, states, kept, fake))
+
+    expected: list[State] | None = None
+    if not whole:
+        with attributes_kept(model):
+            expected = expect(model, run, ids)
+        if expected and (found := fold(expected)) is not None:
+            return expected, found
+    with attributes_kept(model), as_unsupported(model, "cannot be run with a cache"):
+        states = probe(model, run, ids)
     if not states:
         raise UnsupportedModelError(
             f"{type(model).__name__} writes to no cache, so there is no state to retain between tokens"
         )
-    return states
+    return states, None if whole or states == expected else fold(states)
 
 
 def _inputs(states: list[State], fake: FakeTensorMode) -> tuple[torch.Tensor, list[torch.Tensor]]:

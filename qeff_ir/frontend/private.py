@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
 from transformers.masking_utils import AttentionMaskInterface
@@ -70,3 +72,32 @@ def mark_initialized(item: torch.nn.Module | torch.Tensor, done: bool) -> None:
 def changes_arguments(operator: Any) -> bool:
     """Whether a torch operator writes into one of its arguments."""
     return bool(operator._schema.is_mutable)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeMold:
+    """Shape, strides, type and device of a fake tensor, to make others like it without asking torch what an op does."""
+
+    mode: FakeTensorMode
+    meta: torch.Tensor
+    device: torch.device
+
+    @classmethod
+    def new(cls, mode: FakeTensorMode, shape: torch.Size, dtype: torch.dtype) -> FakeMold:
+        """Of contiguous tensors on the CPU."""
+        return cls(mode, torch.empty(shape, dtype=dtype, device="meta"), torch.device("cpu"))
+
+    @classmethod
+    def of(cls, tensor: Any) -> FakeMold | None:
+        """Of a fake tensor; `None` for one with known numbers, or with more to it than can be made again."""
+        if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.layout is not torch.strided:
+            return None
+        if tensor.is_complex() or tensor.is_neg() or not all(type(n) is int for n in (*tensor.shape, *tensor.stride())):
+            return None
+        with unset_fake_temporarily():
+            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return cls(tensor.fake_mode, meta, tensor.device)
+
+    def fake(self) -> FakeTensor:
+        """Another one."""
+        return FakeTensor(self.mode, self.meta, self.device)

@@ -45,6 +45,7 @@ def fake_weights(model: PreTrainedModel) -> Generator[FakeTensorMode]:
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes: dict[int, torch.Tensor] = {}
+    molds: dict[tuple[torch.Size, torch.dtype], private.FakeMold] = {}
     saved: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
     try:
         for module in model.modules():
@@ -59,8 +60,10 @@ def fake_weights(model: PreTrainedModel) -> Generator[FakeTensorMode]:
                         continue
                     if id(tensor) not in fakes:
                         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-                        with mode:
-                            fake = torch.empty(tensor.shape, dtype=dtype)
+                        form = (tensor.shape, dtype)
+                        if form not in molds:
+                            molds[form] = private.FakeMold.new(mode, *form)
+                        fake = molds[form].fake()
                         fakes[id(tensor)] = fake if is_buffer else torch.nn.Parameter(fake, requires_grad=False)
                     table[name] = fakes[id(tensor)]
         yield mode

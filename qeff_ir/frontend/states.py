@@ -42,10 +42,9 @@ class _Held:
     def append(self, key: Key, new: Tensor) -> Tensor:
         """Store tokens ``[batch, heads, seq, width]``; all that the cache holds, ``[batch, heads, ctx, width]``."""
         if key not in self.past:
-            if self.past:
-                raise UnsupportedModelError(f"a layer keeps a {key[0]} cache in one run and not in another")
             self.seen[key] = ("batch_size", _size(new, 1), "ctx_len", _size(new, 3))
             return new
+        self._expect(key, new, 1, 3)
         self.now[key] = torch.ops.qeff.cache_update(self.now[key], new, self.position_ids)
         return self.now[key]
 
@@ -54,6 +53,9 @@ class _Held:
         if key not in self.past:
             self.seen[key] = ("batch_size", _size(new, 1), size)
             return torch.cat([new.new_zeros((*new.shape[:2], size)), new], dim=-1)
+        self._expect(key, new, 1)
+        if _size(self.past[key], 2) != size:
+            raise _differs(key)
         window = torch.ops.qeff.state_window(self.past[key], new, self.position_ids)
         self.now[key] = torch.ops.qeff.state_next(window, self.position_ids, size)
         return window
@@ -62,8 +64,20 @@ class _Held:
         """Store a whole state, whose shape has no token axis."""
         if key not in self.past:
             self.seen[key] = ("batch_size", *(_size(new, axis) for axis in range(1, new.dim())))
+        else:
+            self._expect(key, new, *range(1, new.dim()))
         self.now[key] = new
         return new
+
+    def _expect(self, key: Key, new: Tensor, *axes: int) -> None:
+        """Refuse what does not go with the state that there was."""
+        past = self.past[key]
+        if past.dim() != new.dim() or any(_size(past, axis) != _size(new, axis) for axis in axes):
+            raise _differs(key)
+
+
+def _differs(key: Key) -> UnsupportedModelError:
+    return UnsupportedModelError(f"a layer keeps a {key[0]} state of one shape in one run and of another in the next")
 
 
 def _size(tensor: Tensor, axis: int) -> int:
@@ -80,8 +94,7 @@ class AttentionLayer(DynamicIndexedLayer):
         self.held = held
         self.is_initialized = True
         self.dtype, self.device = torch.float32, torch.device("cpu")
-        self.keys: Tensor = held.past.get(("key", 0), torch.zeros(0))
-        self.values: Tensor = held.past.get(("value", 0), torch.zeros(0))
+        self.keys, self.values = held.past.get(("key", 0)), held.past.get(("value", 0))
 
     @property
     def slots(self) -> Tensor | None:

@@ -9,8 +9,10 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
+from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import layers, lower, stamp
 from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Module
@@ -129,6 +131,47 @@ def test_tables_of_other_numbers_tell_layers_apart(folds: list[layers.Fold | Non
         layer.mlp.table.fill_(2.0)
     lower.lower(model, memory_weights(model))
     assert folds[1] is not None
+
+
+def test_what_one_layer_makes_the_next_makes_too() -> None:
+    """The second of two like layers asks torch for nothing; what it computes with has the right shape all the same."""
+    model, seen = build("llama")[1], [set[Any](), set[Any]()]
+    for layer, forms in zip(model.model.layers, seen, strict=True):
+        for name, module in layer.named_modules():
+            module.register_forward_hook(
+                lambda _, args, out, name=name, forms=forms: forms.update(
+                    (name, tuple(t.shape), t.stride(), t.dtype)
+                    for t in (*args, *(out if isinstance(out, tuple) else (out,)))
+                    if isinstance(t, FakeTensor) and all(isinstance(n, int) for n in t.shape)
+                )
+            )
+    lower.lower(model, memory_weights(model))
+    first, second = seen
+    assert second == first and len(first) > 12
+
+
+def test_layers_of_one_structure_that_keep_other_states(folds: list[layers.Fold | None]) -> None:
+    """What is expected of a layer from another one is not what it does: its own run tells."""
+    model = build("gpt2", n_layer=3)[1]
+    model.transformer.h[1].attn.head_dim //= 2
+    folded, whole = both(model)
+    assert folded == whole
+    assert folds[0] is None and folds[1] is not None and folds[1].kinds == (0, 1, 0)
+    heads = [state.shape[1] for state in lower.lower(model, memory_weights(model)).states]
+    assert heads == [heads[0], heads[0], 2 * heads[0], 2 * heads[0], heads[0], heads[0]]
+
+
+def test_a_state_that_only_one_of_several_like_layers_keeps(folds: list[layers.Fold | None]) -> None:
+    """It shows in no operation; it is a state all the same."""
+
+    def remember(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], out: torch.Tensor) -> None:
+        kwargs["past_key_values"].layers[1].held.replace(("recurrent", 0), out)
+
+    model = build("llama", num_hidden_layers=3)[1]
+    model.model.layers[1].register_forward_hook(remember, with_kwargs=True)
+    with pytest.raises(UnsupportedModelError, match="recurrent|traced"):
+        lower.lower(model, memory_weights(model))
+    assert folds[0] is None
 
 
 def test_what_crosses_between_layers_is_traced_in_full(folds: list[layers.Fold | None]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel, cache_utils, conversion_mapping, core_model_loading
 from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters import utils as exporter_utils
@@ -111,6 +112,20 @@ def test_fake_tensors_hold_no_data() -> None:
     with FakeTensorMode():
         fake = torch.empty(1 << 40)
     assert isinstance(fake, FakeTensor) and fake.shape == (1 << 40,)
+
+
+def test_fake_tensors_are_made_again() -> None:
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fake = torch.empty(2, 3, 4, dtype=torch.float16).transpose(1, 2)
+        whole = torch.empty(2, 3)
+        none = [torch.tensor(5), torch.empty(2, dtype=torch.complex64), torch.nonzero(torch.ones(3)), 5]
+    mold = private.FakeMold.of(fake)
+    assert mold is not None and all(private.FakeMold.of(n) is None for n in (torch.zeros(2), *none))
+    new = private.FakeMold.new(mode, whole.shape, whole.dtype)
+    for made, like in ((mold.fake(), fake), (new.fake(), whole)):
+        assert made is not like and type(made) is FakeTensor and made.fake_mode is mode
+        assert all(getattr(made, a) == getattr(like, a) for a in ("shape", "dtype", "device", "layout"))
+        assert made.stride() == like.stride()
 
 
 def test_cache_layers_are_told_by_their_class() -> None:
