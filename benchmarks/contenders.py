@@ -89,7 +89,7 @@ PEERS = {
 }
 """The peers, by the names that `--peers` takes."""
 
-_CHUNK = 128
+_CHUNK = 512
 """Prompt tokens that one of our prefill runs takes, at most."""
 
 

@@ -64,13 +64,13 @@ MODELS: dict[str, TinyModel] = {
         },
     ),
     "qwen2": TinyModel("qwen2", _COMMON),
-    "qwen3": TinyModel("qwen3", _COMMON),
+    "qwen3": TinyModel("qwen3", {**_COMMON, "head_dim": 16}),  # wide enough for all that kernels can do
     "mistral": TinyModel("mistral", {**_COMMON, "sliding_window": WINDOW}, windowed=(0, 1)),
     "gemma2": TinyModel(
         "gemma2",
         {
             **_COMMON, "sliding_window": WINDOW, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0, "initializer_range": 0.1,
+            "final_logit_softcapping": 3.0, "initializer_range": 0.2,
         },
         post_norm=-0.7,
         windowed=(0,),

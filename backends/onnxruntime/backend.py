@@ -18,7 +18,7 @@ class OnnxRuntimeBackend(Backend):
     name: ClassVar[str] = "onnxruntime"
     pipeline: ClassVar[str] = (
         "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,"
-        "kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-kernels"
+        "kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-rotary,ort-kernels"
     )
 
     def missing(self) -> str | None:

@@ -89,7 +89,7 @@ class OrtSession:
     def reset(self) -> None:
         """Set all states to zero."""
         for _, value in self._states.values():
-            value.update_inplace(np.zeros(value.shape(), dtype=np.float32))
+            value.numpy().fill(0)  # the buffer itself: a cache of zeros to copy from would cost as much again
 
     def _bind(self, shape: list[int], vocab: int) -> _Binding:
         io = self._session.io_binding()

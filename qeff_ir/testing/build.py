@@ -157,8 +157,11 @@ class _Builder(Rotated):
             mixed = self.node("Attention", q, k, v, mask, scale=r.score_scale, softcap=r.softcap, shape=shape)
             self.planted["Attention"] += 1
             alone = sum(source in (i, other.shares) for i, other in enumerate(r.layers)) == 1
-            fits = r.head_dim == r.value_dim and r.head_dim % 8 == 0 and plain and alone
-            self.planted["GroupQueryAttention"] += fits and not scaled
+            fits = r.head_dim == r.value_dim and r.head_dim % 8 == 0 and plain and alone and not scaled
+            self.planted["GroupQueryAttention"] += fits
+            if fits and r.rotary == "half" and r.head_dim % 16 == 0:
+                strange = index == 0 and r.odd in ("unequal-halves", "other-sign")  # its queries
+                (self.missed if strange else self.planted)["ort-rotary"] += 1
         rows = self.node("Transpose", mixed, perm=[0, 2, 1, 3], shape=[*ROWS, r.heads, r.value_dim])
         width = r.heads * r.value_dim
         return self.linear(

@@ -53,7 +53,7 @@ def recipes(draw: st.DrawFn, *, most_layers: int = 4, odd: Odd | None = "none") 
         layers.append(Layer(window, shares, sinks and draw(st.booleans()), some_experts, written))
     if odd == "strided-mask":
         layers[0] = replace(layers[0], window=None)
-    head_dim = draw(st.sampled_from([8, 2, 4]))
+    head_dim = draw(st.sampled_from([8, 2, 4, 16]))
     rotary = draw(st.sampled_from(["none", "half", "partial", "interleaved"]))
     if odd in ROTATIONS and rotary not in ("half", "partial"):
         rotary = "half"
@@ -215,6 +215,7 @@ def stock_pipelines(draw: st.DrawFn) -> tuple[str, str]:
         "fuse-rotary",
         "fuse-activations",
         "ort-attention",
+        "ort-rotary",
         "ort-kernels",
         "fp16-clip",
     ]

@@ -293,6 +293,22 @@ def _faults() -> list[Fault]:
             "node not in write.outputs[0].consumers()",
         ),
     )
+    plant(
+        "passes/ort_rotary.py",
+        (
+            "cosines for sines",
+            "P10 passes",
+            "for value in queries.inputs[1:]]\n",
+            "for value in queries.inputs[:0:-1]]\n",
+        ),
+        (
+            "rotated twice as far",  # by how much all are rotated together would not matter
+            "P10 passes",
+            "first.const(0), count, first.const(1))",
+            'first.const(0), first("Add", count, count), first.const(2))',
+        ),
+        ("keys left as they are", "P10 passes", "enumerate((queries, keys)):", "enumerate((queries,)):"),
+    )
     plant("passes/ort_kernels.py", ("slope of a gate", "P10 passes", "alpha=alpha)", "alpha=alpha * 1.001)"))
     plant("passes/fp16_clip.py", ("range of another type", "P10 passes", "FP16_MAX = 65504.0", "FP16_MAX = 2.5"))
     plant(

@@ -27,13 +27,17 @@ FIRED: dict[str, dict[str, dict[str, int]]] = {
     "llama": {
         "fuse-norms": {"RMSNormalization": 5}, "fuse-rotary": {"RotaryEmbedding": 4}, "fuse-activations": {"Swish": 2},
         "kv-retention": {"CachePositions": 1, "TensorScatter": 4}, "attention": {},
-        "ort-attention": {"GroupQueryAttention": 2}, "ort-kernels": {"FusedMatMul": 15, "QuickGelu": 2},
+        "ort-attention": {"GroupQueryAttention": 2}, "ort-rotary": {},
+        "ort-kernels": {"FusedMatMul": 15, "QuickGelu": 2},
     },
     "gpt2": {
         "unflatten": {"Gemm": 8}, "fuse-norms": {}, "fuse-rotary": {}, "fuse-activations": {"Gelu tanh": 2},
         "ort-attention": {"GroupQueryAttention": 2}, "ort-kernels": {"FusedMatMul": 1},
     },
-    "qwen3": {"fuse-norms": {"RMSNormalization": 9}, "fuse-rotary": {"RotaryEmbedding": 4}},
+    "qwen3": {
+        "fuse-norms": {"RMSNormalization": 9}, "fuse-rotary": {"RotaryEmbedding": 4},
+        "ort-rotary": {"RotaryEmbedding": 2},
+    },
     "mistral": {"kv-retention": {"CachePositions": 1, "TensorScatter ring": 4}, "ort-attention": {}},
     "gemma2": {
         "fuse-norms": {"RMSNormalization": 9}, "fuse-activations": {"Gelu tanh": 2},

@@ -27,7 +27,7 @@ def scaled(share: float) -> Callable[[T], T]:
 
 RICH = [
     Recipe(
-        (Layer(window=3), Layer(), Layer(window=2)), kv_heads=2, group=2, head_dim=8, value_dim=8, rotary="half",
+        (Layer(window=3), Layer(), Layer(window=2)), kv_heads=2, group=2, head_dim=16, value_dim=16, rotary="half",
         activation="gelu-tanh", gated=True, gemm=True, bias=True, qk_norm=True, tied=True, scale=0.25, softcap=2.0,
         final_softcap=3.0,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from transformers import PreTrainedModel
 
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.session import Array
@@ -28,10 +30,15 @@ def decoder(name: str) -> Decoder:
         return support.open_decoder(support.canonical(name), Path(folder))
 
 
+@functools.cache
+def exact(name: str) -> PreTrainedModel:
+    return copy.deepcopy(support.tiny(name)[1]).double()
+
+
 def one_shot(name: str, row: tuple[int, ...]) -> Array:
-    """Logits of every token, ``[tokens, vocab]``."""
+    """Logits of every token in double precision, ``[tokens, vocab]``."""
     with torch.no_grad():
-        return support.tiny(name)[1](torch.tensor([row]), use_cache=False).logits[0].numpy()
+        return exact(name)(torch.tensor([row]), use_cache=False).logits[0].numpy()
 
 
 class Chunks(RuleBasedStateMachine):

@@ -293,6 +293,12 @@ def planted(built: Built, request: Request, text: str) -> dict[str, Counter[str]
         ),
         "attention": Counter({"sinks": p["sinks"], "grouped": p["Attention"] * ("impl=standard" not in text)}),
         "ort-attention": Counter({"GroupQueryAttention": p["GroupQueryAttention"] * ("impl=standard" in text)}),
+        "ort-rotary": Counter(
+            {
+                "RotaryEmbedding": p["ort-rotary"]
+                * ("impl=standard" in text and {"fuse-rotary", "ort-attention"} <= set(names))
+            }
+        ),
         "ort-kernels": Counter({"FusedMatMul": p["FusedMatMul"], "QuickGelu": swish * ("fuse-activations" in names)}),
         "legalize": Counter(
             {
