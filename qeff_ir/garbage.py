@@ -6,8 +6,8 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 
-MANY = 250_000
-"""Objects that blocks may leave behind before all that lives is looked through once: a fraction of a second's work."""
+MANY = 500_000
+"""Objects that blocks may leave behind before all that lives is looked through once, for half a second."""
 
 _left = 0
 """Objects that blocks have left behind since the last time."""

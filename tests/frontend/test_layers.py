@@ -169,7 +169,7 @@ def test_a_state_that_only_one_of_several_like_layers_keeps(folds: list[layers.F
 
     model = build("llama", num_hidden_layers=3)[1]
     model.model.layers[1].register_forward_hook(remember, with_kwargs=True)
-    with pytest.raises(UnsupportedModelError, match="recurrent|traced"):
+    with pytest.raises(UnsupportedModelError, match=r"recurrent|traced"):
         lower.lower(model, memory_weights(model))
     assert folds[0] is None
 
