@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qeff_ir import dialect
 from qeff_ir.module import SOURCE_KEY, Dim, Module, Role, State
 from qeff_ir.testing.recipe import KEY_SCALE, Layer, Recipe
-from qeff_ir.testing.rotated import Rotated
+from qeff_ir.testing.rotated import NEAR_MISSES, Rotated
 from qeff_ir.testing.spelled import BOOL, FLOAT, INT, ROWS
 
 HIDDEN = -65504.0
@@ -160,7 +160,7 @@ class _Builder(Rotated):
             fits = r.head_dim == r.value_dim and r.head_dim % 8 == 0 and plain and alone and not scaled
             self.planted["GroupQueryAttention"] += fits
             if fits and r.rotary == "half" and r.head_dim % 16 == 0:
-                strange = index == 0 and r.odd in ("unequal-halves", "other-sign")  # its queries
+                strange = index == 0 and r.odd in {*NEAR_MISSES, "other-sign"}  # its queries
                 (self.missed if strange else self.planted)["ort-rotary"] += 1
         rows = self.node("Transpose", mixed, perm=[0, 2, 1, 3], shape=[*ROWS, r.heads, r.value_dim])
         width = r.heads * r.value_dim

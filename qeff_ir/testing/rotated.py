@@ -11,6 +11,9 @@ import onnx_ir as ir
 from qeff_ir.testing.recipe import Recipe
 from qeff_ir.testing.spelled import FLOAT, INT, ROWS, Spelled
 
+NEAR_MISSES = frozenset({"unequal-halves", "same-half", "two-sines", "subtracted", "no-cosine"})
+"""What looks like a rotation and is none."""
+
 
 class Rotated(Spelled):
     """Makes the cosines and sines of a run once, and rotates by them.
@@ -81,9 +84,8 @@ class Rotated(Spelled):
             out = self.node("Sub", plain, other, shape=inner)
         else:
             out = self.pair("Add", plain, other, shape=inner)
-        missed = odd in ("unequal-halves", "same-half", "two-sines", "subtracted", "no-cosine")
-        self.missed["fuse-rotary"] += missed
-        self.planted["RotaryEmbedding"] += not (missed or backward)
+        self.missed["fuse-rotary"] += odd in NEAR_MISSES
+        self.planted["RotaryEmbedding"] += odd not in NEAR_MISSES and not backward
         return self.node("Concat", out, rest, axis=-1, shape=shape) if rest is not None else out
 
     def interleaved(self, x: ir.Value, shape: Sequence[Any]) -> ir.Value:
