@@ -84,6 +84,10 @@ def _size(tensor: Tensor, axis: int) -> int:
     return int(tensor.shape[axis])
 
 
+_NOTHING = torch.zeros(0)
+"""What a layer holds before it has held anything: models ask for its size."""
+
+
 class AttentionLayer(DynamicIndexedLayer):
     """Keys and values of all tokens, or of a window; an indexer's keys where there are any."""
 
@@ -94,7 +98,7 @@ class AttentionLayer(DynamicIndexedLayer):
         self.held = held
         self.is_initialized = True
         self.dtype, self.device = torch.float32, torch.device("cpu")
-        self.keys, self.values = held.past.get(("key", 0)), held.past.get(("value", 0))
+        self.keys, self.values = held.past.get(("key", 0), _NOTHING), held.past.get(("value", 0), _NOTHING)
 
     @property
     def slots(self) -> Tensor | None:

@@ -174,6 +174,18 @@ def test_a_state_that_only_one_of_several_like_layers_keeps(folds: list[layers.F
     assert folds[0] is None
 
 
+def test_a_model_may_ask_what_an_empty_cache_holds(folds: list[layers.Fold | None]) -> None:
+    asked: list[int] = []
+
+    def ask(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        asked.append(kwargs["past_key_values"].layers[0].values.numel())
+
+    model = build("llama")[1]
+    model.model.layers[0].register_forward_pre_hook(ask, with_kwargs=True)
+    lower.lower(model, memory_weights(model))
+    assert asked[0] == 0 and folds[0] is not None
+
+
 def test_what_crosses_between_layers_is_traced_in_full(folds: list[layers.Fold | None]) -> None:
     model = build("llama")[1]
     first, second = model.model.layers
