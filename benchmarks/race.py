@@ -28,6 +28,11 @@ NewTokens = Annotated[int, typer.Option(help="Tokens to decode.", min=1)]
 Threads = Annotated[int, typer.Option(help="Threads of every contender.", min=1)]
 Rounds = Annotated[int, typer.Option(help="Measured rounds, after one that warms up.", min=1)]
 
+SHARE = "share of bandwidth %"
+"""The figure that tells how close a decode step is to what memory allows."""
+GOAL = 90
+"""Percent of the bandwidth that we mean to reach."""
+
 
 @dataclass
 class Laps:
@@ -112,6 +117,7 @@ def measure(
         notes.append(
             f"a step reads {read / 1e6:,.1f} MB; memory gives {speed / 1e9:.1f} GB/s, caches of the processor more"
         )
+        notes.append(reached(made[0]))
     return Result(suite, quick, settings, made, "; ".join(filter(None, notes)))
 
 
@@ -166,11 +172,18 @@ def rows_of(
             }
         )
         if ceiling is not None:  # the rate says which direction is good
-            figures["share of bandwidth %"] = figure((100 * rate / ceiling for rate in lap.rate), "neither")
+            figures[SHARE] = figure((100 * rate / ceiling for rate in lap.rate), "neither")
         equal = sum(a == b for a, b in zip(lap.tokens, base.tokens, strict=True)) / len(base.tokens)
         figures["equal steps %"] = figure([100 * equal], "neither")
         made.append(Row(entrant.name, figures))
     return made
+
+
+def reached(row: Row) -> str:
+    """What share of the memory's bandwidth a contender reaches, against `GOAL`."""
+    share = row.figures[SHARE].median
+    stands = "at or above" if share >= GOAL else "below"
+    return f"{row.name} reaches {share:.1f} % of the memory's bandwidth, {stands} the goal of {GOAL} %"
 
 
 def standing(rows: Sequence[Row]) -> str:

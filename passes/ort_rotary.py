@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qeff_ir.module import Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
-from qeff_ir.passing.matching import made_by
+from qeff_ir.passing.matching import constant, made_by
 
 from ._rows import size
 from .ort_kernels import ORT_DOMAIN
@@ -85,8 +85,7 @@ def _depends_on_position(value: ir.Value | None, positions: ir.Value) -> bool:
     if node is None or node.domain or value is None:
         return False
     if node.op_type == "Unsqueeze":
-        axes = node.inputs[1].const_value if node.inputs[1] is not None else None
-        return node.inputs[0] is positions and axes is not None and axes.numpy().tolist() in ([-1], [2])
+        return node.inputs[0] is positions and constant(node.inputs[1]) in ([-1], [2])
     if node.op_type not in _POINTWISE or not _depends_on_position(node.inputs[0], positions):
         return False
     # A row of frequencies, or one number for all, is the same for every token.

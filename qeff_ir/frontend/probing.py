@@ -24,6 +24,11 @@ Run = Callable[[CapturingCache], Any]
 def probe(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list[State]:
     """The states that a run of the model shows, in the order of `State.order`; none when it writes to no cache.
 
+    Args:
+        model: The model, its weights fake tensors.
+        run: Runs it.
+        position_ids: Positions of that run, ``[batch, seq]``.
+
     Raises:
         UnsupportedModelError: A layer's state is of an unknown kind. What the model's own code raises is left as it is.
     """
@@ -33,7 +38,13 @@ def probe(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list[
 
 
 def expect(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list[State] | None:
-    """The states that are to be expected once a layer of each structure has run; `None` when that does not tell."""
+    """The states that are to be expected once a layer of each structure has run; `None` when that does not tell.
+
+    Args:
+        model: As for `probe`.
+        run: As for `probe`; it may fail for want of layers.
+        position_ids: As for `probe`.
+    """
     path = next(iter(layer_lists(model)), None)
     if path is None:
         return None

@@ -106,8 +106,8 @@ class Recorder(TorchDispatchMode):
             if expected == 0:
                 self.record.head.append(("hidden", self.label(tensors[0])))
             self.hidden, self.at = tensors[0], index
-            form = (tuple(self.hidden.shape), self.hidden.stride(), self.hidden.dtype)
-            self.step = self.first.after.setdefault((*self.record.layers[index], form), _Step())
+            start = (*self.record.layers[index], _form(self.hidden))
+            self.step = self.first.after.setdefault(start, _Step())
 
         def leave(index: int, out: Any) -> None:
             if not isinstance(out, torch.Tensor) and (type(out) not in (tuple, list) or not out):
@@ -177,8 +177,7 @@ class Recorder(TorchDispatchMode):
             return ("head", *made[1:])
         if key in self.own and self.own[key][0] == self.at:
             # What is computed with is the layer's own, but what is read while tracing must be the same in all copies.
-            form = (tuple(tensor.shape), tensor.stride(), tensor.dtype)
-            return ("own", self.own[key][1], form, *_numbers(tensor))
+            return ("own", self.own[key][1], _form(tensor), *_numbers(tensor))
         if key in self.outside:
             return ("weight", self.outside[key])
         if key in self.inputs:
@@ -218,6 +217,11 @@ def _molds(func: Any, args: Any, out: Any) -> list[private.FakeMold] | private.F
     if any(mold is None for mold in molds):
         return None
     return [m for m in molds if m is not None] if isinstance(out, tuple | list) else molds[0]
+
+
+def _form(tensor: torch.Tensor) -> Label:
+    """What operations on a tensor can tell of it without its numbers."""
+    return (tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def _numbers(tensor: torch.Tensor) -> tuple[str, ...]:

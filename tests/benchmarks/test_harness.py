@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from benchmarks import every
 from benchmarks.__main__ import app
 from benchmarks.compare import changes
-from benchmarks.race import standing
+from benchmarks.race import SHARE, reached, standing
 from benchmarks.result import SCHEMA, Result, Row, figure, markdown, plot
 
 ROOT = Path(__file__).parents[2]
@@ -145,3 +145,9 @@ def test_who_is_ahead_is_told(better: Any, words: str) -> None:
     assert standing([Row("ours", {"speed": figure([30.0])}), Row("gone", missing="x")]) == ""
     best = [Row(n, {"speed": figure([v], "higher")}) for n, v in (("ours", 10.0), ("slow", 5.0))]
     assert standing(best) == "ours is ahead of every peer that ran"
+
+
+@pytest.mark.parametrize(("share", "stands"), [(90.0, "at or above"), (89.9, "below"), (95.0, "at or above")])
+def test_a_race_says_whether_the_bandwidth_is_reached(share: float, stands: str) -> None:
+    said = reached(Row("ours", {SHARE: figure([share], "neither")}))
+    assert said == f"ours reaches {share} % of the memory's bandwidth, {stands} the goal of 90 %"

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend import layers, lower, stamp
+from qeff_ir.frontend import layers, lower, stamp, states
 from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.printer import attribute_text, type_text
@@ -159,6 +159,26 @@ def test_layers_of_one_structure_that_keep_other_states(folds: list[layers.Fold 
     assert folds[0] is None and folds[1] is not None and folds[1].kinds == (0, 1, 0)
     heads = [state.shape[1] for state in lower.lower(model, memory_weights(model)).states]
     assert heads == [heads[0], heads[0], 2 * heads[0], 2 * heads[0], heads[0], heads[0]]
+
+
+@pytest.mark.parametrize(
+    ("store", "shape"),
+    [
+        (lambda held: held.append(("key", 0), torch.zeros(2, 3, 5, 4)), (2, 4, 11, 4)),
+        (lambda held: held.append(("key", 0), torch.zeros(2, 3, 5, 4)), (2, 3, 11, 8)),
+        (lambda held: held.slide(("conv", 0), torch.zeros(2, 3, 5), 4), (2, 3, 3)),
+        (lambda held: held.slide(("conv", 0), torch.zeros(2, 3, 5), 4), (2, 6, 4)),
+        (lambda held: held.replace(("recurrent", 0), torch.zeros(2, 3, 4)), (2, 3, 8)),
+        (lambda held: held.replace(("recurrent", 0), torch.zeros(2, 3, 4)), (2, 3, 4, 1)),
+    ],
+)
+def test_a_state_of_another_shape_than_expected_is_refused(
+    store: Callable[[states._Held], torch.Tensor], shape: tuple[int, ...]
+) -> None:
+    keys: list[states.Key] = [("key", 0), ("conv", 0), ("recurrent", 0)]
+    held = states._Held(torch.zeros(2, 5, dtype=torch.long), dict.fromkeys(keys, torch.zeros(shape)))
+    with pytest.raises(UnsupportedModelError, match="of one shape in one run and of another in the next"):
+        store(held)
 
 
 def test_a_state_that_only_one_of_several_like_layers_keeps(folds: list[layers.Fold | None]) -> None:

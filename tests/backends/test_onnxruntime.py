@@ -1,0 +1,24 @@
+"""What an ONNX Runtime session keeps between runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from backends.onnxruntime.session import OrtSession
+from tests import support
+
+
+def test_a_reset_zeroes_the_states_where_they_are(tmp_path: Path) -> None:
+    session = support.open_decoder(support.canonical("llama"), tmp_path).session
+    assert isinstance(session, OrtSession)
+    shape = support.OPTIONS.batch_size, support.OPTIONS.prefill_seq_len
+    positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
+    session.run({"input_ids": np.ones(shape, np.int64), "position_ids": positions})
+    states = [value for _, value in session._states.values()]
+    places = [value.data_ptr() for value in states]
+    assert all(value.numpy().any() for value in states)
+    session.reset()
+    assert not any(value.numpy().any() for value in states)
+    assert [value.data_ptr() for value in states] == places
