@@ -80,7 +80,7 @@ def recipes(draw: st.DrawFn, *, most_layers: int = 4, odd: Odd | None = "none") 
         tied=draw(st.booleans()),
         parallel=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
-        scale=draw(st.sampled_from([None, 0.25, 0.7])),
+        scale=draw(st.sampled_from([None, 0.4, 0.7])),  # no 1 / sqrt(head_dim)
         softcap=draw(st.sampled_from([0.0, 2.0])),
         final_softcap=draw(st.sampled_from([0.0, 3.0])),
         odd=odd,

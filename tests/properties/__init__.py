@@ -28,7 +28,7 @@ def scaled(share: float) -> Callable[[T], T]:
 RICH = [
     Recipe(
         (Layer(window=3), Layer(), Layer(window=2)), kv_heads=2, group=2, head_dim=16, value_dim=16, rotary="half",
-        activation="gelu-tanh", gated=True, gemm=True, bias=True, qk_norm=True, tied=True, scale=0.25, softcap=2.0,
+        activation="gelu-tanh", gated=True, gemm=True, bias=True, qk_norm=True, tied=True, scale=0.4, softcap=2.0,
         final_softcap=3.0,
     ),
     Recipe(
@@ -42,7 +42,10 @@ RICH = [
         parallel=True,
     ),
 ]  # fmt: skip
-"""Decoders that have nearly everything between them: what random ones meet one at a time."""
+"""Decoders that have nearly everything between them: what random ones meet one at a time.
+
+None of their numbers is what an op takes when it is told nothing: 0.4 is no ``1 / sqrt(head_dim)``.
+"""
 
 
 def _runs(*counts: tuple[int, int, int], anew: int | None = None) -> tuple[Run, ...]:
