@@ -43,13 +43,14 @@ def CtxScatter(data: T, position_ids: INT64, updates: T) -> T:  # noqa: N802
 
 
 @script(_ctx, default_opset=op)
-def CtxGather(data: T, ctx_indices: INT64, comp_ctx_len: INT64) -> T:  # noqa: N802
-    """Read slots of a cache; a slot out of range is not read, and gives zeros.
+def CtxGather(data: T, ctx_indices: INT64, comp_ctx_len: INT64, unread: float = 0.0) -> T:  # noqa: N802
+    """Read slots of a cache; a slot out of range is not read.
 
     Args:
         data: The cache, ``[B, H, C, D]``.
         ctx_indices: Slots to read, broadcast to ``[B, H, N]``.
         comp_ctx_len: ``N``, a scalar.
+        unread: What stands where no slot is read.
 
     Returns:
         The slots, ``[B, H, N, D]``.
@@ -62,7 +63,7 @@ def CtxGather(data: T, ctx_indices: INT64, comp_ctx_len: INT64) -> T:  # noqa: N
     last = op.Constant(value_ints=[-1])
     index = op.Unsqueeze(op.Expand(op.Where(valid, ctx_indices, zero), shape), last)
     read = op.GatherND(data, index, batch_dims=2)
-    nothing = op.CastLike(op.Constant(value_float=0.0), data)
+    nothing = op.CastLike(op.Constant(value_float=unread), data)
     return op.Where(op.Unsqueeze(op.Expand(valid, shape), last), read, nothing)
 
 
@@ -70,9 +71,18 @@ RULES = {(CTX_DOMAIN, f.name): f for f in (CtxScatter, CtxGather)}
 """The bodies by domain and name."""
 
 
-def apply(model: onnx.ModelProto) -> None:
-    """Give the device ops of a model the device's own behavior, in place."""
+def apply(model: onnx.ModelProto, *, unread: float = 0.0) -> None:
+    """Give the device ops of a model the device's own behavior, in place.
+
+    Args:
+        model: The model.
+        unread: What a read of a slot out of range gives. The device promises nothing: NaN shows in the logits of a
+            graph that looks at it. Standard attention looks at hidden keys, so that one which is not lowered yet needs
+            a number.
+    """
     for function in model.functions:
         rule = RULES.get((function.domain, function.name))
         if rule is not None:
             function.CopyFrom(rule.to_function_proto())
+            for default in function.attribute_proto:
+                default.f = unread

@@ -2,12 +2,14 @@
 
 What is checked is what is shipped: the ONNX file of the package with its weights, the shapes of its
 ``specializations.json``, and states that stay where they are between runs. Only the bodies of the device ops are
-exchanged (`device_rules`). Not emulated is the arithmetic: it stays in the precision of the ONNX file.
+exchanged (`device_rules`); they give NaN for what they do not read, so that nothing can depend on it. The arithmetic is
+not emulated: it stays in the precision of the ONNX file.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -52,7 +54,7 @@ class EmulatedSession:
         self._specializations = specializations.load(model.parent / specializations.FILE)
         proto = onnx.load(str(model), load_external_data=False)
         weight_free.bind(proto, model.parent)
-        device_rules.apply(proto)
+        device_rules.apply(proto, unread=math.nan)
         content = proto.SerializeToString()
         self._programs = [_Program(content, model, s, threads) for s in self._specializations]
         shapes = self._programs[0].states

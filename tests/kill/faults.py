@@ -104,6 +104,7 @@ def _faults() -> list[Fault]:
             'b("Greater", self.slot_range(slots), self.last())',
             'b("GreaterOrEqual", self.slot_range(slots), self.last())',
         ),
+        ("values of empty slots seen", "P11 packages", "if not masked:", "if False:"),
         ("padding written", "P10 passes", 'b("Where", self.padded(), b.const(DROPPED), slot)', "slot"),
         (
             "idle rows overwrite their first slots",
