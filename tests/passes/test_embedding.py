@@ -49,7 +49,12 @@ def states(scale: float = 1.0) -> Array:
 def run(text: str, folder: Path, hidden: Array, *, masked: bool = True) -> Array:
     made = module(masked=masked)
     support.apply(made, text)
-    return support.run_graph(made, folder, {"hidden": hidden} | ({"attention_mask": MASK} if masked else {}))["output"]
+    found = support.run_graph(made, folder, {"hidden": hidden} | ({"attention_mask": MASK} if masked else {}))["output"]
+    declared = made.output("output").shape
+    assert declared is not None
+    sizes = [{"batch_size": ROWS, "seq_len": TOKENS}.get(str(d), d) for d in declared.dims]
+    assert sizes == list(found.shape)
+    return found
 
 
 def formula(mode: str, hidden: Array, mask: Array) -> Array:

@@ -41,6 +41,12 @@ def other_order(module: Module) -> None:
     rotations(module)[1].attributes["interleaved"] = ir.AttrInt64("interleaved", 1)
 
 
+def neighbors(module: Module) -> None:
+    """Rotations of neighboring numbers, which the kernel can do too."""
+    for node in rotations(module):
+        node.attributes["interleaved"] = ir.AttrInt64("interleaved", 1)
+
+
 def times(module: Module, factor: Callable[[OpBuilder], ir.Value]) -> None:
     """Multiply the cosines of queries and keys by the same."""
     queries, keys = rotations(module)
@@ -95,6 +101,7 @@ def nothing(module: Module) -> None:
             "only queries or only keys are rotated",
         ),
         (WHOLE, nothing, None),
+        (WHOLE, neighbors, None),
     ],
 )
 def test_what_the_kernel_cannot_do_is_left_alone(
