@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.module import Module
@@ -40,12 +41,17 @@ class OrtAttention(Pass):
             return
         lengths: dict[object, list[ir.Value]] = {}
         position_ids = module.input("position_ids")
-        for node in self.sites(module):
-            problem = _problem(node, position_ids)
+        problems = {node: _problem(node, position_ids) for node in self.sites(module)}
+        real = None
+        if 2 * list(problems.values()).count(None) < len(module.states):
+            # Other layers have states: what they store of padding is hidden from tokens, but NaN would show through.
+            b = rewriter.at(next(iter(module.graph)))
+            real = b("Unsqueeze", b("GreaterOrEqual", position_ids, b.const(0)), b.const([2]))
+        for node, problem in problems.items():
             if problem is not None:
                 rewriter.missed(node, problem)
             elif rewriter.rewrite("GroupQueryAttention"):
-                _fuse(node, position_ids, lengths, rewriter)
+                _fuse(node, position_ids, lengths, real, rewriter)
         rewriter.sweep()
         if rewriter.stats.fired:
             module.model.opset_imports[ORT_DOMAIN] = 1
@@ -96,8 +102,18 @@ def _is_causal(mask: ir.Value | None, position_ids: ir.Value) -> bool:
     )
 
 
-def _fuse(node: ir.Node, position_ids: ir.Value, lengths: dict[object, list[ir.Value]], rewriter: Rewriter) -> None:
-    """Replace an attention without a `_problem`; `lengths` holds what all layers with caches of one length share."""
+def _fuse(
+    node: ir.Node,
+    position_ids: ir.Value,
+    lengths: dict[object, list[ir.Value]],
+    real: ir.Value | None,
+    rewriter: Rewriter,
+) -> None:
+    """Replace an attention without a `_problem`; `lengths` holds what all layers with caches of one length share.
+
+    The kernel leaves its result for padding as memory happens to be; where `real` is given, ``[batch, seq, 1]``, all
+    that is not real becomes zero.
+    """
     writes = [w for w in (made_by(v, "TensorScatter") for v in node.inputs[1:3]) if w is not None]
     b = rewriter.at(node)
     past = writes[0].inputs[0]
@@ -122,6 +138,8 @@ def _fuse(node: ir.Node, position_ids: ir.Value, lengths: dict[object, list[ir.V
     mixed.type = node.outputs[0].type
     for write, present in zip(writes, kernel.outputs[1:], strict=True):
         rewriter.substitute(write, present)
+    if real is not None:
+        mixed = b("Where", real, mixed, b.const(0.0, np.float32), dtype=mixed.dtype)
     flat = flattening(node, heads * width)
     if flat is None:
         split = b("Reshape", mixed, b.const([0, 0, heads, width]))

@@ -17,8 +17,11 @@ from qeff_ir.printer import to_text
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.snapshot import load_module, save_module
 from qeff_ir.testing import tolerance
+from qeff_ir.testing.build import build
+from qeff_ir.testing.judge import prepare
 from tests import support
-from tests.models import MODELS
+from tests.models import MODELS, VOCAB
+from tests.properties import LONG, RICH
 from tests.support import OPTIONS
 
 SIZES = {"batch_size": 2, "seq_len": OPTIONS.prefill_seq_len, "ctx_len": OPTIONS.ctx_len}
@@ -281,20 +284,34 @@ def test_a_windowed_mask_over_the_slots_of_another_cache_too_gets_no_ring(tmp_pa
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
 def test_every_declared_shape_is_the_true_one_once_caches_are_physical(name: str, tmp_path: Path) -> None:
     """With rings and with plain caches in one graph; a runtime plans its buffers by these shapes."""
-    module = support.canonical(name)
+    assert_true_shapes(support.canonical(name), tmp_path)
+
+
+def test_every_declared_shape_is_the_true_one_with_rings_of_two_lengths(tmp_path: Path) -> None:
+    module = prepare(build(RICH[0]).module, LONG)
+    support.apply(module, "canonicalize")
+    assert_true_shapes(module, tmp_path, vocab=RICH[0].vocab)
+    assert len({s.ctx_dim for s in module.states}) == 3
+
+
+def assert_true_shapes(module: Module, folder: Path, vocab: int = VOCAB) -> None:
+    """Lower the caches, then compare each declared shape with what a run gives."""
     support.apply(module, "kv-retention{layout=tensor-scatter}")
     sizes = dict(module.specializations[0].symbols)
     inner = [v for n in module.graph for v in n.outputs if v.shape is not None and not v.is_graph_output()]
     declared = {str(v.name): [d if isinstance(d, int) else sizes.get(d.value or "") for d in v.shape] for v in inner}
     module.graph.outputs.extend(inner)
-    found = support.run_graph(module, tmp_path, support.random_feeds(module, sizes))
+    feeds = support.random_feeds(module, sizes)
+    feeds["input_ids"] %= vocab
+    found = support.run_graph(module, folder, feeds)
     wrong = {
         n: (s, found[n].shape)
         for n, s in declared.items()
         if any(_differ(*p) for p in zip(s, found[n].shape, strict=True))
     }
     assert wrong == {}
-    assert sum({sizes["sliding_window"], sizes["cache_len"]} & set(s) != set() for s in declared.values()) > 5
+    rings = {size for name, size in sizes.items() if name.startswith("sliding_window")}
+    assert sum({*rings, sizes["cache_len"]} & set(s) != set() for s in declared.values()) > 5
 
 
 def _differ(declared: int | None, true: int) -> bool:

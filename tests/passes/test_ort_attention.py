@@ -1,0 +1,47 @@
+"""What the attention kernel leaves for padding must not reach the tokens: it is whatever memory happens to hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qeff_ir.module import Module
+from qeff_ir.passing.manager import run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.passing.rewriter import Rewriter
+from qeff_ir.testing import tolerance
+from qeff_ir.testing.build import build
+from qeff_ir.testing.judge import expected, module_answers, prepare
+from qeff_ir.testing.recipe import Layer, Recipe
+from tests.properties import LONG
+
+PIPELINE = "canonicalize,last-logits,kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention"
+
+
+def worst_memory(module: Module) -> int:
+    """Make the kernel's result NaN wherever there is no token; returns how many kernels there are."""
+    kernels = [node for node in module.graph if node.op_type == "GroupQueryAttention"]
+    for kernel in kernels:
+        mixed, positions = kernel.outputs[0], module.input("position_ids")
+        readers = list(mixed.uses())
+        b = Rewriter(module, "fault").at(readers[0].node)
+        real = b("Unsqueeze", b("GreaterOrEqual", positions, b.const(0)), b.const([2]))
+        found = b("Where", real, mixed, b.const(np.nan, np.float32), dtype=mixed.dtype)
+        for use in readers:
+            use.node.replace_input_with(use.idx, found)
+    return len(kernels)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Layer(window=2), Layer(spelled=True), Layer(linear="decay"), Layer()],
+    ids=["ring", "spelled", "state", "none"],
+)
+def test_padding_of_the_kernel_reaches_no_token(other: Layer) -> None:
+    recipe = Recipe((Layer(), other), head_dim=8, value_dim=8, rotary="half")
+    module = prepare(build(recipe).module, LONG)
+    start = module.clone()
+    run_pipeline(module, Pipeline.parse(PIPELINE))
+    assert worst_memory(module) == 1 + (other == Layer())
+    error = tolerance.error_over_rms(module_answers(module, LONG, start), expected(recipe, LONG))
+    assert error <= tolerance.bound(tolerance.depth(start))
