@@ -192,7 +192,7 @@ class _Branches:
         return b("Unsqueeze", rows, b.const(between)) if between else rows
 
     def _plus(self, last: ir.Node, delta: ir.Value, b: OpBuilder) -> ir.Value:
-        """What a node returns and `delta`: a `Sum`, which no runtime fuses, so the product stays the base's."""
+        """What a node returns and `delta`: a `Sum`, which no runtime fuses, so the base model's numbers stay."""
         old = last.outputs[0]
         return b("Sum", self._again(last, b), delta, shape=old.shape, dtype=old.dtype)
 

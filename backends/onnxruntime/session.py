@@ -15,6 +15,9 @@ from qeff_ir.snapshot import load_module
 
 _TYPES: dict[str, type[np.generic]] = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
 """Types of the inputs of a run, by ONNX Runtime's names."""
+_FUSE_BIASES = ["SkipLayerNormFusion"]
+"""What the runtime must leave: it adds a layer's bias to the residual, in another order than where an adapter's branch
+stands between product and bias, and the base model's slot would not answer as the base model alone."""
 
 
 class OrtSession:
@@ -41,7 +44,9 @@ class OrtSession:
         for symbol, size in fixed.items():
             options.add_free_dimension_override_by_name(symbol, size)
         try:
-            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=_FUSE_BIASES
+            )
         except Exception as error:  # ONNX Runtime raises several private types
             raise PackageError(f"ONNX Runtime cannot load {model}: {str(error).splitlines()[0]}") from error
         self._states = {

@@ -511,6 +511,12 @@ def _faults() -> list[Fault]:
             'io.bind_output(output, "cpu")',
         ),
         (
+            "bias fused where no adapter is",
+            "P12 adapters",
+            '_FUSE_BIASES = ["SkipLayerNormFusion"]',
+            "_FUSE_BIASES: list[str] = []",
+        ),
+        (
             "states of other layers bound",
             "P11 packages",
             "io.bind_ortvalue_input(name, value)",

@@ -20,12 +20,18 @@ from qeff_ir.runtime.session import Array, Session
 from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import explained, options, prepare, session_answers
-from qeff_ir.testing.recipe import Recipe, answer
-from qeff_ir.testing.strategies import SEEDS, Request, recipes, requests
+from qeff_ir.testing.recipe import Layer, Recipe, answer
+from qeff_ir.testing.strategies import SEEDS, Request, Run, recipes, requests
 from tests.properties import LONG, RICH, scaled
 
 SLOTS = 2
 PREFIX = "model."
+BIASED = Recipe(
+    (Layer(),), kv_heads=1, group=1, head_dim=8, value_dim=8, vocab=8, rotary="none", activation="swish", gated=False,
+    norm="layer", bias=True, gemm=False, qk_norm=True, spelling=221,
+)  # fmt: skip
+"""A bias, a residual and a layer norm in a row, which a runtime may fuse, and then adds the bias in another order."""
+FULL = Request(12, 3, (Run(3, (3, 3, 3), (False,) * 3),), 8, seed=0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def added(module: Module, adapters: Adapters, slot: int) -> Mapping[str, Array]:
 @example((RICH[0], LONG, Adapters("all-linear", (3, 1), (1, 0, 2), 1)), "ai100")
 @example((RICH[0], LONG, Adapters("all-linear", (2, 3), (2, 2, 1), 2)), "onnxruntime")
 @example((RICH[2], LONG, Adapters("v,up", (1, 2), (1, 2, 0), 3)), "onnxruntime")
+@example((BIASED, FULL, Adapters("all-linear", (1, 1), (0, 1, 2), 0)), "onnxruntime")
 def test_p12_rows_answer_with_their_own_adapter(case: tuple[Recipe, Request, Adapters], target: str) -> None:
     recipe, request, adapters = case
     base = prepare(build(recipe).module, request)
