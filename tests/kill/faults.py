@@ -168,7 +168,7 @@ def _faults() -> list[Fault]:
         ),
     )
     plant(
-        "passes/legalize.py",
+        "passes/_lowerings.py",
         ("rotation backwards", "P10 passes", 'low = b("Sub"', 'low = b("Add"'),
         (
             "cosine and sine swapped in one half",

@@ -15,9 +15,14 @@ from qeff_ir.module import Dim, Module, Specialization
 from qeff_ir.runtime.session import Array
 from tests import support
 
-ROWS, TOKENS, WIDTH = 5, 6, 8
-MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0], [0] * 6])
-"""Full, padded on the right, on the left, with holes, and nothing but padding."""
+ROWS, TOKENS, WIDTH = 7, 6, 8
+MASK = np.array(
+    [
+        *([1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0], [0] * 6),
+        *([1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]),
+    ]
+)
+"""Full, padded on the right, on the left, with holes, nothing but padding, and one token on either side."""
 
 
 def module(*, masked: bool = True) -> Module:
@@ -95,9 +100,10 @@ def test_poolings_follow_their_formulas(mode: str, tmp_path: Path) -> None:
     assert np.abs(other[1:4] - found[1:4]).max() > 1e-3  # the mask counts
 
 
-def test_poolings_are_joined(tmp_path: Path) -> None:
-    found = run("embedding{pooling=cls+mean}", tmp_path, states())
-    both = [formula(m, states(), MASK) for m in ("cls", "mean")]
+@pytest.mark.parametrize("modes", [("cls", "mean"), ("mean", "cls"), ("weighted-mean", "last", "max")])
+def test_poolings_are_joined_in_the_order_that_is_asked_for(modes: tuple[str, ...], tmp_path: Path) -> None:
+    found = run(f"embedding{{pooling={'+'.join(modes)}}}", tmp_path, states())
+    both = [formula(m, states(), MASK) for m in modes]
     np.testing.assert_allclose(found, np.concatenate(both, axis=1), rtol=2e-6, atol=1e-7)
 
 

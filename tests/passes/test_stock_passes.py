@@ -120,6 +120,7 @@ def test_canonicalization_keeps_the_numbers(name: str, tmp_path: Path) -> None:
     agree(before, after, feeds["position_ids"] >= 0, tolerance.bound(tolerance.depth(module)))
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["behind", "first"])
 @pytest.mark.parametrize(
     ("op_type", "constant", "left"),
     [
@@ -127,16 +128,34 @@ def test_canonicalization_keeps_the_numbers(name: str, tmp_path: Path) -> None:
         *(("Mul", 1.0, 0), ("Mul", 1.000001, 1), ("Div", 1.0, 0), ("Div", 1.000001, 1)),
     ],
 )
-def test_only_what_changes_nothing_is_taken_out(op_type: str, constant: float, left: int) -> None:
+def test_only_what_changes_nothing_is_taken_out(op_type: str, constant: float, left: int, first: bool) -> None:
     module = support.canonical("llama")
     count = sum(n.op_type == op_type for n in module.graph)
     power = next(n for n in module.graph if n.op_type == "Pow")
     b = Rewriter(module, "test").at(power)
     x = power.inputs[0]
     assert x is not None
-    power.replace_input_with(0, b(op_type, x, b.const(constant, np.float32), shape=x.shape, dtype=x.dtype))
+    number = b.const(constant, np.float32)
+    power.replace_input_with(0, b(op_type, *((number, x) if first else (x, number)), shape=x.shape, dtype=x.dtype))
     support.apply(module, "canonicalize")
-    assert sum(n.op_type == op_type for n in module.graph) == count + left
+    kept = left or (first and op_type in ("Sub", "Div"))  # 0 - x and 1 / x are other numbers
+    assert sum(n.op_type == op_type for n in module.graph) == count + kept
+
+
+def test_the_last_token_is_found_at_any_position(tmp_path: Path) -> None:
+    """The pass compares positions in fewer bits than they come in."""
+    module = support.canonical("llama")
+    sizes = {**SIZES, "ctx_len": 2**17 + 8}
+    feeds = support.random_feeds(module, sizes)
+    for row, first in enumerate((125, 2**17 - 3)):  # the numbers of eight and of sixteen bits end between
+        feeds["position_ids"][row] = np.arange(first, first + SIZES["seq_len"])
+    feeds["position_ids"][1, 5:] = -1
+    before = support.run_graph(module, tmp_path / "a", feeds)["logits"]
+    support.apply(module, "last-logits")
+    after = support.run_graph(module, tmp_path / "b", feeds)["logits"]
+    limit = tolerance.bound(tolerance.depth(module))
+    for row, last in enumerate((7, 4)):
+        assert tolerance.error_over_rms(after[row, 0], before[row, last]) <= limit
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -190,6 +209,17 @@ def test_half_range_clip() -> None:
     clipped, kept = (module.graph.initializers[n].const_value for n in ("wide", "narrow"))
     assert clipped is not None and clipped.numpy().tolist() == [65504.0, -65504.0, 65504.0, -np.inf, 5.0]
     assert kept is not None and kept.numpy().tolist() == [1.0, -65504.0]
+
+
+@pytest.mark.parametrize("number", [-65505.0, -3.4e38, 65505.0, np.inf])
+def test_one_number_out_of_range_on_either_side_is_clipped(number: float) -> None:
+    """Masks hide with the least float alone."""
+    module = support.canonical("llama")
+    array = np.array([0.0, number], np.float32)
+    module.graph.register_initializer(ir.val("one", const_value=ir.tensor(array, name="one")))
+    support.apply(module, "fp16-clip")
+    clipped = module.graph.initializers["one"].const_value
+    assert clipped is not None and clipped.numpy().tolist() == [0.0, np.sign(number) * 65504.0]
 
 
 def test_weights_are_clipped_only_when_asked() -> None:

@@ -15,7 +15,8 @@ from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import TokenEmbedding
 from qeff_ir.errors import PackageError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import Source, open_source
-from qeff_ir.module import CHANGED_KEY
+from qeff_ir.module import CHANGED_KEY, Module
+from qeff_ir.passing.base import Rewriter
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.interface import read_interface
 from qeff_ir.runtime.session import Array
@@ -161,3 +162,33 @@ def test_what_the_host_cannot_do_is_refused() -> None:
     module.graph.inputs[0].name = "input_ids"
     with pytest.raises(PassError, match="the tokens are looked up in 0 tables, not in one"):
         apply(module, "token-embedding")
+
+
+def look_up(module: Module) -> ir.Node:
+    """The node that looks up the tokens."""
+    return next(n for n in module.graph if n.op_type == "Gather" and module.input("input_ids") in n.inputs)
+
+
+def test_the_rows_of_other_numbers_than_the_tokens_are_not_the_hosts_to_find() -> None:
+    """A shifted look-up, as models have for positions that start behind an offset."""
+    module = canonical("llama")
+    node, ids = look_up(module), module.input("input_ids")
+    b = Rewriter(module, "fault").at(node)
+    node.replace_input_with(1, b("Mod", b("Add", ids, b.const(2)), b.const(VOCAB), shape=ids.shape, dtype=ids.dtype))
+    with pytest.raises(PassError, match="the tokens are looked up in 0 tables, not in one"):
+        apply(module, "token-embedding")
+
+
+def test_every_look_up_of_the_tokens_is_the_hosts() -> None:
+    module = canonical("llama")
+    node = look_up(module)
+    found = node.outputs[0]
+    b = Rewriter(module, "fault").at(node)
+    again = b("Gather", *node.inputs, shape=found.shape, dtype=found.dtype)
+    readers = list(found.uses())
+    total = Rewriter(module, "fault").at(readers[0].node)("Add", found, again, shape=found.shape, dtype=found.dtype)
+    for use in readers:
+        use.node.replace_input_with(use.idx, total)
+    apply(module, "token-embedding")
+    assert not any(v.name == "input_ids" for v in module.graph.inputs)
+    assert "model.embed_tokens.weight" not in module.graph.initializers

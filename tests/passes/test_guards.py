@@ -1,0 +1,482 @@
+"""Each condition of what a pass matches: graphs that are bent in one place, whose numbers must stay what they were.
+
+A bend is an edit that makes a sound graph another sound graph. The pass must then leave the bent place alone, or
+rewrite it as it now is; both show in the numbers, which are compared with those of the bent graph before the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qeff_ir.errors import PassError
+from qeff_ir.module import SOURCE_KEY, Module
+from qeff_ir.passing.base import OpBuilder, Rewriter
+from qeff_ir.passing.matching import made_by, scalar
+from qeff_ir.testing import tolerance
+from qeff_ir.testing.build import build
+from qeff_ir.testing.judge import module_answers, prepare
+from qeff_ir.testing.recipe import Layer, Recipe
+from tests import support
+from tests.properties import EDGE
+
+PLAIN = Recipe((Layer(),), head_dim=16, value_dim=16, rotary="half", gemm=True, bias=True)
+"""What every pass finds something in."""
+
+STATES = "canonicalize,fuse-rotary,last-logits,kv-retention{layout=tensor-scatter},attention{impl=standard}"
+DEVICE = "canonicalize,fuse-norms,fuse-rotary,fuse-activations,last-logits,kv-retention,attention"
+
+
+def nodes(module: Module, op_type: str) -> list[ir.Node]:
+    found = [node for node in module.graph if node.op_type == op_type]
+    assert found, f"there is no {op_type} to bend"
+    return found
+
+
+def at(node: ir.Node) -> OpBuilder:
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    return Rewriter(Module(ir.Model(graph, ir_version=11), "bent"), "bend").at(node)
+
+
+def like(value: ir.Value | None, b: OpBuilder, op_type: str, *more: ir.Value) -> ir.Value:
+    """``op_type(value, *more)``, of the same shape."""
+    assert value is not None
+    return b(op_type, value, *more, shape=value.shape, dtype=value.dtype)
+
+
+def wrap(node: ir.Node, index: int, op_type: str, *more: float) -> None:
+    """Put an operator before an input of a node."""
+    b, value = at(node), node.inputs[index]
+    assert value is not None and value.dtype is not None
+    constants = [b.const(number, value.dtype.numpy()) for number in more]
+    node.replace_input_with(index, like(value, b, op_type, *constants))
+
+
+def set_constant(node: ir.Node, index: int, number: list[int] | int) -> None:
+    node.replace_input_with(index, at(node).const(number))
+
+
+def set_number(node: ir.Node, index: int, number: float) -> None:
+    node.replace_input_with(index, at(node).const(number, np.float32))
+
+
+def set_int(node: ir.Node, name: str, number: int) -> None:
+    node.attributes[name] = ir.AttrInt64(name, number)
+
+
+# unflatten
+
+
+def gemm_factor(name: str) -> Callable[[Module], None]:
+    def bend(module: Module) -> None:
+        nodes(module, "Gemm")[0].attributes[name] = ir.AttrFloat32(name, 0.5)
+
+    return bend
+
+
+def around_gemm(module: Module) -> tuple[ir.Node, ir.Node, ir.Node]:
+    """A Gemm of as many features as it takes, and the reshapes around it."""
+    for node in nodes(module, "Gemm"):
+        flat, (back,) = made_by(node.inputs[0], "Reshape"), list(node.outputs[0].consumers())
+        weight = node.inputs[1]
+        assert flat is not None and weight is not None and weight.shape is not None
+        if weight.shape[0] == weight.shape[1]:
+            return flat, node, back
+    raise AssertionError("no Gemm is square")
+
+
+def transposed_gemm(module: Module) -> None:
+    set_int(around_gemm(module)[1], "transB", 1)
+
+
+def other_rows(module: Module) -> None:
+    """Tokens stand before rows behind the layer: as many numbers, in other places."""
+    _, _, back = around_gemm(module)
+    out, b = back.outputs[0], at(back)
+    assert out.shape is not None
+    width = out.shape[2]
+    ids = module.input("input_ids")
+    swapped = b("Concat", b("Shape", ids, start=1, end=2), b("Shape", ids, start=0, end=1), b.const([width]), axis=0)
+    back.replace_input_with(1, swapped)
+    out.shape = ir.Shape(["seq_len", "batch_size", width])
+    uses = list(out.uses())
+    turned = at(uses[0].node)("Transpose", out, perm=[1, 0, 2], shape=["batch_size", "seq_len", width], dtype=out.dtype)
+    for use in uses:
+        use.node.replace_input_with(use.idx, turned)
+
+
+def split_features(module: Module) -> None:
+    """The layer takes a half of a token's features at a time: a block-diagonal layer."""
+    flat, gemm, back = around_gemm(module)
+    weight, data, out = gemm.inputs[1], flat.inputs[0], back.outputs[0]
+    assert weight is not None and weight.shape is not None and data is not None and data.shape is not None
+    width = weight.shape[0]
+    assert isinstance(width, int) and len(data.shape) == 3
+    b, half = at(gemm), width // 2
+    split = b("Reshape", data, b.const([0, 0, 2, half]), shape=[*data.shape.dims[:2], 2, half], dtype=data.dtype)
+    gemm.replace_input_with(0, b("Reshape", split, b.const([-1, half]), shape=[None, half], dtype=data.dtype))
+    small = b("Slice", weight, b.const([0, 0]), b.const([half, half]), b.const([0, 1]), shape=[half, half])
+    bias = b("Slice", gemm.inputs[2], b.const([0]), b.const([half]), b.const([0]), shape=[half])
+    gemm.replace_input_with(1, small)
+    gemm.replace_input_with(2, bias)
+    small.dtype = bias.dtype = gemm.outputs[0].dtype = ir.DataType.FLOAT
+    gemm.outputs[0].shape = ir.Shape([None, half])
+    assert out.shape is not None and out.shape[2] == width
+
+
+# fuse-rotary
+
+
+def turned_halves(module: Module) -> tuple[ir.Node, ir.Node, ir.Node]:
+    """Of one rotation: ``Concat(-high, low)``, and the slices that make ``high`` and ``low``."""
+    concat = next(n for n in nodes(module, "Concat") if made_by(n.inputs[0], "Neg") is not None)
+    negation = made_by(concat.inputs[0], "Neg")
+    assert negation is not None
+    high, low = made_by(negation.inputs[0], "Slice"), made_by(concat.inputs[1], "Slice")
+    assert high is not None and low is not None
+    return concat, high, low
+
+
+def shifted_low(module: Module) -> None:
+    _, _, low = turned_halves(module)
+    set_constant(low, 1, [1])
+    set_constant(low, 2, [9])
+
+
+def shifted_high(module: Module) -> None:
+    _, high, _ = turned_halves(module)
+    set_constant(high, 1, [7])
+    set_constant(high, 2, [15])
+
+
+def high_of_another(module: Module) -> None:
+    _, high, _ = turned_halves(module)
+    wrap(high, 0, "Mul", 0.5)
+
+
+def factor_of(op_type: str) -> Callable[[Module], None]:
+    """Scaled cosines or sines, as long contexts have them: still a rotation, which must keep its scale."""
+
+    def bend(module: Module) -> None:
+        node = nodes(module, op_type)[0]
+        out = node.outputs[0]
+        for use in list(out.uses()):
+            b = at(use.node)
+            use.node.replace_input_with(use.idx, like(out, b, "Mul", b.const(0.7, np.float32)))
+
+    return bend
+
+
+# fuse-activations
+
+
+def tanh_constant(index: int, number: float) -> Callable[[Module], None]:
+    """Bend one of the numbers of the tanh form, found by its value."""
+    known = [0.044715, float(np.sqrt(2.0 / np.pi)), 3.0, 0.5]
+
+    def bend(module: Module) -> None:
+        for node in module.graph:
+            for i, value in enumerate(node.inputs):
+                tensor = value.const_value if value is not None else None
+                if tensor is not None and tensor.size == 1 and np.isclose(tensor.numpy(), known[index], rtol=1e-6):
+                    node.replace_input_with(i, at(node).const(number, np.float32))
+
+    return bend
+
+
+def gelu_without_half(module: Module) -> None:
+    for node in nodes(module, "Mul"):
+        if 0.5 in map(scalar, node.inputs):
+            whole = next(value for value in node.inputs if scalar(value) != 0.5)
+            assert whole is not None
+            Rewriter(module, "bend").substitute(node, like(whole, at(node), "Identity"))
+
+
+def other_root(module: Module) -> None:
+    """The error function of another width, spelled with the division of a GELU."""
+    set_number(nodes(module, "Div")[0], 1, 1.5)
+
+
+# fuse-norms
+
+
+def mean_over_tokens(module: Module) -> None:
+    set_constant(nodes(module, "ReduceMean")[0], 1, [1])
+
+
+# attention
+
+
+def bias_of_each_head(module: Module) -> None:
+    """Every query head has a bias of its own, as heads have that forget at different rates."""
+    (node,) = nodes(module, "Attention")
+    b, mask, queries = at(node), node.inputs[3], node.inputs[0]
+    assert mask is not None and mask.shape is not None and queries is not None and queries.shape is not None
+    heads = queries.shape[1]
+    assert isinstance(heads, int)
+    slopes = b.const(np.linspace(-1.0, 2.0, heads)[:, None, None], np.float32)
+    shape = [mask.shape[0], heads, *mask.shape.dims[2:]]
+    seen = b("Where", mask, slopes, b.const(-65504.0, np.float32), shape=shape, dtype=ir.DataType.FLOAT)
+    places = b("Cast", b("Range", b.const(0), b("Squeeze", b("Shape", seen, start=3, end=4)), b.const(1)), to=1)
+    node.replace_input_with(3, b("Mul", seen, places, shape=shape, dtype=ir.DataType.FLOAT))
+
+
+# last-logits
+
+
+def softmax_over_tokens(module: Module) -> None:
+    replace_logits(module, lambda b, old: b("Softmax", old, axis=1))
+
+
+def sum_with_other_tokens(module: Module) -> None:
+    """Something else of every token is added behind the head."""
+
+    def add(b: OpBuilder, old: ir.Value) -> ir.Value:
+        positions = b("Unsqueeze", b("Cast", module.input("position_ids"), to=int(ir.DataType.FLOAT)), b.const([2]))
+        return b("Add", old, positions)
+
+    replace_logits(module, add)
+
+
+def replace_logits(module: Module, make: Callable[[OpBuilder, ir.Value], ir.Value]) -> None:
+    old = module.output("logits")
+    end = ir.node("Identity", [old])
+    module.graph.append(end)
+    new = make(at(end), old)
+    new.shape, new.dtype = old.shape, old.dtype
+    module.graph.remove(end, safe=True)
+    old.name, new.name = "inner", "logits"
+    module.graph.outputs[0] = new
+
+
+# ort-attention, ort-rotary, ort-kernels
+
+
+def causal_mask(module: Module) -> ir.Node:
+    (node,) = nodes(module, "LessOrEqual")
+    return node
+
+
+def later_positions(module: Module) -> None:
+    """A query sees one token more than its own, where there is one."""
+    query = made_by(causal_mask(module).inputs[1], "Unsqueeze")
+    assert query is not None
+    wrap(query, 0, "Sub", 1)
+
+
+def slot_numbers(index: int, number: int) -> Callable[[Module], None]:
+    """Slots are counted from another number, or in other steps; their number stays."""
+
+    def bend(module: Module) -> None:
+        (node,) = nodes(module, "Range")
+        b = at(node)
+        start, end, step = node.inputs
+        assert start is not None and end is not None and step is not None
+        if index == 0:
+            node.replace_input_with(0, b.const(number))
+            node.replace_input_with(1, b("Add", end, b.const(number)))
+        else:
+            node.replace_input_with(2, b.const(number))
+            node.replace_input_with(1, b("Mul", end, b.const(number)))
+
+    return bend
+
+
+def other_slots_for_values(module: Module) -> None:
+    """Values lie one slot before their keys, where there is one."""
+    _, values = nodes(module, "TensorScatter")
+    b, start = at(values), values.inputs[2]
+    assert start is not None
+    before = b("Max", b("Sub", start, b.const(1)), b.const(0))
+    values.replace_input_with(2, before)
+
+
+def keys_are_values(module: Module) -> None:
+    (node,) = nodes(module, "Attention")
+    node.replace_input_with(2, node.inputs[1])
+
+
+def second_reader(module: Module) -> None:
+    """Something else looks at a cache."""
+    keys, _ = nodes(module, "TensorScatter")
+    logits = module.output("logits")
+    made = logits.producer()
+    assert made is not None
+    b = at(made)
+    found = b("ReduceMax", keys.outputs[0], b.const([1, 2, 3]), keepdims=0)
+    wide = b("Unsqueeze", found, b.const([1, 2]))
+    hidden = made.inputs[0]
+    made.replace_input_with(0, like(hidden, b, "Add", wide))
+
+
+def other_sines(module: Module) -> None:
+    _, keys = nodes(module, "RotaryEmbedding")
+    wrap(keys, 2, "Mul", 0.5)
+
+
+def scaled_angles(module: Module) -> None:
+    """Cosines of both by one number: still in the kernel's power."""
+    queries, keys = nodes(module, "RotaryEmbedding")
+    b = at(queries)
+    scaled = like(queries.inputs[1], b, "Mul", b.const(0.7, np.float32))
+    for node in (queries, keys):
+        node.replace_input_with(1, scaled)
+
+
+def stacked_weight(module: Module) -> None:
+    """A weight of three axes, turned into ``[1, in, out]``."""
+    node = next(n for n in nodes(module, "MatMul") if made_by(n.inputs[1], "Transpose") is None)
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    numbers = weight.const_value.numpy().T[:, None, :]
+    stacked = ir.val("stacked", const_value=ir.tensor(np.ascontiguousarray(numbers), name="stacked"))
+    stacked.metadata_props.update(weight.metadata_props)
+    module.graph.register_initializer(stacked)
+    turned = at(node)("Transpose", stacked, perm=[1, 2, 0], dtype=ir.DataType.FLOAT)
+    turned.shape = ir.Shape([1, *(weight.shape or ())])
+    node.replace_input_with(1, turned)
+
+
+def swish_factor(module: Module) -> None:
+    nodes(module, "Swish")[0].attributes["alpha"] = ir.AttrFloat32("alpha", 1.7)
+
+
+# legalize
+
+
+def attribute(op_type: str, name: str, number: int) -> Callable[[Module], None]:
+    return lambda module: set_int(nodes(module, op_type)[0], name, number)
+
+
+def saturating(number: int) -> Callable[[Module], None]:
+    return attribute("Cast", "saturate", number)
+
+
+def small_epsilon(module: Module) -> None:
+    """An epsilon far below the default's, for hidden states whose squares are as small."""
+    node = nodes(module, "RMSNormalization")[0]
+    wrap(node, 0, "Mul", 1e-4)
+    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-9)
+
+
+def fourth_input(module: Module) -> None:
+    """Positions for the rotation to look up its own angles by."""
+    queries = nodes(module, "RotaryEmbedding")[0]
+    queries.resize_inputs(4)
+    queries.replace_input_with(3, module.input("position_ids"))
+
+
+@dataclass(frozen=True)
+class Bend:
+    """What is bent, and what the pass makes of it.
+
+    Attributes:
+        before: Pipeline up to the pass.
+        step: The pass.
+        change: The bend.
+        less: How many rewrites fewer there are than without; none where the bent place is rewritten all the same.
+        refused: What the pass says when it refuses the module.
+        recipe: The decoder.
+    """
+
+    before: str
+    step: str
+    change: Callable[[Module], None]
+    less: int = 1
+    refused: str | None = None
+    recipe: Recipe = PLAIN
+
+
+ROTARY = f"{STATES},ort-attention"
+SQUARE = Recipe((Layer(),), kv_heads=1, group=1, head_dim=8, value_dim=8, gemm=True, bias=True)
+GROUPS = Recipe((Layer(),), kv_heads=2, group=3, head_dim=8, value_dim=8)
+ERF = Recipe((Layer(),), activation="gelu")
+TANH = Recipe((Layer(),), activation="gelu-tanh")
+
+BENDS = {
+    "gemm alpha": Bend("canonicalize", "unflatten", gemm_factor("alpha")),
+    "gemm beta": Bend("canonicalize", "unflatten", gemm_factor("beta")),
+    "gemm transposed": Bend("canonicalize", "unflatten", transposed_gemm, recipe=SQUARE),
+    "rows swapped": Bend("canonicalize", "unflatten", other_rows, recipe=SQUARE),
+    "features split": Bend("canonicalize", "unflatten", split_features, recipe=SQUARE),
+    "lower half shifted": Bend("canonicalize", "fuse-rotary", shifted_low),
+    "upper half shifted": Bend("canonicalize", "fuse-rotary", shifted_high),
+    "halves of two values": Bend("canonicalize", "fuse-rotary", high_of_another),
+    "cosines scaled": Bend("canonicalize", "fuse-rotary", factor_of("Cos"), less=0),
+    "sines scaled": Bend("canonicalize", "fuse-rotary", factor_of("Sin"), less=0),
+    **{
+        f"tanh number {index}": Bend("canonicalize", "fuse-activations", tanh_constant(index, number), recipe=TANH)
+        for index, number in enumerate([0.0449, 0.8, 2.0, 0.51])
+    },
+    "gelu without its half": Bend("canonicalize", "fuse-activations", gelu_without_half, recipe=ERF),
+    "gelu of another root": Bend("canonicalize", "fuse-activations", other_root, recipe=ERF),
+    "mean over tokens": Bend("canonicalize", "fuse-norms", mean_over_tokens),
+    "bias of each head": Bend("canonicalize", "attention", bias_of_each_head, less=0, recipe=GROUPS),
+    "softmax over tokens": Bend(
+        "canonicalize,unflatten", "last-logits", softmax_over_tokens, refused="not a matrix product"
+    ),
+    "logits of two": Bend(
+        "canonicalize,unflatten", "last-logits", sum_with_other_tokens, refused="not a matrix product"
+    ),
+    "positions moved": Bend(STATES, "ort-attention", later_positions),
+    "slots from one": Bend(STATES, "ort-attention", slot_numbers(0, 1)),
+    "slots in steps": Bend(STATES, "ort-attention", slot_numbers(2, 2)),
+    "values elsewhere": Bend(STATES, "ort-attention", other_slots_for_values),
+    "keys for values": Bend(STATES, "ort-attention", keys_are_values),
+    "second reader": Bend(STATES, "ort-attention", second_reader),
+    "sines of keys": Bend(ROTARY, "ort-rotary", other_sines),
+    "angles scaled": Bend(ROTARY, "ort-rotary", scaled_angles, less=0),
+    "stacked weight": Bend("canonicalize,unflatten", "ort-kernels", stacked_weight, less=0),
+    "swish factor": Bend("canonicalize,fuse-activations", "ort-kernels", swish_factor, less=0),
+    "swish factor, lowered": Bend(DEVICE, "legalize", swish_factor, less=0),
+    "small epsilon": Bend(DEVICE, "legalize", small_epsilon, less=0),
+    "norm axis": Bend(DEVICE, "legalize", attribute("RMSNormalization", "axis", 1), refused="no attribute 'axis'"),
+    "neighbors turned": Bend(
+        DEVICE, "legalize", attribute("RotaryEmbedding", "interleaved", 1), refused="no attribute 'interleaved'"
+    ),
+    "angles looked up": Bend(DEVICE, "legalize", fourth_input, refused="takes 3 inputs, not 4"),
+    "cast unbounded": Bend(DEVICE, "legalize", saturating(0), refused="attribute 'saturate' of Cast"),
+    "cast bounded": Bend(DEVICE, "legalize", saturating(1), less=0),
+}
+
+
+def fired(module: Module, step: str) -> int:
+    (run,) = support.apply(module, step).runs
+    return sum(run.stats.fired.values())
+
+
+@pytest.mark.parametrize("bend", BENDS.values(), ids=BENDS)
+def test_a_bent_graph_keeps_its_numbers(bend: Bend) -> None:
+    start = prepare(build(bend.recipe).module, EDGE)
+    module = start.clone()
+    support.apply(module, bend.before)
+    straight = module.clone()
+    bend.change(module)
+    if bend.refused is not None:
+        with pytest.raises(PassError, match=bend.refused):
+            support.apply(module, bend.step)
+        assert fired(straight, bend.step) > 0
+        return
+    before = module_answers(module, EDGE, start)
+    assert fired(module, bend.step) == fired(straight, bend.step) - bend.less
+    error = tolerance.error_over_rms(module_answers(module, EDGE, start), before)
+    assert error <= tolerance.bound(tolerance.depth(start)), f"{error:.2e}"
+
+
+def test_a_lowering_that_is_refused_leaves_the_opset() -> None:
+    """A bisection stops a pass after some rewrites; what is left must still be of the opset that is declared."""
+    module = prepare(build(PLAIN).module, EDGE)
+    support.apply(module, DEVICE)
+    before = module.model.opset_imports[""]
+    from passes.legalize import Legalize
+
+    rewriter = Rewriter(module, "legalize", budget=2)
+    Legalize().run(module, rewriter)
+    assert rewriter.refused and module.model.opset_imports[""] == before
+    assert any(node.op_type == "RMSNormalization" for node in module.graph)
+    assert all(node.metadata_props.get(SOURCE_KEY) is not None for node in module.graph)
