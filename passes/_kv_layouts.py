@@ -103,6 +103,13 @@ class Layout(ABC):
         return self.shared("padded", None, lambda b: b("Less", self.position_ids, b.const(0)))
 
 
+def _hides_keys(reader: ir.Node) -> bool:
+    """Whether a reader never looks at the score of a hidden key: a mask of floats is added to it, and NaN stays NaN."""
+    attention = reader.op_type in ("Attention", "SinkAttention")
+    mask = reader.inputs[3] if attention and len(reader.inputs) > 3 else None
+    return mask is not None and mask.dtype is ir.DataType.BOOL
+
+
 class Scatter(Layout):
     """The AI 100 form (contract §2 and §3): custom scatter and gather ops that skip indices out of range."""
 
@@ -125,7 +132,7 @@ class Scatter(Layout):
             dtype=dtype,
         )
         # The mask hides what a key slot without a token gives; anything else must not even see it.
-        masked = state.role == "key" and all(c.op_type in ("Attention", "SinkAttention") for c in readers)
+        masked = state.role == "key" and all(map(_hides_keys, readers))
         if not masked:
             empty = self.shared("empty rows", slots, lambda b: b("Unsqueeze", self._empty(slots), b.const([1, 3])))
             read = b("Where", empty, b.const(0.0, np.float32), read, shape=shape, dtype=dtype)

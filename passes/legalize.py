@@ -47,7 +47,7 @@ class Legalize(Pass):
             rewriter.replace(node, lowering.make(node, rewriter.at(node)))
         rewriter.sweep()
         older = module.model.opset_imports.get("") != self.opset
-        if not rewriter.refused and older and rewriter.rewrite("opset"):  # once no operator is newer
+        if older and rewriter.rewrite("opset"):  # once no operator is newer
             for node in module.graph:
                 if node.domain == "":
                     _check(node, self.opset)

@@ -60,7 +60,7 @@ MODELS: dict[str, TinyModel] = {
         "gpt2",
         {
             "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.05,
-            "bos_token_id": 1, "eos_token_id": 2,
+            "bos_token_id": 1, "eos_token_id": 2, "layer_norm_epsilon": 1e-3,  # not what the operator takes by itself
         },
     ),
     "qwen2": TinyModel("qwen2", _COMMON),
@@ -85,7 +85,7 @@ MODELS: dict[str, TinyModel] = {
         windowed=(0, 1),
     ),
     "phi3": TinyModel("phi3", _COMMON),
-    "mixtral": TinyModel("mixtral", {**_COMMON, "num_local_experts": 4}),
+    "mixtral": TinyModel("mixtral", {**_COMMON, "num_local_experts": 12}),  # whose order by text is not by number
     "gpt-oss": TinyModel(
         "gpt_oss",
         {
@@ -161,7 +161,7 @@ MODELS: dict[str, TinyModel] = {
         "falcon_h1",
         {
             **_COMMON, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2,
-            "mamba_d_state": 8, "mamba_chunk_size": 4,
+            "mamba_d_state": 8, "mamba_chunk_size": 4, "time_step_limit": (0.01, 0.05),
         },
     ),
     "qwen3-next": TinyModel(  # a gated delta rule and full attention in turn

@@ -26,6 +26,7 @@ from qeff_ir import (
     QEFFAutoModelForTokenClassification,
 )
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError, UnsupportedModelError
+from qeff_ir.frontend.inputs import longest
 from qeff_ir.testing import tolerance
 from tests.encoders import ENCODERS, build, example
 
@@ -227,6 +228,12 @@ def test_heads_and_pairs_of_texts(target: str) -> None:
         assert names == [f"{ours.task.graph_name}_{i}" for i in range(2)]
     with pytest.raises(RuntimeInputError, match="the input 'token_type_ids' is missing"):
         ours.generate(IDS)
+    alone = head(theirs)
+    alone.compile(target=target, seq_len=[12, 16], batch_size=2, emit_only=True)
+    plain = alone.generate(IDS)["logits"]
+    np.testing.assert_array_equal(alone.generate(IDS, token_type_ids=np.zeros_like(kinds))["logits"], plain)
+    with pytest.raises(RuntimeInputError, match="compiled without the input 'token_type_ids'"):
+        alone.generate(IDS, token_type_ids=kinds)
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "ai100"])
@@ -357,6 +364,18 @@ def test_lengths_that_cannot_work_are_refused(options: Any, message: str) -> Non
     with pytest.raises(CompileError) as error:
         QEFFAutoModel(build("distilbert")).compile(target="onnxruntime", **options)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_text_may_be_just_as_long_as_the_table_of_positions(name: str) -> None:
+    model = build(name)
+    limit = longest(model)
+    assert limit == (64 if name == "bert" else 63)  # the other's begins with a row for padding
+    tokens = torch.full((1, limit + 1), 5)
+    with torch.no_grad():
+        assert model(tokens[:, 1:]).last_hidden_state.shape[1] == limit
+        with pytest.raises((IndexError, RuntimeError)):
+            model(tokens)
 
 
 def test_unknown_inputs_are_refused() -> None:

@@ -101,6 +101,20 @@ def test_padding_on_the_left_changes_nothing_but_positions(opened: Any) -> None:
     np.testing.assert_allclose(opened("onnxruntime").generate(inputs)["output"], expected, atol=1e-6)
 
 
+def test_a_token_of_a_text_counts_whatever_its_number(opened: Any) -> None:
+    """Token 0 pads batches; in a text it is a token as all others."""
+    text = "one [PAD] two"
+    ids = tokenizer()(text)["input_ids"]
+    assert 0 in ids[1:-1]
+    model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).last_hidden_state[0]
+    expected = torch.nn.functional.normalize(hidden.mean(0), dim=0).numpy()
+    found, longer = opened("onnxruntime").encode([text, "a text that is a little longer"])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(found - longer).max() > 1e-2
+
+
 def test_an_empty_text_is_its_special_tokens(opened: Any) -> None:
     one, other = opened("onnxruntime").encode(["", "x"])
     ids = opened("onnxruntime").generate(input_ids=np.array([[101, 102]]))["output"][0]

@@ -13,10 +13,13 @@ from qeff_ir import QEffAutoLoraModelForCausalLM, QEffAutoPeftModelForCausalLM, 
 from qeff_ir.adapters.folder import read_adapter
 from qeff_ir.adapters.targets import regex, select, selection
 from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
+from qeff_ir.frontend.source import MemorySource
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.testing import tolerance
 from tests import support
 from tests.adapters.random_adapters import base, make
+from tests.models import build
 
 NAME = "llama"
 COMPILE: dict[str, Any] = {"target": "onnxruntime", "batch_size": 2, "prefill_seq_len": 8, "ctx_len": 48}
@@ -116,6 +119,77 @@ def test_merging_reads_no_weight_before_it_is_written(two: tuple[Path, PeftModel
     value = next(v for n, v in module.graph.initializers.items() if n.endswith("0.mlp.down_proj.weight"))
     with pytest.raises(pytest.fail.Exception, match="a tensor was read"):
         value.const_value.numpy()  # type: ignore[union-attr]
+
+
+class Twice(torch.nn.Module):
+    """A block that is used twice."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x + self.inner(x))
+
+
+def shared(kind: str) -> Any:
+    """A model in which two modules share a weight, or one module is used twice."""
+    model: Any = build(NAME)[1]
+    first, second = model.model.layers
+    if kind == "twice":
+        first.mlp = Twice(first.mlp)
+    else:
+        second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    return model
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "slots"])
+@pytest.mark.parametrize("kind", ["twice", "weight"])
+def test_what_is_shared_changes_where_the_adapter_says(kind: str, merged: bool, tmp_path: Path) -> None:
+    """In both uses of a module, and in one of two modules that share a weight."""
+    theirs = make(shared(kind), tmp_path, 3, r=4, target_modules=r".*layers\.0\.mlp(\.inner)?\.up_proj")
+    model = QEffAutoPeftModelForCausalLM._opened(MemorySource(shared(kind)))
+    model.load_adapter(tmp_path, "it")
+    if merged:
+        model.merge_adapter("it")
+    model.compile(**COMPILE)
+    ids = torch.tensor(support.prompts([7, 7]))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits[:, -1].numpy()
+        plain = shared(kind)(input_ids=ids).logits[:, -1].numpy()
+    decoder = model.runner(threads=1).decoder
+    if not merged:
+        model.use_adapters(["it"] * 2)
+    limit = tolerance.bound(tolerance.depth(support.lowered(NAME)))
+    assert tolerance.error_over_rms(decoder.prefill(ids.tolist()), expected) <= limit
+    assert tolerance.error_over_rms(plain, expected) > 100 * limit
+
+
+def test_every_copy_of_a_row_has_the_adapter_of_the_row(one: tuple[Path, PeftModel]) -> None:
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
+    model.load_adapter(one[0], "one")
+    model.compile(**{**COMPILE, "batch_size": 4})
+    ids = torch.tensor(support.prompts([6, 6], seed=2))
+    model.generate(ids, adapters=["one", None], num_return_sequences=2, do_sample=True, max_new_tokens=2)
+    assert model.runner().decoder.lora_ids.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("mode", ["slots", "single"])
+def test_an_adapter_in_the_place_of_another_leaves_nothing_of_it(
+    mode: str, one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]
+) -> None:
+    """The second changes other layers than the first, which then must answer as the base model's."""
+    ids = torch.tensor(support.prompts([6, 6], seed=2))
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
+    model.load_adapter(one[0], "one")
+    model.load_adapter(two[0], "two")
+    model.compile(**COMPILE, lora_mode=mode)
+    model.set_adapter("one")
+    assert model.generate(ids, max_new_tokens=6, do_sample=False).tolist() == [theirs(one[1], row) for row in ids]
+    model.load_adapter(two[0], "one")
+    expected = [theirs(two[1], row) for row in ids]
+    assert model.generate(ids, max_new_tokens=6, do_sample=False).tolist() == expected
+    assert expected != [theirs(one[1], row) for row in ids]
 
 
 def test_an_adapter_that_is_named_twice_is_merged_once(two: tuple[Path, PeftModel]) -> None:

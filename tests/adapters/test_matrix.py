@@ -34,7 +34,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "qwen3": (
         {"target_modules": ["q_proj"], "layers_to_transform": [1]},
         {"target_modules": "all-linear", "exclude_modules": ["o_proj"], "alpha_pattern": {"k_proj": 3}},
-        {"target_modules": r".*\.0\.(self_attn|mlp)\.(k|down)_proj", "rank_pattern": {"k_proj": 2}},
+        {"target_modules": r".*\.0\.(self_attn|mlp)\.(k|down)_proj", "rank_pattern": {"k_proj": 2}, "use_rslora": True},
     ),
     "gemma3": (
         {"target_modules": ["q_proj", "embed_tokens"]},

@@ -22,3 +22,13 @@ def test_a_reset_zeroes_the_states_where_they_are(tmp_path: Path) -> None:
     session.reset()
     assert not any(value.numpy().any() for value in states)
     assert [value.data_ptr() for value in states] == places
+
+
+def test_logits_stay_when_the_session_goes_on(tmp_path: Path) -> None:
+    """They are the caller's, not the buffer that the next run writes to."""
+    decoder = support.open_decoder(support.canonical("llama"), tmp_path)
+    decoder.prefill(support.PROMPTS)
+    first = decoder.decode([5, 9])
+    kept = first.copy()
+    assert not np.array_equal(decoder.decode([6, 7]), kept)
+    np.testing.assert_array_equal(first, kept)

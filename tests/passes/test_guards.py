@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from backends import find_backend
+from passes.legalize import Legalize
 from qeff_ir.errors import PassError
 from qeff_ir.module import SOURCE_KEY, Module
 from qeff_ir.passing.base import OpBuilder, Rewriter
 from qeff_ir.passing.matching import made_by, scalar
 from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
-from qeff_ir.testing.judge import module_answers, prepare
+from qeff_ir.testing.judge import expected, module_answers, options, prepare, session_answers
 from qeff_ir.testing.recipe import Layer, Recipe
 from tests import support
-from tests.properties import EDGE
+from tests.properties import EDGE, LONG
 
 PLAIN = Recipe((Layer(),), head_dim=16, value_dim=16, rotary="half", gemm=True, bias=True)
 """What every pass finds something in."""
@@ -468,13 +471,27 @@ def test_a_bent_graph_keeps_its_numbers(bend: Bend) -> None:
     assert error <= tolerance.bound(tolerance.depth(start)), f"{error:.2e}"
 
 
+def test_a_mask_that_is_added_sees_nothing_of_empty_slots(tmp_path: Path) -> None:
+    """What a device leaves in slots that hold no token is NaN in the emulator, and a bias does not hide NaN."""
+    module = prepare(build(GROUPS).module, LONG)
+    (node,) = nodes(module, "Attention")
+    b, mask = at(node), node.inputs[3]
+    assert mask is not None
+    zero, hidden = (b.const(number, np.float32) for number in (0.0, -65504.0))
+    node.replace_input_with(3, b("Where", mask, zero, hidden, shape=mask.shape, dtype=ir.DataType.FLOAT))
+    limit = tolerance.bound(tolerance.depth(module))
+    backend = find_backend("ai100")
+    support.apply(module, backend.pipeline)
+    backend.emit(module, tmp_path, options(LONG))
+    found = session_answers(backend.open(tmp_path, threads=1), LONG)
+    assert tolerance.error_over_rms(found, expected(GROUPS, LONG)) <= limit
+
+
 def test_a_lowering_that_is_refused_leaves_the_opset() -> None:
     """A bisection stops a pass after some rewrites; what is left must still be of the opset that is declared."""
     module = prepare(build(PLAIN).module, EDGE)
     support.apply(module, DEVICE)
     before = module.model.opset_imports[""]
-    from passes.legalize import Legalize
-
     rewriter = Rewriter(module, "legalize", budget=2)
     Legalize().run(module, rewriter)
     assert rewriter.refused and module.model.opset_imports[""] == before

@@ -23,10 +23,12 @@ from qeff_ir.runtime.session import Session
 from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import expected, explained, module_answers, options, prepare, session_answers
-from qeff_ir.testing.recipe import Recipe
+from qeff_ir.testing.recipe import Layer, Recipe
 from qeff_ir.testing.strategies import Request, orders, recipes, requests, stock_pipelines
 from tests.properties import FULL, LONG, RICH, rich, scaled
 
+TWO_READERS = Recipe((Layer(), Layer(shares=0, spelled=True)), spelling=3)
+"""Attention that chooses by its mask and attention that adds it read one cache."""
 STRIDED = Recipe(head_dim=8, value_dim=8, odd="strided-mask")
 """All that a kernel for causal attention could want, but for keys that are skipped."""
 
@@ -77,6 +79,7 @@ def opened(module: Module, request: Request, stock: tuple[str, str], folder: Pat
 @scaled(0.8)
 @rich()
 @example((RICH[2], FULL), ("onnxruntime", find_backend("onnxruntime").pipeline))
+@example((TWO_READERS, LONG), ("ai100", find_backend("ai100").pipeline))
 @given(cases(), stock_pipelines())
 def test_p11_packages_answer_as_the_recipe_however_the_request_is_cut(
     case: tuple[Recipe, Request], stock: tuple[str, str]

@@ -76,6 +76,18 @@ def test_greedy(arguments: dict[str, Any], one: QEFFAutoModelForCausalLM, refere
     assert one.generate(input_ids=PROMPT, **arguments).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("pad", [2, 7])
+def test_a_token_of_the_prompt_that_pads_elsewhere(
+    pad: int, one: QEFFAutoModelForCausalLM, reference: PreTrainedModel
+) -> None:
+    """Without a mask, transformers takes it for padding, unless it is a stop token too."""
+    prompt = torch.tensor([[pad, pad, 5, 9, 17]])
+    expected = support.generate(reference, input_ids=prompt, max_new_tokens=6, pad_token_id=pad)
+    assert one.generate(prompt, max_new_tokens=6, pad_token_id=pad).tolist() == expected.tolist()
+    other = support.generate(reference, input_ids=prompt[:, 2:], max_new_tokens=6)
+    assert (expected[0, 5:].tolist() == other[0, 3:].tolist()) == (pad != 2)
+
+
 def test_processors_change_the_answer(reference: PreTrainedModel) -> None:
     """The kill test of the above: the arguments matter to this prompt."""
     plain = support.generate(reference, input_ids=PROMPT, max_new_tokens=12).tolist()

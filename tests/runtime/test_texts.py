@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from qeff_ir import QEffAutoPeftModelForCausalLM
 from qeff_ir.demo import ADAPTERS_FOLDER, MODEL_FOLDER, TASKS, problems
@@ -50,6 +50,17 @@ def test_an_answer_ends_with_its_stop_token(model: QEffAutoPeftModelForCausalLM)
     shorter, longer = model.generate(prompts=["1+1=", "99+99="], tokenizer=TOKENIZER).generated_ids
     assert (len(shorter), len(longer)) == (2, 4)
     assert all(row[-1] == stop and stop not in row[:-1] for row in (*ids, shorter, longer))
+
+
+def test_a_generation_config_is_heard(model: QEffAutoPeftModelForCausalLM) -> None:
+    """Its length and its stop token are the request's, not the model's."""
+    short = GenerationConfig(max_new_tokens=1, eos_token_id=model.runner().generation_config.eos_token_id)
+    found = model.generate(prompts=PROMPTS[:2], tokenizer=TOKENIZER, generation_config=short)
+    assert found.generated_texts == [answer[0] for answer in ANSWERS[:2]]
+    first = found.generated_ids[0][0]
+    stopped = GenerationConfig(eos_token_id=first)
+    found = model.generate(prompts=PROMPTS[:1] * 2, tokenizer=TOKENIZER, generation_config=stopped)
+    assert found.generated_ids == [[first]] * 2
 
 
 def test_without_a_stop_token_an_answer_ends_with_the_context(model: QEffAutoPeftModelForCausalLM) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -13,6 +15,8 @@ from onnx_ir.passes import common
 from backends.ai100 import BACKEND, contract, sub_functions
 from backends.base import CompileOptions
 from qeff_ir.module import Module
+from qeff_ir.passing.base import Rewriter
+from qeff_ir.passing.matching import scalar
 from qeff_ir.printer import attribute_text
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.testing import tolerance
@@ -80,10 +84,28 @@ def test_a_package_with_functions_answers_as_transformers_does(name: str, tmp_pa
     assert compare(trace, reference).equal(tolerance.bound(tolerance.depth(support.lowered(name))))
 
 
-def test_a_layer_that_differs_has_a_body_of_its_own() -> None:
+def other_axis(module: Module) -> None:
+    nodes = [n for n in module.graph if n.op_type == "Softmax"]
+    nodes[1].attributes["axis"] = ir.AttrInt64("axis", 1)
+
+
+def other_epsilon(module: Module) -> None:
+    nodes = [n for n in module.graph if n.op_type == "CustomRMSNorm"]
+    nodes[2].attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.5)
+
+
+def other_scale(module: Module) -> None:
+    """As models have it that scale scores by the number of the layer."""
+    scaled = [n for n in module.graph if n.op_type == "Mul" and scalar(n.inputs[1]) == np.float32(8**-0.5)]
+    assert len(scaled) == 2
+    b = Rewriter(module, "test").at(scaled[1])
+    scaled[1].replace_input_with(1, b.const(0.25, np.float32))
+
+
+@pytest.mark.parametrize("change", [other_axis, other_epsilon, other_scale])
+def test_a_layer_that_differs_has_a_body_of_its_own(change: Callable[[Module], None]) -> None:
     module = finished("llama")
-    attention = [n for n in module.graph if n.op_type == "Softmax"]
-    attention[1].attributes["axis"] = ir.AttrInt64("axis", 1)
+    change(module)
     sub_functions.outline(module.model)
     assert calls(module.model) == ["DecoderLayer0", "DecoderLayer1"]
 
