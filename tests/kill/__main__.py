@@ -71,7 +71,7 @@ def _test(folder: Path, properties: list[str], result: Path) -> None:
     os.environ["QEFF_BUNDLES"] = str(folder / "bundles")
     found: dict[str, bool] = {}
     for name in properties:
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/properties/{PROPERTIES[name]}"])
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{PROPERTIES[name]}"])
         found[name] = code in (1, 2, 3)
         if code not in (0, 1, 2, 3):
             raise RuntimeError(f"no test is called {PROPERTIES[name]}")

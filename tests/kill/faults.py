@@ -5,26 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PROPERTIES = {
-    "P2 saved": "test_modules.py::test_p1_p2_saving_and_loading_is_the_identity",
-    "P1 text": "test_modules.py::test_p1_every_change_shows_in_the_text",
-    "P4 verifier": "test_modules.py::test_p4_damage_is_told_with_its_code",
-    "P5 word": "test_modules.py::test_p5_p8_p9_every_pass_keeps_its_word",
-    "P6 transaction": "test_modules.py::test_p6_a_pass_that_fails_leaves_the_module_alone",
-    "P7 sites": "test_modules.py::test_p7_passes_fire_at_every_planted_site",
-    "P7 near misses": "test_modules.py::test_p7_near_misses_are_left_alone_and_reported",
-    "P10 passes": "test_numbers.py::test_p10_every_pass_keeps_its_numeric_promise",
-    "P10 frontend": "test_frontend.py::test_p10_drawn_configurations_answer_as_transformers",
-    "P11 packages": "test_numbers.py::test_p11_packages_answer_as_the_recipe_however_the_request_is_cut",
-    "P11 driver": "test_driver.py::TestRequests",
-    "P12 rows": "test_numbers.py::test_p12_rows_do_not_know_of_each_other",
-    "P12 adapters": "test_adapters.py::test_p12_rows_answer_with_their_own_adapter",
-    "P13 orders": "test_numbers.py::test_p13_legal_orders_answer_alike",
-    "P14 sequences": "test_numbers.py::test_p14_any_sequence_of_passes_is_refused_or_right",
-    "P15 targets": "test_numbers.py::test_p15_both_targets_have_one_interface",
-    "slots": "test_cache_ops.py",
-    "windows": "test_visibility.py",
+    "P2 saved": "properties/test_modules.py::test_p1_p2_saving_and_loading_is_the_identity",
+    "P1 text": "properties/test_modules.py::test_p1_every_change_shows_in_the_text",
+    "P4 verifier": "properties/test_modules.py::test_p4_damage_is_told_with_its_code",
+    "P5 word": "properties/test_modules.py::test_p5_p8_p9_every_pass_keeps_its_word",
+    "P6 transaction": "properties/test_modules.py::test_p6_a_pass_that_fails_leaves_the_module_alone",
+    "P7 sites": "properties/test_modules.py::test_p7_passes_fire_at_every_planted_site",
+    "P7 near misses": "properties/test_modules.py::test_p7_near_misses_are_left_alone_and_reported",
+    "P10 passes": "properties/test_numbers.py::test_p10_every_pass_keeps_its_numeric_promise",
+    "P10 frontend": "properties/test_frontend.py::test_p10_drawn_configurations_answer_as_transformers",
+    "P11 packages": "properties/test_numbers.py::test_p11_packages_answer_as_the_recipe_however_the_request_is_cut",
+    "P11 driver": "properties/test_driver.py::TestRequests",
+    "P12 rows": "properties/test_numbers.py::test_p12_rows_do_not_know_of_each_other",
+    "P12 adapters": "properties/test_adapters.py::test_p12_rows_answer_with_their_own_adapter",
+    "P13 orders": "properties/test_numbers.py::test_p13_legal_orders_answer_alike",
+    "P14 sequences": "properties/test_numbers.py::test_p14_any_sequence_of_passes_is_refused_or_right",
+    "P15 targets": "properties/test_numbers.py::test_p15_both_targets_have_one_interface",
+    "slots": "properties/test_cache_ops.py",
+    "windows": "properties/test_visibility.py",
+    "guards": "passes/test_guards.py",
 }
-"""The columns of the table, each a test or a file of them below ``tests/properties``."""
+"""The columns of the table, each a test or a file of them below ``tests``."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,55 @@ def _faults() -> list[Fault]:
         ),
         ("rounded constant of the tanh", "P10 passes", "f(0.044715)", "f(0.0447)"),
         ("constant of the error function", "P10 passes", "f(math.sqrt(0.5))", "f(0.7)"),
+    )
+    plant(
+        "passes/unflatten.py",
+        ("factor of a product forgotten", "guards", 'for k in ("alpha", "beta") if k', 'for k in ("beta",) if k'),
+        ("transposed Gemm taken", "guards", "or any(transposed) else None", "else None"),
+        ("any axes taken for rows and tokens", "guards", "or target[0] != -1 or target[1] != _width(data)", ""),
+    )
+    plant(
+        "passes/ort_attention.py",
+        ("any positions in the mask", "guards", "        and positions.inputs[0] is position_ids\n", ""),
+        (
+            "slots counted from anywhere",
+            "guards",
+            "(constant(numbers.inputs[0]), constant(numbers.inputs[2])) == (0, 1)",
+            "constant(numbers.inputs[2]) == 1",
+        ),
+    )
+    plant(
+        "passes/ort_rotary.py",
+        (
+            "only cosines compared",
+            "guards",
+            "queries.inputs[1:] != keys.inputs[1:]",
+            "queries.inputs[1] is not keys.inputs[1]",
+        ),
+    )
+    plant(
+        "passes/legalize.py",
+        (
+            "attributes of what is lowered dropped",
+            "guards",
+            "for name in node.attributes.keys() - lowering.takes:",
+            "for name in set[str]():",
+        ),
+    )
+    plant(
+        "passes/_kv_layouts.py",
+        (
+            "an added mask taken for a choice",
+            "guards",
+            "return mask is not None and mask.dtype is ir.DataType.BOOL",
+            "return mask is not None",
+        ),
+        (
+            "one of several readers hides",
+            "P11 packages",
+            "all(map(_hides_keys, readers))",
+            "any(map(_hides_keys, readers))",
+        ),
     )
     plant(
         "passes/fuse_rotary.py",

@@ -51,13 +51,13 @@ class Adapters:
     seed: int
 
     def factors(self, module: Module, slot: int) -> dict[str, tuple[Array, Array]]:
-        """``[in, rank]`` and ``[rank, out]`` by layer, of numbers that change every logit."""
+        """``[in, rank]`` and ``[rank, out]`` by layer: they change every logit, and by not too much."""
         shapes = {(item.layer, item.part): item.shape[1:] for item in module.adapters}
         found: dict[str, tuple[Array, Array]] = {}
         for index, layer in enumerate(sorted({layer for layer, _ in shapes})):
             random, rank = np.random.default_rng([self.seed, slot, index]), self.ranks[slot - 1]
             a = random.standard_normal((shapes[layer, "a"][0], rank)) / np.sqrt(shapes[layer, "a"][0])
-            b = random.standard_normal((rank, shapes[layer, "b"][1])) * 0.3
+            b = random.standard_normal((rank, shapes[layer, "b"][1])) * 0.15
             found[layer] = a.astype(np.float32), b.astype(np.float32)
         return found
 
