@@ -161,7 +161,7 @@ MODELS: dict[str, TinyModel] = {
         "falcon_h1",
         {
             **_COMMON, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2,
-            "mamba_d_state": 8, "mamba_chunk_size": 4, "time_step_limit": (0.01, 0.05),
+            "mamba_d_state": 8, "mamba_chunk_size": 4, "time_step_limit": (0.1, 0.3),
         },
     ),
     "qwen3-next": TinyModel(  # a gated delta rule and full attention in turn
