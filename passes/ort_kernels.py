@@ -32,7 +32,7 @@ class OrtKernels(Pass):
         for node in self.sites(module):
             b = rewriter.at(node)
             if node.op_type == "Swish":
-                alpha = node.attributes["alpha"].as_float()
+                alpha = node.attributes.get_float("alpha", 1.0)
                 rewriter.replace(node, b("QuickGelu", node.inputs[0], domain=ORT_DOMAIN, alpha=alpha), "QuickGelu")
             else:
                 product = b("FusedMatMul", node.inputs[0], _transposed(node), domain=ORT_DOMAIN, transB=1)

@@ -78,6 +78,8 @@ class OrtSession:
             allowed = " or ".join(str(list(shape)) for shape in self._bindings)
             raise RuntimeInputError(f"{given} are not of a compiled shape: {allowed}")
         for name, array in inputs.items():
+            if array.dtype != self._types[name]:  # ONNX Runtime would take the bytes for numbers of the other type
+                raise RuntimeInputError(f"{name} is {array.dtype}: give {np.dtype(self._types[name])}")
             binding.values[name].update_inplace(array)
         self._session.run_with_iobinding(binding.io)
         return {"logits": binding.values["logits"].numpy().copy()}

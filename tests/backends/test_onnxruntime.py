@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from backends.onnxruntime.session import OrtSession
+from qeff_ir.errors import RuntimeInputError
 from tests import support
 
 
@@ -32,3 +34,12 @@ def test_logits_stay_when_the_session_goes_on(tmp_path: Path) -> None:
     kept = first.copy()
     assert not np.array_equal(decoder.decode([6, 7]), kept)
     np.testing.assert_array_equal(first, kept)
+
+
+def test_tokens_of_another_type_are_refused(tmp_path: Path) -> None:
+    """Their bytes would be read as numbers of the declared type."""
+    session = support.open_decoder(support.canonical("llama"), tmp_path).session
+    shape = support.OPTIONS.batch_size, support.OPTIONS.prefill_seq_len
+    positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
+    with pytest.raises(RuntimeInputError, match="input_ids is int32: give int64"):
+        session.run({"input_ids": np.ones(shape, np.int32), "position_ids": positions})

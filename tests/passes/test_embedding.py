@@ -117,6 +117,12 @@ def test_unit_length_at_any_size_and_zeros_for_padding(scale: float, tmp_path: P
     assert found.shape == (ROWS, 3) and not found[4].any()
 
 
+def test_a_cut_of_joined_poolings_may_reach_into_the_second(tmp_path: Path) -> None:
+    found = run(f"embedding{{pooling=max+mean dim={WIDTH + 4}}}", tmp_path, states())
+    both = np.concatenate([formula(m, states(), MASK) for m in ("max", "mean")], axis=1)
+    np.testing.assert_allclose(found, both[:, : WIDTH + 4], rtol=2e-6, atol=1e-7)
+
+
 def test_none_keeps_one_vector_for_each_token(tmp_path: Path) -> None:
     found = run("embedding{pooling=none dim=2}", tmp_path, states())
     np.testing.assert_array_equal(found, states()[:, :, :2])

@@ -96,6 +96,14 @@ def test_every_stock_pass_leaves_a_valid_module_at_every_budget(module: Module, 
         module = full
 
 
+def test_an_input_in_the_place_of_an_output_keeps_its_name(module: Module) -> None:
+    rewriter = Rewriter(module, "made")
+    made, given = module.output("logits").producer(), module.input("position_ids")
+    assert made is not None
+    rewriter.replace(made, given)
+    assert module.input("position_ids") is given and module.output("logits").producer() is not None
+
+
 def test_a_budget_for_an_unknown_pass_is_refused(module: Module) -> None:
     with pytest.raises(PipelineError) as error:
         run_pipeline(module, make(negate_sums), budgets={"mad": 1})
