@@ -18,7 +18,18 @@ from backends.base import Backend, CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.frontend.source import Source
 from qeff_ir.module import WEIGHT_KEY, Module, Specialization
-from qeff_ir.package import SIDE_FOLDER, Manifest, building, digest_file, is_package, open_package, read_manifest, seal
+from qeff_ir.package import (
+    SIDE_FOLDER,
+    FileRecord,
+    Manifest,
+    building,
+    digest_file,
+    is_package,
+    open_package,
+    read_manifest,
+    record_file,
+    seal,
+)
 from qeff_ir.passing.manager import PassRun, Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.printer import fingerprint
@@ -104,8 +115,8 @@ def compile_model(
     tell = watch or (lambda _step, _run: None)
     tell("weights", None)
     module = None if source.identity() is not None else source.lower()
-    digests: dict[Path, str] = {}
-    key = _key(source, module, backend, options, steps, emit_only, digests)
+    records: dict[Path, FileRecord] = {}
+    key = _key(source, module, backend, options, steps, emit_only, records)
     folder = out or cache_root() / _architecture(source) / f"{_architecture(source)}-{key[:16]}"
     found = _cached(folder, key)
     if found is not None:
@@ -118,7 +129,7 @@ def compile_model(
                 module = source.lower()
             found = _build(module, source, backend, options, steps, emit_only, partial, tell)
             found.key = key
-            seal(partial, found, digests)
+            seal(partial, found, records)
     return Compiled(folder, found, cached=False)
 
 
@@ -238,13 +249,13 @@ def _key(
     options: CompileOptions,
     steps: Pipeline,
     emit_only: bool,
-    digests: dict[Path, str],
+    records: dict[Path, FileRecord],
 ) -> str:
-    """SHA-256 of all that can change a package; fills `digests` with those of the weight files."""
+    """SHA-256 of all that can change a package; fills `records` with those of the weight files."""
     if module is None:
         graph: Any = source.identity()
-        digests.update({path: digest_file(path) for path in source.weight_files()})
-        weights: Any = {path.name: digest for path, digest in digests.items()}
+        records.update({path: record_file(path) for path in source.weight_files()})
+        weights: Any = {path.name: record.sha256 for path, record in records.items()}
     else:
         graph = fingerprint(module)
         weights = _weight_digests(module)

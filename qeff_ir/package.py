@@ -167,20 +167,31 @@ def building(out: Path) -> Generator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def seal(folder: Path, manifest: Manifest, digests: dict[Path, str] | None = None) -> None:
+def record_file(path: Path) -> FileRecord:
+    """Size, digest and time of a file as it is now."""
+    stat = path.stat()
+    return FileRecord(stat.st_size, digest_file(path), stat.st_mtime_ns)
+
+
+def seal(folder: Path, manifest: Manifest, known: dict[Path, FileRecord] | None = None) -> None:
     """Record every file of a folder in the manifest and write it: the last step of a build.
 
     Args:
         folder: The folder.
         manifest: Its `files` are filled.
-        digests: SHA-256 digests that are known already, by resolved path of any hard link of the file.
+        known: Records that were taken already, by resolved path of any hard link of the file.
+
+    Raises:
+        PackageError: Such a file is no longer what its record says.
     """
-    known = {_inode(path): digest for path, digest in (digests or {}).items()}
+    records = {_inode(path): record for path, record in (known or {}).items()}
     manifest.files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         stat = path.stat()
-        digest = known.get(_inode(path)) or digest_file(path)
-        manifest.files[path.relative_to(folder).as_posix()] = FileRecord(stat.st_size, digest, stat.st_mtime_ns)
+        record = records.get(_inode(path)) or record_file(path)
+        if (stat.st_size, stat.st_mtime_ns) != (record.bytes, record.mtime_ns):
+            raise PackageError(f"{path.name} was changed while the model was compiled: compile it again")
+        manifest.files[path.relative_to(folder).as_posix()] = record
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, sort_keys=True))
 
 
@@ -193,9 +204,9 @@ def _try_to_write(out: Path) -> None:
         raise PackageError(f"{out} cannot be written (its folder takes no files): choose another -o") from error
 
 
-def _inode(path: Path) -> tuple[int, int, int]:
+def _inode(path: Path) -> tuple[int, int]:
     stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
+    return stat.st_dev, stat.st_ino
 
 
 def _replace(new: Path, out: Path) -> None:

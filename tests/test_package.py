@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qeff_ir.errors import PackageError
-from qeff_ir.package import MANIFEST, Manifest, building, open_package, seal
+from qeff_ir.package import MANIFEST, FileRecord, Manifest, building, open_package, record_file, seal
 
 
 def fill(folder: Path, text: str = "content") -> None:
@@ -158,15 +158,33 @@ def test_a_killed_build_leaves_no_package_and_the_next_one_works(tmp_path: Path)
     assert hidden(tmp_path) == []
 
 
-def test_a_digest_that_is_known_is_not_taken_again(tmp_path: Path) -> None:
-    source = tmp_path / "weights.bin"
+@pytest.fixture
+def linked(tmp_path: Path) -> tuple[Path, Path]:
+    """A file, and a folder that links it."""
+    source, folder = tmp_path / "weights.bin", tmp_path / "package"
     source.write_text("weights")
-    folder = tmp_path / "package"
     folder.mkdir()
     os.link(source, folder / "linked.bin")
+    return source, folder
+
+
+def test_a_digest_that_is_known_is_not_taken_again(linked: tuple[Path, Path]) -> None:
+    source, folder = linked
     manifest = Manifest("t", "m", "k", True, {}, {})
-    seal(folder, manifest, {source: "known"})
+    stat = source.stat()
+    seal(folder, manifest, {source: FileRecord(stat.st_size, "known", stat.st_mtime_ns)})
     assert manifest.files["linked.bin"].sha256 == "known"
+
+
+@pytest.mark.parametrize("text", ["heights", "more weights"])
+def test_a_file_that_changed_since_its_record_is_refused(text: str, linked: tuple[Path, Path]) -> None:
+    source, folder = linked
+    record = record_file(source)
+    source.write_text(text)
+    os.utime(source, ns=(record.mtime_ns + 1000, record.mtime_ns + 1000))
+    with pytest.raises(PackageError, match=r"linked\.bin was changed while the model was compiled: compile it again"):
+        seal(folder, Manifest("t", "m", "k", True, {}, {}), {source: record})
+    assert not (folder / MANIFEST).exists()
 
 
 def test_a_folder_that_takes_no_files_is_told() -> None:
