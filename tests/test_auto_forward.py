@@ -378,6 +378,16 @@ def test_a_text_may_be_just_as_long_as_the_table_of_positions(name: str) -> None
             model(tokens)
 
 
+def test_a_model_that_is_compiled_again_takes_what_it_is_compiled_for_last() -> None:
+    model = QEFFAutoModel(build("distilbert"))
+    model.compile(target="onnxruntime", seq_len=4)
+    model.generate(input_ids=[[1, 2]])
+    model.compile(target="onnxruntime", seq_len=12)
+    found, keep = model.generate(IDS)["last_hidden_state"], IDS["attention_mask"] > 0
+    expected = reference("distilbert", **IDS).last_hidden_state.numpy()
+    assert tolerance.error_over_rms(found[keep], expected[keep]) <= tolerance.bound(7)
+
+
 def test_unknown_inputs_are_refused() -> None:
     with pytest.raises(ModelLoadError, match="ViTModel has no input 'pixels': it takes pixel_values, "):
         QEFFAutoModel(build("vit"), inputs=["pixels"]).compile(target="onnxruntime")

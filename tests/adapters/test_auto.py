@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
+from passes.merge_lora import adapter_digest
 from qeff_ir import QEffAutoLoraModelForCausalLM, QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM
-from qeff_ir.adapters.folder import read_adapter
+from qeff_ir.adapters.folder import CONFIG_FILE, read_adapter
 from qeff_ir.adapters.targets import regex, select, selection
 from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource
@@ -100,12 +102,72 @@ def test_finite_adapters(one: tuple[Path, PeftModel], two: tuple[Path, PeftModel
     assert model.active_adapter_to_id == {"x": 1, "y": 2}
 
 
+def test_finite_adapters_answer_as_the_base_model_unless_a_prompt_names_one(one: tuple[Path, PeftModel]) -> None:
+    """Also while one is active, which is what the other class takes."""
+    model = QEffAutoLoraModelForCausalLM._opened(support.Lowered(NAME))
+    model.load_adapter(one[0], "one")
+    model.set_adapter("one")
+    model.compile(**COMPILE)
+    ids = torch.tensor(support.prompts([6, 6], seed=2))
+    expected = [theirs(base(NAME), row) for row in ids]
+    assert model.generate(ids, max_new_tokens=6, do_sample=False).tolist() == expected
+    assert expected != [theirs(one[1], row) for row in ids]
+
+
+def test_a_slot_below_zero_is_the_base_model(one: tuple[Path, PeftModel]) -> None:
+    """Not the last one, counted from the end."""
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
+    model.load_adapter(one[0], "one")
+    model.compile(**COMPILE, adapter_slots=1)
+    decoder = model.runner(threads=1).decoder
+    answers: dict[int, Any] = {}
+    for slot in (0, -1, 1):
+        decoder.lora_ids[:] = slot
+        answers[slot] = decoder.prefill(support.prompts([5, 7]))
+    assert np.array_equal(answers[-1], answers[0])
+    assert not np.array_equal(answers[1], answers[0])
+
+
+def test_there_is_a_slot_for_every_adapter_that_is_loaded(one: tuple[Path, PeftModel]) -> None:
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
+    names = [f"copy{number}" for number in range(5)]
+    for name in names:
+        model.load_adapter(one[0], name)
+    model.compile(**{**COMPILE, "batch_size": len(names)})
+    model.use_adapters(names)
+    assert model.runner().decoder.lora_ids.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_compilation_that_fails_leaves_the_model_as_it_was(one: tuple[Path, PeftModel]) -> None:
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
+    model.load_adapter(one[0], "one")
+    model.set_adapter("one")
+    model.compile(**COMPILE)
+    package, runner = model.package, model.runner()
+    with pytest.raises(AdapterError, match="has rank 4"):
+        model.compile(**COMPILE, max_lora_rank=2)
+    assert model.package is package and model.runner() is runner
+    ids = torch.tensor(support.prompts([6, 6], seed=2))
+    assert model.generate(ids, max_new_tokens=6, do_sample=False).tolist() == [theirs(one[1], row) for row in ids]
+
+
 def test_a_merged_adapter_is_the_base_model(two: tuple[Path, PeftModel]) -> None:
     model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
     model.load_adapter(two[0], "two")
     model.merge_adapter("two")
     model.compile(**COMPILE)
     assert model.adapters == []
+    ids = torch.tensor(support.prompts([6, 6], seed=2))
+    assert model.generate(ids, max_new_tokens=6, do_sample=False).tolist() == [theirs(two[1], row) for row in ids]
+
+
+def test_an_active_adapter_that_is_merged_is_active_no_more(two: tuple[Path, PeftModel]) -> None:
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
+    model.load_adapter(two[0], "two")
+    model.set_adapter("two")
+    model.merge_adapter()
+    assert model.active_adapter is None
+    model.compile(**COMPILE)
     ids = torch.tensor(support.prompts([6, 6], seed=2))
     assert model.generate(ids, max_new_tokens=6, do_sample=False).tolist() == [theirs(two[1], row) for row in ids]
 
@@ -163,6 +225,41 @@ def test_what_is_shared_changes_where_the_adapter_says(kind: str, merged: bool, 
     limit = tolerance.bound(tolerance.depth(support.lowered(NAME)))
     assert tolerance.error_over_rms(decoder.prefill(ids.tolist()), expected) <= limit
     assert tolerance.error_over_rms(plain, expected) > 100 * limit
+
+
+class Heads(torch.nn.Module):
+    """A block whose layer sees rows, heads and tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.inner = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.unflatten(-1, (2, 16)).transpose(1, 2)).transpose(1, 2).flatten(-2)
+
+
+def headed() -> Any:
+    """A model with a layer behind an axis of as many heads as there are rows."""
+    model: Any = build(NAME, num_hidden_layers=1)[1]
+    model.model.layers[0].mlp = Heads()
+    return model
+
+
+def test_a_layer_that_sees_heads_has_the_adapter_of_the_row(tmp_path: Path) -> None:
+    adapted = make(headed(), tmp_path, 3, r=4, target_modules=["inner"])
+    model = QEffAutoPeftModelForCausalLM._opened(MemorySource(headed()))
+    model.load_adapter(tmp_path, "it")
+    model.compile(**COMPILE)
+    ids = torch.tensor(support.prompts([7, 7]))
+    with torch.no_grad():
+        first, second = (m(input_ids=ids).logits[:, -1].numpy() for m in (adapted, headed()))
+    model.use_adapters(["it", None])
+    found = model.runner(threads=1).decoder.prefill(ids.tolist())
+    limit = tolerance.bound(tolerance.depth(support.lowered(NAME)))
+    for row, expected, other in ((0, first, second), (1, second, first)):
+        assert tolerance.error_over_rms(found[row], expected[row]) <= limit
+        assert tolerance.error_over_rms(other[row], expected[row]) > 100 * limit
 
 
 def test_every_copy_of_a_row_has_the_adapter_of_the_row(one: tuple[Path, PeftModel]) -> None:
@@ -232,6 +329,28 @@ def test_an_adapter_that_changed_is_not_merged(two: tuple[Path, PeftModel]) -> N
         support.apply(support.canonical(NAME), f'merge-lora{{adapter="{two[0]}" digest=0000}}')
 
 
+def test_an_adapter_that_was_trained_again_is_not_merged(tmp_path: Path) -> None:
+    """Only its weights are others: the configuration is the same."""
+    digests: list[str] = []
+    configs: list[bytes] = []
+    for seed in (0, 1):
+        make(base(NAME), tmp_path, seed, r=4, target_modules=["q_proj"])
+        digests.append(adapter_digest(tmp_path)[:16])
+        configs.append((tmp_path / CONFIG_FILE).read_bytes())
+    assert configs[0] == configs[1]
+    step = f'merge-lora{{adapter="{tmp_path}" digest=%s}}'
+    with pytest.raises(PassError, match="has changed"):
+        support.apply(support.canonical(NAME), step % digests[0])
+    support.apply(support.canonical(NAME), step % digests[1])
+
+
+def test_a_table_with_an_adapter_in_it_is_not_the_hosts_to_look_up(tmp_path: Path) -> None:
+    """The host would read the checkpoint's, which is without."""
+    make(base(NAME), tmp_path, 0, r=4, target_modules=["embed_tokens"])
+    with pytest.raises(PassError, match=r"an earlier pass has changed the table model\.embed_tokens\.weight"):
+        support.apply(support.canonical(NAME), f'merge-lora{{adapter="{tmp_path}"}},token-embedding')
+
+
 def test_the_text_of_a_pipeline_is_enough() -> None:
     module = support.canonical(NAME)
     support.apply(module, 'last-logits,lora{mode=slots n=3 rank=5 targets="q_proj,up_proj" layers=1}')
@@ -263,3 +382,10 @@ def test_the_regex_names_just_the_given_layers(one: tuple[Path, PeftModel]) -> N
     others = ["model.layers.0.self_attn.k_proj", "model.layers.11.self_attn.q_proj", "model.layers.2.self_attn.v_proj"]
     chosen = select(selection(regex(adapter.layers)), [*adapter.layers, *others], [])
     assert chosen == list(adapter.layers) and len(chosen) == 4
+
+
+def test_the_regex_keeps_numbers_of_one_name_apart() -> None:
+    """A layer and an expert: the other two pairs of the same numbers are not named."""
+    paths = ["layers.0.experts.1.up", "layers.1.experts.0.up"]
+    others = ["layers.0.experts.0.up", "layers.1.experts.1.up"]
+    assert select(selection(regex(paths)), [*paths, *others], []) == paths

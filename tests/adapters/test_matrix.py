@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends import find_backend
 from qeff_ir import QEffAutoPeftModelForCausalLM
 from qeff_ir.testing import tolerance
 from qeff_ir.testing.trace import Trace, compare, reference_trace, session_trace
@@ -144,6 +145,34 @@ def test_a_merged_adapter_answers_as_peft_does(case: Case, row: int) -> None:
     errors = row_errors(found, case.mixed)
     assert errors.pop(row) <= case.bound
     assert min(errors) > 100 * case.bound  # the kill test: nobody else's answer is that
+
+
+@pytest.mark.parametrize("case", ["gpt2"], indirect=True)
+def test_rows_and_tokens_may_be_one_axis(case: Case) -> None:
+    """As the products of this model come, with a bias of their own: every row finds its adapter all the same."""
+    pipeline = find_backend("onnxruntime").pipeline.replace("unflatten,", "")
+    assert "unflatten" not in pipeline
+    model = case.compiled("onnxruntime", pipeline=pipeline)
+    decoder = model.runner(threads=1).decoder
+    model.use_adapters([None, "r1", "r8", "r64"])
+    assert max(row_errors(session_trace(decoder, PROMPTS, case.mixed.tokens), case.mixed)) <= case.bound
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "slots"])
+def test_the_bias_of_a_layer_and_that_of_its_branch_add_up(merged: bool, tmp_path: Path) -> None:
+    targets = ["query_key_value"]
+    peft_model = make(base("bloom"), tmp_path, 0, r=4, target_modules=targets, bias="all", lora_bias=True)
+    wanted = rows_reference([peft_model] * 4, PROMPTS, STEPS)
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered("bloom"))
+    model.load_adapter(tmp_path, "it")
+    if merged:
+        model.merge_adapter("it")
+    model.compile(target="onnxruntime", **COMPILE)
+    decoder = model.runner(threads=1).decoder
+    if not merged:
+        model.use_adapters(["it"] * 4)
+    errors = row_errors(session_trace(decoder, PROMPTS, wanted.tokens), wanted)
+    assert max(errors) <= tolerance.bound(tolerance.depth(support.lowered("bloom")))
 
 
 def test_the_reference_sees_the_adapter(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "dora": (lambda f: configured(f, use_dora=True), "DoRA"),
     "modules_to_save": (lambda f: configured(f, modules_to_save=["lm_head"]), "modules_to_save"),
     "pissa": (lambda f: configured(f, init_lora_weights="pissa"), "changes the base model"),
+    "olora": (lambda f: configured(f, init_lora_weights="olora"), "changes the base model"),
+    "alora": (lambda f: configured(f, alora_invocation_tokens=[5, 6]), "active from a token on only"),
     "type": (lambda f: configured(f, peft_type="IA3"), "only LORA"),
     "config of another": (lambda f: configured(f, r=2), "not of one adapter"),
     "alpha": (lambda f: configured(f, lora_alpha="8"), "which is no number"),
@@ -198,3 +200,11 @@ def test_nothing_is_merged_into_a_package(running: QEffAutoPeftModelForCausalLM,
 def test_what_is_no_peft_model_is_refused() -> None:
     with pytest.raises(AdapterError, match="no PeftModelForCausalLM"):
         QEffPeftModelForCausalLM(base(NAME))
+
+
+def test_a_model_with_an_adapter_in_its_weights_is_refused(tmp_path: Path) -> None:
+    """It would be there twice."""
+    peft_model = make(base(NAME), tmp_path, 0, r=4, target_modules=["q_proj"])
+    peft_model.base_model.merge_adapter()
+    with pytest.raises(AdapterError, match=r"an adapter is merged into the model's weights: call unmerge_adapter\(\)"):
+        QEffPeftModelForCausalLM(peft_model).compile(target="onnxruntime", prefill_seq_len=8, ctx_len=48)

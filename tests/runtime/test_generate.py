@@ -269,3 +269,12 @@ def test_prompts_are_not_combined_with_token_ids(two: QEFFAutoModelForCausalLM, 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     with pytest.raises(RuntimeInputError, match=f"prompts cannot be combined with {next(iter(extra))}: give token ids"):
         two.generate(prompts=["1+1="], tokenizer=tokenizer, **extra)
+
+
+def test_a_model_that_is_compiled_again_answers_as_compiled_last(reference: PreTrainedModel) -> None:
+    """Not from the session that the first package has open."""
+    model = compiled(2)
+    model.generate(torch.tensor(ROWS[:1] * 2), max_new_tokens=2)
+    model.compile(target="onnxruntime", batch_size=1, prefill_seq_len=8, ctx_len=CTX)
+    expected = support.generate(reference, input_ids=PROMPT, max_new_tokens=6)
+    assert model.generate(PROMPT, max_new_tokens=6).tolist() == expected.tolist()
