@@ -26,6 +26,7 @@ from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import expected, module_answers, options, prepare, session_answers
 from qeff_ir.testing.recipe import Layer, Recipe
+from qeff_ir.testing.strategies import Request
 from tests import support
 from tests.properties import EDGE, LONG
 
@@ -269,6 +270,20 @@ def bias_of_each_head(module: Module) -> None:
     node.replace_input_with(3, b("Mul", seen, places, shape=shape, dtype=ir.DataType.FLOAT))
 
 
+# kv-retention
+
+
+def values_of_the_last_slot(module: Module) -> None:
+    """Something that is no attention looks a token up by its slot: a ring would have it elsewhere, or no more."""
+    values = next(module.output(state.output) for state in module.states if state.role == "value")
+    made = module.output("logits").producer()
+    assert made is not None
+    b, hidden = at(made), made.inputs[0]
+    slot = b("Max", b("ReduceMax", module.input("position_ids"), b.const([1]), keepdims=1), b.const(0))
+    token = b("GatherND", b("Transpose", values, perm=[0, 2, 1, 3]), slot, batch_dims=1)
+    made.replace_input_with(0, like(hidden, b, "Add", b("ReduceSum", token, b.const([1, 2]), keepdims=1)))
+
+
 # last-logits
 
 
@@ -424,18 +439,33 @@ def scaled_angles(module: Module) -> None:
         node.replace_input_with(1, scaled)
 
 
+def stored(weight: ir.Value, numbers: np.ndarray, graph: ir.Graph) -> ir.Value:
+    """A weight in the place of another, laid out anew."""
+    array = np.ascontiguousarray(numbers)
+    made = ir.val("stored", const_value=ir.tensor(array, name="stored"))
+    made.metadata_props.update(weight.metadata_props)
+    graph.register_initializer(made)
+    return made
+
+
 def stacked_weight(module: Module) -> None:
     """A weight of three axes, turned into ``[1, in, out]``."""
     node = next(n for n in nodes(module, "MatMul") if made_by(n.inputs[1], "Transpose") is None)
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
-    numbers = weight.const_value.numpy().T[:, None, :]
-    stacked = ir.val("stacked", const_value=ir.tensor(np.ascontiguousarray(numbers), name="stacked"))
-    stacked.metadata_props.update(weight.metadata_props)
-    module.graph.register_initializer(stacked)
+    stacked = stored(weight, weight.const_value.numpy().T[:, None, :], module.graph)
     turned = at(node)("Transpose", stacked, perm=[1, 2, 0], dtype=ir.DataType.FLOAT)
     turned.shape = ir.Shape([1, *(weight.shape or ())])
     node.replace_input_with(1, turned)
+
+
+def turned_weight_with_bias(module: Module) -> None:
+    """A `Gemm` whose weight is stored the other way round."""
+    node = nodes(module, "Gemm")[0]
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    turned = stored(weight, weight.const_value.numpy().T, module.graph)
+    node.replace_input_with(1, at(node)("Transpose", turned, perm=[1, 0], shape=weight.shape, dtype=weight.dtype))
 
 
 def swish_factor(module: Module) -> None:
@@ -495,6 +525,7 @@ class Bend:
         less: How many rewrites fewer there are than without; none where the bent place is rewritten all the same.
         refused: What the pass says when it refuses the module.
         recipe: The decoder.
+        request: What it is asked.
     """
 
     before: str
@@ -503,6 +534,7 @@ class Bend:
     less: int = 1
     refused: str | None = None
     recipe: Recipe = PLAIN
+    request: Request = EDGE
 
 
 ROTARY = f"{STATES},ort-attention"
@@ -535,6 +567,14 @@ BENDS = {
     "gelu of another root": Bend("canonicalize", "fuse-activations", other_root, recipe=ERF),
     "mean over tokens": Bend("canonicalize", "fuse-norms", mean_over_tokens),
     "bias of each head": Bend("canonicalize", "attention", bias_of_each_head, less=0, recipe=GROUPS),
+    "values of the last slot": Bend(
+        "canonicalize",
+        "kv-retention{layout=tensor-scatter}",
+        values_of_the_last_slot,
+        less=0,
+        recipe=WINDOW,
+        request=LONG,
+    ),
     "softmax over tokens": Bend(
         "canonicalize,unflatten", "last-logits", softmax_over_tokens, refused="not a matrix product"
     ),
@@ -557,6 +597,7 @@ BENDS = {
     "sines of keys": Bend(ROTARY, "ort-rotary", other_sines),
     "angles scaled": Bend(ROTARY, "ort-rotary", scaled_angles, less=0),
     "stacked weight": Bend("canonicalize,unflatten", "ort-kernels", stacked_weight, less=0),
+    "turned weight with bias": Bend("canonicalize", "ort-kernels", turned_weight_with_bias, less=0),
     "swish factor": Bend("canonicalize,fuse-activations", "ort-kernels", swish_factor, less=0),
     "swish factor, lowered": Bend(DEVICE, "legalize", swish_factor, less=0),
     "swish without factor": Bend(
@@ -582,7 +623,7 @@ def fired(module: Module, step: str) -> int:
 
 @pytest.mark.parametrize("bend", BENDS.values(), ids=BENDS)
 def test_a_bent_graph_keeps_its_numbers(bend: Bend) -> None:
-    start = prepare(build(bend.recipe).module, EDGE)
+    start = prepare(build(bend.recipe).module, bend.request)
     module = start.clone()
     support.apply(module, bend.before)
     straight = module.clone()
@@ -592,9 +633,9 @@ def test_a_bent_graph_keeps_its_numbers(bend: Bend) -> None:
             support.apply(module, bend.step)
         assert fired(straight, bend.step) > 0
         return
-    before = module_answers(module, EDGE, start)
+    before = module_answers(module, bend.request, start)
     assert fired(module, bend.step) == fired(straight, bend.step) - bend.less
-    error = tolerance.error_over_rms(module_answers(module, EDGE, start), before)
+    error = tolerance.error_over_rms(module_answers(module, bend.request, start), before)
     assert error <= tolerance.bound(tolerance.depth(start)), f"{error:.2e}"
 
 
