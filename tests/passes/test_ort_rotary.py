@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import module_answers, prepare
 from qeff_ir.testing.recipe import Layer, Recipe
+from tests import support
 from tests.properties import EDGE
 
 BEFORE = (
@@ -118,3 +120,18 @@ def test_what_the_kernel_cannot_do_is_left_alone(
     assert [(reason or "?") in missed.reason for missed in run.stats.missed] == [True] * (reason is not None)
     after = module_answers(module, EDGE, start)
     assert tolerance.error_over_rms(after, before) <= tolerance.bound(tolerance.depth(start))
+
+
+def test_padding_is_looked_up_where_there_are_angles(tmp_path: Path) -> None:
+    """The kernel does not check: at position -1 it would read what lies before its tables."""
+    module = prepare(build(WHOLE).module, EDGE)
+    run_pipeline(module, Pipeline.parse(f"{BEFORE},ort-rotary"))
+    (kernel,) = (node for node in module.graph if node.op_type == "GroupQueryAttention")
+    looked_up = kernel.inputs[9]
+    assert looked_up is not None
+    feeds = support.random_feeds(module, {"batch_size": 2, "seq_len": 3, "cache_len": 9, "ctx_len": 9})
+    feeds["input_ids"] %= 4
+    assert feeds["position_ids"].min() == -1
+    module.graph.outputs.append(looked_up)
+    found = support.run_graph(module, tmp_path, feeds)[looked_up.name or ""]
+    np.testing.assert_array_equal(found, np.maximum(feeds["position_ids"], 0))
