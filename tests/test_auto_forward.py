@@ -27,6 +27,7 @@ from qeff_ir import (
 )
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError, UnsupportedModelError
 from qeff_ir.frontend.inputs import longest
+from qeff_ir.runtime.interface import read_interface
 from qeff_ir.testing import tolerance
 from tests.encoders import ENCODERS, build, example
 
@@ -264,6 +265,16 @@ def test_numbers_that_the_model_does_not_know_are_refused(inputs: Any, message: 
         pooled.generate(inputs)
 
 
+@pytest.mark.parametrize("sizes", [(10, 20), (20, 10)])
+def test_a_token_must_be_in_every_table_that_it_selects_from(sizes: tuple[int, int], tmp_path: Path) -> None:
+    ids = onnx.helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["batch_size", "seq_len"])
+    tables = [onnx.numpy_helper.from_array(np.zeros((n, 2), np.float32), f"table{n}") for n in sizes]
+    nodes = [onnx.helper.make_node("Gather", [t.name, "input_ids"], [f"{t.name}_rows"]) for t in tables]
+    graph = onnx.helper.make_graph(nodes, "tables", [ids], [], tables)
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    assert [t.rows for t in read_interface(tmp_path).inputs] == [10]
+
+
 def test_all_tokens_and_masks_of_truth_values_are_known(pooled: QEFFAutoModel) -> None:
     size = build("distilbert").config.vocab_size
     ids = torch.tensor([[0, size - 1, 1]])
@@ -386,6 +397,14 @@ def test_a_model_that_is_compiled_again_takes_what_it_is_compiled_for_last() -> 
     found, keep = model.generate(IDS)["last_hidden_state"], IDS["attention_mask"] > 0
     expected = reference("distilbert", **IDS).last_hidden_state.numpy()
     assert tolerance.error_over_rms(found[keep], expected[keep]) <= tolerance.bound(7)
+
+
+def test_a_forward_pass_of_other_inputs_is_another_package(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for first in ("input_ids", "inputs_embeds"):
+        model = QEFFAutoModel.from_pretrained(tmp_path, inputs=[first, "attention_mask"])
+        model.compile(target="onnxruntime", seq_len=12)
+        assert [t.name for t in model.encoder().interface.inputs] == [first, "attention_mask"]
 
 
 def test_unknown_inputs_are_refused() -> None:

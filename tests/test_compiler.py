@@ -64,6 +64,17 @@ def test_other_weights_are_another_package() -> None:
     assert two.compile(**SHAPES) != str(one.package.folder)
 
 
+def test_another_file_of_a_flag_is_another_package(tmp_path: Path) -> None:
+    """The file is found by its name, which stays."""
+    file, cached = tmp_path / "precision.yaml", list[bool]()
+    for names in ("[]", "[]", "[Add]"):
+        file.write_text(f"FP32NodeInstanceNames: {names}\n")
+        compiled = model()
+        compiled.compile(**{**SHAPES, "target": "ai100"}, emit_only=True, node_precision_info=str(file))
+        cached.append(compiled.package.cached)
+    assert cached == [False, True, False]
+
+
 def test_a_damaged_package_is_built_anew() -> None:
     one = model()
     path = Path(one.compile(**SHAPES))

@@ -119,6 +119,23 @@ def test_a_factor_that_depends_on_the_layer_tells_layers_apart(folds: list[layer
     assert folds == [None]
 
 
+def test_an_option_that_has_a_name_tells_layers_apart(folds: list[layers.Fold | None]) -> None:
+    model = build("llama")[1]
+    for layer, approximate in zip(model.model.layers, ("none", "tanh"), strict=True):
+        layer.mlp.act_fn = torch.nn.GELU(approximate=approximate)
+    lower.lower(model, memory_weights(model))
+    assert folds == [None]
+
+
+def test_what_follows_the_layers_may_count_them(folds: list[layers.Fold | None]) -> None:
+    """A trace of fewer layers would count fewer."""
+    model = build("llama")[1]
+    model.model.norm.register_forward_hook(lambda module, args, out: out * len(model.model.layers))
+    folded, whole = both(model)
+    assert folded == whole
+    assert folds == [None]
+
+
 def test_tables_of_other_numbers_tell_layers_apart(folds: list[layers.Fold | None]) -> None:
     """What is read while tracing (a stored mask, say) is not only the layer's own: it makes the layer what it is."""
     model = build("llama")[1]

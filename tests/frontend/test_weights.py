@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.checkpoint import open_checkpoint
+from qeff_ir.frontend.forward_capture import captured_forward
 from qeff_ir.frontend.lower import lower
 from qeff_ir.frontend.private import snapshot_registries
 from qeff_ir.frontend.skeleton import build_skeleton
@@ -120,6 +122,14 @@ def test_lowering_leaves_the_model_and_the_registries_as_they_were() -> None:
         assert id(parameter) == weights[name][0] and torch.equal(parameter, weights[name][1])
 
 
+def test_capturing_a_forward_pass_leaves_the_experts_as_they_were() -> None:
+    model = support.tiny("mixtral")[1]
+    experts = model.get_experts_implementation()
+    with captured_forward(model):
+        assert model.get_experts_implementation() != experts
+    assert model.get_experts_implementation() == experts
+
+
 def test_a_model_that_cannot_be_traced_is_told_and_left_alone() -> None:
     _, model = build("llama")
     registries = snapshot_registries()
@@ -220,6 +230,17 @@ def test_a_damaged_folder_is_told(damage: Callable[[Path], None], message: str, 
     with pytest.raises(ModelLoadError) as error:
         open_source(llama)
     assert message in str(error.value)
+
+
+def test_code_that_may_run_is_part_of_what_a_folder_is(llama: Path) -> None:
+    found: list[tuple[Any, Any]] = []
+    for text in ("WIDTH = 1", "WIDTH = 2"):
+        (llama / "modeling_own.py").write_text(text)
+        trusted, plain = (FolderSource(llama, trust_remote_code=trust).identity() for trust in (True, False))
+        found.append((trusted, plain))
+    (one, same), (other, again) = found
+    assert one != other
+    assert same == again  # where it does not run, it does not matter
 
 
 def test_a_missing_tensor_is_told(llama: Path) -> None:

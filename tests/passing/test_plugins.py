@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from backends import find_backend
+from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.errors import PipelineError
 from qeff_ir.passing import base, plugins
 from qeff_ir.passing.pipeline import Pipeline
@@ -112,6 +114,19 @@ def test_an_installed_pass_runs_with_all_checks() -> None:
     ] * 3
     assert "bad_plugin" not in sys.modules
     assert report.warnings == []  # the other plugin was not even looked at
+
+
+@pytest.mark.usefixtures("on_path")
+def test_a_pass_whose_code_has_changed_makes_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cached: list[bool] = []
+    for ending in ("", "", "# Another version.\n"):
+        (tmp_path / "sign_round_trip.py").write_text(DOUBLE_NEGATION + ending)
+        model = QEFFAutoModelForCausalLM._opened(support.Lowered("llama"))
+        model.compile(target="onnxruntime", pipeline=find_backend("onnxruntime").pipeline + ",sign-round-trip")
+        cached.append(model.package.cached)
+    assert cached == [False, True, False]
 
 
 @pytest.mark.usefixtures("on_path")
