@@ -27,6 +27,7 @@ from qeff_ir import (
 )
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError, UnsupportedModelError
 from qeff_ir.frontend.inputs import longest
+from qeff_ir.frontend.sentence import read_sentence_config
 from qeff_ir.runtime.interface import read_interface
 from qeff_ir.testing import tolerance
 from tests.encoders import ENCODERS, build, example
@@ -117,6 +118,16 @@ def test_a_sentence_transformers_folder_brings_its_pooling(tmp_path: Path) -> No
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ModelLoadError, match=r"names '\.\./elsewhere', a folder outside the model: refused"):
         text()
+
+
+def test_poolings_that_are_switched_on_are_joined_in_one_order(tmp_path: Path) -> None:
+    """sentence-transformers' own, whichever the configuration names first."""
+    modes = ("lasttoken", "weightedmean_tokens", "mean_sqrt_len_tokens", "mean_tokens", "max_tokens", "cls_token")
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{m}": True for m in modes}))
+    (tmp_path / "modules.json").write_text(json.dumps([TRANSFORMER, POOLING]))
+    config = read_sentence_config(tmp_path)
+    assert config is not None and config.pooling == "cls+max+mean+mean-sqrt-len+weighted-mean+last"
 
 
 TRANSFORMER, POOLING, NORMALIZE = ({"path": p, "type": f"x.{k}"} for p, k in

@@ -127,6 +127,7 @@ def test_pipeline_error_points_at_the_place(qeff: Qeff) -> None:
         ("--prompt 1+1= --temperature 0", "--temperature must be above 0"),
         ("--prompt 1+1= --prompt 2+2= --stream", "--stream shows one prompt"),
         ("--prompt 1+1= --ctx-len 64", "is compiled already: leave out --ctx-len"),
+        ("--prompt 1+1= --aic-enable-depth-first", "is compiled already: leave out --aic-enable-depth-first, or give"),
         ("", "missing option '--prompt'"),
     ],
 )

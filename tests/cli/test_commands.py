@@ -125,6 +125,12 @@ def test_run_limits_and_samples(qeff: Qeff, compiled: tuple[Path, Outcome]) -> N
     assert first != other
 
 
+def test_a_seed_alone_asks_for_samples(qeff: Qeff, compiled: tuple[Path, Outcome]) -> None:
+    words = ("run", compiled[0], "--prompt", "99", "--max-new-tokens", 12)
+    answers = {qeff(*words, "--seed", seed).out.splitlines()[0] for seed in range(6)}
+    assert len(answers) > 1
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
 def test_verify_agrees(qeff: Qeff, target: str) -> None:
     said = qeff("verify", MODEL_FOLDER, "--target", target, "--emit-only", "--steps", 3)

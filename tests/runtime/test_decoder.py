@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qeff_ir.errors import RuntimeInputError
+from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.token_table import TokenTable
 from qeff_ir.testing import tolerance
 from tests import support
 
@@ -74,6 +77,24 @@ def test_a_full_context_is_told(decoder: Decoder) -> None:
 def test_decode_needs_a_prefill(decoder: Decoder) -> None:
     with pytest.raises(RuntimeInputError, match="call prefill first"):
         Decoder(decoder.session).decode([1, 1])
+
+
+def test_a_slot_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    step = 'lora{mode=slots n=2 rank=2 targets="q_proj"}'
+    pipeline = Pipeline.parse(support.rest_of("onnxruntime")).insert_after("last-logits", step)
+    decoder = support.open_decoder(support.canonical("llama"), tmp_path, str(pipeline))
+    decoder.lora_ids[1] = 2
+    decoder.prefill([[5], [6]])
+    decoder.lora_ids[1] = 3
+    with pytest.raises(RuntimeInputError, match=r"lora_ids is \[0, 3\]: give 2 numbers of at most 2"):
+        decoder.prefill([[5], [6]])
+
+
+@pytest.mark.parametrize("token", [-1, 3])
+def test_a_token_outside_the_table_of_the_host_is_refused(token: int) -> None:
+    table = TokenTable(ir.tensor(np.arange(6, dtype=np.float32).reshape(3, 2)))
+    with pytest.raises(RuntimeInputError, match="a token is outside the table of 3: use the model's tokenizer"):
+        table.inputs(np.array([[0, token]]))
 
 
 @pytest.mark.parametrize(

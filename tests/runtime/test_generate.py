@@ -185,8 +185,13 @@ def test_scores_and_sequences_as_a_dictionary(one: QEFFAutoModelForCausalLM, ref
     torch.testing.assert_close(torch.stack(got["logits"]), torch.stack(expected["logits"]), rtol=0, atol=1e-5)
 
 
-def test_several_answers_to_one_prompt(two: QEFFAutoModelForCausalLM, reference: PreTrainedModel) -> None:
-    common = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 12}
+@pytest.mark.parametrize("configured", [False, True])
+def test_several_answers_to_one_prompt(
+    configured: bool, two: QEFFAutoModelForCausalLM, reference: PreTrainedModel
+) -> None:
+    common: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 12}
+    if configured:
+        common = {"generation_config": GenerationConfig(**common, pad_token_id=0)}
     torch.manual_seed(4)
     expected = support.generate(reference, input_ids=PROMPT, **common)
     torch.manual_seed(4)
@@ -237,6 +242,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"inputs": torch.tensor([[4, 97]])}, "outside the vocabulary of 97"),
     ({"inputs": torch.tensor([[4, -1]])}, "a token outside the vocabulary"),
     ({"inputs": PROMPT, "guidance_scale": 1.5}, "guidance_scale needs a second cache"),
+    (
+        {"inputs": PROMPT, "generation_config": GenerationConfig(guidance_scale=1.5)},
+        "guidance_scale needs a second cache: leave it out",
+    ),
     ({"prompts": ["a"]}, "prompts need tokenizer="),
 ]
 

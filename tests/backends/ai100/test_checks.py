@@ -34,10 +34,13 @@ def _trilu(m: Module) -> None:
     append(m, "Trilu", m.input("past_key.0"), m.input("position_ids"))
 
 
-def _constant(m: Module) -> None:
-    value = ir.val("big", const_value=ir.tensor(np.array([1e5], np.float32), name="big"))
-    m.graph.register_initializer(value)
-    append(m, "Neg", value)
+def _constant(number: float) -> Callable[[Module], None]:
+    def change(m: Module) -> None:
+        value = ir.val("big", const_value=ir.tensor(np.array([number], np.float32), name="big"))
+        m.graph.register_initializer(value)
+        append(m, "Neg", value)
+
+    return change
 
 
 def _function(op: str) -> Callable[[Module], None]:
@@ -77,7 +80,8 @@ def _swap(m: Module) -> None:
         (lambda m: append(m, "SequenceConstruct", m.input("input_ids")), "sequence-op"),
         (_trilu, "trilu-diagonal"),
         (lambda m: append(m, "Cast", m.input("past_key.0"), dtype=ir.DataType.DOUBLE), "type"),
-        (_constant, "fp16-range"),
+        (_constant(1e5), "fp16-range"),
+        (_constant(-1e5), "fp16-range"),
         (_function("Range"), "function-constant"),
         (_function("ReduceSum"), "function-constant"),
         (_function("ConstantOfShape"), "function-constant"),
@@ -109,13 +113,28 @@ def test_a_damaged_module_is_found(tiny: Tiny, change: Callable[[Module], None],
     assert {m.partition("]")[0][1:] for m in found(module)} == codes
 
 
-def test_constant_bounds_inside_functions_pass(tiny: Tiny) -> None:
-    module = tiny.module.clone()
+def _bounded(module: Module) -> ir.Node:
+    """Put a slice with constant bounds into a function."""
     _function("Slice")(module)
     (body,) = module.model.functions["local", "Layer", ""]
     for index in (1, 2):
         body.replace_input_with(index, ir.val("k", const_value=ir.tensor([1], name="k")))
+    return body
+
+
+def test_constant_bounds_inside_functions_pass(tiny: Tiny) -> None:
+    module = tiny.module.clone()
+    _bounded(module)
     assert found(module) == []
+
+
+def test_computed_axes_inside_functions_are_found(tiny: Tiny) -> None:
+    module = tiny.module.clone()
+    body = _bounded(module)
+    body.resize_inputs(4)
+    body.replace_input_with(3, module.model.functions["local", "Layer", ""].inputs[2])
+    (message,) = found(module)
+    assert message.startswith("[function-constant]") and "axes" in message
 
 
 def test_a_large_constant_inside_a_node_is_found(tiny: Tiny) -> None:

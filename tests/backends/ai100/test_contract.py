@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from backends.ai100 import contract, emit, sdk
+from backends.ai100.emulator import adapter_inputs
 from backends.base import CompileOptions
 from qeff_ir.errors import CompileError
 
@@ -244,6 +247,25 @@ def test_a_damaged_custom_io_is_found(folder: Path, old: str, new: str) -> None:
     assert old in text
     (folder / "custom_io.yaml").write_text(text.replace(old, new))
     assert codes(folder) == {"custom-io"}
+
+
+def test_an_adapter_of_another_precision_is_found(adapted: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapted, tmp_path / "package"))
+    assert codes(folder) == set()
+    entries = (folder / "custom_io.yaml").read_text().split(" - ")
+    assert "lora_b" in entries[-1]
+    entries[-1] = entries[-1].replace("float16", "mxint8")
+    (folder / "custom_io.yaml").write_text(" - ".join(entries))
+    assert codes(folder) == {"custom-io"}
+
+
+def test_a_compressed_cache_leaves_adapters_as_they_are(tiny: Tiny, adapted: Path) -> None:
+    (file,) = adapted.glob("*.onnx")
+    adapters = list(adapter_inputs(onnx.load(file, load_external_data=False)).values())
+    text = emit.custom_io(tiny.module.states, "mxint8", adapters)
+    found = dict(re.findall(r"IOName: (\S+)\n   Precision: (\S+)", text))
+    assert {found.pop(name) for item in adapters for name in (item.name, item.output)} == {"float16"}
+    assert set(found.values()) == {"mxint8"}
 
 
 @pytest.mark.parametrize(

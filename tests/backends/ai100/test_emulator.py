@@ -93,6 +93,15 @@ def test_only_compiled_shapes_run(session: Session) -> None:
         session.run({"input_ids": np.zeros((2, 8), np.int64)})
 
 
+def test_states_have_one_size_in_all_specializations(folder: Path) -> None:
+    path = folder / "specializations.json"
+    sizes = json.loads(path.read_text())
+    sizes["specializations"][1]["symbols"]["sliding_window"] = "12"
+    path.write_text(json.dumps(sizes))
+    with pytest.raises(PackageError, match=r"the states of .* differ in size between its specializations"):
+        BACKEND.open(folder)
+
+
 def test_it_runs_the_artefact(folder: Path) -> None:
     """A symbol without a size, and weights that are gone, are noticed."""
     path = folder / "specializations.json"
