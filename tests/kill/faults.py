@@ -212,6 +212,30 @@ def _faults() -> list[Fault]:
         ),
     )
     plant(
+        "passes/_rows.py",
+        (
+            "order of a rotation forgotten",
+            "guards",
+            '{a.name: a.value for a in rotary.attributes.values()} | {"num_heads": heads}',
+            '{"num_heads": heads}',
+        ),
+        (
+            "any permutation behind attention",
+            "guards",
+            'swaps[0].op_type != "Transpose" or list(swaps[0].attributes["perm"].as_ints()) != SWAP:',
+            'swaps[0].op_type != "Transpose":',
+        ),
+    )
+    plant(
+        "passes/kv_retention.py",
+        (
+            "any reader of a ring's slots",
+            "guards",
+            "if mask is None or not depends_on(mask, right) or depends_on(mask, others):",
+            "if attention and (mask is None or not depends_on(mask, right) or depends_on(mask, others)):",
+        ),
+    )
+    plant(
         "passes/legalize.py",
         (
             "attributes of what is lowered dropped",
