@@ -51,7 +51,7 @@ class Session(Protocol):
             ``logits``, float32 ``[batch, 1, vocab]``: those of each row's last real token.
 
         Raises:
-            RuntimeInputError: No specialization has these shapes, or an input is missing or unknown.
+            RuntimeInputError: No specialization has these shapes, or an input is missing, unknown or of another type.
         """
         ...
 
