@@ -566,6 +566,12 @@ def _faults() -> list[Fault]:
     plant(
         "backends/ai100/emulator.py",
         ("states not kept", "P11 packages", "self._states, self._spare = self._spare, self._states", "pass"),
+        (
+            "bias fused into a product where no adapter is",
+            "P12 adapters",
+            '_FUSE_BIASES = ["MatMulAddFusion", "SkipLayerNormFusion"]',
+            '_FUSE_BIASES = ["SkipLayerNormFusion"]',
+        ),
     )
     plant(
         "backends/ai100/emit.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ BIASED = Recipe(
     norm="layer", bias=True, gemm=False, qk_norm=True, spelling=221,
 )  # fmt: skip
 """A bias, a residual and a layer norm in a row, which a runtime may fuse, and then adds the bias in another order."""
+WIDE = replace(BIASED, group=40)
+"""Products over more numbers than a runtime's kernel sums in one go: a bias fused into one comes in between."""
 FULL = Request(12, 3, (Run(3, (3, 3, 3), (False,) * 3),), 8, seed=0)
 
 
@@ -117,6 +119,7 @@ def added(module: Module, adapters: Adapters, slot: int) -> Mapping[str, Array]:
 @example((RICH[0], LONG, Adapters("all-linear", (2, 3), (2, 2, 1), 2)), "onnxruntime")
 @example((RICH[2], LONG, Adapters("v,up", (1, 2), (1, 2, 0), 3)), "onnxruntime")
 @example((BIASED, FULL, Adapters("all-linear", (1, 1), (0, 1, 2), 0)), "onnxruntime")
+@example((WIDE, FULL, Adapters("all-linear", (1, 1), (0, 1, 2), 0)), "ai100")
 def test_p12_rows_answer_with_their_own_adapter(case: tuple[Recipe, Request, Adapters], target: str) -> None:
     recipe, request, adapters = case
     base = prepare(build(recipe).module, request)
