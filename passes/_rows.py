@@ -28,7 +28,7 @@ def rows(value: ir.Value | None, heads: int, width: int, b: OpBuilder) -> ir.Val
     """
     assert value is not None
     rotary = made_by(value, "RotaryEmbedding")
-    if rotary is not None and len(rotary.inputs) == 3:
+    if rotary is not None:
         attributes: dict[str, Any] = {a.name: a.value for a in rotary.attributes.values()} | {"num_heads": heads}
         plain = rows(rotary.inputs[0], heads, width, b)
         return b("RotaryEmbedding", plain, *rotary.inputs[1:], dtype=value.dtype, **attributes)

@@ -61,7 +61,7 @@ def _problem(node: ir.Node, positions: ir.Value) -> str | None:
     queries, keys = rotations
     if queries is None or keys is None:
         return "only queries or only keys are rotated"
-    if any(len(r.inputs) != 3 for r in (queries, keys)) or queries.inputs[1:] != keys.inputs[1:]:
+    if queries.inputs[1:] != keys.inputs[1:]:
         return "queries and keys are rotated by different angles"
     if _interleaved(queries) != _interleaved(keys):
         return "queries and keys are rotated in different orders"

@@ -15,6 +15,9 @@ import onnx_ir as ir
 import pytest
 
 from backends import find_backend
+from passes._rows import size
+from passes.fuse_activations import FuseActivations
+from passes.fuse_norms import FuseNorms
 from passes.legalize import Legalize
 from qeff_ir.errors import PassError
 from qeff_ir.module import SOURCE_KEY, Module
@@ -200,6 +203,37 @@ def factor_of_each_angle(module: Module) -> None:
     for use in list(out.uses()):
         b = at(use.node)
         use.node.replace_input_with(use.idx, like(out, b, "Mul", b.const(np.linspace(0.5, 1.5, width), np.float32)))
+
+
+def angles_of_the_first_row(module: Module) -> None:
+    """All rows are turned as the first is."""
+    (angles,) = {n.inputs[0] for n in nodes(module, "Concat") if n.inputs[0] is n.inputs[1]}
+    assert angles is not None and angles.shape is not None
+    (concat,) = angles.consumers()
+    b = at(concat)
+    first = b("Slice", angles, b.const([0]), b.const([1]), b.const([0]), shape=[1, *angles.shape.dims[1:]])
+    first.dtype = angles.dtype
+    for index in range(2):
+        concat.replace_input_with(index, first)
+    turns = [n for n in concat.outputs[0].consumers()]  # cosines and sines, and the axis of heads behind each
+    for node in (concat, *turns, *(n for turn in turns for n in turn.outputs[0].consumers())):
+        out = node.outputs[0]
+        assert out.shape is not None
+        out.shape = ir.Shape([1, *out.shape.dims[1:]])
+
+
+def angles_in_three_parts(module: Module) -> None:
+    """A third of the angles three times: what the halves of a head are turned by is not the same."""
+    (angles,) = {n.inputs[0] for n in nodes(module, "Concat") if n.inputs[0] is n.inputs[1]}
+    assert angles is not None and angles.shape is not None
+    (concat,) = angles.consumers()
+    *dims, half = angles.shape.dims
+    assert isinstance(half, int)
+    third, b = 2 * half // 3, at(concat)
+    part = b("Slice", angles, b.const([0]), b.const([third]), b.const([2]), shape=[*dims, third], dtype=angles.dtype)
+    concat.resize_inputs(3)
+    for index in range(3):
+        concat.replace_input_with(index, part)
 
 
 # canonicalize
@@ -425,6 +459,21 @@ def neighbors_turned(module: Module) -> None:
         set_int(node, "interleaved", 1)
 
 
+def angles_from_a_table(module: Module) -> None:
+    """Cosines and sines of every position are weights, and looked up by the operator itself."""
+    rotations = nodes(module, "RotaryEmbedding")
+    b = at(rotations[0])
+    half = size(rotations[0].inputs[1], 2)
+    assert half is not None
+    angles = np.outer(np.arange(LONG.ctx_len), 0.5 ** np.arange(half))
+    tables = [b.const(numbers, np.float32) for numbers in (np.cos(angles), np.sin(angles))]
+    positions = b("Max", module.input("position_ids"), b.const(0))
+    for node in rotations:
+        node.resize_inputs(4)
+        for index, value in enumerate((*tables, positions), start=1):
+            node.replace_input_with(index, value)
+
+
 def other_sines(module: Module) -> None:
     _, keys = nodes(module, "RotaryEmbedding")
     wrap(keys, 2, "Mul", 0.5)
@@ -541,6 +590,7 @@ ROTARY = f"{STATES},ort-attention"
 SQUARE = Recipe((Layer(),), kv_heads=1, group=1, head_dim=8, value_dim=8, gemm=True, bias=True)
 GROUPS = Recipe((Layer(),), kv_heads=2, group=3, head_dim=8, value_dim=8)
 ONE_GROUP = Recipe((Layer(),), group=2, head_dim=16, value_dim=16)
+THIRDS = Recipe((Layer(),), head_dim=24, value_dim=24, rotary="half")
 WINDOW = Recipe((Layer(window=3),))
 ERF = Recipe((Layer(),), activation="gelu")
 TANH = Recipe((Layer(),), activation="gelu-tanh")
@@ -558,6 +608,8 @@ BENDS = {
     "sines scaled": Bend("canonicalize", "fuse-rotary", factor_of("Sin"), less=0),
     "plain part of another": Bend("canonicalize", "fuse-rotary", plain_part_of_another),
     "angles of their own": Bend("canonicalize", "fuse-rotary", factor_of_each_angle, less=2),
+    "angles of the first row": Bend("canonicalize", "fuse-rotary", angles_of_the_first_row, less=0),
+    "angles in three parts": Bend("canonicalize", "fuse-rotary", angles_in_three_parts, less=2, recipe=THIRDS),
     "tiny sum": Bend("canonicalize", "canonicalize", tiny_sum, less=0),
     **{
         f"tanh number {index}": Bend("canonicalize", "fuse-activations", tanh_constant(index, number), recipe=TANH)
@@ -588,6 +640,8 @@ BENDS = {
     "heads as tokens": Bend(STATES, "ort-attention", heads_as_tokens, less=0, recipe=ONE_GROUP),
     "features before heads": Bend(STATES, "ort-attention", features_before_heads, less=0, recipe=ONE_GROUP),
     "neighbors turned, in attention": Bend(STATES, "ort-attention", neighbors_turned, less=0),
+    "angles from a table": Bend(STATES, "ort-attention", angles_from_a_table, less=0),
+    "angles from a table, in the kernel": Bend(ROTARY, "ort-rotary", angles_from_a_table),
     "positions moved": Bend(STATES, "ort-attention", later_positions),
     "slots from one": Bend(STATES, "ort-attention", slot_numbers(0, 1)),
     "slots in steps": Bend(STATES, "ort-attention", slot_numbers(2, 2)),
@@ -664,6 +718,28 @@ def test_a_window_stays_right_when_its_ring_is_all_a_budget_refuses() -> None:
     run_pipeline(module, Pipeline.parse("kv-retention{layout=tensor-scatter}"), budgets={"kv-retention": 0})
     error = tolerance.error_over_rms(module_answers(module, LONG, start), before)
     assert error <= tolerance.bound(tolerance.depth(start)), f"{error:.2e}"
+
+
+def test_rings_alone_bring_no_longer_cache() -> None:
+    module = prepare(build(WINDOW).module, LONG)
+    support.apply(module, "canonicalize,kv-retention{layout=tensor-scatter}")
+    assert "cache_len" not in module.dims
+    assert not any("cache_len" in s.symbols for s in module.specializations)
+
+
+def test_gates_and_roots_of_something_else_are_no_sites() -> None:
+    """What is no near miss must not be reported as one: a report of hundreds is not read."""
+    module = prepare(build(PLAIN).module, EDGE)
+    support.apply(module, "canonicalize")
+    before = [len(FuseActivations().sites(module)), len(FuseNorms().sites(module))]
+
+    def gate(b: OpBuilder, old: ir.Value) -> ir.Value:
+        other = like(like(old, b, "Tanh"), b, "Add", b.const(2.0, np.float32))
+        gated = like(like(other, b, "Sigmoid"), b, "Mul", old)
+        return like(gated, b, "Mul", like(like(other, b, "Sqrt"), b, "Reciprocal"))
+
+    replace_logits(module, gate)
+    assert [len(FuseActivations().sites(module)), len(FuseNorms().sites(module))] == before == [1, 3]
 
 
 def test_a_lowering_that_is_refused_leaves_the_opset() -> None:

@@ -33,15 +33,30 @@ def worst_memory(module: Module) -> int:
 
 
 @pytest.mark.parametrize(
-    "other",
-    [Layer(window=2), Layer(spelled=True), Layer(linear="decay"), Layer()],
-    ids=["ring", "spelled", "state", "none"],
+    "others",
+    [
+        (Layer(window=2),),
+        (Layer(spelled=True),),
+        (Layer(linear="decay"),),
+        (Layer(), Layer(), Layer(), Layer(window=2)),
+        (Layer(),),
+    ],
+    ids=["ring", "spelled", "state", "ring behind many", "none"],
 )
-def test_padding_of_the_kernel_reaches_no_token(other: Layer) -> None:
-    recipe = Recipe((Layer(), other), head_dim=8, value_dim=8, rotary="half")
+def test_padding_of_the_kernel_reaches_no_token(others: tuple[Layer, ...]) -> None:
+    recipe = Recipe((Layer(), *others), head_dim=8, value_dim=8, rotary="half")
     module = prepare(build(recipe).module, LONG)
     start = module.clone()
     run_pipeline(module, Pipeline.parse(PIPELINE))
-    assert worst_memory(module) == 1 + (other == Layer())
+    assert worst_memory(module) == 1 + others.count(Layer())
     error = tolerance.error_over_rms(module_answers(module, LONG, start), expected(recipe, LONG))
     assert error <= tolerance.bound(tolerance.depth(start))
+
+
+def test_projections_are_read_and_written_as_they_are() -> None:
+    """No head is split off or moved around the kernel: every transposition and copy would cost time at each token."""
+    recipe = Recipe((Layer(), Layer()), kv_heads=2, group=2, head_dim=16, value_dim=16, rotary="half", gemm=False)
+    module = prepare(build(recipe).module, LONG)
+    run_pipeline(module, Pipeline.parse(PIPELINE.replace("canonicalize", "canonicalize,fuse-rotary") + ",ort-kernels"))
+    assert sum(node.op_type == "GroupQueryAttention" for node in module.graph) == 2
+    assert not [node for node in module.graph if node.op_type in ("Transpose", "Reshape")]
