@@ -120,6 +120,22 @@ def test_canonicalization_keeps_the_numbers(name: str, tmp_path: Path) -> None:
     agree(before, after, feeds["position_ids"] >= 0, tolerance.bound(tolerance.depth(module)))
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom", "mixtral"])
+def test_canonical_graphs_have_what_the_pass_guarantees(name: str) -> None:
+    graph = support.canonical(name).graph
+    constants = {v for v in graph.initializers.values() if WEIGHT_KEY not in v.metadata_props}
+    contents = [(v.dtype, tuple(v.shape or ()), v.const_value.numpy().tobytes()) for v in constants if v.const_value]
+    assert len(set(contents)) == len(constants) > 5
+    for node in graph:
+        assert node.op_type not in ("Identity", "Constant") or node.outputs[0].is_graph_output()
+        assert not set(node.inputs) <= constants, f"{node.op_type} could have been computed"
+        target = node.inputs[1] if node.op_type == "Reshape" else None
+        if target is not None and target.const_value is None:
+            (before, after) = ((v.shape.dims if v and v.shape else ()) for v in (node.inputs[0], node.outputs[0]))
+            free = [d for axis, d in enumerate(after) if not isinstance(d, int) and d not in before[axis : axis + 1]]
+            assert len(free) > 1, f"{before} to {after} needs no computed target"
+
+
 @pytest.mark.parametrize("first", [False, True], ids=["behind", "first"])
 @pytest.mark.parametrize(
     ("op_type", "constant", "left"),
