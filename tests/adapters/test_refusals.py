@@ -97,9 +97,26 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "not json": (lambda f: _write(f / CONFIG_FILE, "{"), "cannot be read"),
     "dora": (lambda f: configured(f, use_dora=True), "DoRA"),
     "modules_to_save": (lambda f: configured(f, modules_to_save=["lm_head"]), "modules_to_save"),
-    "pissa": (lambda f: configured(f, init_lora_weights="pissa"), "changes the base model"),
-    "olora": (lambda f: configured(f, init_lora_weights="olora"), "changes the base model"),
-    "alora": (lambda f: configured(f, alora_invocation_tokens=[5, 6]), "active from a token on only"),
+    **{
+        start: (lambda f, start=start: configured(f, init_lora_weights=start), "changes the base model")
+        for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+    },
+    **{
+        name: (lambda f, given={name: value}: configured(f, **given), what)
+        for name, value, what in (
+            ("alora_invocation_tokens", [5, 6], "active from a token on only"),
+            ("trainable_token_indices", [5, 6], "replaces rows of an embedding"),
+            ("layer_replication", [[0, 2], [1, 2]], "repeats layers"),
+            ("use_qalora", True, "QALoRA"),
+            ("use_bdlora", {"nblocks": 2}, "BD-LoRA"),
+            ("arrow_config", {"top_k": 2}, "routes between adapters"),
+            ("kasa_config", {"beta": 0.1}, "KaSA"),
+            ("monteclora_config", {"monteclora_n": 8}, "MonteCLoRA"),
+            ("velora_config", {"num_groups": 8}, "VeLoRA"),
+            ("megatron_config", {"size": 2}, "Megatron"),
+            ("ensure_weight_tying", True, "ties its own weights"),
+        )
+    },
     "type": (lambda f: configured(f, peft_type="IA3"), "only LORA"),
     "config of another": (lambda f: configured(f, r=2), "not of one adapter"),
     "alpha": (lambda f: configured(f, lora_alpha="8"), "which is no number"),
