@@ -215,7 +215,7 @@ def angles_of_the_first_row(module: Module) -> None:
     first.dtype = angles.dtype
     for index in range(2):
         concat.replace_input_with(index, first)
-    turns = [n for n in concat.outputs[0].consumers()]  # cosines and sines, and the axis of heads behind each
+    turns = list(concat.outputs[0].consumers())  # cosines and sines, and the axis of heads behind each
     for node in (concat, *turns, *(n for turn in turns for n in turn.outputs[0].consumers())):
         out = node.outputs[0]
         assert out.shape is not None
