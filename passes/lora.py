@@ -80,7 +80,7 @@ class Lora(Pass):
                 owner = next((name for v in node.inputs if (name := bias_name(v)) is not None), None)
                 if owner is not None and owner not in chosen and rewriter.rewrite("bias"):
                     branches.bias_alone(node, owner)
-        if self.retained and not rewriter.refused:
+        if self.retained:
             branches.retain()
         rewriter.sweep()
 

@@ -12,6 +12,9 @@ import torch
 from qeff_ir import dialect
 from qeff_ir.errors import PassError
 from qeff_ir.module import Dim, Module, Specialization
+from qeff_ir.passing.manager import run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.printer import to_text
 from qeff_ir.runtime.session import Array
 from tests import support
 
@@ -148,3 +151,10 @@ def test_what_cannot_be_pooled_is_refused(text: str, message: str) -> None:
     with pytest.raises(PassError) as error:
         support.apply(module(), text)
     assert message in str(error.value)
+
+
+def test_a_budget_of_none_leaves_the_outputs() -> None:
+    made = module()
+    before = to_text(made)
+    run_pipeline(made, Pipeline.parse("embedding{pooling=cls normalize=true}"), budgets={"embedding": 0})
+    assert to_text(made) == before

@@ -318,6 +318,14 @@ def values_of_the_last_slot(module: Module) -> None:
     made.replace_input_with(0, like(hidden, b, "Add", b("ReduceSum", token, b.const([1, 2]), keepdims=1)))
 
 
+def mask_of_two_caches(module: Module) -> None:
+    """What the window shows is hidden where the other layer's cache holds no token yet: slots of both, side by side."""
+    whole, windowed = nodes(module, "Attention")
+    seen, window = whole.inputs[3], windowed.inputs[3]
+    assert seen is not None
+    windowed.replace_input_with(3, like(window, at(windowed), "And", seen))
+
+
 # last-logits
 
 
@@ -627,6 +635,14 @@ BENDS = {
         recipe=WINDOW,
         request=LONG,
     ),
+    "mask of two caches": Bend(
+        "canonicalize",
+        "kv-retention{layout=tensor-scatter}",
+        mask_of_two_caches,
+        less=0,
+        recipe=Recipe((Layer(), Layer(window=3))),
+        request=LONG,
+    ),
     "softmax over tokens": Bend(
         "canonicalize,unflatten", "last-logits", softmax_over_tokens, refused="not a matrix product"
     ),
@@ -725,6 +741,14 @@ def test_rings_alone_bring_no_longer_cache() -> None:
     support.apply(module, "canonicalize,kv-retention{layout=tensor-scatter}")
     assert "cache_len" not in module.dims
     assert not any("cache_len" in s.symbols for s in module.specializations)
+
+
+def test_rings_of_two_windows_have_their_own_lengths() -> None:
+    module = prepare(build(Recipe((Layer(window=4), Layer(window=2), Layer()))).module, LONG)
+    support.apply(module, "canonicalize,kv-retention{layout=tensor-scatter}")
+    assert [state.shape[2] for state in module.states[::2]] == ["sliding_window_4", "sliding_window_2", "cache_len"]
+    for found in module.specializations:
+        assert (found.symbols["sliding_window_4"], found.symbols["sliding_window_2"]) == (6, 4)
 
 
 def test_gates_and_roots_of_something_else_are_no_sites() -> None:

@@ -12,7 +12,8 @@ from qeff_ir.compiler import specialize
 from qeff_ir.errors import PassError
 from qeff_ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing.base import Rewriter
-from qeff_ir.passing.manager import Report
+from qeff_ir.passing.manager import Report, run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.printer import to_text
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.snapshot import load_module, save_module
@@ -225,6 +226,17 @@ def test_half_range_clip() -> None:
     clipped, kept = (module.graph.initializers[n].const_value for n in ("wide", "narrow"))
     assert clipped is not None and clipped.numpy().tolist() == [65504.0, -65504.0, 65504.0, -np.inf, 5.0]
     assert kept is not None and kept.numpy().tolist() == [1.0, -65504.0]
+
+
+def test_constants_are_clipped_one_by_one() -> None:
+    """As far as a bisection lets them."""
+    for budget in (0, 1, 2):
+        module = support.canonical("llama")
+        wide = [ir.val(n, const_value=ir.tensor(np.full(3, 1e9, np.float32), name=n)) for n in ("one", "two")]
+        for value in wide:
+            module.graph.register_initializer(value)
+        run_pipeline(module, Pipeline.parse("fp16-clip"), budgets={"fp16-clip": budget})
+        assert sum(v.const_value.numpy()[0] == 65504.0 for v in wide if v.const_value is not None) == budget
 
 
 @pytest.mark.parametrize("number", [-65505.0, -3.4e38, 65505.0, np.inf])

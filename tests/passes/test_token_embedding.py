@@ -179,6 +179,14 @@ def test_the_rows_of_other_numbers_than_the_tokens_are_not_the_hosts_to_find() -
         apply(module, "token-embedding")
 
 
+def test_a_table_of_another_precision_is_not_the_hosts() -> None:
+    """Its rows would go in as they are stored, where the graph expects them as it computes."""
+    module = canonical("llama")
+    module.graph.initializers["model.embed_tokens.weight"].dtype = ir.DataType.BFLOAT16
+    with pytest.raises(PassError, match="the tokens are looked up in 0 tables, not in one"):
+        apply(module, "token-embedding")
+
+
 def test_every_look_up_of_the_tokens_is_the_hosts() -> None:
     module = canonical("llama")
     node = look_up(module)

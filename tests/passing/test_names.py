@@ -10,6 +10,7 @@ import pytest
 from qeff_ir.errors import PipelineError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register, registered_passes
+from qeff_ir.passing.options import options
 from qeff_ir.passing.properties import define
 
 
@@ -33,3 +34,9 @@ def test_a_second_checker_of_a_property_is_refused() -> None:
     with pytest.raises(PipelineError) as error:
         define("canonical")(lambda module: None)
     assert str(error.value) == "two checkers define the property 'canonical'; rename one"
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    found = [(name, option) for name, made in registered_passes().items() for option in options(made).values()]
+    assert len(found) > 15
+    assert not [(name, option.name) for name, option in found if not option.help]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from onnxscript.rewriter import pattern
 
 from qeff_ir.errors import PassError, PipelineError
-from qeff_ir.module import Module
+from qeff_ir.module import CHANGED_KEY, PASS_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from tests import support
+from tests.adapters.random_adapters import base
+from tests.adapters.random_adapters import make as make_adapter
 
 
 @pytest.fixture
@@ -94,6 +97,30 @@ def test_every_stock_pass_leaves_a_valid_module_at_every_budget(module: Module, 
             (part,) = run_pipeline(module.clone(), Pipeline((item,)), budgets={id: budget}).runs
             assert part.rewrites == budget
         module = full
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "token-embedding",
+        "lora{n=2 rank=2 bias=all retained=true}",
+        "lora{mode=single rank=2 targets=embed_tokens}",
+        "merge-lora{adapter=FOLDER}",
+    ],
+)
+def test_the_passes_beside_the_stock_ones_keep_to_their_budgets(module: Module, step: str, tmp_path: Path) -> None:
+    make_adapter(base("llama"), tmp_path, 0, r=2, target_modules=["q_proj", "down_proj"])
+    pipeline = Pipeline.parse(step.replace("FOLDER", str(tmp_path)))
+    ((id, _),) = pipeline
+    (run,) = run_pipeline(module.clone(), pipeline).runs
+    assert run.modified and run.rewrites > 0
+    for budget in range(run.rewrites):
+        part = module.clone()
+        (less,) = run_pipeline(part, pipeline, budgets={id: budget}).runs
+        assert less.rewrites == budget
+        changed = {v.name for v in part.graph.initializers.values() if CHANGED_KEY in v.metadata_props}
+        marked = [n for n in part.graph if n.metadata_props.get(PASS_KEY) == id]
+        assert bool(changed or marked) == (budget > 0)
 
 
 def test_an_input_in_the_place_of_an_output_keeps_its_name(module: Module) -> None:
