@@ -138,6 +138,24 @@ def split_features(module: Module) -> None:
     assert out.shape is not None and out.shape[2] == width
 
 
+def halves_behind(module: Module) -> None:
+    """Tokens come back with their features in two halves, side by side in an axis of their own."""
+    _, _, back = around_gemm(module)
+    out = back.outputs[0]
+    assert out.shape is not None
+    rows, tokens, width = out.shape.dims
+    assert isinstance(width, int)
+    ids = module.input("input_ids")
+    uses = list(out.uses())
+    back.replace_input_with(1, at(back)("Concat", at(back)("Shape", ids), at(back).const([2, width // 2]), axis=0))
+    out.shape = ir.Shape([rows, tokens, 2, width // 2])
+    whole = at(uses[0].node)(
+        "Reshape", out, at(back).const([0, 0, width]), shape=[rows, tokens, width], dtype=out.dtype
+    )
+    for use in uses:
+        use.node.replace_input_with(use.idx, whole)
+
+
 # fuse-rotary
 
 
@@ -609,6 +627,7 @@ BENDS = {
     "gemm transposed": Bend("canonicalize", "unflatten", transposed_gemm, recipe=SQUARE),
     "rows swapped": Bend("canonicalize", "unflatten", other_rows, recipe=SQUARE),
     "features split": Bend("canonicalize", "unflatten", split_features, recipe=SQUARE),
+    "halves behind": Bend("canonicalize", "unflatten", halves_behind, recipe=SQUARE),
     "lower half shifted": Bend("canonicalize", "fuse-rotary", shifted_low),
     "upper half shifted": Bend("canonicalize", "fuse-rotary", shifted_high),
     "halves of two values": Bend("canonicalize", "fuse-rotary", high_of_another),
