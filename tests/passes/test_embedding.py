@@ -158,3 +158,11 @@ def test_a_budget_of_none_leaves_the_outputs() -> None:
     before = to_text(made)
     run_pipeline(made, Pipeline.parse("embedding{pooling=cls normalize=true}"), budgets={"embedding": 0})
     assert to_text(made) == before
+
+
+def test_an_input_handed_through_keeps_its_name() -> None:
+    made = module()
+    made.graph.outputs[0] = made.input("hidden")
+    support.apply(made, "embedding{pooling=none}")
+    assert [v.name for v in made.graph.inputs] == ["hidden", "attention_mask"]
+    assert [v.name for v in made.graph.outputs] == ["output"]
