@@ -747,15 +747,15 @@ def test_a_bent_graph_keeps_its_numbers(bend: Bend) -> None:
 
 @pytest.mark.parametrize("bend", [added_mask, no_mask])
 def test_nothing_is_seen_of_empty_slots(bend: Callable[[Module], None], tmp_path: Path) -> None:
-    """What a device leaves in slots that hold no token is NaN in the emulator, and only a mask of booleans hides NaN."""
-    start = prepare(build(GROUPS).module, LONG)
+    """What a device leaves in slots without a token is NaN in the emulator, and only a mask of booleans hides NaN."""
+    start = prepare(build(GROUPS).module, EDGE)
     module = start.clone()
     bend(module)
-    before = module_answers(module, LONG, start)
+    before = module_answers(module, EDGE, start)
     backend = find_backend("ai100")
     support.apply(module, backend.pipeline)
-    backend.emit(module, tmp_path, options(LONG))
-    found = session_answers(backend.open(tmp_path, threads=1), LONG)
+    backend.emit(module, tmp_path, options(EDGE))
+    found = session_answers(backend.open(tmp_path, threads=1), EDGE)
     assert tolerance.error_over_rms(found, before) <= tolerance.bound(tolerance.depth(start))
 
 
