@@ -770,6 +770,15 @@ def test_a_window_stays_right_when_its_ring_is_all_a_budget_refuses() -> None:
     assert error <= tolerance.bound(tolerance.depth(start)), f"{error:.2e}"
 
 
+def test_keys_that_a_mask_hides_are_read_as_they_are() -> None:
+    """The values behind them get zeros for empty slots; for keys that would be a pass over the cache for nothing."""
+    module = prepare(build(PLAIN).module, EDGE)
+    support.apply(module, "canonicalize,kv-retention")
+    (node,) = nodes(module, "Attention")
+    assert made_by(node.inputs[1], "CtxGather") is not None
+    assert made_by(node.inputs[2], "Where") is not None
+
+
 def test_rings_alone_bring_no_longer_cache() -> None:
     module = prepare(build(WINDOW).module, LONG)
     support.apply(module, "canonicalize,kv-retention{layout=tensor-scatter}")

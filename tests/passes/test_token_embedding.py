@@ -179,6 +179,24 @@ def test_the_rows_of_other_numbers_than_the_tokens_are_not_the_hosts_to_find() -
         apply(module, "token-embedding")
 
 
+def test_rows_of_flattened_tokens_are_not_the_hosts_to_lay_out() -> None:
+    module = canonical("llama")
+    node, ids = look_up(module), module.input("input_ids")
+    found = node.outputs[0]
+    assert found.shape is not None
+    width = found.shape[2]
+    readers, shape = list(found.uses()), found.shape
+    b = Rewriter(module, "fault").at(node)
+    node.replace_input_with(1, b("Reshape", ids, b.const([-1]), shape=[None], dtype=ids.dtype))
+    found.shape = ir.Shape([None, width])
+    sizes = b("Concat", b("Shape", ids), b.const([width]), axis=0)
+    back = Rewriter(module, "fault").at(readers[0].node)("Reshape", found, sizes, shape=shape, dtype=found.dtype)
+    for use in readers:
+        use.node.replace_input_with(use.idx, back)
+    with pytest.raises(PassError, match="the tokens are looked up in 0 tables, not in one"):
+        apply(module, "token-embedding")
+
+
 def test_a_table_of_another_precision_is_not_the_hosts() -> None:
     """Its rows would go in as they are stored, where the graph expects them as it computes."""
     module = canonical("llama")
