@@ -529,6 +529,15 @@ def scaled_angles(module: Module) -> None:
         node.replace_input_with(1, scaled)
 
 
+def cosines_summed(module: Module) -> None:
+    """Each token's cosines and those of all tokens before it in the run."""
+    queries, keys = nodes(module, "RotaryEmbedding")
+    b = at(queries)
+    summed = like(queries.inputs[1], b, "CumSum", b.const(1))
+    for node in (queries, keys):
+        node.replace_input_with(1, summed)
+
+
 def stored(weight: ir.Value, numbers: np.ndarray, graph: ir.Graph) -> ir.Value:
     """A weight in the place of another, laid out anew."""
     array = np.ascontiguousarray(numbers)
@@ -702,6 +711,7 @@ BENDS = {
     "second reader": Bend(STATES, "ort-attention", second_reader),
     "sines of keys": Bend(ROTARY, "ort-rotary", other_sines),
     "angles scaled": Bend(ROTARY, "ort-rotary", scaled_angles, less=0),
+    "cosines summed": Bend(ROTARY, "ort-rotary", cosines_summed),
     "stacked weight": Bend("canonicalize,unflatten", "ort-kernels", stacked_weight, less=0),
     "turned weight with bias": Bend("canonicalize", "ort-kernels", turned_weight_with_bias, less=0),
     "swish factor": Bend("canonicalize,fuse-activations", "ort-kernels", swish_factor, less=0),

@@ -15,7 +15,7 @@ from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import TokenEmbedding
 from qeff_ir.errors import PackageError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import Source, open_source
-from qeff_ir.module import CHANGED_KEY, Module
+from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.interface import read_interface
@@ -201,6 +201,14 @@ def test_a_table_of_another_precision_is_not_the_hosts() -> None:
     """Its rows would go in as they are stored, where the graph expects them as it computes."""
     module = canonical("llama")
     module.graph.initializers["model.embed_tokens.weight"].dtype = ir.DataType.BFLOAT16
+    with pytest.raises(PassError, match="the tokens are looked up in 0 tables, not in one"):
+        apply(module, "token-embedding")
+
+
+def test_a_table_that_is_no_weight_is_not_the_hosts() -> None:
+    """Numbers of the model's own code, which the host does not find in the checkpoint."""
+    module = canonical("llama")
+    del module.graph.initializers["model.embed_tokens.weight"].metadata_props[WEIGHT_KEY]
     with pytest.raises(PassError, match="the tokens are looked up in 0 tables, not in one"):
         apply(module, "token-embedding")
 
