@@ -13,6 +13,7 @@ from qeff_ir import dialect
 from qeff_ir.device_ops import CTX_DOMAIN
 from qeff_ir.module import Dim, DimValue, Module, Specialization, State
 from qeff_ir.passing.base import OpBuilder, Rewriter
+from qeff_ir.passing.matching import operand
 
 DROPPED = 2**31 - 1
 """Index that the AI 100 neither writes nor reads (contract §2.2)."""
@@ -103,11 +104,13 @@ class Layout(ABC):
         return self.shared("padded", None, lambda b: b("Less", self.position_ids, b.const(0)))
 
 
-def _hides_keys(reader: ir.Node) -> bool:
-    """Whether a reader never looks at the score of a hidden key: a mask of floats is added to it, and NaN stays NaN."""
+def _hides_keys(reader: ir.Node, cache: ir.Value) -> bool:
+    """Whether a reader takes a cache for keys alone, and never looks at the score of a hidden one: a mask of floats is
+    added to it, and NaN stays NaN."""
     attention = reader.op_type in ("Attention", "SinkAttention")
-    mask = reader.inputs[3] if attention and len(reader.inputs) > 3 else None
-    return mask is not None and mask.dtype is ir.DataType.BOOL
+    mask = operand(reader, 3) if attention else None
+    others = [value for index, value in enumerate(reader.inputs) if index != 1]
+    return mask is not None and mask.dtype is ir.DataType.BOOL and cache not in others
 
 
 class Scatter(Layout):
@@ -132,7 +135,7 @@ class Scatter(Layout):
             dtype=dtype,
         )
         # The mask hides what a key slot without a token gives; anything else must not even see it.
-        masked = state.role == "key" and all(map(_hides_keys, readers))
+        masked = state.role == "key" and all(_hides_keys(reader, node.outputs[0]) for reader in readers)
         if not masked:
             empty = self.shared("empty rows", slots, lambda b: b("Unsqueeze", self._empty(slots), b.const([1, 3])))
             read = b("Where", empty, b.const(0.0, np.float32), read, shape=shape, dtype=dtype)

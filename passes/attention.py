@@ -13,6 +13,7 @@ from qeff_ir.errors import PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
+from qeff_ir.passing.matching import operand
 
 HIDDEN_SCORE = -65504.0
 """Score of a key that a query may not see: the least finite half-precision number. It vanishes in the softmax at any
@@ -43,7 +44,7 @@ class Attention(Pass):
         """Lower every attention node.
 
         Raises:
-            PassError: The number of heads is not known.
+            PassError: The number of heads is not known, or attention counts tokens by itself.
         """
         for node in self.sites(module):
             rule = "sinks" if node.op_type == "SinkAttention" else "grouped"
@@ -57,14 +58,25 @@ class Attention(Pass):
         return [node for node in module.graph if (node.domain, node.op_type) in lowered]
 
 
+def does_more(node: ir.Node) -> bool:
+    """Whether the standard op hides later tokens by counting those it is given, or joins a cache to them by itself."""
+    if node.domain != "":
+        return False
+    return bool(node.attributes.get_int("is_causal", 0)) or any(value is not None for value in node.inputs[4:])
+
+
 def _grouped(node: ir.Node, b: OpBuilder) -> ir.Value:
     """Attention over ``[batch, kv_heads, group, seq, head_dim]``; returns ``[batch, heads, seq, value_dim]``."""
+    if does_more(node):
+        raise PassError(
+            f"attention '{node.outputs[0].name}' counts tokens or keeps a cache by itself: give it a mask and states"
+        )
     q, k, v = node.inputs[:3]
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    mask, sinks = operand(node, 3), operand(node, 4) if node.op_type == "SinkAttention" else None
     assert q is not None and k is not None and v is not None
     heads, kv_heads, width, value_width = _sizes(node, q, k, v)
-    scale = node.attributes["scale"].as_float()
-    cap = node.attributes["softcap"].as_float()
+    scale = node.attributes.get_float("scale", width**-0.5)
+    cap = node.attributes.get_float("softcap", 0.0)
 
     # Scaling the queries costs less than scaling the scores, and keeps the scores in half range.
     scaled = b("Mul", q, b.const(scale, np.float32))
@@ -75,8 +87,8 @@ def _grouped(node: ir.Node, b: OpBuilder) -> ir.Value:
         scores = b("Mul", b("Tanh", b("Div", scores, b.const(cap, np.float32))), b.const(cap, np.float32))
     if mask is not None:
         scores = _masked(scores, mask, heads, kv_heads, b)
-    if len(node.inputs) > 4 and node.inputs[4] is not None:
-        weights = _softmax_with_sinks(scores, node.inputs[4], heads, kv_heads, b)
+    if sinks is not None:
+        weights = _softmax_with_sinks(scores, sinks, heads, kv_heads, b)
     else:
         weights = b("Softmax", scores, axis=-1)
     mixed = b("MatMul", weights, b("Unsqueeze", v, b.const([2])))
@@ -107,7 +119,7 @@ def _softmax_with_sinks(scores: ir.Value, sinks: ir.Value, heads: int, kv_heads:
 
 def _sizes(node: ir.Node, q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[int, int, int, int]:
     """``(heads, kv_heads, head_dim, value_dim)``."""
-    if q.shape is not None and k.shape is not None and v.shape is not None:
+    if q.shape is not None and k.shape is not None and v.shape is not None and len(q.shape) == len(v.shape) == 4:
         sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
         if all(isinstance(s, int) for s in sizes):
             return sizes  # pyright: ignore[reportReturnType]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir.module import WEIGHT_KEY, Module
+from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.testing.tolerance import Approximates, Numeric
 
@@ -44,6 +44,8 @@ class Fp16Clip(Pass):
                 continue
             if not rewriter.rewrite("weight" if is_weight else "constant"):
                 continue
+            if is_weight:
+                value.metadata_props[CHANGED_KEY] = "fp16-clip"
             value.const_value = (
                 ir.LazyTensor(
                     lambda tensor=tensor: ir.tensor(clip(tensor.numpy()), name=tensor.name),

@@ -13,7 +13,7 @@ from qeff_ir.errors import PassError
 from qeff_ir.module import Dim, Module, Specialization, State
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
-from qeff_ir.passing.matching import depends_on
+from qeff_ir.passing.matching import depends_on, operand
 
 from ._kv_layouts import LAYOUTS, Slots
 from ._mask_shapes import carry_on
@@ -108,7 +108,7 @@ def _ring_fits(module: Module, window: int) -> bool:
             continue
         for node in module.output(state.output).consumers():
             attention = node.op_type in ("Attention", "SinkAttention")
-            mask = node.inputs[3] if attention else None
+            mask = operand(node, 3) if attention else None
             if mask is None or not depends_on(mask, right) or depends_on(mask, others):
                 return False
     return True

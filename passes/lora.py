@@ -168,8 +168,7 @@ class _Branches:
         """``x A``: ``[batch, seq, rank]``, or without slots of the rank that ``x`` has."""
         x = layer.node.inputs[0]
         if self._is_flat(layer):
-            ids = self.module.input("input_ids")
-            rows = b("Shape", ids, start=0, end=1)
+            rows = b("Shape", self.module.input("position_ids"), start=0, end=1)
             x = b("Reshape", x, b("Concat", rows, b.const([-1, layer.features[0]]), axis=0))
         return b("MatMul", x, self._of_row(factor, layer, b))
 
@@ -204,7 +203,7 @@ class _Branches:
             between = list(range(1, max(_rank(last), 3) - 1))
             bias = b("Unsqueeze", b("Gather", bias, self.rows, axis=0), b.const(between))
             if flat:  # as many tokens of each row as there are in a run
-                tokens = b("Shape", self.module.input("input_ids"))
+                tokens = b("Shape", self.module.input("position_ids"))
                 full = b("Concat", tokens, b.const([width]), axis=0)
                 bias = b("Reshape", b("Expand", bias, full), b.const([-1, width]))
         return b("Sum", total, bias, shape=old.shape, dtype=old.dtype)

@@ -140,6 +140,7 @@ def _replace(known: dict[str, ir.Value], path: str, rewriter: Rewriter, change: 
     tensor = value.const_value
     if rewriter.rewrite("bias"):
         value.const_value = _lazy(tensor, lambda: change(tensor.numpy()).astype(tensor.dtype.numpy()))
+        value.metadata_props[CHANGED_KEY] = "merge-lora"
 
 
 def _lazy(old: ir.TensorProtocol, compute: Callable[[], Array]) -> ir.LazyTensor:

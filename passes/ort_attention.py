@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from qeff_ir.module import Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
-from qeff_ir.passing.matching import constant, made_by
+from qeff_ir.passing.matching import constant, made_by, operand
 
 from ._rows import SWAP, flattening, rows, size
+from .attention import does_more
 from .ort_kernels import ORT_DOMAIN
 
 _INT32 = ir.DataType.INT32
@@ -65,6 +66,8 @@ class OrtAttention(Pass):
 
 def _problem(node: ir.Node, position_ids: ir.Value) -> str | None:
     """Why the kernel cannot stand for an attention, or `None` when it can."""
+    if does_more(node):
+        return "attention counts tokens or keeps a cache by itself"
     keys, values = made_by(node.inputs[1], "TensorScatter"), made_by(node.inputs[2], "TensorScatter")
     if keys is None or values is None or keys is values:
         return "keys or values are not caches of their own"
@@ -78,7 +81,7 @@ def _problem(node: ir.Node, position_ids: ir.Value) -> str | None:
     width = size(keys.inputs[0], 3)
     if width is None or width % 8 or width != size(values.inputs[0], 3) or size(node.inputs[0], 1) is None:
         return "keys and values differ in width, or it is no multiple of eight"
-    return None if _is_causal(node.inputs[3], position_ids) else "the mask is not plainly causal"
+    return None if _is_causal(operand(node, 3), position_ids) else "the mask is not plainly causal"
 
 
 def _is_causal(mask: ir.Value | None, position_ids: ir.Value) -> bool:
@@ -125,7 +128,7 @@ def _fuse(
     assert heads and kv_heads and width
     queries = rows(node.inputs[0], heads, width, b)
     new = [rows(w.inputs[1], kv_heads, width, b) for w in writes]
-    attributes = {name: node.attributes[name].as_float() for name in ("scale", "softcap")}
+    attributes = {n: node.attributes[n].as_float() for n in ("scale", "softcap") if n in node.attributes}
     kernel = ir.node(
         "GroupQueryAttention",
         [queries, *new, *(w.inputs[0] for w in writes), used, longest, *[None] * 9, tokens],

@@ -15,6 +15,11 @@ def made_by(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node |
     return node if node is not None and node.op_type == op_type and node.domain == domain else None
 
 
+def operand(node: ir.Node, index: int) -> ir.Value | None:
+    """An input of a node; `None` when it is left out, be it between others or at the end."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
 def constant(value: ir.Value | None) -> Any:
     """The value of a small constant as nested Python lists or a scalar; `None` when it is not one.
 

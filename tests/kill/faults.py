@@ -255,8 +255,8 @@ def _faults() -> list[Fault]:
         (
             "one of several readers hides",
             "P11 packages",
-            "all(map(_hides_keys, readers))",
-            "any(map(_hides_keys, readers))",
+            "all(_hides_keys(",
+            "any(_hides_keys(",
         ),
     )
     plant(
@@ -346,7 +346,7 @@ def _faults() -> list[Fault]:
     )
     plant(
         "passes/ort_attention.py",
-        ("scale left to the kernel", "P10 passes", 'for name in ("scale", "softcap")', 'for name in ("softcap",)'),
+        ("scale left to the kernel", "P10 passes", 'for n in ("scale", "softcap")', 'for n in ("softcap",)'),
         (
             "part of a mask taken for all of it",
             "P10 passes",

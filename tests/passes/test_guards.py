@@ -31,7 +31,7 @@ from qeff_ir.testing.judge import module_answers, options, prepare, session_answ
 from qeff_ir.testing.recipe import Layer, Recipe
 from qeff_ir.testing.strategies import Request
 from tests import support
-from tests.properties import EDGE, LONG
+from tests.properties import EDGE, FULL, LONG
 
 PLAIN = Recipe((Layer(),), head_dim=16, value_dim=16, rotary="half", gemm=True, bias=True)
 """What every pass finds something in."""
@@ -642,6 +642,7 @@ GROUPS = Recipe((Layer(),), kv_heads=2, group=3, head_dim=8, value_dim=8)
 ONE_GROUP = Recipe((Layer(),), group=2, head_dim=16, value_dim=16)
 THIRDS = Recipe((Layer(),), head_dim=24, value_dim=24, rotary="half")
 WINDOW = Recipe((Layer(window=3),))
+SCALED = Recipe((Layer(),), head_dim=16, value_dim=16, scale=0.4, softcap=2.0)
 ERF = Recipe((Layer(),), activation="gelu")
 TANH = Recipe((Layer(),), activation="gelu-tanh")
 
@@ -672,6 +673,22 @@ BENDS = {
     "bias of each head": Bend("canonicalize", "attention", bias_of_each_head, less=0, recipe=GROUPS),
     "no mask": Bend("canonicalize", "attention", no_mask, less=0, recipe=GROUPS),
     "no mask, in slots": Bend("canonicalize", "kv-retention", no_mask, less=0, recipe=GROUPS),
+    "no mask, in a window": Bend("canonicalize", "kv-retention", no_mask, less=0, recipe=WINDOW, request=FULL),
+    "no mask, for the kernel": Bend(STATES, "ort-attention", no_mask),
+    **{
+        f"{name} by default": Bend("canonicalize", "attention", no_attribute("Attention", name), less=0, recipe=SCALED)
+        for name in ("scale", "softcap")
+    },
+    **{
+        f"{name} by default, in the kernel": Bend(
+            STATES, "ort-attention", no_attribute("Attention", name), less=0, recipe=SCALED
+        )
+        for name in ("scale", "softcap")
+    },
+    "causal by itself": Bend(
+        "canonicalize", "attention", attribute("Attention", "is_causal", 1), refused="counts tokens or keeps a cache"
+    ),
+    "causal by itself, for the kernel": Bend(STATES, "ort-attention", attribute("Attention", "is_causal", 1)),
     "values of the last slot": Bend(
         "canonicalize",
         "kv-retention{layout=tensor-scatter}",
@@ -755,7 +772,7 @@ def test_a_bent_graph_keeps_its_numbers(bend: Bend) -> None:
     assert error <= tolerance.bound(tolerance.depth(start)), f"{error:.2e}"
 
 
-@pytest.mark.parametrize("bend", [added_mask, no_mask])
+@pytest.mark.parametrize("bend", [added_mask, no_mask, keys_are_values])
 def test_nothing_is_seen_of_empty_slots(bend: Callable[[Module], None], tmp_path: Path) -> None:
     """What a device leaves in slots without a token is NaN in the emulator, and only a mask of booleans hides NaN."""
     start = prepare(build(GROUPS).module, EDGE)

@@ -10,7 +10,7 @@ import pytest
 
 from qeff_ir.compiler import specialize
 from qeff_ir.errors import PassError
-from qeff_ir.module import WEIGHT_KEY, Module
+from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.manager import Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
@@ -259,6 +259,7 @@ def test_weights_are_clipped_only_when_asked() -> None:
         (run,) = support.apply(module, text).runs
         assert run.stats.fired["weight"] == (expected < 1e9)
         assert value.const_value.numpy()[0] == np.float32(expected)
+        assert (CHANGED_KEY in value.metadata_props) == (expected < 1e9)  # the checkpoint has other numbers
 
 
 def test_legalization_refuses_what_the_opset_has_not() -> None:

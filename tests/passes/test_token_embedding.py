@@ -22,7 +22,11 @@ from qeff_ir.runtime.interface import read_interface
 from qeff_ir.runtime.session import Array
 from qeff_ir.runtime.token_table import TokenTable
 from qeff_ir.storage import stored
+from qeff_ir.testing.build import build as draw
+from qeff_ir.testing.judge import prepare
+from qeff_ir.testing.recipe import Layer, Recipe
 from tests.models import VOCAB, build
+from tests.properties import LONG
 from tests.support import PROMPTS, Lowered, apply, canonical, generate, tiny
 
 TIED = ["gemma2", "gpt2", "bloom"]
@@ -226,3 +230,11 @@ def test_every_look_up_of_the_tokens_is_the_hosts() -> None:
     apply(module, "token-embedding")
     assert not any(v.name == "input_ids" for v in module.graph.inputs)
     assert "model.embed_tokens.weight" not in module.graph.initializers
+
+
+def test_adapters_of_flat_layers_do_without_the_tokens() -> None:
+    """A branch over ``[batch * seq, features]`` finds its rows again by the positions: the tokens may be gone."""
+    module = prepare(draw(Recipe((Layer(),), gemm=True, bias=True, odd="gemm-beta")).module, LONG)
+    apply(module, "canonicalize,unflatten,token-embedding,last-logits,lora{n=2 rank=2 targets=.* bias=targets}")
+    flat = [n for n in module.graph if n.op_type == "Gemm"]
+    assert flat and module.adapters and "input_ids" not in {v.name for v in module.graph.inputs}
