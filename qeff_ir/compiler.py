@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ def compile_model(
         return Compiled(folder, found, cached=True)
     with building(folder) as partial:
         found = _cached(folder, key)  # another process may have built it while we waited
+        cached = found is not None
         if found is None:
             if module is None:
                 tell("lower", None)
@@ -130,7 +132,7 @@ def compile_model(
             found = _build(module, source, backend, options, steps, emit_only, partial, tell)
             found.key = key
             seal(partial, found, records)
-    return Compiled(folder, found, cached=False)
+    return Compiled(folder, found, cached=cached)
 
 
 def cache_root() -> Path:
@@ -262,6 +264,7 @@ def _key(
     facts = {
         "graph": graph,
         "weights": weights,
+        "side files": _side_digests(source),
         "options": asdict(options),
         "flag files": {n: digest_file(Path(v)) for n, v in options.flags.items() if _is_file(v)},
         "pipeline": str(steps),
@@ -275,6 +278,14 @@ def _key(
         },
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _side_digests(source: Source) -> dict[str, str]:
+    """Digests of what a package gets along with the model: a tokenizer or generation defaults may change alone."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source.save_side_files(folder)
+        return {str(p.relative_to(folder)): digest_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _plugin_digests(steps: Pipeline) -> dict[str, str]:

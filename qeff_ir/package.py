@@ -144,7 +144,8 @@ def open_package(folder: Path) -> Manifest:
 def building(out: Path) -> Generator[Path]:
     """A new folder that becomes `out` when the block ends without an error; otherwise nothing of it stays.
 
-    Only one build of `out` runs at a time. What `out` held before is replaced at once, and only if it was a package.
+    Only one build of `out` runs at a time. What `out` held before is replaced at once, and only if it was a package; a
+    block that puts nothing into the folder, because another process has built `out` meanwhile, leaves it as it is.
 
     Raises:
         PackageError: `out` holds something else, or the disk is full or cannot be written.
@@ -162,7 +163,8 @@ def building(out: Path) -> Generator[Path]:
             partial.mkdir()
             try:
                 yield partial
-                _replace(partial, out)
+                if any(partial.iterdir()):
+                    _replace(partial, out)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
 

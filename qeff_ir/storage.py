@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +138,8 @@ def save_model(model: ir.Model, folder: Path, filename: str) -> None:
     if loose:
         (folder / WEIGHTS).mkdir(parents=True, exist_ok=True)
         tensors = [v.const_value for v in loose if v.const_value is not None]
-        side = f"{WEIGHTS}/{Path(filename).stem}.data"
+        side = _free(f"{Path(filename).stem}.data", links.values())
+        (folder / side).unlink(missing_ok=True)  # its contents may be another folder's too, by a link
         for value, tensor in zip(
             loose, ir.external_data.convert_tensors_to_external(tensors, folder, side), strict=True
         ):
@@ -149,9 +152,9 @@ def link(source: Path, folder: Path, links: dict[Path, str]) -> str:
     if not source.exists():
         raise PackageError(f"the weight file {source} is gone: restore it, or lower the model again")
     if source not in links:
-        location = f"{WEIGHTS}/{source.name}"
-        if location in links.values():
-            location = f"{WEIGHTS}/{len(links)}-{source.name}"
+        taken = set(links.values())
+        taken |= {f"{WEIGHTS}/{path.name}" for path in (folder / WEIGHTS).glob("*") if not path.samefile(source)}
+        location = _free(source.name, taken)
         target = folder / location
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
@@ -163,6 +166,12 @@ def link(source: Path, folder: Path, links: dict[Path, str]) -> str:
                 _copy(source, target)
         links[source] = location
     return links[source]
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """The location of a file of that name below a folder, or the first like it that is not taken."""
+    places = (f"{WEIGHTS}/{prefix}{name}" for prefix in itertools.chain([""], (f"{n}-" for n in itertools.count(1))))
+    return next(place for place in places if place not in taken)
 
 
 def _copy(source: Path, target: Path) -> None:

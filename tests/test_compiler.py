@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from backends.base import CompileOptions
 from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir.compiler import Compiled, compile_model
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError, PipelineError
 from qeff_ir.package import SIDE_FOLDER, open_package
 from tests import support
@@ -73,6 +79,35 @@ def test_another_file_of_a_flag_is_another_package(tmp_path: Path) -> None:
         compiled.compile(**{**SHAPES, "target": "ai100"}, emit_only=True, node_precision_info=str(file))
         cached.append(compiled.package.cached)
     assert cached == [False, True, False]
+
+
+def test_other_side_files_are_another_package(folder: Path, tmp_path: Path) -> None:
+    """Generation defaults and tokenizers go into the package, and may change while the weights stay."""
+    shutil.copytree(folder, tmp_path / "model")
+    path, found = tmp_path / "model" / "generation_config.json", list[QEFFAutoModelForCausalLM]()
+    for stop in (5, 5, 6):
+        path.write_text(json.dumps({"eos_token_id": stop}))
+        found.append(QEFFAutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+        found[-1].compile(**SHAPES)
+    assert [one.package.cached for one in found] == [False, True, False]
+    assert found[-1].runner().generation_config.eos_token_id == 6
+
+
+def test_two_that_compile_the_same_at_once_share_one_package() -> None:
+    """The second waits for the first, and finds its package."""
+    source, options = support.Lowered("gpt2"), CompileOptions(batch_size=2, prefill_seq_len=4, ctx_len=16)
+    source.lower()
+    both = threading.Barrier(2)
+
+    def run(_: int) -> Compiled:
+        both.wait()
+        return compile_model(source, options, target="onnxruntime")
+
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(run, range(2))
+    assert one.folder == two.folder and {one.cached, two.cached} == {True, False}
+    open_package(one.folder)
+    assert compile_model(source, options, target="onnxruntime").cached
 
 
 def test_a_damaged_package_is_built_anew() -> None:

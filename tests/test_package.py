@@ -118,6 +118,15 @@ def test_a_rebuild_takes_the_place_of_the_old_package(package: Path) -> None:
     assert not (package / "stray").exists()
 
 
+def test_a_block_that_builds_nothing_leaves_the_package(package: Path) -> None:
+    """Another process may have built it meanwhile."""
+    with building(package):
+        pass
+    open_package(package)
+    assert (package / "a.bin").read_text() == "content"
+    assert hidden(package.parent) == []
+
+
 def test_what_is_no_package_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

@@ -36,13 +36,13 @@ def module(_from_folder: Module) -> Module:
     return _from_folder.clone()
 
 
-def weights(module: Module) -> dict[str, np.ndarray]:
+def weights(module: Module, count: int = 21) -> dict[str, np.ndarray]:
     found = {
         n: v.const_value.numpy().copy()
         for n, v in module.graph.initializers.items()
         if WEIGHT_KEY in v.metadata_props and v.const_value is not None
     }
-    assert len(found) == 21
+    assert len(found) == count
     return found
 
 
@@ -92,6 +92,34 @@ def test_saving_leaves_the_module_as_it_was(module: Module, tmp_path: Path) -> N
     save_module(module, tmp_path)
     assert fingerprint(module) == before
     assert file_range(module.graph.initializers["lm_head.weight"].const_value) is not None
+
+
+def test_new_weights_beside_those_of_a_saved_module(tmp_path: Path) -> None:
+    """What is saved first lies in a side file, which is linked when it is saved again, and must not be written then."""
+    name, other = "lm_head.weight", "model.norm.weight"
+    first = support.lowered("llama")
+    before = weights(first)
+    second = load_module(save_module(first, tmp_path / "one"))
+    value = second.graph.initializers[name]
+    value.const_value = ir.tensor(np.full(before[name].shape, 7.0, np.float32), name=name)
+    third = weights(load_module(save_module(second, tmp_path / "two")))
+    assert (third[name] == 7.0).all() and np.array_equal(third[other], before[other])
+    # The folder of the first takes another module, whose side file has its name.
+    save_module(support.lowered("gpt2"), tmp_path / "one")
+    again = weights(load_module(tmp_path / "two" / "model.onnx"))
+    assert all(np.array_equal(again[n], third[n]) for n in third)
+
+
+def test_a_file_of_the_same_name_is_not_taken_for_another(tmp_path: Path) -> None:
+    """Two modules of other folders are saved into one, under names of their own."""
+    for name in ("llama", "gpt2"):
+        module = load_module(save_module(support.lowered(name), tmp_path / name))
+        save_module(module, tmp_path / "out", f"{name}.onnx")
+    for name, count in (("llama", 21), ("gpt2", 28)):
+        before = weights(support.lowered(name), count)
+        after = weights(load_module(tmp_path / "out" / f"{name}.onnx"), count)
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[n], after[n]) for n in before)
 
 
 def test_two_files_of_one_name_stay_apart(tmp_path: Path) -> None:

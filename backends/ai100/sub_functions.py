@@ -137,7 +137,7 @@ def _kind(
     told: list[Any] = [tuple((v.dtype, str(v.shape)) for v in arguments)]
     for index, node in enumerate(nodes):
         place |= {v: (index, i) for i, v in enumerate(node.outputs)}
-        attributes = tuple(sorted((a.name, str(a.type), str(a.value)) for a in node.attributes.values()))
+        attributes = tuple(sorted((a.name, ir.to_proto(a).SerializeToString()) for a in node.attributes.values()))
         told.append((node.op_identifier(), attributes, tuple(place[v] for v in node.inputs), len(node.outputs)))
     return (*told, tuple(place[v] for v in results))
 

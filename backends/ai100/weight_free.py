@@ -45,8 +45,8 @@ def save(model: ir.Model, folder: Path, filename: str, name: str) -> None:
         PackageError: A weight file is gone.
     """
     copy = model.clone()
-    links: dict[Path, str] = {}
-    headers: dict[Path, dict[tuple[int, int], str]] = {}
+    links = {folder / PREPARED: PREPARED}  # no file of the checkpoint may take its name: it is written
+    headers: dict[Path, dict[tuple[Any, ...], str]] = {}
     places: dict[str, tuple[str, str]] = {}
     loose: dict[str, ir.TensorProtocol] = {}
     first: dict[int, str] = {}  # a tied tensor is written once
@@ -143,15 +143,15 @@ def bind(proto: onnx.ModelProto, folder: Path) -> None:
         proto.graph.input.remove(value)
 
 
-def _key(where: FileRange, headers: dict[Path, dict[tuple[int, int], str]]) -> str | None:
+def _key(where: FileRange, headers: dict[Path, dict[tuple[Any, ...], str]]) -> str | None:
     """The tensor's name in its file; `None` when the file is no safetensors file, or the graph has another view."""
     if where.file not in headers:
         try:
             entries = read_header(where.file) if where.file.suffix == ".safetensors" else {}
         except ModelLoadError as error:
             raise PackageError(str(error)) from error
-        headers[where.file] = {(e.offset, e.length): k for k, e in entries.items() if e.length}
-    return headers[where.file].get((where.offset, where.length))
+        headers[where.file] = {(e.offset, e.length, e.dtype, e.shape): k for k, e in entries.items() if e.length}
+    return headers[where.file].get((where.offset, where.length, where.dtype, where.shape))
 
 
 def _specification(name: str, places: Mapping[str, tuple[str, str]]) -> str:

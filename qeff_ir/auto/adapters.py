@@ -15,6 +15,7 @@ from qeff_ir.adapters.base_model import base_of, check_base
 from qeff_ir.adapters.fit import fit, package_weights
 from qeff_ir.adapters.folder import Adapter, check_name, open_adapter
 from qeff_ir.adapters.step import Bias, Mode, lora_step
+from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import choose_target
 from qeff_ir.errors import AdapterError, RuntimeInputError
@@ -68,20 +69,22 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             base_model: Folder or hub id of the base model, where the adapter's own word for it does not lead there.
             trust_remote_code: Whether code that comes with the base model may run.
             finite_adapters: Return a `qeff_ir.auto.finite_adapters.QEffAutoLoraModelForCausalLM` instead.
-            kwargs: As for `QEFFAutoModelForCausalLM.from_pretrained`.
+            kwargs: As for `QEFFAutoModelForCausalLM.from_pretrained`; ``revision`` is the adapter's.
 
         Raises:
             AdapterError: The adapter cannot be read, or is of a kind that is not supported.
             ModelLoadError: There is no such base model, or it cannot be read.
         """
         check_name(adapter_name)
-        adapter = open_adapter(pretrained_model_name_or_path, **kwargs)
+        hub = hub_arguments(kwargs)
+        adapter = open_adapter(pretrained_model_name_or_path, **hub)
         base = str(base_model) if base_model is not None else base_of(adapter)
         if finite_adapters:
             from qeff_ir.auto.finite_adapters import QEffAutoLoraModelForCausalLM
 
             cls = QEffAutoLoraModelForCausalLM
-        self = cls._opened(open_source(base, trust_remote_code=trust_remote_code))
+        hub.pop("revision", None)  # the adapter's, not the base model's
+        self = cls._opened(open_source(base, trust_remote_code=trust_remote_code, **hub))
         self._adapters[adapter_name] = adapter
         self._active = adapter_name
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING
 
 import onnx
@@ -229,7 +230,7 @@ def _check_text(module: Module) -> None:
     with hidden_weights(clone.graph):
         before = to_text(clone).splitlines()
     saved = dataclasses.replace(module, model=ir.from_proto(_proto(module)))
-    for one, other in zip(before, to_text(saved).splitlines(), strict=False):
+    for one, other in itertools.zip_longest(before, to_text(saved).splitlines(), fillvalue=""):
         if one != other:
             raise VerificationError("text", f"saving changes the line '{one}' to '{other}'")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.module import PASS_KEY, SOURCE_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _restore(module: Module, after: ir.Graph, rewriter: Rewriter) -> None:
         new = next((v for v in after.inputs if v.name == name), None) or after.initializers.get(name)
         if new is None:
             continue
-        if WEIGHT_KEY in value.metadata_props:
+        if new in after.inputs and value not in before.inputs:  # weights and large constants are hidden as inputs
             after.inputs.remove(new)
         new.const_value, new.type, new.shape = value.const_value, value.type, value.shape
         new.metadata_props.update(value.metadata_props)

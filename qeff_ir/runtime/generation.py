@@ -80,8 +80,9 @@ class SessionLM(GenerationMixin):
             )
         if mask is None:
             pad = kwargs.get("pad_token_id", config.pad_token_id)
-            eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-            mask = torch.ones_like(ids) if pad is None or pad in eos else (ids != pad).long()
+            eos = kwargs.get("eos_token_id", config.eos_token_id)
+            stops = eos if isinstance(eos, list) else [eos]
+            mask = torch.ones_like(ids) if pad is None or pad in stops else (ids != pad).long()
         if mask.shape != ids.shape:
             raise RuntimeInputError(
                 f"attention_mask is {list(mask.shape)} and input_ids {list(ids.shape)}: they need one shape"

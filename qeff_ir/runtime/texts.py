@@ -93,7 +93,7 @@ def generate_texts(
 
 
 def _run(runner: SessionLM, rows: list[list[int]], kwargs: dict[str, Any]) -> list[list[int]]:
-    """The new tokens of each row, without what follows its stop token."""
+    """The new tokens of each row, without what follows its stop token, or fills it up where it stopped otherwise."""
     import torch
 
     width = max(map(len, rows))
@@ -107,4 +107,14 @@ def _run(runner: SessionLM, rows: list[list[int]], kwargs: dict[str, Any]) -> li
     stop = kwargs.get("eos_token_id", config.eos_token_id)
     stops = set(stop if isinstance(stop, list) else [stop])
     new: list[list[int]] = out[:, width:].tolist()
-    return [row[: next((i + 1 for i, t in enumerate(row) if t in stops), len(row))] for row in new]
+    pad = kwargs.get("pad_token_id", config.pad_token_id)
+    ends = [next((i + 1 for i, t in enumerate(row) if t in stops), _filled(row, pad)) for row in new]
+    return [row[:end] for row, end in zip(new, ends, strict=True)]
+
+
+def _filled(row: list[int], pad: int | None) -> int:
+    """How many tokens stand before those that fill a row up."""
+    end = len(row)
+    while end and row[end - 1] == pad:
+        end -= 1
+    return end
