@@ -139,7 +139,6 @@ def save_model(model: ir.Model, folder: Path, filename: str) -> None:
         (folder / WEIGHTS).mkdir(parents=True, exist_ok=True)
         tensors = [v.const_value for v in loose if v.const_value is not None]
         side = _free(f"{Path(filename).stem}.data", links.values())
-        (folder / side).unlink(missing_ok=True)  # its contents may be another folder's too, by a link
         for value, tensor in zip(
             loose, ir.external_data.convert_tensors_to_external(tensors, folder, side), strict=True
         ):

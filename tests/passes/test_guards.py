@@ -807,6 +807,16 @@ def test_keys_that_a_mask_hides_are_read_as_they_are() -> None:
     assert made_by(node.inputs[2], "Where") is not None
 
 
+def test_canonicalization_leaves_the_ops_of_the_dialect_and_of_the_device() -> None:
+    """Their bodies are what the compiler is shown, not what is to be run."""
+    module = prepare(build(WINDOW).module, LONG)
+    for step, kept in (("canonicalize", "CacheUpdate"), ("kv-retention", "CtxScatter"), ("attention", "CtxGather")):
+        support.apply(module, step)
+        count = len(nodes(module, kept))
+        support.apply(module, "canonicalize")
+        assert len(nodes(module, kept)) == count == 2
+
+
 def test_rings_alone_bring_no_longer_cache() -> None:
     module = prepare(build(WINDOW).module, LONG)
     support.apply(module, "canonicalize,kv-retention{layout=tensor-scatter}")

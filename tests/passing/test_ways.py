@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
+import onnx_ir as ir
 import pytest
 from onnxscript.rewriter import RewriteRule
 
@@ -80,6 +82,20 @@ def test_graphsurgeon_keeps_all_that_it_does_not_show() -> None:
     found = module.graph.initializers
     assert all(found[n].const_value is tensor for n, tensor in weights.items())
     assert sum(WEIGHT_KEY in v.metadata_props for v in found.values()) > 10
+
+
+def test_graphsurgeon_leaves_large_constants_what_they_are() -> None:
+    """They are hidden from it as weights are, and are no inputs afterwards."""
+    module = support.canonical("llama")
+    node = next(n for n in module.graph if n.op_type == "Mul")
+    large = ir.val("large", const_value=ir.tensor(np.full((32, 32), 1.0, np.float32), name="large"))
+    module.graph.register_initializer(large)
+    out = Rewriter(module, "fault").at(node)("MatMul", node.inputs[0], large)
+    node.replace_input_with(0, out)
+    inputs, tensor = [v.name for v in module.graph.inputs], large.const_value
+    run_pipeline(module, Pipeline((Untouched(),)))
+    assert [v.name for v in module.graph.inputs] == inputs
+    assert module.graph.initializers["large"].const_value is tensor
 
 
 def _add(op: Any, x: Any, y: Any) -> Any:

@@ -146,6 +146,17 @@ def test_the_pad_token_tells_the_mask_when_none_is_given(two: QEFFAutoModelForCa
     )
 
 
+def test_a_pad_token_that_also_stops_is_part_of_a_prompt(two: QEFFAutoModelForCausalLM) -> None:
+    """As in transformers, also where the request says what stops."""
+    ids = padded("left")["input_ids"]
+    pad = int(ids[ids != two.runner().generation_config.pad_token_id][3])
+    given: dict[str, Any] = {"max_new_tokens": 5, "pad_token_id": pad, "eos_token_id": [pad]}
+    whole = two.generate(ids, attention_mask=torch.ones_like(ids), **given)
+    assert two.generate(ids, **given).tolist() == whole.tolist()
+    given["eos_token_id"] = None
+    assert two.generate(ids, **given).tolist() != whole.tolist()
+
+
 def test_stop_tokens(two: QEFFAutoModelForCausalLM, reference: PreTrainedModel) -> None:
     batch = padded("left")
     width = batch["input_ids"].shape[1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, GenerationConfig
+import torch
+from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from qeff_ir import QEffAutoPeftModelForCausalLM
 from qeff_ir.demo import ADAPTERS_FOLDER, MODEL_FOLDER, TASKS, problems
@@ -61,6 +62,25 @@ def test_a_generation_config_is_heard(model: QEffAutoPeftModelForCausalLM) -> No
     stopped = GenerationConfig(eos_token_id=first)
     found = model.generate(prompts=PROMPTS[:1] * 2, tokenizer=TOKENIZER, generation_config=stopped)
     assert found.generated_ids == [[first]] * 2
+
+
+class StopFirst(StoppingCriteria):
+    """The first row ends with its first new token."""
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.tensor([True, False])
+
+
+def test_an_answer_that_ends_otherwise_is_not_filled_up(model: QEffAutoPeftModelForCausalLM) -> None:
+    pad = TOKENIZER("=")["input_ids"][-1]  # never in an answer
+    first, second = model.generate(
+        prompts=PROMPTS[:2],
+        tokenizer=TOKENIZER,
+        stopping_criteria=StoppingCriteriaList([StopFirst()]),
+        pad_token_id=pad,
+    ).generated_ids
+    assert TOKENIZER.decode(first) == ANSWERS[0][0]
+    assert TOKENIZER.decode(second, skip_special_tokens=True) == ANSWERS[1]
 
 
 def test_without_a_stop_token_an_answer_ends_with_the_context(model: QEffAutoPeftModelForCausalLM) -> None:
