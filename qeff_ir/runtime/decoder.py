@@ -135,7 +135,7 @@ class Decoder:
         return logits
 
     def _run(self, ids: Array, positions: Array) -> Array:
-        ids = np.ascontiguousarray(ids)
+        ids = np.where(positions < 0, 0, ids)  # whatever stands at padding: a look-up would still have to find it
         tokens = {"input_ids": ids} if self._table is None else self._table.inputs(ids)
         inputs = {**tokens, "position_ids": np.ascontiguousarray(positions)}
         if self._takes_ids:

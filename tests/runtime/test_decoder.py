@@ -34,11 +34,13 @@ def test_prefill_answers_every_row(lengths: tuple[int, int], decoder: Decoder) -
             assert tolerance.error_over_rms(logits[row], expected) <= limit
 
 
-def test_an_idle_row_stays_idle(decoder: Decoder) -> None:
+@pytest.mark.parametrize("nothing", [3, -1, 10**6])
+def test_an_idle_row_stays_idle(nothing: int, decoder: Decoder) -> None:
+    """Whatever is given for it, if it is a token or not."""
     (row,) = support.prompts([5])
     decoder.prefill([[], row])
     for token in (7, 8):
-        logits = decoder.decode([3, token])
+        logits = decoder.decode([nothing, token])
     assert decoder.positions.tolist() == [-1, 7]
     assert decoder.timings.tokens == 2
     error = tolerance.error_over_rms(logits[1], support.forward("llama", [*row, 7, 8]))
