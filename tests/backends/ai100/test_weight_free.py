@@ -173,3 +173,23 @@ def test_a_weight_in_the_usual_form_is_found(damaged: Path) -> None:
 def test_the_usual_form_is_left_alone() -> None:
     assert not CompileOptions().weight_free
     assert weight_free.specification(onnx.ModelProto()) is None
+
+
+def test_a_file_of_the_checkpoint_that_is_named_like_ours_is_not_written(tmp_path: Path) -> None:
+    support.tiny(NAME)[1].save_pretrained(tmp_path / "model")
+    whole, taken = tmp_path / "model" / "model.safetensors", Path(weight_free.PREPARED).name
+    with safe_open(whole, framework="numpy") as opened:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(opened.keys(), taken)}
+    whole.rename(whole.with_name(taken))
+    whole.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    before = whole.with_name(taken).read_bytes()
+    model = QEFFAutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.compile(
+        target="ai100", emit_only=True, weight_free=True, compile_dir=tmp_path / "package",
+        batch_size=2, prefill_seq_len=8, ctx_len=48,
+    )  # fmt: skip
+    assert whole.with_name(taken).read_bytes() == before
+    trace = session_trace(
+        Decoder(BACKEND.open(tmp_path / "package", threads=1)), support.PROMPTS, support.reference(NAME).tokens
+    )
+    assert compare(trace, support.reference(NAME)).equal(tolerance.bound(tolerance.depth(support.lowered(NAME))))
