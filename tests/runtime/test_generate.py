@@ -210,6 +210,18 @@ def test_several_answers_to_one_prompt(
     assert expected[0].tolist() != expected[1].tolist()
 
 
+def test_several_answers_to_each_of_several_prompts(reference: PreTrainedModel) -> None:
+    """Every answer stands behind its own prompt, padding where it was."""
+    batch, common = padded("right"), {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 6}
+    torch.manual_seed(4)
+    expected = support.generate(reference, **padded("left"), **common)
+    torch.manual_seed(4)
+    found, width = compiled(4).generate(**batch, **common), batch["input_ids"].shape[1]
+    assert found[:, width:].tolist() == expected[:, width:].tolist()
+    first, second = batch["input_ids"].tolist()
+    assert found[:, :width].tolist() == [first, first, second, second]
+
+
 def test_a_package_generates_without_the_model(one: QEFFAutoModelForCausalLM, reference: PreTrainedModel) -> None:
     opened = QEFFAutoModelForCausalLM.from_package(one.package.folder)
     expected = support.generate(reference, input_ids=PROMPT, max_new_tokens=9)
