@@ -33,7 +33,16 @@ def carry_on(graph: ir.Graph, positions: ir.Value, old: DimValue, new: DimValue)
             moved.add(out)
 
 
+_BROADCASTING = frozenset(
+    {"Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul"}
+    | {"Not", "Or", "Pow", "Sub", "Sum", "Where"}
+)
+"""Operators that align the axes of their inputs at the last."""
+
+
 def _is_one_row(node: ir.Node, rank: int) -> bool:
     """Whether no input of a node that keeps the first axis or puts axes behind it has a batch."""
     shapes = [v.shape for v in node.inputs if v is not None and v.shape is not None]
+    if node.op_type in _BROADCASTING:  # the first of fewer axes is another than the first of the result
+        shapes = [s for s in shapes if len(s) == rank]
     return all(len(s) <= 1 or s[0] == 1 for s in shapes if len(s) <= rank)
