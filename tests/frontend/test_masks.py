@@ -7,29 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qeff_ir.frontend.source import MemorySource
 from tests import support
+from tests.frontend.test_refusals import OwnMask
 from tests.models import VOCAB
 
 
-class Infinite(PreTrainedModel):
+class Infinite(OwnMask):
     """One attention layer, whose mask adds minus infinity to what it hides."""
 
-    config_class = type(AutoConfig.for_model("llama"))
     _supports_attention_backend = True
     _supports_sdpa = True
     is_causal = True
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
-        self.head = torch.nn.Linear(config.hidden_size, config.vocab_size)
-        self.post_init()
 
     def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **_: Any) -> CausalLMOutputWithPast:
         x = self.embed(input_ids)[:, None]
