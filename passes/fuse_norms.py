@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
-from onnxscript.rewriter import RewriteRule
+from onnxscript.rewriter import MatchResult, RewriteRule
 from onnxscript.rewriter.rules.fusion import _rms_normalization as rules
 
 from qeff_ir.module import Module
@@ -20,6 +20,7 @@ from qeff_ir.passing.rules import RulePass
 class FuseNorms(RulePass):
     """Fuse ``x * rsqrt(mean(x^2) + eps) * scale`` into `RMSNormalization` (onnxscript's rules).
 
+    The scale is one number for each feature; a product with anything else, such as a gate, stays a product.
     Layer normalization needs no rule: the exporter already writes it as one op.
     """
 
@@ -28,12 +29,26 @@ class FuseNorms(RulePass):
     idempotent: ClassVar[bool] = True
 
     def rules(self) -> Mapping[str, Sequence[RewriteRule]]:
-        """The rules of onnxscript, for both orders of the last product."""
-        return {"RMSNormalization": rules.rms_normalization_rules}
+        """The rule of onnxscript, for both orders of the last product."""
+        return {
+            "RMSNormalization": [_Norm.rule("norm first", mul_order=True), _Norm.rule("scale first", mul_order=False)]
+        }
 
     def sites(self, module: Module) -> list[ir.Node]:
         """Reciprocal roots of a mean."""
         return [node for node in module.graph if node.op_type == "Reciprocal" and _is_mean_square_root(node)]
+
+
+class _Norm(rules.RmsNormFusion):
+    """onnxscript's rule takes any value for the scale."""
+
+    def check(
+        self, op: Any, x: ir.Value, scale: ir.Value, epsilon: Any, compute_dtype: Any, target_dtype: Any, **_: Any
+    ) -> MatchResult:
+        """Whether what was matched is a norm; see the rule."""
+        if scale.shape is None or len(scale.shape) != 1:
+            return MatchResult().fail("the scale is not one number for each feature", scale)
+        return super().check(op, x, scale, epsilon, compute_dtype, target_dtype)
 
 
 def _is_mean_square_root(node: ir.Node) -> bool:

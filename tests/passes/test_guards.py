@@ -99,6 +99,8 @@ BENDS = {
     },
     "gelu without its half": Bend("canonicalize", "fuse-activations", tokenwise.gelu_without_half, recipe=ERF),
     "gelu of another root": Bend("canonicalize", "fuse-activations", tokenwise.other_root, recipe=ERF),
+    "norm of a gate": Bend("canonicalize", "fuse-norms", tokenwise.norm_of_a_gate),
+    "norm of a number": Bend("canonicalize", "fuse-norms", tokenwise.norm_of_a_number),
     "mean over tokens": Bend("canonicalize", "fuse-norms", tokenwise.mean_over_tokens),
     "bias of each head": Bend("canonicalize", "attention", attention.bias_of_each_head, less=0, recipe=GROUPS),
     "no mask": Bend("canonicalize", "attention", attention.no_mask, less=0, recipe=GROUPS),

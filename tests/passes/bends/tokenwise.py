@@ -56,6 +56,22 @@ def mean_over_tokens(module: Module) -> None:
     set_constant(nodes(module, "ReduceMean")[0], 1, [1])
 
 
+def norm_of_a_gate(module: Module) -> None:
+    """What is normalized is scaled by a number of each token's own features, itself."""
+    (normal,) = nodes(module, "Reciprocal")[0].outputs[0].consumers()
+    (scaled,) = normal.outputs[0].consumers()
+    index = next(i for i, value in enumerate(scaled.inputs) if value is not normal.outputs[0])
+    scaled.replace_input_with(index, normal.inputs[0])
+
+
+def norm_of_a_number(module: Module) -> None:
+    """What is normalized is scaled by one number for all features."""
+    (normal,) = nodes(module, "Reciprocal")[0].outputs[0].consumers()
+    (scaled,) = normal.outputs[0].consumers()
+    index = next(i for i, value in enumerate(scaled.inputs) if value is not normal.outputs[0])
+    set_number(scaled, index, 0.7)
+
+
 def softmax_over_tokens(module: Module) -> None:
     replace_logits(module, lambda b, old: b("Softmax", old, axis=1))
 
