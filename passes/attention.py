@@ -98,6 +98,9 @@ def _grouped(node: ir.Node, b: OpBuilder) -> ir.Value:
 def _masked(scores: ir.Value, mask: ir.Value, heads: int, kv_heads: int, b: OpBuilder) -> ir.Value:
     """Scores without those of hidden keys (a mask of booleans), or with a bias for each (one of floats)."""
     dtype = mask.dtype
+    if mask.shape is not None and len(mask.shape) < 4:  # the same for all rows, or for all heads too
+        more = 4 - len(mask.shape)
+        mask = b("Unsqueeze", mask, b.const(list(range(more))), shape=ir.Shape([*[1] * more, *mask.shape.dims]))
     if mask.shape is not None and mask.shape[1] == heads > 1:  # one for each query head
         sizes = b("Concat", b.const([0, kv_heads, heads // kv_heads]), b("Shape", mask, start=2, end=4), axis=0)
         mask = b("Reshape", mask, sizes)

@@ -28,7 +28,7 @@ from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import module_answers, options, prepare, session_answers
 from qeff_ir.testing.recipe import Layer, Recipe
-from qeff_ir.testing.strategies import Request
+from qeff_ir.testing.strategies import Request, Run
 from tests import support
 from tests.passes.bends import attention, linear, rotary, tokenwise
 from tests.passes.bends.editing import attribute, like, no_attribute, nodes, replace_logits
@@ -74,6 +74,9 @@ SCALED = Recipe((Layer(),), head_dim=16, value_dim=16, scale=0.4, softcap=2.0)
 ERF = Recipe((Layer(),), activation="gelu")
 TANH = Recipe((Layer(),), activation="gelu-tanh")
 
+EVEN = Request(8, 3, tuple(Run(n, (n,) * 3, (False,) * 3) for n in (3, 3, 1)), 11)
+"""No row has padding."""
+
 BENDS = {
     "gemm alpha": Bend("canonicalize", "unflatten", linear.gemm_factor("alpha")),
     "gemm beta": Bend("canonicalize", "unflatten", linear.gemm_factor("beta")),
@@ -103,6 +106,12 @@ BENDS = {
     "norm of a number": Bend("canonicalize", "fuse-norms", tokenwise.norm_of_a_number),
     "mean over tokens": Bend("canonicalize", "fuse-norms", tokenwise.mean_over_tokens),
     "bias of each head": Bend("canonicalize", "attention", attention.bias_of_each_head, less=0, recipe=GROUPS),
+    **{
+        f"mask of {4 - len(axes)} axes": Bend(
+            "canonicalize", "attention", attention.mask_of_the_first_row(axes), less=0, recipe=GROUPS, request=EVEN
+        )
+        for axes in ([0], [0, 1])
+    },
     "no mask": Bend("canonicalize", "attention", attention.no_mask, less=0, recipe=GROUPS),
     "no mask, in slots": Bend("canonicalize", "kv-retention", attention.no_mask, less=0, recipe=GROUPS),
     "no mask, in a window": Bend(

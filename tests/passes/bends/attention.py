@@ -36,6 +36,20 @@ def added_mask(module: Module) -> None:
     node.replace_input_with(3, b("Where", mask, zero, hidden, shape=mask.shape, dtype=ir.DataType.FLOAT))
 
 
+def mask_of_the_first_row(axes: list[int]) -> Callable[[Module], None]:
+    """All rows see what the first does, by a mask without these axes."""
+
+    def bend(module: Module) -> None:
+        (node,) = nodes(module, "Attention")
+        b, mask = at(node), node.inputs[3]
+        assert mask is not None and mask.shape is not None
+        first = b("Slice", mask, b.const([0]), b.const([1]), b.const([0]), dtype=mask.dtype)
+        kept = mask.shape.dims[len(axes) :]
+        node.replace_input_with(3, b("Squeeze", first, b.const(axes), shape=kept, dtype=mask.dtype))
+
+    return bend
+
+
 def no_mask(module: Module) -> None:
     """Every slot is looked at, those without a token too, which hold zeros."""
     (node,) = nodes(module, "Attention")
