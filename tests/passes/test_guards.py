@@ -89,6 +89,7 @@ BENDS = {
     "halves of two values": Bend("canonicalize", "fuse-rotary", rotary.high_of_another),
     "cosines scaled": Bend("canonicalize", "fuse-rotary", rotary.factor_of("Cos"), less=0),
     "sines scaled": Bend("canonicalize", "fuse-rotary", rotary.factor_of("Sin"), less=0),
+    "turned backwards": Bend("canonicalize", "fuse-rotary", rotary.turned_backwards),
     "plain part of another": Bend("canonicalize", "fuse-rotary", rotary.plain_part_of_another),
     "angles of their own": Bend("canonicalize", "fuse-rotary", rotary.factor_of_each_angle, less=2),
     "angles of the first row": Bend("canonicalize", "fuse-rotary", rotary.angles_of_the_first_row, less=0),
@@ -130,6 +131,9 @@ BENDS = {
     },
     "causal by itself": Bend(
         "canonicalize", "attention", attribute("Attention", "is_causal", 1), refused="counts tokens or keeps a cache"
+    ),
+    "past of its own": Bend(
+        "canonicalize", "attention", attention.past_of_its_own, refused="counts tokens or keeps a cache"
     ),
     "causal by itself, for the kernel": Bend(STATES, "ort-attention", attribute("Attention", "is_causal", 1)),
     "values of the last slot": Bend(

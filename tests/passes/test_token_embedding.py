@@ -154,9 +154,10 @@ def test_tokens_that_something_else_reads_stay() -> None:
     assert [v.name for v in module.graph.inputs][:3] == ["inputs_embeds", "input_ids", "position_ids"]
 
 
-def test_what_the_host_cannot_do_is_refused() -> None:
+@pytest.mark.parametrize("changed_by", ["merge-lora", "fp16-clip"])
+def test_what_the_host_cannot_do_is_refused(changed_by: str) -> None:
     module = canonical("llama")
-    module.graph.initializers["model.embed_tokens.weight"].metadata_props[CHANGED_KEY] = "merge-lora"
+    module.graph.initializers["model.embed_tokens.weight"].metadata_props[CHANGED_KEY] = changed_by
     with pytest.raises(PassError, match=r"an earlier pass has changed the table model\.embed_tokens\.weight"):
         apply(module, "token-embedding")
     module = canonical("llama")

@@ -50,6 +50,14 @@ def mask_of_the_first_row(axes: list[int]) -> Callable[[Module], None]:
     return bend
 
 
+def past_of_its_own(module: Module) -> None:
+    """Keys and values of earlier tokens, which the op joins to those that it is given."""
+    (node,) = nodes(module, "Attention")
+    node.resize_inputs(6)
+    for index in (4, 5):
+        node.replace_input_with(index, node.inputs[index - 3])
+
+
 def no_mask(module: Module) -> None:
     """Every slot is looked at, those without a token too, which hold zeros."""
     (node,) = nodes(module, "Attention")

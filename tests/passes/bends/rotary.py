@@ -55,6 +55,15 @@ def factor_of(op_type: str) -> Callable[[Module], None]:
     return bend
 
 
+def turned_backwards(module: Module) -> None:
+    """The turned part is taken off, not added: a rotation by the negative angle."""
+    concat, _, _ = turned_halves(module)
+    (sines,) = concat.outputs[0].consumers()
+    (total,) = sines.outputs[0].consumers()
+    assert total.inputs[1] is sines.outputs[0]
+    total.op_type = "Sub"
+
+
 def plain_part_of_another(module: Module) -> None:
     """The part that is not turned, behind its cosine, is half as large: no rotation."""
     concat, _, low = turned_halves(module)
