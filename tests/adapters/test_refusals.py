@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from qeff_ir import QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM
 from qeff_ir.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
-from qeff_ir.errors import AdapterError
+from qeff_ir.demo import ADAPTERS_FOLDER
+from qeff_ir.errors import AdapterError, ModelLoadError
 from tests import support
 from tests.adapters.random_adapters import base, make
 
@@ -225,3 +226,13 @@ def test_a_model_with_an_adapter_in_its_weights_is_refused(tmp_path: Path) -> No
     peft_model.base_model.merge_adapter()
     with pytest.raises(AdapterError, match=r"an adapter is merged into the model's weights: call unmerge_adapter\(\)"):
         QEffPeftModelForCausalLM(peft_model).compile(target="onnxruntime", prefill_seq_len=8, ctx_len=48)
+
+
+def test_what_from_pretrained_cannot_do_is_refused(good: Path) -> None:
+    """Before the base model is looked for; what asks for what happens anyway is taken, as by the other classes."""
+    with pytest.raises(ModelLoadError, match="does not support dtype='float16': leave it out"):
+        QEffAutoPeftModelForCausalLM.from_pretrained(good, dtype="float16")
+    model = QEffAutoPeftModelForCausalLM.from_pretrained(
+        ADAPTERS_FOLDER / "subtract", dtype=torch.float32, local_files_only=True
+    )
+    assert model.adapters == ["default"]

@@ -12,7 +12,7 @@ import pytest
 from onnxscript.rewriter import pattern
 
 from qeff_ir.errors import PassError, PipelineError
-from qeff_ir.module import PASS_KEY, Module
+from qeff_ir.module import CHANGED_KEY, PASS_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
@@ -121,6 +121,7 @@ def test_the_passes_beside_the_stock_ones_keep_to_their_budgets(step: str, tmp_p
         (less,) = run_pipeline(part, pipeline, budgets={id: budget}).runs
         assert less.rewrites == budget
         changed = [v for v in part.graph.initializers.values() if isinstance(v.const_value, ir.LazyTensor)]
+        assert all(CHANGED_KEY in v.metadata_props for v in changed)
         marked = [n for n in part.graph if n.metadata_props.get(PASS_KEY) == id]
         assert len(changed) == budget if id == "merge-lora" else bool(marked) == (budget > 0)
 
