@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,27 @@ def test_single_mode_has_the_names_of_the_contract() -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert module.input(name).shape == (5, 32)
     assert module.output(f"{name}_RetainedState").producer().name == f"{name}_identity"  # type: ignore[union-attr]
+
+
+def test_the_cache_that_is_named_has_the_base_model_too(tmp_path: Path) -> None:
+    """A hub cache as the hub's client lays it out: the adapter and its base model, both known there only."""
+    cache, commit = tmp_path / "cache", "0" * 40
+
+    def snapshot(repository: str) -> Path:
+        entry = cache / f"models--{repository.replace('/', '--')}"
+        (entry / "refs").mkdir(parents=True)
+        (entry / "refs" / "main").write_text(commit)
+        return entry / "snapshots" / commit
+
+    base(NAME).save_pretrained(snapshot("some/base"))
+    folder = snapshot("some/adapter")
+    make(base(NAME), folder, 0, r=2, target_modules=["q_proj"])
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "base_model_name_or_path": "some/base"}))
+    model = QEffAutoPeftModelForCausalLM.from_pretrained("some/adapter", adapter_name="one", cache_dir=cache)
+    assert model.adapters == ["one"]
+    model.compile(emit_only=True, compile_dir=tmp_path / "package", **COMPILE)
+    assert (tmp_path / "package" / "model.onnx").is_file()
 
 
 def test_targets_that_name_nothing_are_told() -> None:

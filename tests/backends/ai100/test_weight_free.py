@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -18,7 +20,9 @@ from backends.base import CompileOptions
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
 from qeff_ir.cli.app import app
 from qeff_ir.errors import PackageError
+from qeff_ir.frontend.source import FolderSource
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.storage import file_range
 from qeff_ir.testing import tolerance
 from qeff_ir.testing.trace import compare, session_trace
 from tests import support
@@ -193,3 +197,23 @@ def test_a_file_of_the_checkpoint_that_is_named_like_ours_is_not_written(tmp_pat
         Decoder(BACKEND.open(tmp_path / "package", threads=1)), support.PROMPTS, support.reference(NAME).tokens
     )
     assert compare(trace, support.reference(NAME)).equal(tolerance.bound(tolerance.depth(support.lowered(NAME))))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((32, 32), "INT32"), ((16, 64), "FLOAT")])
+def test_another_view_of_a_tensor_is_not_taken_for_the_tensor(
+    shape: tuple[int, int], dtype: str, tmp_path: Path
+) -> None:
+    """A weight may read the bytes of the checkpoint in its own way; the checkpoint's name for them is then not its."""
+    support.tiny(NAME)[1].save_pretrained(tmp_path / "model")
+    module = FolderSource(tmp_path / "model").lower()
+    value = module.graph.initializers["model.layers.0.self_attn.q_proj.weight"]
+    where = file_range(value.const_value)
+    assert where is not None and where.shape == (32, 32)
+    view = dataclasses.replace(where, shape=shape, dtype=ir.DataType[dtype])
+    value.const_value, value.shape, value.dtype = view.tensor(value.name or ""), ir.Shape(shape), view.dtype
+    weight_free.save(module.model, tmp_path / "out", "model.onnx", "model")
+    proto = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    weight_free.bind(proto, tmp_path / "out")
+    (bound,) = (tensor for tensor in proto.graph.initializer if tensor.name == value.name)
+    onnx.external_data_helper.load_external_data_for_tensor(bound, str(tmp_path / "out"))
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(bound), view.tensor("view").numpy())
