@@ -271,6 +271,14 @@ def test_rings_alone_bring_no_longer_cache() -> None:
     assert not any("cache_len" in s.symbols for s in module.specializations)
 
 
+def test_the_ring_of_the_only_window_has_the_name_of_the_contract() -> None:
+    """Beside caches that keep every token, too: packages are configured by this name (AI 100 contract §1.1)."""
+    module = prepare(build(Recipe((Layer(window=4), Layer()))).module, LONG)
+    support.apply(module, "canonicalize,kv-retention")
+    assert [state.shape[2] for state in module.states[::2]] == ["sliding_window", "ctx_len"]
+    assert [found.symbols["sliding_window"] for found in module.specializations] == [6, 6]
+
+
 def test_rings_of_two_windows_have_their_own_lengths() -> None:
     module = prepare(build(Recipe((Layer(window=4), Layer(window=2), Layer()))).module, LONG)
     support.apply(module, "canonicalize,kv-retention{layout=tensor-scatter}")
