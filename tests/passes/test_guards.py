@@ -302,6 +302,25 @@ def test_gates_and_roots_of_something_else_are_no_sites() -> None:
     assert [len(FuseActivations().sites(module)), len(FuseNorms().sites(module))] == before == [1, 3]
 
 
+@pytest.mark.parametrize(
+    ("opset", "kept"),
+    [
+        (18, set()),
+        (20, {"Gelu"}),
+        (23, {"Gelu", "RMSNormalization", "RotaryEmbedding"}),
+        (24, {"Gelu", "RMSNormalization", "RotaryEmbedding", "Swish"}),
+    ],
+)
+def test_operators_that_the_opset_has_are_not_lowered(opset: int, kept: set[str]) -> None:
+    module = prepare(build(PLAIN).module, EDGE)
+    support.apply(module, DEVICE)
+    replace_logits(module, lambda b, old: like(old, b, "Gelu"))
+    support.apply(module, f"legalize{{opset={opset}}}")
+    assert module.model.opset_imports[""] == opset
+    newer = {"Gelu", "RMSNormalization", "RotaryEmbedding", "Swish"}
+    assert {node.op_type for node in module.graph} & newer == kept
+
+
 def test_a_lowering_that_is_refused_leaves_the_opset() -> None:
     """A bisection stops a pass after some rewrites; what is left must still be of the opset that is declared."""
     module = prepare(build(PLAIN).module, EDGE)
