@@ -67,6 +67,7 @@ class Bend:
 ROTARY = f"{STATES},ort-attention"
 SQUARE = Recipe((Layer(),), kv_heads=1, group=1, head_dim=8, value_dim=8, gemm=True, bias=True)
 GROUPS = Recipe((Layer(),), kv_heads=2, group=3, head_dim=8, value_dim=8)
+HEADS = Recipe((Layer(),), kv_heads=3)
 ONE_GROUP = Recipe((Layer(),), group=2, head_dim=16, value_dim=16)
 THIRDS = Recipe((Layer(),), head_dim=24, value_dim=24, rotary="half")
 WINDOW = Recipe((Layer(window=3),))
@@ -107,6 +108,9 @@ BENDS = {
     "norm of a number": Bend("canonicalize", "fuse-norms", tokenwise.norm_of_a_number),
     "mean over tokens": Bend("canonicalize", "fuse-norms", tokenwise.mean_over_tokens),
     "bias of each head": Bend("canonicalize", "attention", attention.bias_of_each_head, less=0, recipe=GROUPS),
+    "bias of each head, no groups": Bend(
+        "canonicalize", "attention", attention.bias_of_each_head, less=0, recipe=HEADS
+    ),
     **{
         f"mask of {4 - len(axes)} axes": Bend(
             "canonicalize", "attention", attention.mask_of_the_first_row(axes), less=0, recipe=GROUPS, request=EVEN
