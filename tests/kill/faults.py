@@ -24,6 +24,7 @@ PROPERTIES = {
     "slots": "properties/test_cache_ops.py",
     "windows": "properties/test_visibility.py",
     "guards": "passes/test_guards.py",
+    "node counts": "passes/test_node_counts.py",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
 
@@ -70,6 +71,7 @@ def _faults() -> list[Fault]:
             'b("Not", b("Unsqueeze", mask, b.const([1])))',
         ),
         ("hidden keys not hidden", "P10 passes", "HIDDEN_SCORE = -65504.0", "HIDDEN_SCORE = -5.0"),
+        ("bias of heads kept together", "guards", "mask.shape[1] == heads > 1:", "mask.shape[1] == heads > kv_heads:"),
         (
             "sinks of other heads",
             "P10 passes",
@@ -194,6 +196,12 @@ def _faults() -> list[Fault]:
     )
     plant(
         "passes/ort_attention.py",
+        (
+            "zeros written where nobody needs them",
+            "node counts",
+            "if 2 * list(problems.values()).count(None) < len(module.states):",
+            "if list(problems.values()).count(None) < len(module.states):",
+        ),
         ("any positions in the mask", "guards", "        and positions.inputs[0] is position_ids\n", ""),
         (
             "slots counted from anywhere",
@@ -229,6 +237,12 @@ def _faults() -> list[Fault]:
     plant(
         "passes/kv_retention.py",
         (
+            "caches without a window counted as one more",
+            "guards",
+            "windows = {s.window for s in module.states if s.window is not None}\n",
+            "windows = {s.window for s in module.states}\n",
+        ),
+        (
             "any reader of a ring's slots",
             "guards",
             "if mask is None or not depends_on(mask, right) or depends_on(mask, others):",
@@ -237,6 +251,12 @@ def _faults() -> list[Fault]:
     )
     plant(
         "passes/legalize.py",
+        (
+            "operators lowered that the opset has",
+            "guards",
+            "node.op_type in LOWERINGS and _version(node.op_type, self.opset) is None",
+            "node.op_type in LOWERINGS",
+        ),
         (
             "attributes of what is lowered dropped",
             "guards",

@@ -178,6 +178,7 @@ BENDS = {
     "keys for values": Bend(STATES, "ort-attention", attention.keys_are_values),
     "second reader": Bend(STATES, "ort-attention", attention.second_reader),
     "sines of keys": Bend(ROTARY, "ort-rotary", rotary.other_sines),
+    "angles of the tokens": Bend(ROTARY, "ort-rotary", rotary.angles_of_the_tokens),
     "angles scaled": Bend(ROTARY, "ort-rotary", rotary.scaled_angles, less=0),
     "cosines summed": Bend(ROTARY, "ort-rotary", rotary.cosines_summed),
     "stacked weight": Bend("canonicalize,unflatten", "ort-kernels", linear.stacked_weight, less=0),

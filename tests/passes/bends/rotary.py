@@ -139,6 +139,17 @@ def angles_from_a_table(module: Module) -> None:
             node.replace_input_with(index, value)
 
 
+def angles_of_the_tokens(module: Module) -> None:
+    """A token is turned by what it is too, not by its position alone."""
+    (cosines,) = nodes(module, "Cos")
+    angles, b = cosines.inputs[0], at(cosines)
+    assert angles is not None
+    own = b("Cast", b("Unsqueeze", module.input("input_ids"), b.const([2])), to=ir.DataType.FLOAT)
+    turned = b("Add", angles, b("Mul", own, b.const(0.3, np.float32)), shape=angles.shape, dtype=angles.dtype)
+    for use in [use for use in angles.uses() if use.node.op_type in ("Cos", "Sin")]:
+        use.node.replace_input_with(use.idx, turned)
+
+
 def other_sines(module: Module) -> None:
     _, keys = nodes(module, "RotaryEmbedding")
     wrap(keys, 2, "Mul", 0.5)
