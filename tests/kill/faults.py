@@ -237,7 +237,7 @@ def _faults() -> list[Fault]:
     plant(
         "passes/kv_retention.py",
         (
-            "caches without a window counted as one more",
+            "full caches counted as a window",
             "guards",
             "windows = {s.window for s in module.states if s.window is not None}\n",
             "windows = {s.window for s in module.states}\n",
