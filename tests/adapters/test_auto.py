@@ -373,6 +373,13 @@ def test_single_mode_has_the_names_of_the_contract() -> None:
     assert module.output(f"{name}_RetainedState").producer().name == f"{name}_identity"  # type: ignore[union-attr]
 
 
+def test_single_mode_names_the_factors_of_a_table_as_peft_does() -> None:
+    module = support.canonical(NAME)
+    support.apply(module, "last-logits,lora{mode=single rank=5 targets=embed_tokens}")
+    table = "base_model.model.model.embed_tokens"
+    assert {a.name for a in module.adapters} == {f"{table}.lora_embedding_A", f"{table}.lora_embedding_B"}
+
+
 def test_the_cache_that_is_named_has_the_base_model_too(tmp_path: Path) -> None:
     """A hub cache as the hub's client lays it out: the adapter and its base model, both known there only."""
     cache, commit = tmp_path / "cache", "0" * 40
