@@ -174,3 +174,18 @@ def features_before_heads(module: Module) -> None:
     rows, heads, tokens, width = shape.dims
     swap.attributes["perm"] = ir.AttrInt64s("perm", [0, 2, 3, 1])
     swap.outputs[0].shape = ir.Shape([rows, tokens, width, heads])
+
+
+def softmax_of_each_head(module: Module) -> None:
+    """A softmax of what attention gives, as ``[batch, tokens * heads, width]``, before the heads are joined."""
+    (node,) = nodes(module, "Attention")
+    (swap,) = node.outputs[0].consumers()
+    (merge,) = swap.outputs[0].consumers()
+    split, joined = swap.outputs[0], merge.outputs[0]
+    assert split.shape is not None and joined.shape is not None
+    rows, _, _, width = split.shape.dims
+    b = at(merge)
+    flat = b("Reshape", split, b.const([0, -1, width]), shape=[rows, None, width], dtype=split.dtype)
+    target = b("Concat", b("Shape", split, start=0, end=2), b.const([joined.shape[2]]), axis=0)
+    merge.replace_input_with(0, like(flat, b, "Softmax"))
+    merge.replace_input_with(1, target)

@@ -64,6 +64,13 @@ def turned_backwards(module: Module) -> None:
     total.op_type = "Sub"
 
 
+def sine_added(module: Module) -> None:
+    """The turned part plus the sines, not times them: no rotation."""
+    concat, _, _ = turned_halves(module)
+    (sines,) = concat.outputs[0].consumers()
+    sines.op_type = "Add"
+
+
 def plain_part_of_another(module: Module) -> None:
     """The part that is not turned, behind its cosine, is half as large: no rotation."""
     concat, _, low = turned_halves(module)
@@ -75,6 +82,34 @@ def plain_part_of_another(module: Module) -> None:
     plain.replace_input_with(0, cosine)
     plain.replace_input_with(1, x)
     wrap(plain, 1, "Mul", 0.5)
+
+
+def tokens_before_heads(module: Module) -> None:
+    """A rotation of ``[batch, seq, heads, width]``: cosines and sines have their axis of heads behind the tokens."""
+    concat, high, low = turned_halves(module)
+    (sines,) = concat.outputs[0].consumers()
+    (total,) = sines.outputs[0].consumers()
+    plain = made_by(next(v for v in total.inputs if v is not sines.outputs[0]), "Mul")
+    negation, x = made_by(concat.inputs[0], "Neg"), low.inputs[0]
+    assert plain is not None and negation is not None and x is not None and x.shape is not None
+    swapped = at(low)("Transpose", x, perm=[0, 2, 1, 3], shape=[x.shape[i] for i in (0, 2, 1, 3)], dtype=x.dtype)
+    for node in (low, high, plain):
+        node.replace_input_with(list(node.inputs).index(x), swapped)
+    for node in (plain, sines):
+        (angles,) = (n for v in node.inputs if (n := made_by(v, "Unsqueeze")) is not None)
+        full = angles.inputs[0]
+        assert full is not None and full.shape is not None
+        rows, tokens, width = full.shape.dims
+        wide = at(node)("Unsqueeze", full, at(node).const([2]), shape=[rows, tokens, 1, width], dtype=full.dtype)
+        node.replace_input_with(list(node.inputs).index(angles.outputs[0]), wide)
+    for out in (node.outputs[0] for node in (low, high, negation, concat, plain, sines, total)):
+        assert out.shape is not None
+        out.shape = ir.Shape([out.shape[i] for i in (0, 2, 1, 3)])
+    uses = list(total.outputs[0].uses())
+    end = uses[0].node
+    back = at(end)("Transpose", total.outputs[0], perm=[0, 2, 1, 3], shape=x.shape, dtype=x.dtype)
+    for use in uses:
+        use.node.replace_input_with(use.idx, back)
 
 
 def factor_of_each_angle(module: Module) -> None:

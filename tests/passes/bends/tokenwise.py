@@ -52,6 +52,22 @@ def other_root(module: Module) -> None:
     set_number(nodes(module, "Div")[0], 1, 1.5)
 
 
+def said_to_be_exact(module: Module) -> None:
+    """The default, spelled out."""
+    nodes(module, "Gelu")[0].attributes["approximate"] = ir.AttrString("approximate", "none")
+
+
+def large_integers(module: Module) -> None:
+    """Positions a hundred thousand later, of which the remainder is added to the logits."""
+
+    def add(b: OpBuilder, old: ir.Value) -> ir.Value:
+        later = b("Add", module.input("position_ids"), b.const(100_000))
+        rest = b("Cast", b("Mod", later, b.const(7)), to=int(ir.DataType.FLOAT))
+        return b("Add", old, b("Unsqueeze", rest, b.const([2])))
+
+    replace_logits(module, add)
+
+
 def mean_over_tokens(module: Module) -> None:
     set_constant(nodes(module, "ReduceMean")[0], 1, [1])
 
