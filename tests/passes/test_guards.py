@@ -171,6 +171,9 @@ BENDS = {
     "heads as tokens": Bend(STATES, "ort-attention", attention.heads_as_tokens, less=0, recipe=ONE_GROUP),
     "features before heads": Bend(STATES, "ort-attention", attention.features_before_heads, less=0, recipe=ONE_GROUP),
     "softmax of each head": Bend(STATES, "ort-attention", attention.softmax_of_each_head, less=0, recipe=ONE_GROUP),
+    "heads joined by a weight": Bend(
+        STATES, "ort-attention", attention.heads_joined_by_a_weight, less=0, recipe=ONE_GROUP
+    ),
     "neighbors turned, in attention": Bend(STATES, "ort-attention", rotary.neighbors_turned, less=0),
     "angles from a table": Bend(STATES, "ort-attention", rotary.angles_from_a_table, less=0),
     "angles from a table, in the kernel": Bend(ROTARY, "ort-rotary", rotary.angles_from_a_table),

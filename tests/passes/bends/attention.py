@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.module import Module
+from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.matching import made_by
 
 from .editing import at, like, nodes, wrap
@@ -189,3 +190,19 @@ def softmax_of_each_head(module: Module) -> None:
     target = b("Concat", b("Shape", split, start=0, end=2), b.const([joined.shape[2]]), axis=0)
     merge.replace_input_with(0, like(flat, b, "Softmax"))
     merge.replace_input_with(1, target)
+
+
+def heads_joined_by_a_weight(module: Module) -> None:
+    """Each head of what attention gives has a projection of its own, and these are summed."""
+    (node,) = nodes(module, "Attention")
+    (swap,) = node.outputs[0].consumers()
+    (merge,) = swap.outputs[0].consumers()
+    split, joined = swap.outputs[0], merge.outputs[0]
+    assert split.shape is not None and joined.shape is not None
+    heads, width, features = *split.shape.dims[2:], joined.shape[2]
+    assert isinstance(heads, int) and isinstance(width, int) and isinstance(features, int)
+    weight = np.random.default_rng(0).normal(size=(heads, width, features))
+    b = at(merge)
+    own = b("Einsum", split, b.const(weight, np.float32), equation="bthd,hdk->btk", shape=joined.shape)
+    own.dtype = joined.dtype
+    Rewriter(module, "bend").substitute(merge, own)
