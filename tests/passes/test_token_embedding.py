@@ -184,7 +184,8 @@ def test_the_rows_of_other_numbers_than_the_tokens_are_not_the_hosts_to_find() -
         apply(module, "token-embedding")
 
 
-def test_rows_of_flattened_tokens_are_not_the_hosts_to_lay_out() -> None:
+@pytest.mark.parametrize("flat", [[-1], [1, -1]], ids=["no batch", "one row"])
+def test_rows_of_flattened_tokens_are_not_the_hosts_to_lay_out(flat: list[int]) -> None:
     module = canonical("llama")
     node, ids = look_up(module), module.input("input_ids")
     found = node.outputs[0]
@@ -192,8 +193,8 @@ def test_rows_of_flattened_tokens_are_not_the_hosts_to_lay_out() -> None:
     width = found.shape[2]
     readers, shape = list(found.uses()), found.shape
     b = Rewriter(module, "fault").at(node)
-    node.replace_input_with(1, b("Reshape", ids, b.const([-1]), shape=[None], dtype=ids.dtype))
-    found.shape = ir.Shape([None, width])
+    node.replace_input_with(1, b("Reshape", ids, b.const(flat), shape=[*flat[:-1], None], dtype=ids.dtype))
+    found.shape = ir.Shape([*flat[:-1], None, width])
     sizes = b("Concat", b("Shape", ids), b.const([width]), axis=0)
     back = Rewriter(module, "fault").at(readers[0].node)("Reshape", found, sizes, shape=shape, dtype=found.dtype)
     for use in readers:
