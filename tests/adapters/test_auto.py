@@ -345,6 +345,17 @@ def test_an_adapter_that_was_trained_again_is_not_merged(tmp_path: Path) -> None
     support.apply(support.canonical(NAME), step % digests[1])
 
 
+def test_an_adapter_that_is_scaled_otherwise_is_not_merged(tmp_path: Path) -> None:
+    """Only its configuration is another: the weights are the same."""
+    make(base(NAME), tmp_path, 0, r=4, lora_alpha=4, target_modules=["q_proj"])
+    step = f'merge-lora{{adapter="{tmp_path}" digest={adapter_digest(tmp_path)[:16]}}}'
+    support.apply(support.canonical(NAME), step)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 8}))
+    with pytest.raises(PassError, match="has changed"):
+        support.apply(support.canonical(NAME), step)
+
+
 def test_a_table_with_an_adapter_in_it_is_not_the_hosts_to_look_up(tmp_path: Path) -> None:
     """The host would read the checkpoint's, which is without."""
     make(base(NAME), tmp_path, 0, r=4, target_modules=["embed_tokens"])
