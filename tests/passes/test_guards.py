@@ -334,6 +334,17 @@ def test_operators_that_the_opset_has_are_not_lowered(opset: int, kept: set[str]
     assert {node.op_type for node in module.graph} & newer == kept
 
 
+def test_a_newer_opset_is_declared_too() -> None:
+    """What is legal in an opset is legal in a newer one, and a runtime asks for the one that is declared."""
+    start = prepare(build(PLAIN).module, EDGE)
+    module = start.clone()
+    support.apply(module, f"{DEVICE},legalize")
+    before = module_answers(module, EDGE, start)
+    support.apply(module, "legalize{opset=20}")
+    assert module.model.opset_imports[""] == 20
+    np.testing.assert_array_equal(module_answers(module, EDGE, start), before)
+
+
 def test_a_lowering_that_is_refused_leaves_the_opset() -> None:
     """A bisection stops a pass after some rewrites; what is left must still be of the opset that is declared."""
     module = prepare(build(PLAIN).module, EDGE)
