@@ -25,6 +25,8 @@ PROPERTIES = {
     "windows": "properties/test_visibility.py",
     "guards": "passes/test_guards.py",
     "node counts": "passes/test_node_counts.py",
+    "refusals": "passes/test_refusals.py",
+    "Auto classes": "adapters/test_auto.py",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
 
@@ -222,6 +224,12 @@ def _faults() -> list[Fault]:
     plant(
         "passes/_rows.py",
         (
+            "any reader joins heads",
+            "guards",
+            'if len(merges) == 1 and merges[0].op_type == "Reshape"',
+            "if len(merges) == 1",
+        ),
+        (
             "order of a rotation forgotten",
             "guards",
             '{a.name: a.value for a in rotary.attributes.values()} | {"num_heads": heads}',
@@ -252,6 +260,12 @@ def _faults() -> list[Fault]:
     plant(
         "passes/legalize.py",
         (
+            "newer opset not declared",
+            "guards",
+            'module.model.opset_imports.get("") != self.opset',
+            'module.model.opset_imports.get("", 0) > self.opset',
+        ),
+        (
             "operators lowered that the opset has",
             "guards",
             "node.op_type in LOWERINGS and _version(node.op_type, self.opset) is None",
@@ -281,6 +295,12 @@ def _faults() -> list[Fault]:
     )
     plant(
         "passes/fuse_rotary.py",
+        (
+            "axis of heads anywhere",
+            "guards",
+            "unsqueeze is None or constant(unsqueeze.inputs[1]) != [1]",
+            "unsqueeze is None",
+        ),
         (
             "halves taken for equal",
             "P7 near misses",
@@ -324,7 +344,28 @@ def _faults() -> list[Fault]:
         ),
     )
     plant(
+        "passes/merge_lora.py",
+        (
+            "layers of another model skipped",
+            "refusals",
+            'raise PassError(f"the adapter {folder} changes {path}, which the model does not have")',
+            "continue",
+        ),
+        (
+            "scaling not in the digest",
+            "Auto classes",
+            "for name in (CONFIG_FILE, WEIGHTS_FILE):",
+            "for name in (WEIGHTS_FILE,):",
+        ),
+    )
+    plant(
         "passes/lora.py",
+        (
+            "factors of a table misnamed",
+            "Auto classes",
+            'names = _SINGLE_EMBEDDING if kind == "embedding" else _SINGLE',
+            "names = _SINGLE",
+        ),
         (
             "adapter applied twice",
             "P12 adapters",
