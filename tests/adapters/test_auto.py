@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from passes.merge_lora import adapter_digest
 from qeff_ir import QEffAutoLoraModelForCausalLM, QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM
@@ -389,6 +390,16 @@ def test_single_mode_names_the_factors_of_a_table_as_peft_does() -> None:
     support.apply(module, "last-logits,lora{mode=single rank=5 targets=embed_tokens}")
     table = "base_model.model.model.embed_tokens"
     assert {a.name for a in module.adapters} == {f"{table}.lora_embedding_A", f"{table}.lora_embedding_B"}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:The following")  # what PEFT tells about its own defaults
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt-oss"])
+def test_all_linear_layers_are_those_that_peft_adapts(name: str) -> None:
+    """Without the LM head, and without products of parameters that belong to no linear layer."""
+    module = support.canonical(name)
+    support.apply(module, "last-logits,lora{targets=all-linear}")
+    theirs = get_peft_model(copy.deepcopy(base(name)), LoraConfig(target_modules="all-linear"))  # pyright: ignore
+    assert {found.layer for found in module.adapters} == set(theirs.targeted_module_names)
 
 
 def test_the_cache_that_is_named_has_the_base_model_too(tmp_path: Path) -> None:

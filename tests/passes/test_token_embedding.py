@@ -174,6 +174,25 @@ def look_up(module: Module) -> ir.Node:
     return next(n for n in module.graph if n.op_type == "Gather" and module.input("input_ids") in n.inputs)
 
 
+def test_rows_of_two_tables_are_not_one_input() -> None:
+    """Models have a second embedding of each token, for every layer."""
+    module = canonical("llama")
+    node = look_up(module)
+    table, found = node.inputs[0], node.outputs[0]
+    assert table is not None and table.const_value is not None
+    second = ir.val("second", const_value=ir.tensor(-table.const_value.numpy(), name="second"))
+    second.metadata_props[WEIGHT_KEY] = "model.second.weight"
+    module.graph.register_initializer(second)
+    readers = list(found.uses())
+    b = Rewriter(module, "fault").at(readers[0].node)
+    more = b("Gather", second, node.inputs[1], shape=found.shape, dtype=found.dtype)
+    total = b("Add", found, more, shape=found.shape, dtype=found.dtype)
+    for use in readers:
+        use.node.replace_input_with(use.idx, total)
+    with pytest.raises(PassError, match="the tokens are looked up in 2 tables, not in one"):
+        apply(module, "token-embedding")
+
+
 def test_the_rows_of_other_numbers_than_the_tokens_are_not_the_hosts_to_find() -> None:
     """A shifted look-up, as models have for positions that start behind an offset."""
     module = canonical("llama")
