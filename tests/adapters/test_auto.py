@@ -23,7 +23,7 @@ from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.testing import tolerance
 from tests import support
 from tests.adapters.random_adapters import base, make
-from tests.models import build
+from tests.models import VOCAB, build
 
 NAME = "llama"
 COMPILE: dict[str, Any] = {"target": "onnxruntime", "batch_size": 2, "prefill_seq_len": 8, "ctx_len": 48}
@@ -389,7 +389,8 @@ def test_single_mode_names_the_factors_of_a_table_as_peft_does() -> None:
     module = support.canonical(NAME)
     support.apply(module, "last-logits,lora{mode=single rank=5 targets=embed_tokens}")
     table = "base_model.model.model.embed_tokens"
-    assert {a.name for a in module.adapters} == {f"{table}.lora_embedding_A", f"{table}.lora_embedding_B"}
+    shapes = {f"{table}.lora_embedding_A": (5, VOCAB), f"{table}.lora_embedding_B": (32, 5)}
+    assert {a.name: a.shape for a in module.adapters} == shapes
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:The following")  # what PEFT tells about its own defaults

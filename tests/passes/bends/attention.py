@@ -177,12 +177,18 @@ def features_before_heads(module: Module) -> None:
     swap.outputs[0].shape = ir.Shape([rows, tokens, width, heads])
 
 
-def softmax_of_each_head(module: Module) -> None:
-    """A softmax of what attention gives, as ``[batch, tokens * heads, width]``, before the heads are joined."""
+def joined_heads(module: Module) -> tuple[ir.Value, ir.Node]:
+    """What attention gives as ``[batch, seq, heads, width]``, and the reshape that joins the heads."""
     (node,) = nodes(module, "Attention")
     (swap,) = node.outputs[0].consumers()
     (merge,) = swap.outputs[0].consumers()
-    split, joined = swap.outputs[0], merge.outputs[0]
+    return swap.outputs[0], merge
+
+
+def softmax_of_each_head(module: Module) -> None:
+    """A softmax of what attention gives, as ``[batch, tokens * heads, width]``, before the heads are joined."""
+    split, merge = joined_heads(module)
+    joined = merge.outputs[0]
     assert split.shape is not None and joined.shape is not None
     rows, _, _, width = split.shape.dims
     b = at(merge)
@@ -194,10 +200,8 @@ def softmax_of_each_head(module: Module) -> None:
 
 def heads_joined_by_a_weight(module: Module) -> None:
     """Each head of what attention gives has a projection of its own, and these are summed."""
-    (node,) = nodes(module, "Attention")
-    (swap,) = node.outputs[0].consumers()
-    (merge,) = swap.outputs[0].consumers()
-    split, joined = swap.outputs[0], merge.outputs[0]
+    split, merge = joined_heads(module)
+    joined = merge.outputs[0]
     assert split.shape is not None and joined.shape is not None
     heads, width, features = *split.shape.dims[2:], joined.shape[2]
     assert isinstance(heads, int) and isinstance(width, int) and isinstance(features, int)

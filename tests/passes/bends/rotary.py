@@ -191,12 +191,13 @@ def other_sines(module: Module) -> None:
 
 
 def scaled_angles(module: Module) -> None:
-    """Cosines of both by one number: still in the kernel's power."""
+    """Cosines and sines of both by one number, as long contexts have them: still in the kernel's power."""
     queries, keys = nodes(module, "RotaryEmbedding")
     b = at(queries)
-    scaled = like(queries.inputs[1], b, "Mul", b.const(0.7, np.float32))
-    for node in (queries, keys):
-        node.replace_input_with(1, scaled)
+    for index in (1, 2):
+        scaled = like(queries.inputs[index], b, "Mul", b.const(0.7, np.float32))
+        for node in (queries, keys):
+            node.replace_input_with(index, scaled)
 
 
 def cosines_summed(module: Module) -> None:
