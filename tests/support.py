@@ -122,6 +122,28 @@ def run_graph(module: Module, folder: Path, feeds: Mapping[str, Array]) -> dict[
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
+def assert_true_shapes(
+    module: Module, folder: Path, feeds: Mapping[str, Array], sizes: Mapping[str, int]
+) -> list[tuple[int | None, ...]]:
+    """Compare each declared shape with what a run gives; returns what was declared, `None` for a size without a name.
+
+    Every value becomes an output of the module.
+    """
+    inner = [v for n in module.graph for v in n.outputs if v.shape is not None and not v.is_graph_output()]
+    declared = {
+        str(v.name): tuple(d if isinstance(d, int) else sizes.get(d.value or "") for d in v.shape or ()) for v in inner
+    }
+    module.graph.outputs.extend(inner)
+    found = run_graph(module, folder, feeds)
+    wrong = {
+        name: (shape, found[name].shape)
+        for name, shape in declared.items()
+        if any(said not in (None, true) for said, true in zip(shape, found[name].shape, strict=True))
+    }
+    assert wrong == {}
+    return list(declared.values())
+
+
 def random_feeds(module: Module, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
     """A run in the middle of a request: earlier tokens in the caches, the last column of row 1 padded.
 

@@ -23,6 +23,7 @@ from qeff_ir.runtime.encoder import Encoder
 from qeff_ir.runtime.interface import read_interface
 from qeff_ir.runtime.session import Array
 from qeff_ir.testing import tolerance
+from tests import support
 from tests.encoders import ENCODERS, build, example
 
 TARGETS = ["onnxruntime", "ai100"]
@@ -68,6 +69,19 @@ def test_outputs_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         for key, values in outputs.items():
             error = tolerance.error_over_rms(real(values, inputs), real(reference[key].numpy(), inputs))
             assert error <= tolerance.bound(max(1, tolerance.depth(module, key))), (target, key)
+
+
+@pytest.mark.parametrize("name", [n for n, e in ENCODERS.items() if e.kind == "text"])
+def test_every_declared_shape_is_the_true_one(name: str, tmp_path: Path) -> None:
+    """Rows may share what has a batch elsewhere: positions, and what is computed from them."""
+    module, inputs, _ = lowered(name)
+    module = module.clone()
+    specialize(module, CompileOptions(batch_size=2, seq_len=(LENGTH,)))
+    run_pipeline(module, Pipeline.parse(find_backend("onnxruntime").pipeline).without("last-logits"))
+    sizes = module.specializations[0].symbols
+    feeds = {k: np.resize(v.numpy(), (2, LENGTH)) for k, v in inputs.items()}
+    declared = support.assert_true_shapes(module, tmp_path, feeds, sizes)
+    assert sum({2, LENGTH} & set(shape) != set() for shape in declared) > 5
 
 
 def test_a_lost_mask_is_caught(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from passes.merge_lora import adapter_digest
 from qeff_ir import QEffAutoLoraModelForCausalLM, QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM
 from qeff_ir.adapters.folder import CONFIG_FILE, read_adapter
+from qeff_ir.adapters.layers import find_layers
 from qeff_ir.adapters.targets import regex, select, selection
 from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource
@@ -401,6 +402,18 @@ def test_all_linear_layers_are_those_that_peft_adapts(name: str) -> None:
     support.apply(module, "last-logits,lora{targets=all-linear}")
     theirs = get_peft_model(copy.deepcopy(base(name)), LoraConfig(target_modules="all-linear"))  # pyright: ignore
     assert {found.layer for found in module.adapters} == set(theirs.targeted_module_names)
+
+
+def test_the_head_is_known_by_what_it_makes() -> None:
+    """Not by its name, which differs from model to model."""
+    module = support.canonical("llama")
+    for found in (*module.graph, *module.graph.initializers.values()):
+        renamed = {key: text.replace("lm_head", "embed_out") for key, text in found.metadata_props.items()}
+        found.metadata_props.update(renamed)
+    assert "embed_out" in {layer.path for layer in find_layers(module)}
+    support.apply(module, "last-logits,lora{targets=all-linear}")
+    adapted = {found.layer for found in module.adapters}
+    assert "model.layers.1.mlp.down_proj" in adapted and "embed_out" not in adapted
 
 
 def test_the_cache_that_is_named_has_the_base_model_too(tmp_path: Path) -> None:

@@ -174,6 +174,19 @@ def look_up(module: Module) -> ir.Node:
     return next(n for n in module.graph if n.op_type == "Gather" and module.input("input_ids") in n.inputs)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"], ids=["a table of its own", "a table that is tied"])
+def test_a_clipped_table_is_not_the_hosts(name: str) -> None:
+    """The checkpoint has the numbers from before."""
+    module = canonical(name)
+    table = look_up(module).inputs[0]
+    assert table is not None and table.const_value is not None
+    numbers = table.const_value.numpy().copy()
+    numbers[3, 0] = 1e9
+    table.const_value = ir.tensor(numbers, name=table.name)
+    with pytest.raises(PassError, match=r"an earlier pass has changed the table \S+\.weight"):
+        apply(module, "fp16-clip{weights=true},token-embedding")
+
+
 def test_rows_of_two_tables_are_not_one_input() -> None:
     """Models have a second embedding of each token, for every layer."""
     module = canonical("llama")
