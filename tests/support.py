@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from backends import find_backend
+from backends.ai100 import device_rules
 from backends.base import CompileOptions
+from passes.lora import LORA_IDS
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.module import Module
@@ -110,13 +113,16 @@ def apply(module: Module, text: str) -> Report:
 
 
 def run_graph(module: Module, folder: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a module's graph as it is, ONNX Runtime's own rewriting off, one thread."""
+    """Run a module's graph as it is, ONNX Runtime's own rewriting off, one thread; device ops by the device's rules."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     folder.mkdir(parents=True, exist_ok=True)
     path = save_module(module, folder)
+    proto = onnx.load(str(path), load_external_data=False)
+    device_rules.apply(proto)
+    onnx.save(proto, str(path))
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
@@ -160,6 +166,10 @@ def random_feeds(module: Module, sizes: Mapping[str, int], seed: int = 0) -> dic
     for state in module.states:
         shape = [sizes[d] if isinstance(d, str) else d for d in state.shape]
         feeds[state.input] = rng.standard_normal(shape).astype(np.float32)
+    for item in module.adapters:
+        feeds[item.name] = rng.standard_normal(item.shape).astype(np.float32)
+        if item.slots:
+            feeds[LORA_IDS] = np.arange(batch)[:, None] - 1
     return feeds
 
 

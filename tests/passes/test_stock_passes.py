@@ -354,12 +354,17 @@ def test_every_declared_shape_is_the_true_one_with_rings_of_two_lengths(tmp_path
     assert len({s.ctx_dim for s in module.states}) == 3
 
 
+@pytest.mark.parametrize("adapters", ["", ",lora{n=3 rank=2 targets=.* bias=targets}", ",lora{mode=single rank=2}"])
+@pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
 @pytest.mark.parametrize("recipe", RICH, ids=range(len(RICH)))
-def test_every_declared_shape_is_the_true_one_behind_the_last_pass(recipe: Recipe, tmp_path: Path) -> None:
+def test_every_declared_shape_is_the_true_one_behind_the_last_pass(
+    recipe: Recipe, target: str, adapters: str, tmp_path: Path
+) -> None:
     """Whatever a pass did not make it left as it is now: with one token of logits, caches and kernels in place."""
     module = prepare(build(recipe).module, LONG)
     support.apply(module, "canonicalize")
-    assert_true_shapes(module, tmp_path, recipe.vocab, support.rest_of("onnxruntime"))
+    steps = support.rest_of(target).replace("last-logits", f"last-logits{adapters}")
+    assert_true_shapes(module, tmp_path, recipe.vocab, steps)
 
 
 def assert_true_shapes(
@@ -372,7 +377,8 @@ def assert_true_shapes(
     feeds["input_ids"] %= vocab
     declared = support.assert_true_shapes(module, folder, feeds, sizes)
     rings = {size for name, size in sizes.items() if name.startswith("sliding_window")}
-    assert sum({*rings, sizes["cache_len"]} & set(s) != set() for s in declared) > 5
+    longest = sizes.get("cache_len", sizes["ctx_len"])
+    assert sum({*rings, longest} & set(s) != set() for s in declared) > 5
 
 
 def test_a_saved_and_loaded_module_is_fused_alike(tmp_path: Path) -> None:
