@@ -135,11 +135,11 @@ def assert_true_shapes(
 
     Every value becomes an output of the module.
     """
-    inner = [v for n in module.graph for v in n.outputs if v.shape is not None and not v.is_graph_output()]
+    made = [v for n in module.graph for v in n.outputs if v.shape is not None]
     declared = {
-        str(v.name): tuple(d if isinstance(d, int) else sizes.get(d.value or "") for d in v.shape or ()) for v in inner
+        str(v.name): tuple(d if isinstance(d, int) else sizes.get(d.value or "") for d in v.shape or ()) for v in made
     }
-    module.graph.outputs.extend(inner)
+    module.graph.outputs.extend(v for v in made if not v.is_graph_output())
     found = run_graph(module, folder, feeds)
     wrong = {
         name: (shape, found[name].shape)
