@@ -169,11 +169,12 @@ def _factors(folder: Path, config: LoraConfig, path: str, found: dict[str, FileR
     a, b, b_bias = found["a"], found["b"], found.get("b_bias")
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     try:
-        rank = ranks.get(get_pattern_key(list(ranks), path), config.r)
-        alpha: Any = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
+        target = _target(config, path)
+        rank = ranks.get(get_pattern_key(list(ranks), target), config.r)
+        alpha: Any = alphas.get(get_pattern_key(list(alphas), target), config.lora_alpha)
     except (AttributeError, TypeError, re.error) as error:
         raise AdapterError(
-            f"the rank_pattern or alpha_pattern of the adapter {folder} cannot be read: {error}"
+            f"the rank_pattern, alpha_pattern or target_parameters of the adapter {folder} cannot be read: {error}"
         ) from error
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise AdapterError(f"the adapter {folder} has the lora_alpha {alpha!r} for {path}, which is no number")
@@ -193,6 +194,15 @@ def _factors(folder: Path, config: LoraConfig, path: str, found: dict[str, FileR
         raise AdapterError(f"the factors of {path} in the adapter {folder} are no floating-point numbers")
     scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
     return Factors(a, b, b_bias, scaling, embedding)
+
+
+def _target(config: LoraConfig, path: str) -> str:
+    """What PEFT's patterns are matched with: the path of a layer, or of the parameter where one is the target."""
+    for target in config.target_parameters or ():
+        parameter = f"{path}.{target.rpartition('.')[2]}"
+        if f".{parameter}".endswith(f".{target}"):
+            return parameter
+    return path
 
 
 def _config(folder: Path) -> LoraConfig:

@@ -24,12 +24,12 @@ COMPILE: dict[str, Any] = {"batch_size": 4, "prefill_seq_len": 8, "ctx_len": 48}
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "llama": (
         {"target_modules": ["q_proj", "v_proj"]},
-        {"target_modules": "all-linear", "use_rslora": True},
-        {"target_modules": ["down_proj", "lm_head", "embed_tokens"]},
+        {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"v_proj": 3}},
+        {"target_modules": ["down_proj", "lm_head", "embed_tokens"], "alpha_pattern": {"embed_tokens": 9}},
     ),
     "gpt2": (
         {"target_modules": ["c_attn"], "fan_in_fan_out": True},
-        {"target_modules": "all-linear", "fan_in_fan_out": True, "bias": "all"},
+        {"target_modules": "all-linear", "fan_in_fan_out": True, "bias": "all", "alpha_pattern": {"c_fc": 3}},
         {"target_modules": ["mlp.c_proj", "wte", "wpe"], "fan_in_fan_out": True},
     ),
     "qwen3": (
@@ -38,13 +38,17 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"target_modules": r".*\.0\.(self_attn|mlp)\.(k|down)_proj", "rank_pattern": {"k_proj": 2}, "use_rslora": True},
     ),
     "gemma3": (
-        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "alpha_pattern": {"embed_tokens": 5}},
         {"target_modules": "all-linear"},
         {"target_modules": ["lm_head"]},
     ),
     "mixtral": (
         {"target_modules": ["q_proj", "o_proj"]},
-        {"target_modules": ["gate", "k_proj"]},
+        {
+            "target_modules": ["gate", "k_proj"],  # the former is a parameter to PEFT, which no pattern of layers names
+            "rank_pattern": {"gate.weight": 3, "k_proj": 5},
+            "alpha_pattern": {"gate": 90},
+        },
         {"target_modules": ["lm_head"]},
     ),
     "phi3": (
@@ -54,8 +58,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "bloom": (
         {"target_modules": ["query_key_value"], "bias": "lora_only"},
-        {"target_modules": "all-linear", "lora_bias": True},
-        {"target_modules": ["dense_4h_to_h", "word_embeddings"]},
+        {"target_modules": "all-linear", "lora_bias": True, "alpha_pattern": {"query_key_value": 3}},
+        {"target_modules": ["dense_4h_to_h", "word_embeddings"], "rank_pattern": {"word_embeddings": 5}},
     ),
 }
 """Of each model, the targets of the adapters of rank 1, 8 and 64."""

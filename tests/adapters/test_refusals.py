@@ -123,7 +123,11 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "alpha": (lambda f: configured(f, lora_alpha="8"), "which is no number"),
     "alpha not finite": (lambda f: configured(f, lora_alpha=float("nan")), "which is no number"),
     "alpha pattern": (lambda f: configured(f, alpha_pattern={"q_proj": None}), "which is no number"),
-    "rank pattern": (lambda f: configured(f, rank_pattern={"(": 4}), "rank_pattern or alpha_pattern"),
+    "rank pattern": (
+        lambda f: configured(f, rank_pattern={"(": 4}),
+        "rank_pattern, alpha_pattern or target_parameters",
+    ),
+    "target parameters": (lambda f: configured(f, target_parameters=[5]), "alpha_pattern or target_parameters"),
     "no rank": (no_rank, "rank 0: the two files"),
     "rslora": (lambda f: configured(f, use_rslora="false"), "use_rslora='false'"),
     "base": (lambda f: configured(f, base_model_name_or_path=5), "which is no name"),
