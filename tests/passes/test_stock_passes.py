@@ -362,7 +362,7 @@ def test_every_declared_shape_is_the_true_one_behind_the_last_pass(
 ) -> None:
     """Whatever a pass did not make it left as it is now: with one token of logits, caches and kernels in place."""
     module = prepare(build(recipe).module, LONG)
-    support.apply(module, "canonicalize")
+    support.apply(module, support.CANONICAL)
     steps = support.rest_of(target).replace("last-logits", f"last-logits{adapters}")
     assert_true_shapes(module, tmp_path, recipe.vocab, steps)
 
