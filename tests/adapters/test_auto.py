@@ -19,6 +19,7 @@ from qeff_ir.adapters.layers import find_layers
 from qeff_ir.adapters.targets import regex, select, selection
 from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource
+from qeff_ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.testing import tolerance
@@ -378,6 +379,24 @@ def test_the_text_of_a_pipeline_is_enough() -> None:
     assert module.input("lora_ids").shape == ("batch_size", 1)
 
 
+def rename(module: Module, old: str, new: str) -> None:
+    """Give layers other names, as another model has them."""
+    for found in (*module.graph, *module.graph.initializers.values()):
+        found.metadata_props.update({key: text.replace(old, new) for key, text in found.metadata_props.items()})
+
+
+@pytest.mark.parametrize(
+    ("which", "numbers"),
+    [("layers=1 layers-pattern=layers", "1"), ("layers=0 layers-pattern=experts", "01"), ("layers=0", "0")],
+    ids=["of the decoder", "of experts", "of the outermost list"],
+)
+def test_numbers_are_those_of_the_list_that_is_named(which: str, numbers: str) -> None:
+    module = support.canonical("llama")
+    rename(module, ".mlp.", ".mlp.experts.0.")
+    support.apply(module, f'last-logits,lora{{targets="gate_proj,up_proj" exclude=up_proj {which}}}')
+    assert {a.layer for a in module.adapters} == {f"model.layers.{n}.mlp.experts.0.gate_proj" for n in numbers}
+
+
 def test_single_mode_has_the_names_of_the_contract() -> None:
     module = support.canonical(NAME)
     support.apply(module, "last-logits,lora{mode=single rank=5 targets=q_proj retained=true}")
@@ -407,9 +426,7 @@ def test_all_linear_layers_are_those_that_peft_adapts(name: str) -> None:
 def test_the_head_is_known_by_what_it_makes() -> None:
     """Not by its name, which differs from model to model."""
     module = support.canonical("llama")
-    for found in (*module.graph, *module.graph.initializers.values()):
-        renamed = {key: text.replace("lm_head", "embed_out") for key, text in found.metadata_props.items()}
-        found.metadata_props.update(renamed)
+    rename(module, "lm_head", "embed_out")
     assert "embed_out" in {layer.path for layer in find_layers(module)}
     support.apply(module, "last-logits,lora{targets=all-linear}")
     adapted = {found.layer for found in module.adapters}
