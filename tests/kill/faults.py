@@ -27,6 +27,8 @@ PROPERTIES = {
     "node counts": "passes/test_node_counts.py",
     "refusals": "passes/test_refusals.py",
     "Auto classes": "adapters/test_auto.py",
+    "merged adapters": "adapters/test_matrix.py::test_a_merged_adapter_answers_as_peft_does",
+    "shapes": "passes/test_stock_passes.py::test_every_declared_shape_is_the_true_one_behind_the_last_pass",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
 
@@ -337,6 +339,12 @@ def _faults() -> list[Fault]:
         "passes/unflatten.py",
         ("bias dropped", "P10 passes", 'product = b("Add", product, gemm.inputs[2])', "pass"),
         (
+            "product said to be of its input's shape",
+            "shapes",
+            "product.shape, product.type = node.outputs[0].shape, node.outputs[0].type",
+            "product.shape, product.type = data.shape, node.outputs[0].type",
+        ),
+        (
             "factors of the Gemm forgotten",
             "P7 near misses",
             "any(f != 1.0 for f in factors) or any(transposed)",
@@ -345,6 +353,12 @@ def _faults() -> list[Fault]:
     )
     plant(
         "passes/merge_lora.py",
+        (
+            "scaling of another layer",
+            "merged adapters",
+            "lambda old, f=factors, e=extra: old + numbers(e) * np.float32(f.scaling)",
+            "lambda old, e=extra: old + numbers(e) * np.float32(factors.scaling)",
+        ),
         (
             "layers of another model skipped",
             "refusals",
@@ -360,6 +374,13 @@ def _faults() -> list[Fault]:
     )
     plant(
         "passes/lora.py",
+        (
+            "head known by its name",
+            "Auto classes",
+            'if layer.kind == "linear" and layer.path != head)',
+            'if layer.kind == "linear" and layer.path != "lm_head")',
+        ),
+        ("any list of layers", "Auto classes", "pattern=self.layers_pattern)", 'pattern="")'),
         (
             "factors of a table misnamed",
             "Auto classes",
