@@ -9,6 +9,7 @@ PROPERTIES = {
     "P1 text": "properties/test_modules.py::test_p1_every_change_shows_in_the_text",
     "P4 verifier": "properties/test_modules.py::test_p4_damage_is_told_with_its_code",
     "P5 word": "properties/test_modules.py::test_p5_p8_p9_every_pass_keeps_its_word",
+    "P5 shapes": "properties/test_shapes.py",
     "P6 transaction": "properties/test_modules.py::test_p6_a_pass_that_fails_leaves_the_module_alone",
     "P7 sites": "properties/test_modules.py::test_p7_passes_fire_at_every_planted_site",
     "P7 near misses": "properties/test_modules.py::test_p7_near_misses_are_left_alone_and_reported",
@@ -28,7 +29,6 @@ PROPERTIES = {
     "refusals": "passes/test_refusals.py",
     "Auto classes": "adapters/test_auto.py",
     "merged adapters": "adapters/test_matrix.py::test_a_merged_adapter_answers_as_peft_does",
-    "shapes": "passes/test_stock_passes.py::test_every_declared_shape_is_the_true_one_behind_the_last_pass",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
 
@@ -340,7 +340,7 @@ def _faults() -> list[Fault]:
         ("bias dropped", "P10 passes", 'product = b("Add", product, gemm.inputs[2])', "pass"),
         (
             "product said to be of its input's shape",
-            "shapes",
+            "P5 shapes",
             "product.shape, product.type = node.outputs[0].shape, node.outputs[0].type",
             "product.shape, product.type = data.shape, node.outputs[0].type",
         ),
