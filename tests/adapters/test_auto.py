@@ -19,7 +19,7 @@ from qeff_ir.adapters.layers import find_layers
 from qeff_ir.adapters.targets import regex, select, selection
 from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource
-from qeff_ir.module import Module
+from qeff_ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.testing import tolerance
@@ -229,6 +229,25 @@ def test_what_is_shared_changes_where_the_adapter_says(kind: str, merged: bool, 
     limit = tolerance.bound(tolerance.depth(support.lowered(NAME)))
     assert tolerance.error_over_rms(decoder.prefill(ids.tolist()), expected) <= limit
     assert tolerance.error_over_rms(plain, expected) > 100 * limit
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_only_the_named_user_of_a_tied_weight_gets_a_branch(target: str) -> None:
+    module = support.canonical("gemma2")
+    support.apply(module, f"last-logits,lora{{targets={target}}}")
+    assert [found.layer.rpartition(".")[2] for found in module.adapters] == [target] * 2
+
+
+def test_a_table_that_is_split_from_the_head_has_a_name_of_its_own(tmp_path: Path) -> None:
+    """Checkpoints and adapters are matched with the graph by these names."""
+    make(base("gemma2"), tmp_path, 0, r=4, target_modules=["embed_tokens"])
+    module = support.canonical("gemma2")
+    before = {v.metadata_props.get(WEIGHT_KEY) for v in module.graph.initializers.values()}
+    assert "model.embed_tokens.weight" not in before and "lm_head.weight" in before
+    support.apply(module, f'merge-lora{{adapter="{tmp_path}"}}')
+    names = [v.metadata_props[WEIGHT_KEY] for v in module.graph.initializers.values() if WEIGHT_KEY in v.metadata_props]
+    assert len(set(names)) == len(names)
+    assert set(names) == {*before, "model.embed_tokens.weight"} - {None}
 
 
 class Heads(torch.nn.Module):
