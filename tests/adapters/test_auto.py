@@ -250,6 +250,17 @@ def test_a_table_that_is_split_from_the_head_has_a_name_of_its_own(tmp_path: Pat
     assert set(names) == {*before, "model.embed_tokens.weight"} - {None}
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_split_weight_has_the_shape_that_is_declared(target: str, tmp_path: Path) -> None:
+    """As it is looked up, and transposed as a product takes it."""
+    make(base("gemma2"), tmp_path, 0, r=4, target_modules=[target])
+    module = support.canonical("gemma2")
+    support.apply(module, f'merge-lora{{adapter="{tmp_path}"}},kv-retention{{layout=tensor-scatter}}')
+    sizes = module.specializations[0].symbols
+    declared = support.assert_true_shapes(module, tmp_path / "run", support.random_feeds(module, sizes), sizes)
+    assert (32, VOCAB) in declared
+
+
 class Heads(torch.nn.Module):
     """A block whose layer sees rows, heads and tokens."""
 
