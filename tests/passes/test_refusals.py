@@ -66,6 +66,7 @@ REFUSALS = {
     "no slots": Refusal("", "lora{targets=q_proj n=0}", "n=0 and rank=.* at least 1"),
     "no rank": Refusal("", "lora{targets=q_proj rank=0}", "rank=0 must be at least 1"),
     "adapters twice": Refusal(LORA, LORA, "adapter inputs already"),
+    "adapters of both modes": Refusal(LORA, "lora{mode=single rank=2 targets=q_proj}", "adapter inputs already"),
     "layers in words": Refusal("", "lora{targets=q_proj layers=first}", "layers=first is no list of numbers"),
     "projection without shape": Refusal("", LORA, "has no shape", projection_without_shape),
     "no adapter": Refusal("", "merge-lora", "no adapter is named"),

@@ -89,6 +89,18 @@ def test_the_numbers_are_those_of_the_graph(name: str, target: str, tmp_path: Pa
     assert 0.9 * total < stored < total + 32 * VOCAB * 4
 
 
+@pytest.mark.parametrize("name", ["gemma2", "bloom"])
+def test_a_tied_table_stays_the_weight_that_it_is(name: str) -> None:
+    """The head still reads it: by its name it is a part of the checkpoint, not a constant."""
+    module = canonical(name)
+    table = look_up(module).inputs[0]
+    assert table is not None and WEIGHT_KEY in table.metadata_props
+    before = dict(table.metadata_props)
+    apply(module, "token-embedding")
+    assert table.consumers() and module.graph.initializers[table.name or ""] is table
+    assert dict(table.metadata_props) == before
+
+
 def test_transformers_generates_the_same(host: QEFFAutoModelForCausalLM) -> None:
     ids = torch.tensor([PROMPTS[0], PROMPTS[0][::-1]])
     kwargs: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
