@@ -1,0 +1,118 @@
+"""What comes from outside is a plain name, a regular file inside its root, and JSON of bounded depth, or refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qeff_ir.errors import ModelLoadError, PackageError
+from qeff_ir.reading import MAX_JSON_DEPTH, parse_json, plain_name, read_bytes, read_json, regular_file
+
+_BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "/abs",
+    "a/b",
+    "a\\b",
+    "a\0b",
+    "-o",
+    ".hidden",
+    "m[1]",
+    "a*",
+    "a b",
+    "a\n",
+    "x" * 129,
+]
+
+
+@pytest.mark.parametrize("name", [*_BAD_NAMES, None, 5, ["a"], "é" * 65])
+def test_a_name_that_could_lead_elsewhere_is_refused(name):
+    with pytest.raises(ModelLoadError, match=r"the architecture is .* not a plain name"):
+        plain_name(name, "the architecture")
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "layer_0.weight", "c++", "Ärger", "x" * 128])
+def test_a_plain_name_is_itself(name):
+    assert plain_name(name, "the architecture") == name
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "secret").write_text("outside")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"a": [1, {"b": 2}]}')
+    return tmp_path / "model"
+
+
+def test_a_file_and_a_link_inside_are_read(folder):
+    (folder / "link.json").symlink_to("config.json")
+    assert read_json(folder / "config.json") == read_json(folder / "link.json") == {"a": [1, {"b": 2}]}
+    assert regular_file(folder / "link.json") == (folder / "config.json").resolve()
+
+
+def test_the_hubs_cache_links_into_its_blobs(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    assert read_json(snapshot / "config.json") == {}
+    (snapshot / "other.json").symlink_to("../../refs")
+    (tmp_path / "models--a--b" / "refs").write_text("{}")
+    with pytest.raises(ModelLoadError, match="outside"):
+        read_json(snapshot / "other.json")
+
+
+@pytest.mark.parametrize("kind", ["link out", "dangling", "loop", "fifo", "device", "folder", "missing", "NUL", "long"])
+def test_what_is_not_a_file_of_the_folder_is_refused_without_waiting(folder, kind):
+    path = folder / "x.json"
+    match kind:
+        case "link out":
+            path.symlink_to("../secret")
+        case "dangling":
+            path.symlink_to("nothing")
+        case "loop":
+            path.symlink_to("x.json")
+        case "fifo":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case "NUL":
+            path = folder / "a\0b"
+        case "long":
+            path = folder / ("n" * 5000)
+    with pytest.raises(PackageError) as caught:
+        read_bytes(path, error=PackageError)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_large_file_is_refused(folder):
+    with (folder / "big.txt").open("wb") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(ModelLoadError, match=r"8,589,934,592 bytes, at most 268,435,456"):
+        read_bytes(folder / "big.txt")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_is_read_to_a_depth(opening):
+    closing = "]" if opening == "[" else "}"
+
+    def nested(depth: int) -> str:
+        return opening * (depth - 1) + ("[]" if opening == "[" else "{}") + closing * (depth - 1)
+
+    assert parse_json(nested(MAX_JSON_DEPTH), "it") == json.loads(nested(MAX_JSON_DEPTH))
+    for depth in (MAX_JSON_DEPTH + 1, 100_000):
+        with pytest.raises(ModelLoadError, match="it cannot be read as JSON"):
+            parse_json(nested(depth), "it")
+
+
+@pytest.mark.parametrize("text", ["", "{", b"\xff\xfe\xff", "\udcff", '{"a" 1}', "1" * 5000])
+def test_what_is_not_json_is_one_sentence(text):
+    with pytest.raises(PackageError, match="it cannot be read as JSON") as caught:
+        parse_json(text, "it", PackageError)
+    assert "\n" not in str(caught.value)
