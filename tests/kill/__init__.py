@@ -4,6 +4,7 @@
     python -m tests.kill --all            every fault against every property: the whole table (hours)
     python -m tests.kill --only NAME ...  some faults
 
-A fault is an edit of a copy of the source; an edit whose text is no longer there fails the run, so that the list cannot
-rot. Each copy is tested in a process of its own.
+A fault is an edit of a copy of the source: a function by its name, and a piece of its syntax tree, so that code may
+move and be laid out anew. An edit whose place is gone fails the run, so that the list cannot rot. Each copy is tested
+in a process of its own.
 """

@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.kill.faults import FAULTS, PROPERTIES, Fault
+from tests.kill.edit import EditError, find, replaced
+from tests.kill.table import FAULTS, PROPERTIES, Fault
 
 ROOT = Path(__file__).parents[2]
 SHARED = (
@@ -24,21 +25,24 @@ SHARED = (
 COPIED = ("qeff_ir", "passes", "backends", "tests", "pyproject.toml")
 
 
-def plant(fault: Fault, folder: Path) -> None:
+def plant(fault: Fault | None, folder: Path) -> None:
     """Copy the source, with the fault.
 
     Raises:
-        SystemExit: The text of the edit stands nowhere, or more than once.
+        SystemExit: What the fault replaces stands nowhere, or more than once.
     """
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "demo")
     for name in COPIED:
         source = ROOT / name
         shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder / name)
-    path = folder / fault.file
-    text = path.read_text()
-    if text.count(fault.old) != 1:
-        sys.exit(f"fault '{fault.name}': its text stands {text.count(fault.old)} times in {fault.file}, not once")
-    path.write_text(text.replace(fault.old, fault.new))
+    if fault is None:
+        return
+    try:
+        place = find(ROOT, fault.where)
+        path = folder / place.file
+        path.write_text(replaced(path.read_text(), place.inner, fault.old, fault.new))
+    except EditError as error:
+        sys.exit(f"fault '{fault.name}': {error}")
 
 
 def told(folder: Path, properties: list[str]) -> dict[str, bool]:
@@ -81,7 +85,7 @@ def _test(folder: Path, properties: list[str], result: Path) -> None:
 def sound(properties: list[str]) -> list[str]:
     """Properties that tell of a copy without a fault: none may."""
     with tempfile.TemporaryDirectory() as name:
-        plant(Fault("nothing", "pyproject.toml", 'name = "qeff-ir"', 'name = "qeff-ir"', ""), Path(name))
+        plant(None, Path(name))
         return [p for p, caught in told(Path(name), properties).items() if caught]
 
 
@@ -116,12 +120,12 @@ def main() -> int:
             plant(fault, Path(name))
             others = [p for p in PROPERTIES if p != fault.by]
             caught = told(Path(name), [fault.by, *others] if given.all else [fault.by])
-        table[f"{fault.file}: {fault.name}"] = caught
+        table[f"{fault.where}: {fault.name}"] = caught
         told_by = ", ".join(p for p, yes in caught.items() if yes) or "NOBODY"
-        print(f"{fault.file:34} {fault.name:40} {told_by} ({time.perf_counter() - started:.0f} s)", flush=True)
+        print(f"{fault.where:50} {fault.name:40} {told_by} ({time.perf_counter() - started:.0f} s)", flush=True)
         if given.json is not None:
             given.json.write_text(json.dumps(table, indent=2) + "\n")
-    alive = [f"{f.file}: {f.name} (by {f.by})" for f in faults if not table[f"{f.file}: {f.name}"][f.by]]
+    alive = [f"{f.where}: {f.name} (by {f.by})" for f in faults if not table[f"{f.where}: {f.name}"][f.by]]
     print(f"{len(faults) - len(alive)} of {len(faults)} faults told by the property named for them")
     print("".join(f"  survived: {name}\n" for name in alive), end="")
     return 1 if alive else 0

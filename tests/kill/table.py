@@ -1,0 +1,67 @@
+"""The table of planted faults, ``faults/*.toml`` by room, and the properties that must tell of them."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+PROPERTIES = {
+    "P2 saved": "properties/test_modules.py::test_p1_p2_saving_and_loading_is_the_identity",
+    "P1 text": "properties/test_modules.py::test_p1_every_change_shows_in_the_text",
+    "P4 verifier": "properties/test_modules.py::test_p4_damage_is_told_with_its_code",
+    "P5 word": "properties/test_modules.py::test_p5_p8_p9_every_pass_keeps_its_word",
+    "P5 shapes": "properties/test_shapes.py",
+    "P6 transaction": "properties/test_modules.py::test_p6_a_pass_that_fails_leaves_the_module_alone",
+    "P7 sites": "properties/test_modules.py::test_p7_passes_fire_at_every_planted_site",
+    "P7 near misses": "properties/test_modules.py::test_p7_near_misses_are_left_alone_and_reported",
+    "P10 passes": "properties/test_numbers.py::test_p10_every_pass_keeps_its_numeric_promise",
+    "P10 frontend": "properties/test_frontend.py::test_p10_drawn_configurations_answer_as_transformers",
+    "P11 packages": "properties/test_numbers.py::test_p11_packages_answer_as_the_recipe_however_the_request_is_cut",
+    "P11 driver": "properties/test_driver.py::TestRequests",
+    "P12 rows": "properties/test_numbers.py::test_p12_rows_do_not_know_of_each_other",
+    "P12 adapters": "properties/test_adapters.py::test_p12_rows_answer_with_their_own_adapter",
+    "P13 orders": "properties/test_numbers.py::test_p13_legal_orders_answer_alike",
+    "P14 sequences": "properties/test_numbers.py::test_p14_any_sequence_of_passes_is_refused_or_right",
+    "P15 targets": "properties/test_numbers.py::test_p15_both_targets_have_one_interface",
+    "slots": "properties/test_cache_ops.py",
+    "windows": "properties/test_visibility.py",
+    "guards": "passes/test_guards.py",
+    "node counts": "passes/test_node_counts.py",
+    "refusals": "passes/test_refusals.py",
+    "Auto classes": "adapters/test_auto.py",
+    "merged adapters": "adapters/test_matrix.py::test_a_merged_adapter_answers_as_peft_does",
+}
+"""The columns of the table, each a test or a file of them below ``tests``."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One edit, see `tests.kill.edit`.
+
+    Attributes:
+        name: What is wrong.
+        where: The module, class or function, as much of its dotted path as tells it from others.
+        old: The expression or statements that stand there just once.
+        new: What to put in their place.
+        by: Property that must tell.
+        room: Name of the file of the table.
+    """
+
+    name: str
+    where: str
+    old: str
+    new: str
+    by: str
+    room: str
+
+
+def read_faults() -> list[Fault]:
+    """Every fault of the table."""
+    found: list[Fault] = []
+    for path in sorted(Path(__file__).with_name("faults").glob("*.toml")):
+        found += [Fault(**entry, room=path.stem) for entry in tomllib.loads(path.read_text())["fault"]]
+    return found
+
+
+FAULTS = read_faults()
