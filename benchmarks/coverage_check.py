@@ -22,6 +22,7 @@ from benchmarks.coverage_row import PASSED, Job, Row
 from qeff_ir.compiler import specialize
 from qeff_ir.errors import QeffError
 from qeff_ir.frontend.source import MemorySource, read_config
+from qeff_ir.frontend.versions import next_cache
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
@@ -128,8 +129,7 @@ def _cached(model: PreTrainedModel, rows: list[torch.Tensor]) -> list[Array]:
         out, logits = model(row[:, :start], use_cache=True), []
         logits.append(out.logits[0, -1].numpy())
         for index in range(start, row.shape[1]):
-            name = "past_key_values" if getattr(out, "past_key_values", None) is not None else "cache_params"
-            out = model(row[:, index : index + 1], use_cache=True, **{name: getattr(out, name)})
+            out = model(row[:, index : index + 1], use_cache=True, **next_cache(model, out))
             logits.append(out.logits[0, -1].numpy())
         made.append(np.stack(logits))
     return made

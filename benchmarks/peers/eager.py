@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.peers.contender import Rows
+from qeff_ir.frontend.versions import CACHE
 
 
 class Eager:
@@ -33,5 +34,5 @@ class Eager:
 @torch.no_grad()  # as in `generate`
 def next_tokens(forward: Callable[..., Any], cache: Any, rows: Rows) -> list[int]:
     """Append tokens to a cache, return each row's next one; only the last position's logits are computed."""
-    out = forward(input_ids=torch.tensor(rows), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = forward(input_ids=torch.tensor(rows), use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return out.logits[:, -1].argmax(-1).tolist()

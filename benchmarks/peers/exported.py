@@ -13,6 +13,7 @@ from transformers.exporters.configs import DynamoConfig
 
 from benchmarks.peers.contender import Rows
 from benchmarks.peers.silence import silence
+from qeff_ir.frontend.versions import CACHE
 
 _PAST, _NEW = 5, 3
 """Tokens of the example, cached and new: neither 0 nor 1, which an export would take for constants, and different."""
@@ -27,8 +28,8 @@ def export(model: PreTrainedModel, config: DynamoConfig, batch: int) -> Exported
     ids = torch.zeros((batch, _PAST + _NEW), dtype=torch.int64)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids[:, :_PAST], past_key_values=cache, use_cache=True)
-    example: dict[str, Any] = {**inputs(ids[:, _PAST:].tolist(), _PAST), "past_key_values": cache}
+        model(input_ids=ids[:, :_PAST], use_cache=True, **{CACHE: cache})
+    example: dict[str, Any] = {**inputs(ids[:, _PAST:].tolist(), _PAST), CACHE: cache}
     # Naming what varies spares the exporter to find out; rows and heads are fixed in a race.
     tokens, slots = {1: Dim.AUTO}, {2: Dim.AUTO}
     config.dynamic = True
@@ -36,7 +37,7 @@ def export(model: PreTrainedModel, config: DynamoConfig, batch: int) -> Exported
         "input_ids": tokens,
         "position_ids": tokens,
         "logits_to_keep": None,
-        "past_key_values": [slots] * (2 * len(cache.layers)),
+        CACHE: [slots] * (2 * len(cache.layers)),
     }
     with silence():
         return AutoHfExporter.from_config(config).export(model, example, config)

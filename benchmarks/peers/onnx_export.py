@@ -11,6 +11,7 @@ from transformers.exporters.configs import OnnxConfig
 
 from benchmarks.peers.contender import Rows
 from benchmarks.peers.exported import export, inputs
+from qeff_ir.frontend.versions import CACHE
 
 
 class OnnxExport:
@@ -42,8 +43,8 @@ class OnnxExport:
         return self._run([[token] for token in tokens])
 
     def _run(self, rows: Rows) -> list[int]:
-        out = self.model(**inputs(rows, self.cache.get_seq_length()), past_key_values=self.cache)
-        self.cache = out.past_key_values
+        out = self.model(**inputs(rows, self.cache.get_seq_length()), **{CACHE: self.cache})
+        self.cache = getattr(out, CACHE)
         return out.logits[:, -1].argmax(-1).tolist()
 
     def _empty(self, batch: int) -> DynamicCache:

@@ -72,12 +72,14 @@ def _cached_logits(model: PreTrainedModel, prompt: Sequence[int], follow: Array)
     """Logits after the prompt and after each token of `follow`, ``[steps, vocab]``, each from a run of one token."""
     import torch
 
+    from qeff_ir.frontend.versions import next_cache
+
     start, tokens = list(prompt[:-1]), [prompt[-1], *follow.tolist()]
     logits: list[Array] = []
     with torch.no_grad():
-        cache = model(torch.tensor([start]), use_cache=True).past_key_values if start else None
+        cache = next_cache(model, model(torch.tensor([start]), use_cache=True)) if start else {}
         for token in tokens:
-            out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(torch.tensor([[token]]), use_cache=True, **cache)
+            cache = next_cache(model, out)
             logits.append(out.logits[0, -1].float().numpy())
     return np.stack(logits)

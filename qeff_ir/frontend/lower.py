@@ -39,6 +39,7 @@ from qeff_ir.frontend.skeleton import fake_weights
 from qeff_ir.frontend.spelling import drop_idle_squeezes, spell_out_complex
 from qeff_ir.frontend.stamp import cut_weights, find_layers, unfold
 from qeff_ir.frontend.states import CapturingCache
+from qeff_ir.frontend.versions import cache_argument
 from qeff_ir.frontend.weights import Weights
 from qeff_ir.garbage import settled
 from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, DimValue, Module, State, all_values, rename_symbols
@@ -50,8 +51,6 @@ _IR_VERSION = 11
 """Opset 24 needs IR version 11 or later."""
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 """Color codes of a terminal."""
-_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
-"""What transformers' models call the cache that they take."""
 PREFIX = "hf."
 """Scope of the model inside `_Step`; taken off every name."""
 
@@ -124,7 +123,7 @@ class _Step(torch.nn.Module):
         parameters = inspect.signature(model.forward).parameters
         kinds = {p.kind for p in parameters.values()}
         self.takes_positions = "position_ids" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
-        self.cache_argument = next((name for name in _CACHE_ARGUMENTS if name in parameters), _CACHE_ARGUMENTS[0])
+        self.cache_argument = cache_argument(model.forward)
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor]

@@ -30,6 +30,7 @@ from transformers import DynamicCache
 from backends import backend_names
 from qeff_ir import QEffAutoPeftModelForCausalLM
 from qeff_ir.errors import AdapterError
+from qeff_ir.frontend.versions import CACHE
 from qeff_ir.testing import tolerance
 from tests import support
 from tests.adapters.random_adapters import base, make
@@ -95,9 +96,9 @@ class Row:
         with torch.no_grad():
             if adapter is None:
                 with model.disable_adapter():
-                    out = model(torch.tensor([tokens]), past_key_values=self.cache, use_cache=True)
+                    out = model(torch.tensor([tokens]), use_cache=True, **{CACHE: self.cache})
             else:
-                out = model(torch.tensor([tokens]), past_key_values=self.cache, use_cache=True)
+                out = model(torch.tensor([tokens]), use_cache=True, **{CACHE: self.cache})
         return out.logits[0, -1].numpy()
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import layers, lower, stamp, states
+from qeff_ir.frontend.versions import CACHE
 from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.printer import attribute_text, type_text
@@ -201,7 +202,7 @@ def test_a_state_that_only_one_of_several_like_layers_keeps(folds: list[layers.F
     """It shows in no operation; it is a state all the same."""
 
     def remember(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], out: torch.Tensor) -> None:
-        kwargs["past_key_values"].layers[1].held.replace(("recurrent", 0), out)
+        kwargs[CACHE].layers[1].held.replace(("recurrent", 0), out)
 
     model = build("llama", num_hidden_layers=3)[1]
     model.model.layers[1].register_forward_hook(remember, with_kwargs=True)
@@ -214,7 +215,7 @@ def test_a_model_may_ask_what_an_empty_cache_holds(folds: list[layers.Fold | Non
     asked: list[int] = []
 
     def ask(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        asked.append(kwargs["past_key_values"].layers[0].values.numel())
+        asked.append(kwargs[CACHE].layers[0].values.numel())
 
     model = build("llama")[1]
     model.model.layers[0].register_forward_pre_hook(ask, with_kwargs=True)
