@@ -15,6 +15,7 @@ from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
 from qeff_ir.module import EMBEDS
 from qeff_ir.package import SIDE_FOLDER
+from qeff_ir.side_files import read_generation_config
 
 if TYPE_CHECKING:
     import torch
@@ -190,19 +191,14 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             PackageError: The model is not compiled, or its package is damaged.
         """
         if self._runner is None:
-            from transformers import GenerationConfig
-
             from qeff_ir.runtime.decoder import Decoder
             from qeff_ir.runtime.generation import SessionLM
 
             package = self.package
+            config, defaults = self.config, read_generation_config(package.folder / SIDE_FOLDER)
+            if not isinstance(getattr(config.get_text_config(decoder=True), "vocab_size", None), int):
+                raise PackageError(f"the configuration in {package.folder} has no vocab_size: compile the model again")
             session = find_backend(package.manifest.target).open(package.folder, threads=threads)
-            side = package.folder / SIDE_FOLDER
-            config = self.config
-            if (side / "generation_config.json").is_file():
-                defaults = GenerationConfig.from_pretrained(side)
-            else:
-                defaults = GenerationConfig.from_model_config(config)
             self._runner = SessionLM(Decoder(session, self._table(package.folder)), config, defaults)
         return self._runner
 

@@ -9,6 +9,7 @@ from qeff_ir.compiler import Compiled, compile_model
 from qeff_ir.errors import PackageError
 from qeff_ir.frontend.source import Source
 from qeff_ir.package import SIDE_FOLDER, open_package
+from qeff_ir.side_files import read_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,12 +58,14 @@ class CompiledModel(Generic[SourceT]):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The model's configuration."""
+        """The model's configuration.
+
+        Raises:
+            PackageError: That of the package is damaged.
+        """
         if self._source is not None:
             return self._source.config
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.package.folder / SIDE_FOLDER)
+        return read_model_config(self.package.folder / SIDE_FOLDER)
 
     def _compile(self, options: CompileOptions, compile_dir: str | Path | None, **rest: Any) -> str:
         """Compile; returns the path that `compile` is to return."""

@@ -12,6 +12,7 @@ from qeff_ir.errors import ModelLoadError, PassError, RuntimeInputError
 from qeff_ir.frontend.forward_source import EMBEDDING, ForwardFolder, ForwardOptions, Task
 from qeff_ir.frontend.source import find_folder
 from qeff_ir.package import SIDE_FOLDER
+from qeff_ir.side_files import read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -193,9 +194,7 @@ class QEFFAutoModel(ForwardModel):
             RuntimeInputError: There is none.
         """
         if self._tokenizer is None:
-            from qeff_ir.runtime.sentences import open_tokenizer
-
-            self._tokenizer = open_tokenizer(self.package.folder / SIDE_FOLDER)
+            self._tokenizer = read_tokenizer(self.package.folder / SIDE_FOLDER, RuntimeInputError)
         return self._tokenizer
 
 

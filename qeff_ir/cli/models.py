@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
@@ -82,22 +82,21 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         RuntimeInputError: There is none, or it cannot be read.
     """
-    import transformers
+    from qeff_ir.side_files import read_tokenizer
 
     quiet_transformers()
-    loader: Any = transformers.AutoTokenizer  # typed in parts only
-    try:
-        return loader.from_pretrained(folder, trust_remote_code=False)  # never asks, never runs code
-    except Exception as error:  # transformers raises whatever its many tokenizers raise
-        raise RuntimeInputError(
-            f"{folder} has no tokenizer that can be read: save the model's tokenizer beside it and compile again, "
-            "or pass token ids to generate() in Python"
-        ) from error
+    return read_tokenizer(folder, RuntimeInputError)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt."""
-    return [tokenizer(p)["input_ids"] for p in prompts]  # pyright: ignore[reportReturnType]
+    """Token ids of each prompt.
+
+    Raises:
+        RuntimeInputError: A prompt is not Unicode, or has no token.
+    """
+    from qeff_ir.runtime import texts
+
+    return [texts.encode(tokenizer, text) for text in texts.as_texts(prompts)]
 
 
 def _check_flags(target: str, request: Request) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,23 +67,6 @@ def encode(
             result[chosen] = encoder.run(_batch([rows[i] for i in chosen], encoder))["output"]
             progress.advance(len(chosen))
     return result
-
-
-def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder.
-
-    Raises:
-        RuntimeInputError: There is none that can be read.
-    """
-    import transformers
-
-    loader: Any = transformers.AutoTokenizer  # typed in parts only
-    try:
-        return loader.from_pretrained(folder, trust_remote_code=False)  # never asks, never runs code
-    except Exception as error:  # transformers raises whatever its many tokenizers raise
-        raise RuntimeInputError(
-            f"{folder} has no tokenizer that can be read: pass tokenizer=, or token ids to generate()"
-        ) from error
 
 
 def _tokens(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qeff_ir.errors import RuntimeInputError
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from qeff_ir.runtime.decoder import Timings
     from qeff_ir.runtime.generation import SessionLM
+    from qeff_ir.runtime.request import GenerationRequest
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class GenerationResult:
 
 def generate_texts(
     runner: SessionLM,
-    prompts: list[str],
+    prompts: object,
     tokenizer: PreTrainedTokenizerBase,
     kwargs: dict[str, Any],
     lora_ids: list[int] | None = None,
@@ -59,7 +61,7 @@ def generate_texts(
 
     Args:
         runner: The session.
-        prompts: At least one.
+        prompts: A text, or at least one of them.
         tokenizer: The model's.
         kwargs: For transformers' ``generate``; ``num_return_sequences`` and tensors of one batch make no sense here.
         lora_ids: Slot of each prompt's adapter; those of the decoder stay by default.
@@ -67,16 +69,16 @@ def generate_texts(
     Raises:
         RuntimeInputError: There is no prompt, or one of no token, or a request does not fit the compiled model.
     """
-    refused = [name for name in ("input_ids", "attention_mask") if kwargs.get(name) is not None]
-    if refused or (kwargs.get("num_return_sequences") or 1) > 1:
+    from qeff_ir.runtime.request import read, wish
+
+    texts = as_texts(prompts)
+    refused = [name for name in _OF_ONE_BATCH if kwargs.get(name) is not None]
+    refused += [name for name in _BESIDE_TEXTS if wish(kwargs, name)]
+    if refused or (wish(kwargs, "num_return_sequences") or 1) != 1:
         name = refused[0] if refused else "num_return_sequences"
         raise RuntimeInputError(f"prompts cannot be combined with {name}: give token ids instead of prompts")
-    if not prompts:
-        raise RuntimeInputError("there is no prompt: give at least one")
-    rows: list[list[int]] = [tokenizer(p)["input_ids"] for p in prompts]  # pyright: ignore[reportAssignmentType]
-    for prompt, row in zip(prompts, rows, strict=True):
-        if not row:
-            raise RuntimeInputError(f"the prompt {prompt!r} has no token: give some text")
+    request = read(runner, {**kwargs, "tokenizer": tokenizer}, ids_only=True)
+    rows = [encode(tokenizer, text) for text in texts]
     size = runner.decoder.batch_size
     ids: list[list[int]] = []
     timings: list[Timings] = []
@@ -86,35 +88,73 @@ def generate_texts(
         if lora_ids is not None:
             slots = lora_ids[start : start + size]
             runner.decoder.lora_ids[:] = slots + slots[-1:] * (size - len(slots))
-        ids += _run(runner, filled, {"tokenizer": tokenizer, **kwargs})[: len(batch)]
+        ids += _run(runner, filled, request)[: len(batch)]
         timings.append(runner.decoder.timings)
-    texts = [str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids]
-    return GenerationResult(texts, ids, timings)
+    return GenerationResult([_decode(tokenizer, i) for i in ids], ids, timings)
 
 
-def _run(runner: SessionLM, rows: list[list[int]], kwargs: dict[str, Any]) -> list[list[int]]:
-    """The new tokens of each row, without what follows its stop token, or fills it up where it stopped otherwise."""
+_OF_ONE_BATCH = ("inputs", "input_ids", "attention_mask")
+_BESIDE_TEXTS = ("output_scores", "output_logits")
+
+
+def as_texts(prompts: object) -> list[str]:
+    """One text, or any number of them, as a list.
+
+    Raises:
+        RuntimeInputError: It is something else, or is empty, or a text is not Unicode.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | bytearray | Mapping):
+        raise RuntimeInputError(f"prompts is a {type(prompts).__name__}: give a text, or a list of texts")
+    texts: list[str] = []
+    for number, text in enumerate(cast("Iterable[object]", prompts)):
+        if not isinstance(text, str):
+            raise RuntimeInputError(f"prompt {number} is a {type(text).__name__}: give a text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RuntimeInputError(f"prompt {number} cannot be read as Unicode ({error.reason}): repair it") from error
+        texts.append(text)
+    if not texts:
+        raise RuntimeInputError("there is no prompt: give at least one")
+    return texts
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        RuntimeInputError: There are none, or the tokenizer fails.
+    """
+    try:
+        row = [int(token) for token in tokenizer(text)["input_ids"]]  # pyright: ignore[reportArgumentType]
+    except Exception as error:  # tokenizers raise whatever their many kinds raise
+        raise RuntimeInputError(f"the tokenizer fails on the prompt {text[:40]!r}: {_first_line(error)}") from error
+    if not row:
+        raise RuntimeInputError(f"the prompt {text!r} has no token: give some text")
+    return row
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    try:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    except Exception as error:  # see `encode`
+        raise RuntimeInputError(f"the tokenizer fails on the answer: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _run(runner: SessionLM, rows: list[list[int]], request: GenerationRequest) -> list[list[int]]:
+    """The new tokens of each row, its stop token included and what fills it up not."""
     import torch
 
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+    pad = request.pad if request.pad is not None and 0 <= request.pad < runner.vocabulary else 0
+    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    config = kwargs.get("generation_config") or runner.generation_config
-    lengths = ("max_new_tokens", "max_length")
-    if all(kwargs.get(n) is None and getattr(config, n) is None for n in lengths):
-        kwargs = {**kwargs, "max_new_tokens": max(runner.decoder.ctx_len - width, 1)}
-    out = runner.generate(ids, attention_mask=mask, **{**kwargs, "return_dict_in_generate": False})
-    stop = kwargs.get("eos_token_id", config.eos_token_id)
-    stops = set(stop if isinstance(stop, list) else [stop])
-    new: list[list[int]] = out[:, width:].tolist()
-    pad = kwargs.get("pad_token_id", config.pad_token_id)
-    ends = [next((i + 1 for i, t in enumerate(row) if t in stops), _filled(row, pad)) for row in new]
-    return [row[:end] for row, end in zip(new, ends, strict=True)]
-
-
-def _filled(row: list[int], pad: int | None) -> int:
-    """How many tokens stand before those that fill a row up."""
-    end = len(row)
-    while end and row[end - 1] == pad:
-        end -= 1
-    return end
+    answer = runner.answer(request, ids, mask, to_the_end=True)
+    new: list[list[int]] = answer.sequences[:, width:].tolist()
+    return [row[:length] for row, length in zip(new, answer.lengths, strict=True)]
