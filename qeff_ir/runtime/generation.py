@@ -19,6 +19,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qeff_ir.errors import RuntimeInputError
+from qeff_ir.frontend.versions import CACHE
 from qeff_ir.runtime import private
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.request import GenerationRequest, read, refusals, wish
@@ -137,7 +138,7 @@ class SessionLM(GenerationMixin):
         if isinstance(out, torch.Tensor):
             return Answer(_restore(out, ids, copies), lengths)
         out["sequences"] = _restore(out["sequences"], ids, copies)
-        out[next(name for name in _CACHES if hasattr(out, name))] = KeptBySession()
+        out[CACHE] = KeptBySession()
         return Answer(out, lengths)
 
     def _check_rows(self, prompts: int, copies: int | None) -> None:
@@ -239,10 +240,7 @@ class KeptBySession:
         return "<kept by the session>"
 
 
-_CACHES = ("cache", "past_key_values")
-"""What transformers calls it in its results, the newest name first."""
-
-_KEPT = "past_key_values is not returned, the session keeps the cache: give generate the whole prompt"
+_KEPT = f"{CACHE} is not returned, the session keeps the cache: give generate the whole prompt"
 
 
 class _Ends(StoppingCriteriaList):

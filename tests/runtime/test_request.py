@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 
 from qeff_ir.errors import RuntimeInputError
+from qeff_ir.frontend.versions import CACHE
 from qeff_ir.runtime import request
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.generation import SessionLM
@@ -406,14 +407,13 @@ def test_the_cache_that_is_not_returned_is_refused_when_it_is_used(
 ) -> None:
     model = session(decoder, reference)
     out = model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True)
-    name = next(name for name in ("cache", "past_key_values") if hasattr(out, name))
-    kept = out[name]
+    kept = out[CACHE]
     assert "kept by the session" in repr(out)
     for use in (lambda: kept.get_seq_length(), lambda: len(kept), lambda: kept[0], lambda: list(kept)):
         with pytest.raises(RuntimeInputError, match="the session keeps the cache: give generate the whole prompt"):
             use()
-    with pytest.raises(RuntimeInputError, match=f"^{name} is not taken"):
-        model.generate(IDS, max_new_tokens=2, **{name: kept})
+    with pytest.raises(RuntimeInputError, match=f"^{CACHE} is not taken"):
+        model.generate(IDS, max_new_tokens=2, **{CACHE: kept})
     assert out.hidden_states is None and out.attentions is None
     assert pickle.loads(pickle.dumps(out))["sequences"].tolist() == out.sequences.tolist()
     assert copy.deepcopy(out)["sequences"].tolist() == out.sequences.tolist()
