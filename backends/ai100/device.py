@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,7 @@ class DeviceSession:
         self._expect(self._program.load(), "load the program")
         self._expect(self._program.activate(), "activate the program")
         self._execution = self._rt.ExecObj(context, self._program)
+        self._lock = threading.Lock()
         # Every buffer starts out empty, those of the states for good; adapters are passed with the run after a change.
         self._buffers: list[Any] = [self._rt.QBuffer(b"") for _ in self._bindings]
         self._contents = {n: np.zeros(a.shape, self._bindings[n].dtype) for n, a in self._adapters.items()}
@@ -118,6 +120,10 @@ class DeviceSession:
             RuntimeInputError: The inputs are of no compiled shape.
             DeviceError: The run failed or took too long.
         """
+        with self._lock:  # the buffers are those of one run
+            return self._run(inputs)
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         names = [t.name for t in self._inputs]
         if set(inputs) != set(names):
             raise RuntimeInputError(f"the inputs are {' and '.join(names)}, not {', '.join(sorted(inputs))}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -63,6 +64,7 @@ class EmulatedSession:
         self._adapters = adapter_inputs(proto)
         self._states = {name: _zeros(shape) for name, shape in shapes.items()}
         self._spare = {name: _zeros(shape) for name, shape in shapes.items()}
+        self._lock = threading.Lock()
 
     @property
     def specializations(self) -> Sequence[Specialization]:
@@ -83,8 +85,9 @@ class EmulatedSession:
             given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             allowed = " or ".join(str([list(s) for s in p.inputs.values()]) for p in self._programs)
             raise RuntimeInputError(f"{given} are not of a compiled shape: {allowed}")
-        outputs = program.run(inputs, self._states, self._spare)
-        self._states, self._spare = self._spare, self._states
+        with self._lock:
+            outputs = program.run(inputs, self._states, self._spare)
+            self._states, self._spare = self._spare, self._states
         return outputs
 
     @property

@@ -59,6 +59,7 @@ class AdapterBank:
                 self.remove(held)
         elif name != self._names[0]:
             tensors = fit(str(name), adapter, self.inputs, self.base)
+            self._names[0] = None  # until all of it is there
             for item in self.inputs:
                 self._write(item, 0, tensors.get(item.name))
             self._names[0] = name
@@ -83,6 +84,7 @@ class AdapterBank:
                 f"compile with adapter_slots={self.slots + 1} or more"
             )
         index = self._names.index(name if name in self._names else None)
+        self._names[index] = None  # until all of it is there
         for item in self.inputs:
             self._write(item, index, tensors.get(item.name))
         self._names[index] = name
@@ -97,9 +99,9 @@ class AdapterBank:
         if name not in self._names:
             raise AdapterError(f"there is no adapter '{name}' in the session: load it first")
         index = self._names.index(name)
+        self._names[index] = None
         for item in self.inputs:
             self._write(item, index, None)
-        self._names[index] = None
 
     def _write(self, item: AdapterInput, index: int, data: Array | None) -> None:
         shape = item.shape[1:] if item.slots else item.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from qeff_ir.adapters.folder import Adapter, check_name, open_adapter
 from qeff_ir.adapters.step import Bias, Mode, lora_step
 from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
-from qeff_ir.compiler import choose_target
+from qeff_ir.compiler import Compiled, choose_target
 from qeff_ir.errors import AdapterError, RuntimeInputError
 from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.passing.pipeline import Pipeline
@@ -38,6 +38,10 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         model.generate(prompts=[...], tokenizer=tokenizer, adapters=["sub", "mul", None])
 
     After `compile`, adapters are loaded, set, disabled and deleted in the running session; none of it compiles again.
+
+    Several threads may use one object. A request keeps its adapters from its start to its last token: loading, deleting
+    and replacing one in another thread waits for the end of the request that is running. Which adapter is active holds
+    for all threads: name them by request (``adapters=``) where threads differ.
 
     Args:
         model: The base model, a transformers causal LM in memory, which stays unchanged.
@@ -120,11 +124,12 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         found = open_adapter(adapter, **hub)
         if check_base_model and self._source is not None:  # a package only knows its own folder
             check_base(adapter_name, found, self._source)
-        if self._bank is not None:
-            self._bank.add(adapter_name, found)
-        elif self._compiled is not None:
-            self._check_fits({**self._adapters, adapter_name: found}, [adapter_name])
-        self._adapters[adapter_name] = found
+        with self._between_requests():
+            if self._bank is not None:
+                self._bank.add(adapter_name, found)
+            elif self._compiled is not None:
+                self._check_fits(self._compiled, {**self._adapters, adapter_name: found}, [adapter_name])
+            self._adapters[adapter_name] = found
 
     def set_adapter(self, adapter_name: str) -> None:
         """Make an adapter the one of all rows that `generate` is told nothing else of.
@@ -132,8 +137,9 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         Raises:
             AdapterError: There is no such adapter.
         """
-        self._known(adapter_name)
-        self._active = adapter_name
+        with self._lock:
+            self._known(adapter_name)
+            self._active = adapter_name
 
     def disable_adapter(self) -> contextlib.ExitStack:
         """Answer as the base model from now on; as a context manager, until the end of the block (as in PEFT)."""
@@ -149,15 +155,16 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         Raises:
             AdapterError: There is no such adapter.
         """
-        self._known(adapter_name)
-        if self._bank is not None and self._bank.holds(adapter_name):
-            if not self._bank.single:  # what comes into the slot next is not for rows that had this one
-                ids = self.runner().decoder.lora_ids
-                ids[ids == self._bank.slot(adapter_name)] = 0
-            self._bank.remove(adapter_name)
-        del self._adapters[adapter_name]
-        if self._active == adapter_name:
-            self._active = None
+        with self._between_requests():
+            self._known(adapter_name)
+            if self._bank is not None and self._bank.holds(adapter_name):
+                if not self._bank.single:  # what comes into the slot next is not for rows that had this one
+                    ids = self.runner().decoder.lora_ids
+                    ids[ids == self._bank.slot(adapter_name)] = 0
+                self._bank.remove(adapter_name)
+            del self._adapters[adapter_name]
+            if self._active == adapter_name:
+                self._active = None
 
     def merge_adapter(self, adapter_names: Sequence[str] | str | None = None) -> None:
         """Make adapters a part of the base model; takes effect with the next `compile`, when weights are written.
@@ -171,16 +178,17 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         if self._source is None:
             raise AdapterError("a model opened from a package cannot be compiled again, so nothing is merged into it")
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        names = [self._active] if names is None and self._active else list(dict.fromkeys(names or ()))
-        for name in names:
-            self._known(name)
-        if not names:
-            raise AdapterError("no adapter is active: name those to merge")
-        for name in names:
-            self._merged.append(self._adapters.pop(name).folder)
-        if self._active in names:
-            self._active = None
-        self._compiled = self._runner = self._bank = None
+        with self._lock:
+            names = [self._active] if names is None and self._active else list(dict.fromkeys(names or ()))
+            for name in names:
+                self._known(name)
+            if not names:
+                raise AdapterError("no adapter is active: name those to merge")
+            for name in names:
+                self._merged.append(self._adapters.pop(name).folder)
+            if self._active in names:
+                self._active = None
+            self._compiled = self._runner = self._bank = None
 
     def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -213,9 +221,11 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """
         target, _ = choose_target(target)
         steps = Pipeline.parse(pipeline or find_backend(target).pipeline)
+        with self._lock:
+            adapters, merged = list(self._adapters.values()), list(self._merged)
         if not any(item.name == "lora" for item in steps.passes):
             step = lora_step(
-                list(self._adapters.values()),
+                adapters,
                 slots=adapter_slots,
                 rank=max_lora_rank,
                 targets=lora_targets,
@@ -224,20 +234,27 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
                 retained=target == "ai100",
             )
             steps = steps.insert_after("last-logits", step)
-        for folder in self._merged:
+        for folder in merged:
             from passes.merge_lora import MergeLora, adapter_digest
 
             merge = MergeLora(adapter=str(folder.resolve()), digest=adapter_digest(folder)[:16])
             steps = steps.insert_before("last-logits", merge)
-        before = self._compiled, self._runner, self._bank
-        try:
-            result = super().compile(target=target, pipeline=str(steps), **kwargs)
-            self._check_fits(self._adapters, list(self._adapters))
-        except BaseException:
-            self._compiled, self._runner, self._bank = before
-            raise
-        self._runner = self._bank = None
+        result = super().compile(target=target, pipeline=str(steps), **kwargs)
+        with self._lock:
+            if self._merged != merged:
+                self._compiled = self._runner = self._bank = None
+                raise AdapterError("another thread merged an adapter while the model was compiled: compile it again")
         return result
+
+    def _accept(self, made: Compiled) -> None:
+        """Take a package; the one before stays when an adapter does not fit.
+
+        Raises:
+            AdapterError: A loaded adapter does not fit.
+        """
+        self._check_fits(made, self._adapters, list(self._adapters))
+        super()._accept(made)
+        self._bank = None
 
     def generate(
         self,
@@ -262,78 +279,100 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             AdapterError: There is no such adapter, or the model is compiled for one adapter at a time.
             RuntimeInputError: There are not as many adapters as rows; see there for the rest.
         """
-        runner = self.runner()
+        with self._lock:
+            runner, bank, active = self.runner(), self._bank, self._active
+        assert bank is not None
         texts = [prompts] if isinstance(prompts, str) else prompts
         ids = kwargs.get("input_ids") if inputs is None else inputs
         given = len(texts) if texts is not None else 0 if ids is None else len(ids)
         if adapters is None or isinstance(adapters, str):
-            names = [adapters if adapters is not None else self._active] * given
+            names = [adapters if adapters is not None else active] * given
         else:
             names = list(adapters)
         if len(names) != given:
             raise RuntimeInputError(f"there are {len(names)} adapters for {given} rows: name one for each")
-        slots = self._slots(names)
-        if texts is not None and tokenizer is not None:
-            from qeff_ir.runtime.texts import generate_texts
-
-            return generate_texts(runner, list(texts), tokenizer, kwargs, slots)
-        if texts is None and slots and runner.decoder.batch_size % len(slots) == 0:
-            runner.decoder.lora_ids[:] = np.repeat(slots, runner.decoder.batch_size // len(slots))  # copies of each row
-        return super().generate(inputs, prompts=prompts, tokenizer=tokenizer, **kwargs)
+        with runner.decoder.request():
+            slots = self._slots(bank, names)
+            if texts is None and slots and runner.decoder.batch_size % len(slots) == 0:  # copies of each row
+                runner.decoder.lora_ids[:] = np.repeat(slots, runner.decoder.batch_size // len(slots))
+            return self._answer(runner, inputs, texts, tokenizer, kwargs, slots)
 
     def use_adapters(self, adapters: Sequence[str | None]) -> None:
         """Give each row of the compiled batch its adapter, from the next run of the session on; `generate` does so too.
+
+        Between requests, or inside one that is written by hand (`Decoder.request`); where threads share the model, only
+        the latter is sure to be the request's own.
 
         Args:
             adapters: One name for each row, `None` for the base model.
 
         Raises:
             AdapterError: There is no such adapter, or the model is compiled for one adapter at a time.
-            RuntimeInputError: There are not as many names as rows.
+            RuntimeInputError: There are not as many names as rows, or `generate` is running in this thread.
         """
-        decoder = self.runner().decoder
+        with self._lock:
+            runner, bank = self.runner(), self._bank
+        assert bank is not None
+        decoder = runner.decoder
         if len(adapters) != decoder.batch_size:
             raise RuntimeInputError(
                 f"there are {len(adapters)} adapters for {decoder.batch_size} rows: name one for each"
             )
-        decoder.lora_ids[:] = self._slots(list(adapters))
+        by_hand = decoder.turns.mine and not runner.running
+        with decoder.turns.join() if by_hand else decoder.request():
+            decoder.lora_ids[:] = self._slots(bank, list(adapters))
 
-    def runner(self, threads: int | None = None) -> SessionLM:
-        """The session that `generate` uses, with the loaded adapters in it; opened on first use."""
-        runner = super().runner(threads)
-        if self._bank is None:
-            bank = AdapterBank(runner.decoder.session, self._base_weights())
-            for name, adapter in self._adapters.items() if not bank.single else ():
-                bank.add(name, adapter)
-            self._bank = bank
+    def _open_runner(self, threads: int | None) -> SessionLM:
+        """The session, with the loaded adapters in it."""
+        runner = super()._open_runner(threads)
+        bank = AdapterBank(runner.decoder.session, package_weights(_onnx(self.package)))
+        for name, adapter in self._adapters.items() if not bank.single else ():
+            bank.add(name, adapter)
+        self._bank = bank
         return runner
 
-    def _slots(self, names: list[str | None]) -> list[int]:
-        """The slot of each row; with one adapter at a time, puts it in."""
-        self.runner()
-        assert self._bank is not None
+    @contextlib.contextmanager
+    def _between_requests(self) -> Generator[None]:
+        """The adapters and the session for this thread alone, when the request that is running has ended.
+
+        Raises:
+            RuntimeInputError: It is a request of this thread.
+        """
+        while True:
+            runner = self._runner
+            with contextlib.nullcontext() if runner is None else runner.decoder.request(), self._lock:
+                if self._runner is runner:  # nobody has opened or left one meanwhile
+                    yield
+                    return
+
+    def _slots(self, bank: AdapterBank, names: list[str | None]) -> list[int]:
+        """The slot of each row; with one adapter at a time, puts it in. The thread has its turn."""
         names = [None if name == "base" else name for name in names]  # the incumbent's name of the base model
-        for name in names:
-            if name is not None:
-                self._known(name)
-        if not self._bank.single:
-            return [0 if name is None else self._bank.slot(name) for name in names]
-        if len(set(names)) > 1:
-            raise AdapterError("the model is compiled for one adapter at a time: compile with lora_mode='slots' to mix")
-        if names:
-            self._bank.put(names[0], None if names[0] is None else self._adapters[names[0]])
-        return [0 for _ in names]
+        with self._lock:
+            for name in names:
+                if name is not None:
+                    self._known(name)
+            if not bank.single:
+                return [0 if name is None else bank.slot(name) for name in names]
+            if len(set(names)) > 1:
+                raise AdapterError(
+                    "the model is compiled for one adapter at a time: compile with lora_mode='slots' to mix"
+                )
+            if names:
+                bank.put(names[0], None if names[0] is None else self._adapters[names[0]])
+            return [0 for _ in names]
 
     def _known(self, name: str) -> None:
         if not isinstance(name, str) or name not in self._adapters:  # pyright: ignore[reportUnnecessaryIsInstance]
             there = f"there are {', '.join(self._adapters)}" if self._adapters else "there are none"
             raise AdapterError(f"there is no adapter '{name}' ({there}): load it first")
 
-    def _check_fits(self, adapters: dict[str, Adapter], names: list[str]) -> None:
+    def _check_fits(self, package: Compiled, adapters: dict[str, Adapter], names: list[str]) -> None:
         """Refuse adapters that the compiled package cannot take, without opening it."""
         from qeff_ir.snapshot import load_module
 
-        inputs = load_module(self._onnx()).adapters
+        model = _onnx(package)
+        inputs = load_module(model).adapters
         slots = [item.shape[0] - 1 for item in inputs if item.slots]
         if slots and len(adapters) > slots[0]:
             raise AdapterError(
@@ -341,10 +380,8 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
                 f"adapter_slots={len(adapters)} or more"
             )
         for name in names:
-            fit(name, adapters[name], inputs, self._base_weights())
+            fit(name, adapters[name], inputs, package_weights(model))
 
-    def _onnx(self) -> Path:
-        return next(iter(sorted(self.package.folder.glob("*.onnx"))))
 
-    def _base_weights(self) -> Any:
-        return package_weights(self._onnx())
+def _onnx(package: Compiled) -> Path:
+    return next(iter(sorted(package.folder.glob("*.onnx"))))

@@ -10,7 +10,7 @@ from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.auto.compiled_model import CompiledModel
-from qeff_ir.compiler import TokenEmbedding, Watch
+from qeff_ir.compiler import Compiled, TokenEmbedding, Watch
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
 from qeff_ir.module import EMBEDS
@@ -31,6 +31,11 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
         model = QEFFAutoModelForCausalLM.from_pretrained("my-model")
         model.compile(num_cores=16)
         model.generate(**tokenizer(["My name is"], return_tensors="pt"), max_new_tokens=20)
+
+    Several threads may use one object: their requests wait for each other, each from its prefill to its last token, and
+    a request that is running while another thread compiles finishes with the package that it began with. Sampling takes
+    torch's one generator of random numbers, so a seed repeats an answer only where no other thread samples. A session
+    does not live on in a forked process: fork first, then open.
 
     Args:
         model: A transformers causal LM in memory, which stays unchanged.
@@ -138,7 +143,7 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             flags=compiler_options,
             force_flags=force_flags,
         )
-        path = self._compile(
+        return self._compile(
             options,
             compile_dir,
             target=target,
@@ -147,8 +152,10 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             emit_only=emit_only,
             watch=watch,
         )
+
+    def _accept(self, made: Compiled) -> None:
+        super()._accept(made)
         self._runner = None
-        return path
 
     def generate(
         self,
@@ -170,19 +177,33 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             Token ids as transformers returns them; a `qeff_ir.runtime.texts.GenerationResult` for `prompts`.
 
         Raises:
-            RuntimeInputError: The request does not fit the compiled model.
+            RuntimeInputError: The request does not fit the compiled model, or comes from within a request to it.
             PackageError: The model is not compiled.
         """
         runner = self.runner()
+        with runner.decoder.request():
+            return self._answer(runner, inputs, prompts, tokenizer, kwargs)
+
+    def _answer(
+        self,
+        runner: SessionLM,
+        inputs: torch.Tensor | None,
+        prompts: Sequence[str] | str | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        kwargs: dict[str, Any],
+        slots: list[int] | None = None,
+    ) -> Any:
+        """See `generate`; the thread has its turn. `slots` are those of the adapters of prompts."""
         if prompts is None:
             if tokenizer is not None:  # transformers takes it, for stop strings
                 kwargs["tokenizer"] = tokenizer
-            return runner.generate(inputs, **kwargs)
+            return runner.generate_now(inputs, **kwargs)
         if tokenizer is None:
             raise RuntimeInputError("prompts need tokenizer=: pass the model's tokenizer, or token ids")
         from qeff_ir.runtime.texts import generate_texts
 
-        return generate_texts(runner, [prompts] if isinstance(prompts, str) else list(prompts), tokenizer, kwargs)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return generate_texts(runner, texts, tokenizer, kwargs, slots)
 
     def runner(self, threads: int | None = None) -> SessionLM:
         """The session that `generate` uses, opened on first use.
@@ -190,17 +211,21 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
         Raises:
             PackageError: The model is not compiled, or its package is damaged.
         """
-        if self._runner is None:
-            from qeff_ir.runtime.decoder import Decoder
-            from qeff_ir.runtime.generation import SessionLM
+        with self._lock:
+            if self._runner is None:
+                self._runner = self._open_runner(threads)
+            return self._runner
 
-            package = self.package
-            config, defaults = self.config, read_generation_config(package.folder / SIDE_FOLDER)
-            if not isinstance(getattr(config.get_text_config(decoder=True), "vocab_size", None), int):
-                raise PackageError(f"the configuration in {package.folder} has no vocab_size: compile the model again")
-            session = find_backend(package.manifest.target).open(package.folder, threads=threads)
-            self._runner = SessionLM(Decoder(session, self._table(package.folder)), config, defaults)
-        return self._runner
+    def _open_runner(self, threads: int | None) -> SessionLM:
+        from qeff_ir.runtime.decoder import Decoder
+        from qeff_ir.runtime.generation import SessionLM
+
+        package = self.package
+        config, defaults = self.config, read_generation_config(package.folder / SIDE_FOLDER)
+        if not isinstance(getattr(config.get_text_config(decoder=True), "vocab_size", None), int):
+            raise PackageError(f"the configuration in {package.folder} has no vocab_size: compile the model again")
+        session = find_backend(package.manifest.target).open(package.folder, threads=threads)
+        return SessionLM(Decoder(session, self._table(package.folder)), config, defaults)
 
     def _table(self, folder: Path) -> TokenTable | None:
         """The table of a package that takes ``inputs_embeds``; its rows stay in the checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -20,10 +21,15 @@ SourceT = TypeVar("SourceT", bound=Source)
 
 
 class CompiledModel(Generic[SourceT]):
-    """A model that is compiled instead of run by torch; see its subclasses."""
+    """A model that is compiled instead of run by torch; see its subclasses.
+
+    Several threads may use one object. The package and the session on it change together, under `_lock`; whoever takes
+    both this lock and a turn of the session takes the turn first.
+    """
 
     def _open(self, source: SourceT | None) -> None:
         """Start with a model, or, for one that comes as a package, with none."""
+        self._lock = threading.RLock()
         self._source = source
         self._compiled: Compiled | None = None
 
@@ -44,6 +50,12 @@ class CompiledModel(Generic[SourceT]):
         path = Path(folder)
         self._compiled = Compiled(path, open_package(path), cached=True)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     @property
     def package(self) -> Compiled:
@@ -68,10 +80,20 @@ class CompiledModel(Generic[SourceT]):
         return read_model_config(self.package.folder / SIDE_FOLDER)
 
     def _compile(self, options: CompileOptions, compile_dir: str | Path | None, **rest: Any) -> str:
-        """Compile; returns the path that `compile` is to return."""
+        """Compile, and let the next request open the package; one that is running finishes in its own session.
+
+        Returns:
+            The path that `compile` is to return.
+        """
         if self._source is None:
             raise PackageError("a model opened from a package cannot be compiled again: open the model itself")
         out = None if compile_dir is None else Path(compile_dir)
-        self._compiled = compile_model(self._source, options, out=out, **rest)
-        qpc = self._compiled.folder / "qpc"
-        return str(qpc if qpc.is_dir() else self._compiled.folder)
+        made = compile_model(self._source, options, out=out, **rest)
+        with self._lock:
+            self._accept(made)
+        qpc = made.folder / "qpc"
+        return str(qpc if qpc.is_dir() else made.folder)
+
+    def _accept(self, made: Compiled) -> None:
+        """Take a package in place of the one before, and leave its session."""
+        self._compiled = made

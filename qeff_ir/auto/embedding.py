@@ -193,9 +193,10 @@ class QEFFAutoModel(ForwardModel):
         Raises:
             RuntimeInputError: There is none.
         """
-        if self._tokenizer is None:
-            self._tokenizer = read_tokenizer(self.package.folder / SIDE_FOLDER, RuntimeInputError)
-        return self._tokenizer
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = read_tokenizer(self.package.folder / SIDE_FOLDER, RuntimeInputError)
+            return self._tokenizer
 
 
 def _own(pooling: Pooling) -> Callable[..., torch.Tensor] | None:

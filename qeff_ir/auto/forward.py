@@ -10,7 +10,7 @@ from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.auto.compiled_model import CompiledModel
-from qeff_ir.compiler import Watch, choose_target
+from qeff_ir.compiler import Compiled, Watch, choose_target
 from qeff_ir.errors import ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions, Task
 from qeff_ir.frontend.source import find_folder
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
     """A model without a cache that is compiled instead of run by torch; see its subclasses.
+
+    Several threads may use one object; a run that goes on while another thread compiles finishes with the package that
+    it began with. A session does not live on in a forked process: fork first, then open.
 
     Args:
         model: A transformers model in memory, which stays unchanged.
@@ -125,7 +128,7 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
             force_flags=force_flags,
         )
         target, _ = choose_target(target)
-        path = self._compile(
+        return self._compile(
             options,
             compile_dir,
             target=target,
@@ -133,8 +136,10 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
             emit_only=emit_only,
             watch=watch,
         )
+
+    def _accept(self, made: Compiled) -> None:
+        super()._accept(made)
         self._encoder = None
-        return path
 
     def pipeline_for(self, target: str) -> Pipeline:
         """The pipeline that `compile` runs: the target's own, without what only token by token generation needs."""
@@ -164,14 +169,15 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
         Raises:
             PackageError: The model is not compiled, or its package is damaged.
         """
-        if self._encoder is None:
-            from qeff_ir.runtime.encoder import Encoder
-            from qeff_ir.runtime.interface import read_interface
+        with self._lock:
+            if self._encoder is None:
+                from qeff_ir.runtime.encoder import Encoder
+                from qeff_ir.runtime.interface import read_interface
 
-            package = self.package
-            session = find_backend(package.manifest.target).open_forward(package.folder, threads=threads)
-            self._encoder = Encoder(session, read_interface(package.folder))
-        return self._encoder
+                package = self.package
+                session = find_backend(package.manifest.target).open_forward(package.folder, threads=threads)
+                self._encoder = Encoder(session, read_interface(package.folder))
+            return self._encoder
 
 
 def in_memory(model: PreTrainedModel, options: ForwardOptions) -> ForwardMemory:

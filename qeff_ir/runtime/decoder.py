@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.runtime.session import Array, Session
 from qeff_ir.runtime.token_table import TokenTable
+from qeff_ir.runtime.turns import Turns
 
 
 @dataclass
@@ -34,7 +37,14 @@ class Timings:
 
 
 class Decoder:
-    """Drives one session.
+    """Drives one session, which serves one request at a time.
+
+    Several threads may share it. A `prefill` starts a request of the thread that calls it, and only this thread goes on
+    with `decode`; whoever wants the session to itself until the last token writes::
+
+        with decoder.request():  # others wait
+            logits = decoder.prefill(rows)
+            logits = decoder.decode(logits.argmax(axis=-1))
 
     Args:
         session: The session.
@@ -48,6 +58,7 @@ class Decoder:
         timings: Of the request since the last `prefill`.
         lora_ids: Slot of each row's adapter, int64 ``[batch]``, for a model with slots; 0 is the base model. It may
             change between two runs.
+        turns: Whose request it is.
     """
 
     def __init__(self, session: Session, table: TokenTable | None = None) -> None:
@@ -62,8 +73,18 @@ class Decoder:
         self.lora_ids = np.zeros(self.batch_size, dtype=np.int64)
         self._slots = max((a.shape[0] - 1 for a in session.adapters if a.slots), default=0)
         self._takes_ids = self._slots > 0
+        self.turns = Turns()
+        self._thread = 0
 
-    def prefill(self, rows: Sequence[Sequence[int]]) -> Array:
+    def request(self) -> AbstractContextManager[object]:
+        """The session for one request of this thread, for a `with` statement; other threads wait until its end.
+
+        Raises:
+            RuntimeInputError: A request of this thread is running.
+        """
+        return self.turns.take()
+
+    def prefill(self, rows: Sequence[Sequence[int]], lora_ids: Array | None = None) -> Array:
         """Forget everything and read the prompts.
 
         All rows end in the same last chunk, so that its logits are those of every row's last token: shorter rows idle
@@ -71,6 +92,7 @@ class Decoder:
 
         Args:
             rows: Token ids of each row, as many rows as the batch has; an empty row stays idle.
+            lora_ids: Adapters of this run; the decoder's by default.
 
         Returns:
             Logits of each row's last token, float32 ``[batch, vocab]``.
@@ -91,8 +113,6 @@ class Decoder:
                 f"a prompt has {longest} tokens, the model is compiled for a context of {self.ctx_len}: "
                 f"compile with ctx_len={longest} or more"
             )
-        started = time.perf_counter()
-        self.session.reset()
         chunk = self.prefill_len
         chunks = -(-longest // chunk)
         ids = np.zeros((self.batch_size, chunks * chunk), dtype=np.int64)
@@ -102,46 +122,65 @@ class Decoder:
             ids[row, start : start + len(tokens)] = tokens
             positions[row, start : start + len(tokens)] = np.arange(len(tokens))
         logits = np.empty(0, dtype=np.float32)
-        for start in range(0, chunks * chunk, chunk):
-            logits = self._run(ids[:, start : start + chunk], positions[:, start : start + chunk])
-        self.positions = np.array([len(tokens) or -1 for tokens in rows], dtype=np.int64)
-        self.timings = Timings(prefill=time.perf_counter() - started)
+        with self.turns.join():
+            started = time.perf_counter()
+            self._thread = threading.get_ident()
+            self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # until there is something to continue
+            self.session.reset()
+            for start in range(0, chunks * chunk, chunk):
+                logits = self._run(ids[:, start : start + chunk], positions[:, start : start + chunk], lora_ids)
+            self.positions = np.array([len(tokens) or -1 for tokens in rows], dtype=np.int64)
+            self.timings = Timings(prefill=time.perf_counter() - started)
         return logits
 
-    def decode(self, tokens: Sequence[int] | Array) -> Array:
+    def decode(self, tokens: Sequence[int] | Array, lora_ids: Array | None = None) -> Array:
         """Append one token to every row that has a prompt.
 
         Args:
             tokens: One id per row; those of idle rows are ignored.
+            lora_ids: See `prefill`.
 
         Returns:
             Logits after the token, float32 ``[batch, vocab]``; those of idle rows mean nothing.
 
         Raises:
-            RuntimeInputError: A row has no room left, or there was no `prefill`.
+            RuntimeInputError: A row has no room left, there was no `prefill`, it failed, or another thread has called
+                it since.
         """
+        with self.turns.join():
+            return self._decode(np.asarray(tokens, dtype=np.int64).reshape(-1, 1), lora_ids)
+
+    def _decode(self, tokens: Array, lora_ids: Array | None) -> Array:
         active = self.positions >= 0
         if not active.any():
             raise RuntimeInputError("there is nothing to continue: call prefill first")
+        if self._thread != threading.get_ident():
+            raise RuntimeInputError(
+                "the request in this session is another thread's: prefill and decode in one thread, inside "
+                "`with decoder.request():`"
+            )
         if int(self.positions.max()) >= self.ctx_len:
             raise RuntimeInputError(
                 f"the context of {self.ctx_len} tokens is full: compile with a larger ctx_len, or generate fewer tokens"
             )
         started = time.perf_counter()
-        logits = self._run(np.asarray(tokens, dtype=np.int64).reshape(-1, 1), self.positions[:, None])
-        self.positions = np.where(active, self.positions + 1, -1)
+        at = self.positions
+        logits = self._run(tokens, at[:, None], lora_ids)
+        self.positions = np.where(active, at + 1, -1)
         self.timings.steps.append(time.perf_counter() - started)
         self.timings.tokens += int(active.sum())
         return logits
 
-    def _run(self, ids: Array, positions: Array) -> Array:
+    def _run(self, ids: Array, positions: Array, lora_ids: Array | None) -> Array:
         ids = np.where(positions < 0, 0, ids)  # whatever stands at padding: a look-up would still have to find it
         tokens = {"input_ids": ids} if self._table is None else self._table.inputs(ids)
         inputs = {**tokens, "position_ids": np.ascontiguousarray(positions)}
         if self._takes_ids:
-            if self.lora_ids.shape != (self.batch_size,) or int(self.lora_ids.max()) > self._slots:
+            slots = self.lora_ids if lora_ids is None else lora_ids
+            if slots.shape != (self.batch_size,) or int(slots.max()) > self._slots:
                 raise RuntimeInputError(
-                    f"lora_ids is {self.lora_ids.tolist()}: give {self.batch_size} numbers of at most {self._slots}"
+                    f"lora_ids is {slots.tolist()}: give {self.batch_size} numbers of at most {self._slots}"
                 )
-            inputs["lora_ids"] = self.lora_ids[:, None]
+            inputs["lora_ids"] = slots[:, None].copy()  # not what another thread writes meanwhile
+        self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue
         return self.session.run(inputs)["logits"][:, 0]

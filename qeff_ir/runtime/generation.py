@@ -64,6 +64,9 @@ class SessionLM(GenerationMixin):
         self.dtype = torch.float32
         self.vocabulary: int = config.get_text_config(decoder=True).vocab_size
         self._ends: _Ends | None = None
+        self._lora_ids = decoder.lora_ids
+        self.running = False
+        """Whether a request runs."""
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -85,12 +88,18 @@ class SessionLM(GenerationMixin):
     def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, inputs: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """`transformers.generate`, with batches padded on either side.
+        """`transformers.generate`, with batches padded on either side; the threads that call it wait for each other.
 
         Raises:
             RuntimeInputError: The prompt and the new tokens do not fit the compiled context, the batch is of another
-                size, an input is malformed, or the request asks for what a compiled model does not have.
+                size, an input is malformed, the request asks for what a compiled model does not have, or it comes from
+                within a request to the same session.
         """
+        with self.decoder.request():
+            return self.generate_now(inputs, **kwargs)
+
+    def generate_now(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As `generate`, for a thread that has its turn (`Decoder.request`)."""
         ids, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
         if ids is not None and inputs is not None:
             raise RuntimeInputError("inputs and input_ids are the same thing: give one of them")
@@ -101,7 +110,7 @@ class SessionLM(GenerationMixin):
     def answer(
         self, request: GenerationRequest, ids: torch.Tensor, mask: torch.Tensor | None, *, to_the_end: bool = False
     ) -> Answer:
-        """Answer one batch.
+        """Answer one batch, for a thread that has its turn (`Decoder.request`).
 
         Args:
             request: The settings.
@@ -129,10 +138,14 @@ class SessionLM(GenerationMixin):
             config.min_length = None  # as in transformers, which would say so
         # The request is merged: what runs it has no defaults of its own, or transformers would merge them again.
         model = SessionLM(self.decoder, self.config, GenerationConfig())
-        with refusals(), torch.no_grad():
-            out: Any = GenerationMixin.generate(  # pyright: ignore[reportAttributeAccessIssue]
-                model, input_ids=left, attention_mask=left_mask, generation_config=config, **request.callbacks
-            )
+        self.running = True
+        try:
+            with refusals(), torch.no_grad():
+                out: Any = GenerationMixin.generate(  # pyright: ignore[reportAttributeAccessIssue]
+                    model, input_ids=left, attention_mask=left_mask, generation_config=config, **request.callbacks
+                )
+        finally:
+            self.running = False
         assert model._ends is not None
         lengths = [end - ids.shape[1] for end in model._ends.lengths]
         if isinstance(out, torch.Tensor):
@@ -199,15 +212,26 @@ class SessionLM(GenerationMixin):
         first: bool = False,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
-        """Logits of the last token, ``[batch, 1, vocab]``: prefill on the first call of a request, then decode."""
+        """Logits of the last token, ``[batch, 1, vocab]``: prefill on the first call of a request, then decode.
+
+        The adapters of a request are those of its prefill.
+
+        Raises:
+            RuntimeInputError: The thread does not have its turn: another request might be in the session by now.
+        """
+        if not self.decoder.turns.mine:
+            raise RuntimeInputError(
+                "a step of generation outside of generate(): write `with decoder.request():` around the steps"
+            )
         if first:
+            self._lora_ids = self.decoder.lora_ids.copy()
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             rows = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-            logits = self.decoder.prefill(rows)
+            logits = self.decoder.prefill(rows, self._lora_ids)
         else:
             last = input_ids[:, -1]
             known = (last >= 0) & (last < self.vocabulary)  # rows that have ended are filled with any pad token
-            logits = self.decoder.decode(torch.where(known, last, 0).numpy())
+            logits = self.decoder.decode(torch.where(known, last, 0).numpy(), self._lora_ids)
         return CausalLMOutputWithPast(logits=torch.from_numpy(np.ascontiguousarray(logits))[:, None])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _BATCH = 32
 """Texts of a run where any number can be; that of sentence-transformers."""
+_TOKENIZING = threading.Lock()
+"""A tokenizer keeps in itself where it truncates, and several models may share one."""
 
 
 def encode(
@@ -77,7 +80,8 @@ def _tokens(
         return []
     limit = encoder.longest
     settings: dict[str, Any] = {"truncation": True, "max_length": limit} if truncate else {"verbose": False}
-    made: Any = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **settings)
+    with _TOKENIZING:
+        made: Any = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **settings)
     rows: list[list[int]] = made["input_ids"]
     for index, row in enumerate(rows):
         if not row:

@@ -15,6 +15,9 @@ Array = NDArray[Any]
 class Session(Protocol):
     """A compiled decoder with its retained states.
 
+    One thread at a time drives it, see `qeff_ir.runtime.decoder.Decoder`: what a run leaves in the states is the next
+    run's.
+
     A token whose position is -1 is padding: nothing of it is stored, and nothing may depend on it. In one run the real
     tokens of a row come first and their positions are consecutive.
     """
@@ -61,7 +64,7 @@ class Session(Protocol):
 
 
 class ForwardSession(Protocol):
-    """A compiled forward pass that retains nothing.
+    """A compiled forward pass that retains nothing; any number of threads may call `run` at a time.
 
     Attributes:
         free: Whether inputs of any batch, and of any length up to the largest, run as they are; otherwise only those of

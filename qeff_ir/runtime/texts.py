@@ -57,7 +57,8 @@ def generate_texts(
 ) -> GenerationResult:
     """Answer every prompt; the last batch is filled up with its last prompt, whose copies are dropped.
 
-    Without a length in `kwargs` or the model's defaults, answers end with their stop token or with the context.
+    Without a length in `kwargs` or the model's defaults, answers end with their stop token or with the context. The
+    thread has its turn (`Decoder.request`) for all batches.
 
     Args:
         runner: The session.
