@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,7 +83,8 @@ class Canonicalize(Pass):
         """Optimize in place; see the class."""
         if not rewriter.rewrite("optimize"):
             return
-        before = len(module.graph)
+        before, declared = len(module.graph), [list(v.shape or ()) for v in module.graph.outputs]
+        handed_on = _take_out(module.graph)
         # The optimizer inlines every function it finds; the dialect and the device's ops have to survive.
         for key in [k for k in module.model.functions if k[0] in (dialect.DOMAIN, *device_ops.DOMAINS)]:
             del module.model.functions[key]
@@ -95,7 +96,9 @@ class Canonicalize(Pass):
                 if node.op_type == "Reshape" and node.domain == "":
                     _fix_reshape(node, rewriter)
             rewriter.sweep()
-        _forget_computed_sizes(module)
+        for index, value in handed_on:
+            module.graph.outputs.insert(index, value)
+        _forget_computed_sizes(module, declared)
         dialect.attach(module.model)
         device_ops.attach(module.model)
         rewriter.stats.fired["removed"] = before - len(module.graph)
@@ -119,11 +122,21 @@ def _optimize(model: ir.Model) -> None:
     )(model)
 
 
-def _forget_computed_sizes(module: Module) -> None:
-    """Take the names off sizes of outputs that the optimizer found formulas for; only declared dims have a name."""
-    for value in module.graph.outputs:
-        if value.shape is not None and any(_is_formula(d, module) for d in value.shape.dims):
-            dims = [ir.SymbolicDim(None) if _is_formula(d, module) else d for d in value.shape.dims]
+def _take_out(graph: ir.Graph) -> list[tuple[int, ir.Value]]:
+    """Remove outputs that are inputs or other outputs too, which the optimizer would rename; their places, in order."""
+    outputs = list(graph.outputs)
+    found = [(i, value) for i, value in enumerate(outputs) if value.is_graph_input() or value in outputs[:i]]
+    for index, _ in reversed(found):
+        del graph.outputs[index]
+    return found
+
+
+def _forget_computed_sizes(module: Module, declared: Sequence[Sequence[int | ir.SymbolicDim]]) -> None:
+    """Take off the formulas that the optimizer found for sizes of outputs: only declared dims have a name."""
+    for value, old in zip(module.graph.outputs, declared, strict=True):
+        if value.shape is not None and any(_is_formula(d, module) for d in value.shape):
+            before = old if len(old) == len(value.shape) else [ir.SymbolicDim(None)] * len(value.shape)
+            dims = [b if _is_formula(d, module) else d for d, b in zip(value.shape, before, strict=True)]
             value.shape = ir.Shape(dims)
 
 

@@ -13,12 +13,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir.errors import VerificationError
+from qeff_ir import facts
+from qeff_ir.errors import ModelLoadError, VerificationError
+from qeff_ir.reading import parse_json, plain_name
 
 FORMAT_VERSION = 2
 """Version of the facts below; a module of another version is refused."""
@@ -163,11 +165,28 @@ class AdapterInput:
         """Name of the output that returns it, where it is `retained`."""
         return self.name + State.SUFFIX
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> AdapterInput:
-        """The input that plain JSON data describes."""
-        shape = tuple(data["shape"])
-        return cls(data["name"], data["layer"], data["part"], shape, data["slots"], data["retained"])
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the metadata of a model say: a `Module` without its graph.
+
+    Attributes:
+        version: Format version.
+        name: As in `Module`, a plain name; so are the others.
+        states: See `Module`.
+        dims: See `Module`.
+        specializations: See `Module`.
+        properties: See `Module`.
+        adapters: See `Module`.
+    """
+
+    version: int
+    name: str
+    states: tuple[State, ...]
+    dims: tuple[Dim, ...]
+    specializations: tuple[Specialization, ...]
+    properties: tuple[str, ...]
+    adapters: tuple[AdapterInput, ...] = ()
 
 
 @dataclass
@@ -252,16 +271,17 @@ class Module:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """The facts as plain JSON data (see `with_facts` for the way back)."""
-        return {
-            "version": FORMAT_VERSION,
-            "name": self.name,
-            "states": [{**dataclasses.asdict(s), "dtype": s.dtype.name} for s in self.states],
-            "dims": [dataclasses.asdict(d) for d in self.dims.values()],
-            "specializations": [{"name": s.name, "symbols": dict(s.symbols)} for s in self.specializations],
-            "properties": sorted(self.properties),
-            **({"adapters": [dataclasses.asdict(a) for a in self.adapters]} if self.adapters else {}),
-        }
+        """The facts as plain JSON data (see `read_facts` for the way back)."""
+        found = Facts(
+            FORMAT_VERSION,
+            self.name,
+            tuple(self.states),
+            tuple(self.dims.values()),
+            tuple(self.specializations),
+            tuple(sorted(self.properties)),
+            tuple(self.adapters),
+        )
+        return facts.dump(found)
 
     def write_facts(self) -> None:
         """Put the facts into the model's metadata, where saving keeps them."""
@@ -272,40 +292,51 @@ class Module:
         """The module that a model with facts in its metadata describes.
 
         Raises:
-            VerificationError: The model carries no facts, or those of another version (code ``facts``).
+            VerificationError: The model carries no facts, those of another version, or damaged ones (code ``facts``).
         """
         text = model.metadata_props.get(METADATA_KEY)
         if text is None:
             raise VerificationError(
                 "facts", f"the ONNX model has no '{METADATA_KEY}' metadata: it was not saved by qeff-ir"
             )
-        facts = json.loads(text)
-        if facts.get("version") != FORMAT_VERSION:
-            raise VerificationError(
-                "facts",
-                f"the module has format version {facts.get('version')}, this qeff-ir reads {FORMAT_VERSION}: "
-                "lower the model again",
-            )
+        found = read_facts(text)
         return cls(
             model,
-            facts["name"],
-            [
-                State(
-                    s["layer"],
-                    s["role"],
-                    tuple(s["shape"]),
-                    ir.DataType[s["dtype"]],
-                    s["window"],
-                    s["ring"],
-                    s["index"],
-                )
-                for s in facts["states"]
-            ],
-            {d["name"]: Dim(**d) for d in facts["dims"]},
-            [Specialization(s["name"], s["symbols"]) for s in facts["specializations"]],
-            set(facts["properties"]),
-            [AdapterInput.from_json(a) for a in facts.get("adapters", ())],
+            found.name,
+            list(found.states),
+            {d.name: d for d in found.dims},
+            list(found.specializations),
+            set(found.properties),
+            list(found.adapters),
         )
+
+
+def read_facts(text: str) -> Facts:
+    """The facts in a model's metadata.
+
+    Raises:
+        VerificationError: They are of another version, or damaged (code ``facts``).
+    """
+    try:
+        data: object = parse_json(text, "their text")
+        version = cast("dict[str, object]", data).get("version") if isinstance(data, dict) else None
+        if type(version) is int and version != FORMAT_VERSION:
+            raise VerificationError(
+                "facts",
+                f"the module has format version {version}, this qeff-ir reads {FORMAT_VERSION}: lower the model again",
+            )
+        found = facts.read(Facts, data, "the module")
+        plain_name(found.name, "the name of the module")
+    except ModelLoadError as error:
+        raise facts.damaged(str(error)) from error
+    names = {"dims": [d.name for d in found.dims], "adapters": [a.name for a in found.adapters]}
+    twice = next((what for what, known in names.items() if len(set(known)) < len(known)), None)
+    if twice is not None:
+        raise facts.damaged(f"two {twice} have one name")
+    flat = next((s for s in found.states if len(s.shape) < (3 if s.has_slots else 1)), None)
+    if flat is not None:
+        raise facts.damaged(f"the state {flat.input} has the shape {list(flat.shape)}")
+    return found
 
 
 def _copied(type_: ir.TypeProtocol | None) -> ir.TypeProtocol | None:

@@ -89,8 +89,13 @@ def excerpt(module: Module, subject: ir.Node | str, word: str = "") -> str:
 
 def interface(module: Module) -> list[str]:
     """The lines of all a caller relies on: dims, states, adapters, specializations, graph inputs, outputs, in order."""
-    values = [*(("in ", v) for v in module.graph.inputs), *(("out", v) for v in module.graph.outputs)]
-    return [*(line for _, line in _facts(module)), *(f"{kind} {_typed(value)}" for kind, value in values)]
+    facts, inputs = (line for _, line in _facts(module)), (f"in  {_typed(value)}" for value in module.graph.inputs)
+    return [*facts, *inputs, *map(output_line, module.graph.outputs)]
+
+
+def output_line(value: ir.Value) -> str:
+    """The line of a graph output."""
+    return f"out {_typed(value)}"
 
 
 def bodies(module: Module) -> dict[str, str]:
@@ -120,7 +125,7 @@ def _lines(module: Module, origins: bool) -> Iterator[tuple[ir.Node | str, str]]
             yield f"const {name}", f"const {_typed(value)} = {_numbers(value)}"
     yield from _nodes(module.graph, "", origins)
     for value in module.graph.outputs:
-        yield f"out {value.name}", f"out {_typed(value)}"
+        yield f"out {value.name}", output_line(value)
     for name, digest in bodies(module).items():
         yield f"function {name}", f"function {name}: {digest}"
 

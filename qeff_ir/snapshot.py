@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
+
+from qeff_ir.errors import PackageError, QeffError
 from qeff_ir.module import Module
 from qeff_ir.storage import load_model, save_model
+from qeff_ir.verifier import check_order
 
 MODEL_FILE = "model.onnx"
 
@@ -32,7 +36,23 @@ def load_module(path: Path) -> Module:
         path: The ONNX file.
 
     Raises:
-        PackageError: A weight file is missing, too short, or outside the file's folder.
-        VerificationError: The file carries no module of this version.
+        PackageError: A weight file is missing, too short, or outside the file's folder; or it is not an ONNX file.
+        VerificationError: The file carries no module of this version, or one whose nodes are out of order.
     """
-    return Module.with_facts(load_model(path))
+    module = Module.with_facts(read_model(path))
+    check_order(module)
+    return module
+
+
+def read_model(path: Path) -> ir.Model:
+    """Read an ONNX file; see `qeff_ir.storage.load_model`.
+
+    Raises:
+        PackageError: It cannot be read.
+    """
+    try:
+        return load_model(path)
+    except QeffError:
+        raise
+    except Exception as error:  # protobuf has an exception class for each of its implementations
+        raise PackageError(f"{path} is not an ONNX file that can be read ({type(error).__name__})") from error

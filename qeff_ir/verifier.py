@@ -8,7 +8,7 @@ Each rule has a stable code, which `VerificationError.code` carries:
 ``initializer``       every initializer has a tensor, of the type and the shape that it declares
 ``operator``          every operator exists in the declared opset, or has a body in the model
 ``interface``         graph inputs and outputs have a type and a shape of sizes and declared dims; without states,
-                      a size of an output that the model computes has no name
+                      a size of an output that the model computes has no name, and a shape of its own making is open
 ``state-pair``        every state has its input and its output, of the state's type and shape
 ``state-flow``        every state's output is made of its own input
 ``state-roles``       no two states share layer and role; key before value, layers ascending
@@ -38,7 +38,7 @@ def verify(module: Module) -> None:
     Raises:
         VerificationError: The first rule that does not hold, with the place.
     """
-    _check_order(module)
+    check_order(module)
     _check_initializers(module)
     _check_operators(module)
     _check_interface(module)
@@ -63,7 +63,12 @@ def _place(node: ir.Node) -> str:
 _Define = Callable[[ir.Value, str, "ir.Node | str"], None]
 
 
-def _check_order(module: Module) -> None:
+def check_order(module: Module) -> None:
+    """Check the rules ``order`` and ``names``, of the graph and of the bodies of functions.
+
+    Raises:
+        VerificationError: The first that does not hold, with the place.
+    """
     graph, names = module.graph, dict[str, ir.Value]()
 
     def define(value: ir.Value, what: str, at: ir.Node | str) -> None:
@@ -84,6 +89,13 @@ def _check_order(module: Module) -> None:
         if value not in defined:
             message, hint = f"graph output '{value.name}' is made by no node", "rewriter.replace moves outputs along"
             raise broken(module, "order", message, f"out {value.name}", f"%{value.name}", hint=hint)
+    for function in module.model.functions.values():
+        inside = set(function.inputs)
+        _check_nodes(module, function, inside, lambda *_: None)
+        lost = next((v for v in function.outputs if v not in inside), None)
+        if lost is not None:
+            message = f"the output '{lost.name}' of the function {function.name} is made by no node"
+            raise broken(module, "order", message, f"function {function.domain}.{function.name}")
 
 
 def _check_nodes(module: Module, graph: Iterable[ir.Node], defined: set[ir.Value], define: _Define) -> None:
@@ -99,7 +111,12 @@ def _check_nodes(module: Module, graph: Iterable[ir.Node], defined: set[ir.Value
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
                 inner = attribute.as_graph()
-                _check_nodes(module, inner, defined | {*inner.inputs, *inner.initializers.values()}, define)
+                inside = defined | {*inner.inputs, *inner.initializers.values()}
+                _check_nodes(module, inner, inside, define)
+                lost = next((v for v in inner.outputs if v not in inside), None)
+                if lost is not None:
+                    message = f"the output '{lost.name}' of a graph in {_place(node)} is made by no node"
+                    raise broken(module, "order", message, node, f"%{lost.name}")
         for value in node.outputs:
             define(value, f"a result of {_place(node)}", node)
             defined.add(value)
@@ -170,11 +187,11 @@ def _check_interface(module: Module) -> None:
     for kind, values in (("input", module.graph.inputs), ("output", module.graph.outputs)):
         for value in values:
             at, name = f"{kind.removesuffix('put')} {value.name}", f"graph {kind} '{value.name}'"
-            if value.dtype is None or value.shape is None:
+            computed = kind == "output" and not module.states
+            if value.dtype is None or (value.shape is None and not computed):
                 hint = "a new graph input or output needs both: set its dtype and its shape"
                 raise broken(module, "interface", f"{name} has no type or no shape", at, hint=hint)
-            for dim in value.shape:
-                computed = kind == "output" and not module.states
+            for dim in value.shape or ():
                 if computed and isinstance(dim, ir.SymbolicDim) and dim.value is None:
                     continue
                 if isinstance(dim, ir.SymbolicDim) and dim.value not in module.dims:

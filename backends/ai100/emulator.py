@@ -8,7 +8,6 @@ not emulated: it stays in the precision of the ONNX file.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ import onnxruntime as ort
 
 from backends.ai100 import device_rules, specializations, weight_free
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.module import METADATA_KEY, AdapterInput, Specialization
+from qeff_ir.module import METADATA_KEY, AdapterInput, Specialization, read_facts
 from qeff_ir.runtime.session import Array
 
 _SUFFIX = "_RetainedState"
@@ -112,9 +111,8 @@ class EmulatedSession:
 
 def adapter_inputs(proto: onnx.ModelProto) -> dict[str, AdapterInput]:
     """The inputs of an artefact that hold adapters, by name, as its facts have them."""
-    facts: dict[str, Any] = next((json.loads(p.value) for p in proto.metadata_props if p.key == METADATA_KEY), {})
-    items = [AdapterInput.from_json(a) for a in facts.get("adapters", ())]
-    return {item.name: item for item in items}
+    text = next((p.value for p in proto.metadata_props if p.key == METADATA_KEY), None)
+    return {} if text is None else {item.name: item for item in read_facts(text).adapters}
 
 
 _FUSE_BIASES = ["MatMulAddFusion", "SkipLayerNormFusion"]

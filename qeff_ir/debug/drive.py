@@ -8,6 +8,8 @@ is run once on random inputs.
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +30,11 @@ from qeff_ir.snapshot import save_module
 SMALL = {"batch_size": 2, "seq_len": 4, "ctx_len": 24}
 """Sizes of the dims of a module without specializations."""
 _OTHER = 3
+_FORMULA = re.compile(r"[A-Za-z_]\w{0,60}(?: ?[-+*] ?(?:[A-Za-z_]\w{0,60}|\d{1,6})){1,8}")
+"""A dim that is computed of others, as exporters write them: ``past_sequence_length + sequence_length``."""
 _DECODE_STEPS = 3
+_SHOWN = 8
+_MAX_ELEMENTS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Answers:
 
 def sizes_of(module: Module) -> dict[str, int]:
     """A size for each dim: that of the longest specialization, else a small one."""
-    found = {name: SMALL.get(name, _OTHER) for name in module.dims}
+    found = {name: SMALL.get(name, _OTHER) for name in module.dims if not _FORMULA.fullmatch(name)}
     found = {n: size if (top := module.dims[n].maximum) is None else min(size, top) for n, size in found.items()}
     longest = max(module.specializations, key=lambda s: s.symbols.get("seq_len", 0), default=None)
     return found | (dict(longest.symbols) if longest is not None else {})
@@ -82,7 +88,7 @@ def make_plan(module: Module, seed: int = 0) -> Plan:
     last = vocabulary[-1] if vocabulary is not None else None
     if not isinstance(last, int):
         raise RuntimeInputError(f"the logits of {module.name} have no fixed width: no token can be drawn")
-    batch, chunk, room = sizes["batch_size"], sizes["seq_len"], sizes["ctx_len"]
+    (batch, chunk), room = _dims(module.input("position_ids"), sizes), _room(module, sizes)
     steps = min(_DECODE_STEPS, room - 1)
     wanted = itertools.cycle((chunk + chunk // 2 + 1, max(1, chunk // 3), 2 * chunk))
     prompts = [random.integers(0, last, min(n, room - steps)) for n in itertools.islice(wanted, batch)]
@@ -107,10 +113,16 @@ def tables_of(module: Module) -> dict[str, ir.TensorProtocol]:
 
 
 def is_decoder(module: Module) -> bool:
-    """Whether the graph has the inputs and the output of a decoder."""
-    inputs = {v.name for v in module.graph.inputs}
-    takes_tokens = "position_ids" in inputs and not inputs.isdisjoint({"input_ids", EMBEDS})
-    return takes_tokens and any(v.name == "logits" for v in module.graph.outputs)
+    """Whether a module is a decoder with its inputs and its output: names alone, without states, make no decoder."""
+    inputs = {v.name: len(v.shape or ()) for v in module.graph.inputs}
+    takes_tokens = inputs.get("position_ids") == 2 and not inputs.keys().isdisjoint({"input_ids", EMBEDS})
+    return bool(module.states) and takes_tokens and any(v.name == "logits" for v in module.graph.outputs)
+
+
+def _room(module: Module, sizes: Mapping[str, int]) -> int:
+    """Tokens that fit the caches."""
+    slots = [_size(s.ctx_dim, sizes) for s in module.states if s.has_slots and not s.ring]
+    return sizes.get("ctx_len") or min(slots, default=SMALL["ctx_len"])
 
 
 def drive(module: Module, plan: Plan) -> Answers:
@@ -125,6 +137,9 @@ def drive(module: Module, plan: Plan) -> Answers:
         states = {s.input: _zeros(s.shape, sizes, s.dtype) for s in module.states}
         others = {v.name or "": v for v in module.graph.inputs if v.name not in states}
         names = [v.name or "" for v in module.graph.outputs]
+        lost = next((s.output for s in module.states if s.output not in names), None)
+        if lost is not None:
+            raise RuntimeInputError(f"{module.name} has a state without its output '{lost}': it cannot be run")
         outputs: list[dict[str, Array]] = []
         first: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
         table = _table(others.get(EMBEDS), plan)
@@ -135,8 +150,16 @@ def drive(module: Module, plan: Plan) -> Answers:
             try:
                 values = session.run(names, all_feeds)
             except Exception as error:  # ONNX Runtime raises several private types
-                raise RuntimeInputError(f"ONNX Runtime cannot run {module.name}: {_first_line(error)}") from error
+                raise RuntimeInputError(
+                    f"ONNX Runtime cannot run {module.name}: {_first_line(error)}{_chosen(module, sizes)}"
+                ) from error
             result: dict[str, Any] = dict(zip(names, values, strict=True))
+            strange = next((name for name, value in result.items() if not _is_numbers(value)), None)
+            if strange is not None:
+                raise RuntimeInputError(
+                    f"the output '{strange}' of {module.name} is not a tensor of numbers, so that it cannot be "
+                    "compared: check on a lower level"
+                )
             first = first if first[0] else (all_feeds, result)
             states = {s.input: result[s.output] for s in module.states}
             outputs.append(_answers(result, feeds["position_ids"]) if plan.decoder else result)
@@ -198,9 +221,31 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def _chosen(module: Module, sizes: Mapping[str, int]) -> str:
+    """The sizes that were chosen for dims that the module leaves open, as a clause."""
+    chosen = [] if module.states else [f"{name}={_size(name, sizes)}" for name in [*module.dims][:_SHOWN]]
+    return f" (on random inputs of {', '.join(chosen)})" if chosen else ""
+
+
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind not in "OSU"  # pyright: ignore[reportUnknownMemberType]
+
+
 def _dims(value: ir.Value, sizes: Mapping[str, int]) -> list[int]:
-    dims = [d if isinstance(d, int) else sizes.get(d.value or "", _OTHER) for d in value.shape or ()]
-    return [max(d, 1) for d in dims]
+    return [_size(d if isinstance(d, int) else d.value or "", sizes) for d in value.shape or ()]
+
+
+def _size(dim: str | int, sizes: Mapping[str, int]) -> int:
+    """The size of a dim; a sum or a product of others is computed."""
+    if isinstance(dim, int):
+        return dim if dim >= 0 else _OTHER
+    if dim in sizes:
+        return sizes[dim]
+    if not _FORMULA.fullmatch(dim):
+        return _OTHER
+    symbol = ir.SymbolicDim(dim)
+    found = symbol.evaluate({name: sizes.get(name, _OTHER) for name in symbol.free_symbols()})
+    return max(found, 1) if isinstance(found, int) else _OTHER
 
 
 def _dtype(value: ir.Value) -> ir.DataType:
@@ -208,15 +253,24 @@ def _dtype(value: ir.Value) -> ir.DataType:
 
 
 def _zeros(shape: Sequence[str | int], sizes: Mapping[str, int], dtype: ir.DataType) -> Array:
-    return np.zeros([d if isinstance(d, int) else sizes[d] for d in shape], dtype=dtype.numpy())
+    return np.zeros(_possible([_size(d, sizes) for d in shape]), dtype=dtype.numpy())
 
 
 def _zeros_of(value: ir.Value, sizes: Mapping[str, int]) -> Array:
-    return np.zeros(_dims(value, sizes), dtype=_dtype(value).numpy())
+    return np.zeros(_possible(_dims(value, sizes)), dtype=_dtype(value).numpy())
+
+
+def _possible(shape: list[int]) -> list[int]:
+    """The shape of a tensor that memory may hold."""
+    if math.prod(shape) > _MAX_ELEMENTS:
+        raise RuntimeInputError(f"an input of the shape {shape} is too large to be made up: give smaller sizes")
+    return shape
 
 
 def _random(value: ir.Value, sizes: Mapping[str, int], random: np.random.Generator) -> Array:
     """Numbers for an input of unknown meaning: normal ones, or small integers that any table can be indexed by."""
     dtype, shape = _dtype(value), _dims(value, sizes)
-    numbers = random.standard_normal(shape) if dtype.is_floating_point() else random.integers(0, 2, shape)
+    if not isinstance(value.type, ir.TensorType) or dtype == ir.DataType.STRING:
+        raise RuntimeInputError(f"the input '{value.name}' is not a tensor of numbers: no example can be drawn for it")
+    numbers = random.standard_normal(_possible(shape)) if dtype.is_floating_point() else random.integers(0, 2, shape)
     return np.asarray(numbers).astype(dtype.numpy())

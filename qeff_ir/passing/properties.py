@@ -62,9 +62,9 @@ def problem(name: str, module: Module) -> str | None:
 
 @define("canonical")
 def _canonical(module: Module) -> str | None:
-    """Constants are initializers, and no `Identity` stands between two nodes."""
+    """Constants but those that are answers are initializers, and no `Identity` stands between two nodes."""
     for node in module.graph:
-        if node.domain == "" and node.op_type == "Constant":
+        if node.domain == "" and node.op_type == "Constant" and not node.outputs[0].is_graph_output():
             return f"{_place(node)} is no initializer"
         if node.domain == "" and node.op_type == "Identity" and not node.outputs[0].is_graph_output():
             return f"{_place(node)} does nothing"
