@@ -101,11 +101,14 @@ def read_bytes(
     try:
         # Without waiting: between the check and here, the file may have become a FIFO.
         with os.fdopen(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size  # of a buffer for `limit` bytes, most would stay empty
+            data = file.read(min(size, limit) + 1)
     except OSError as cause:
         raise error(f"{path} cannot be read ({_reason(cause)}): restore it") from cause
     if len(data) > limit:
         raise error(f"{path} has more than {limit:,} bytes: refused")
+    if len(data) > size:
+        raise error(f"{path} grew while it was read: try again")
     return data
 
 
