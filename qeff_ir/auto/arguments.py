@@ -8,15 +8,41 @@ from typing import Any
 from qeff_ir.errors import ModelLoadError
 
 _HUB = frozenset({"revision", "cache_dir", "token", "local_files_only"})
-_DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "attn_implementation": ("eager", "sdpa", None),
+_ANYWAY: dict[str, tuple[Any, ...]] = {
+    # of the incumbent
     "continuous_batching": (False, None),
     "qaic_config": (None,),
     "kv_offload": (None, False),
+    # of transformers
+    "adapter_kwargs": (None,),
+    "attn_implementation": ("eager", "sdpa", None),
+    "config": (None,),
+    "device_map": ("cpu", {"": "cpu"}, None),
     "dtype": ("float32", "auto", None),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm", None),
+    "force_download": (False, None),
+    "generation_config": (None,),
+    "gguf_file": (None,),
+    "ignore_mismatched_sizes": (False,),
+    "key_mapping": (None,),
+    "low_cpu_mem_usage": (True, False, None),
+    "max_memory": (None,),
+    "offload_folder": (None,),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+    "output_loading_info": (False,),
+    "proxies": (None,),
+    "quantization_config": (None,),
+    "return_dict": (True, None),
+    "state_dict": (None,),
+    "subfolder": ("", None),
     "torch_dtype": ("float32", "auto", None),
+    "use_cache": (True, None),
+    "use_safetensors": (True, None),
+    "variant": (None,),
+    "weights_only": (True,),
 }
-"""Arguments of the incumbent's `from_pretrained`, with the values that ask for what happens here anyway."""
+"""Arguments with the values that ask for what happens here anyway."""
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,6 +52,11 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         ModelLoadError: One asks for something else.
     """
     for name, value in kwargs.items():
-        if name not in _HUB and str(value).removeprefix("torch.") not in map(str, _DEFAULTS.get(name, ())):
+        if name not in _HUB and _plain(value) not in map(_plain, _ANYWAY.get(name, ())):
             raise ModelLoadError(f"from_pretrained does not support {name}={value!r}: leave it out")
     return {k: v for k, v in kwargs.items() if k in _HUB}
+
+
+def _plain(value: Any) -> str:
+    """A value as text: of torch's types and devices, their names."""
+    return str(value).removeprefix("torch.")
