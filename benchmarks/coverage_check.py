@@ -21,7 +21,8 @@ from benchmarks.coverage_models import build, data, shrink, small_config
 from benchmarks.coverage_row import PASSED, Job, Row
 from qeff_ir.compiler import specialize
 from qeff_ir.errors import QeffError
-from qeff_ir.frontend.source import MemorySource, read_config
+from qeff_ir.frontend.config import read_config
+from qeff_ir.frontend.source import MemorySource
 from qeff_ir.frontend.versions import next_cache
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline

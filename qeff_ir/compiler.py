@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from backends import find_backend
 from backends.base import Backend, CompileOptions
-from qeff_ir.errors import CompileError
+from qeff_ir.errors import CompileError, ModelLoadError
 from qeff_ir.frontend.source import Source
 from qeff_ir.module import WEIGHT_KEY, Module, Specialization
 from qeff_ir.package import (
@@ -34,6 +34,7 @@ from qeff_ir.package import (
 from qeff_ir.passing.manager import PassRun, Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.printer import fingerprint
+from qeff_ir.reading import plain_name
 from qeff_ir.storage import file_range
 
 Watch = Callable[[str, PassRun | None], None]
@@ -231,7 +232,11 @@ def _check_options(options: CompileOptions, source: Source) -> None:
 
 def _architecture(source: Source) -> str:
     names = source.config.architectures
-    return names[0] if names else type(source.config).__name__.removesuffix("Config")
+    return (
+        plain_name(names[0], "the model's architecture")
+        if names
+        else type(source.config).__name__.removesuffix("Config")
+    )
 
 
 def _cached(folder: Path, key: str) -> Manifest | None:
@@ -256,8 +261,14 @@ def _key(
     """SHA-256 of all that can change a package; fills `records` with those of the weight files."""
     if module is None:
         graph: Any = source.identity()
-        records.update({path: record_file(path) for path in source.weight_files()})
-        weights: Any = {path.name: record.sha256 for path, record in records.items()}
+        for path in source.weight_files():
+            try:
+                records[path] = record_file(path)
+            except OSError as error:
+                raise ModelLoadError(
+                    f"the checkpoint file {path} cannot be read ({error.strerror}): open the model again"
+                ) from error
+        weights: Any = [record.sha256 for record in records.values()]  # by name, two folders' shards would be one
     else:
         graph = fingerprint(module)
         weights = _weight_digests(module)

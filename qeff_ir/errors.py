@@ -81,3 +81,9 @@ class EquivalenceError(PassError):
 
 class BundleError(QeffError):
     """A failure bundle is incomplete, altered, or of another version, or does not fail here."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, short enough for one sentence; its type where it says nothing."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__

@@ -32,11 +32,11 @@ def sharded(folder: Path, model: Any) -> None:
 def hub_cache(folder: Path, model: Any) -> None:
     """Files are links to blobs that are named by their digest."""
     sharded(folder, model)
-    blobs = folder.parent / "blobs"
+    blobs = folder.parent.parent / "blobs"
     blobs.mkdir()
     for index, file in enumerate(sorted(folder.glob("*.safetensors"))):
         file.rename(blobs / f"{index:064x}")
-        file.symlink_to(Path("..") / "blobs" / f"{index:064x}")
+        file.symlink_to(Path("..") / ".." / "blobs" / f"{index:064x}")
 
 
 LAYOUTS: list[Callable[[Path, Any], None]] = [whole, sharded, hub_cache]
@@ -44,7 +44,7 @@ LAYOUTS: list[Callable[[Path, Any], None]] = [whole, sharded, hub_cache]
 
 def packaged(name: str, layout: Callable[[Path, Any], None], dtype: torch.dtype, folder: Path, out: Path) -> Any:
     """A model's weights through a checkpoint and a package; returns what they were."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     _, model = build(name)
     layout(folder, model.to(dtype))
     skeleton = build_skeleton(model.config)
@@ -73,10 +73,10 @@ def test_a_package_holds_the_weights_of_any_layout(
     name: str, layout: Callable[[Path, Any], None], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    expected = packaged(name, layout, dtype, tmp_path / "model", out)
+    expected = packaged(name, layout, dtype, tmp_path / "snapshots" / "0", out)
     assert_equal(loaded(out), expected)
     files = list((out / "weights").iterdir())
-    checkpoint = {path.resolve() for path in (tmp_path / "model").glob("*.safetensors")}
+    checkpoint = {path.resolve() for path in (tmp_path / "snapshots" / "0").glob("*.safetensors")}
     shared = [f for f in files if any(f.samefile(source) for source in checkpoint)]
     if dtype == torch.float32:
         assert len(shared) == len(files) == len(checkpoint)  # nothing was copied
@@ -97,7 +97,7 @@ def elsewhere(tmp_path: Path) -> Any:
 
 
 def test_on_another_file_system_the_weights_are_copied(tmp_path: Path, elsewhere: Path) -> None:
-    expected = packaged("llama", hub_cache, torch.float32, tmp_path / "model", elsewhere)
+    expected = packaged("llama", hub_cache, torch.float32, tmp_path / "snapshots" / "0", elsewhere)
     assert_equal(loaded(elsewhere), expected)
     assert all(path.stat().st_nlink == 1 for path in (elsewhere / "weights").iterdir())
 
@@ -115,7 +115,7 @@ def test_a_copy_that_differs_is_told(tmp_path: Path, elsewhere: Path, monkeypatc
 
     monkeypatch.setattr(storage, "digest_file", after_damage)
     with pytest.raises(PackageError, match="is not equal to it: check the disk"):
-        packaged("llama", whole, torch.float32, tmp_path / "model", elsewhere)
+        packaged("llama", whole, torch.float32, tmp_path / "snapshots" / "0", elsewhere)
 
 
 def test_a_failure_that_is_not_about_links_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,4 +124,4 @@ def test_a_failure_that_is_not_about_links_is_not_hidden(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "link", full)
     with pytest.raises(OSError, match="No space left"):
-        packaged("llama", whole, torch.float32, tmp_path / "model", tmp_path / "out")
+        packaged("llama", whole, torch.float32, tmp_path / "snapshots" / "0", tmp_path / "out")

@@ -17,7 +17,7 @@ from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.forward_capture import captured_forward
 from qeff_ir.frontend.inputs import BATCH, LENGTH, InputSpec, longest
 from qeff_ir.frontend.lower import PREFIX, as_unsupported, attributes_kept, clean, convert, quiet
-from qeff_ir.frontend.skeleton import fake_weights
+from qeff_ir.frontend.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.weights import Weights
 from qeff_ir.module import Dim, Module, rename_symbols
 
@@ -49,10 +49,16 @@ def lower_forward(
         ModelLoadError: The first output needs a weight that the checkpoint does not have.
         UnsupportedModelError: Something in the model cannot be traced.
     """
-    model = model.eval()
     names: list[str] = []
     step = _Forward(model, pooling, names)
-    with torch.no_grad(), captured_forward(model), fake_weights(model) as fake, quiet(), attributes_kept(model):
+    with (
+        evaluating(step),
+        torch.no_grad(),
+        captured_forward(model),
+        fake_weights(model) as fake,
+        quiet(),
+        attributes_kept(model),
+    ):
         with fake:
             examples = {i.name: _example(i) for i in inputs}
         with (
@@ -90,7 +96,7 @@ class _Forward(torch.nn.Module):
     def __init__(self, model: PreTrainedModel, pooling: Callable[..., torch.Tensor] | None, names: list[str]) -> None:
         super().__init__()
         self.hf = model
-        self.pooling = pooling.eval() if isinstance(pooling, torch.nn.Module) else pooling
+        self.pooling = pooling
         self.note = lambda found: names.__setitem__(slice(None), found)  # tracing takes back what is set on a module
         taken = inspect.signature(model.forward).parameters
         self.settings = {"use_cache": False} if "use_cache" in taken or hasattr(model.config, "use_cache") else {}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qeff_ir.frontend.inputs import InputSpec, Wanted
+    from qeff_ir.frontend.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,16 @@ class ForwardFolder(FolderSource):
 
     def lower(self) -> Module:
         """See `Source.lower`."""
-        from qeff_ir.frontend.skeleton import build_skeleton
-        from qeff_ir.frontend.weights import checkpoint_weights
-
-        whole = build_skeleton(self.config, trust_remote_code=self.trust_remote_code, auto=self._auto())
-        weights = checkpoint_weights(whole, self.checkpoint, partial=True)
+        whole, weights = self._load(partial=True)
         model = _encoder(whole)
         if model is not whole:
             prefix = next(n for n, m in whole.named_modules() if m is model) + "."
             weights = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
         return _lowered(model, weights, self.options)
+
+    def weights(self) -> Weights:
+        """See `Source.weights`; those that the checkpoint lacks are left out."""
+        return self._load(partial=True)[1]
 
     def identity(self) -> dict[str, Any] | None:
         """See `Source.identity`; a pooling of the user's has none."""
@@ -108,22 +109,14 @@ class ForwardFolder(FolderSource):
 
     def takes_tokens(self) -> bool:
         """Whether token ids are an input."""
-        from qeff_ir.frontend.skeleton import build_skeleton
-
-        whole = build_skeleton(self.config, trust_remote_code=self.trust_remote_code, auto=self._auto())
-        return any(i.name == "input_ids" for i in _inputs(_encoder(whole), self.options))
+        return any(i.name == "input_ids" for i in _inputs(_encoder(self._skeleton()), self.options))
 
     def reference(self) -> PreTrainedModel:
         """See `Source.reference`."""
-        import torch
-
-        model = self._auto().from_pretrained(
-            self.folder, config=self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
-        )
-        return _encoder(model.eval())
+        return _encoder(super().reference())
 
     def _auto(self) -> Any:
-        """The auto class: for the encoder of an encoder-decoder, the one that makes only that, where there is one."""
+        """transformers' class; for the encoder of an encoder-decoder, the one that makes only that, if there is one."""
         from transformers import AutoModelForTextEncoding
         from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
@@ -154,7 +147,7 @@ class ForwardMemory(MemorySource):
 
     def save_side_files(self, folder: Path) -> None:
         """Write the configuration."""
-        self.config.save_pretrained(folder)
+        self.config.to_json_file(folder / "config.json")
 
 
 def _lowered(model: PreTrainedModel, weights: Any, options: ForwardOptions) -> Module:

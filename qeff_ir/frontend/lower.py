@@ -35,7 +35,7 @@ from qeff_ir.frontend.own_masks import refuse_own_masks
 from qeff_ir.frontend.positions import give_positions
 from qeff_ir.frontend.private import onnx_translations
 from qeff_ir.frontend.probing import expect, probe
-from qeff_ir.frontend.skeleton import fake_weights
+from qeff_ir.frontend.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.spelling import drop_idle_squeezes, spell_out_complex
 from qeff_ir.frontend.stamp import cut_weights, find_layers, unfold
 from qeff_ir.frontend.states import CapturingCache
@@ -73,8 +73,7 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> M
         UnsupportedModelError: The model has no cache, its attention is not causal or builds its own masks, or something
             in it cannot be traced.
     """
-    model = model.eval()
-    with settled(), torch.no_grad(), captured(model), fake_weights(model) as fake, quiet():
+    with evaluating(model), settled(), torch.no_grad(), captured(model), fake_weights(model) as fake, quiet():
         states, fold = _states_and_fold(model, fake, whole=whole)
         module = None if fold is None else _folded(model, weights, states, fold, fake)
         if module is None:

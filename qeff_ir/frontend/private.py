@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -67,6 +67,16 @@ def computed_buffers(module: torch.nn.Module) -> set[str]:
 def mark_initialized(item: torch.nn.Module | torch.Tensor, done: bool) -> None:
     """Tell `PreTrainedModel.initialize_weights` whether a module or parameter has its values already."""
     item._is_hf_initialized = done  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+
+
+def ignored_when_missing(model: PreTrainedModel) -> list[str]:
+    """Patterns of the names that transformers expects no checkpoint to have."""
+    return sorted(model._keys_to_ignore_on_load_missing or ())
+
+
+def loads(auto: Any, config: PreTrainedConfig) -> bool:
+    """Whether one of transformers' auto classes has a model for a configuration."""
+    return type(config) in auto._model_mapping
 
 
 def changes_arguments(operator: Any) -> bool:

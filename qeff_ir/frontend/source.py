@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
-import json
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qeff_ir.errors import ModelLoadError, UnsupportedModelError
+from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError, first_line
+from qeff_ir.frontend.folder_files import PATTERNS, read_side_files, write_side_files
 from qeff_ir.module import Module
+from qeff_ir.reading import read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from qeff_ir.frontend.weights import Weights
-
-_SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
-"""Configuration and tokenizer files; everything of a model folder that is neither weights nor code."""
 
 
 class Source(ABC):
@@ -68,80 +70,191 @@ class Source(ABC):
 class FolderSource(Source):
     """A model folder with ``config.json`` and safetensors.
 
+    Its configuration and tokenizer files are read once, here: what is compiled later belongs together.
+
     Args:
         folder: The folder.
         trust_remote_code: Whether code of the folder may run; never unless the user says so.
 
     Raises:
         ModelLoadError: The folder is no model.
-        UnsupportedModelError: Its weights are quantized.
+        UnsupportedModelError: Something in it that transformers acts on is not supported: quantized weights, say.
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         from qeff_ir.frontend.checkpoint import open_checkpoint
+        from qeff_ir.frontend.config import CONFIG, check_sizes, make_config, read_fields, remote_code
 
         self.folder = folder
         self.trust_remote_code = trust_remote_code
-        self.config = read_config(folder, trust_remote_code)
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(
-                f"{folder} holds quantized weights (quantization_config in config.json), which are not read yet: use "
-                "the unquantized checkpoint, and let the target compress (mxfp6_matmul)"
-            )
-        self.checkpoint = open_checkpoint(folder)
+        _refuse_what_is_not_applied(folder, trust_remote_code)
+        with _readable(folder):
+            self._side_files = read_side_files(folder)
+        fields = read_fields(folder, trust_remote_code, self._side_files.get(CONFIG))
+        self._named_weights = fields.get("transformers_weights")
+        self._remote = remote_code(fields)
+        with _readable(folder):
+            self.checkpoint = open_checkpoint(folder, self._named_weights)
+        sizes = [size for entry in self.checkpoint.entries.values() for size in entry.shape]
+        check_sizes(fields, folder, len(self.checkpoint.entries), max(sizes, default=0))
+        self.config = make_config(fields, folder, trust_remote_code)
+        if extra := type(self.config).extra_files:
+            with _readable(folder):
+                self.checkpoint = open_checkpoint(folder, self._named_weights, extra)
 
     def lower(self) -> Module:
         """See `Source.lower`."""
         from qeff_ir.frontend.lower import lower
-        from qeff_ir.frontend.skeleton import build_skeleton
-        from qeff_ir.frontend.weights import checkpoint_weights
 
-        skeleton = build_skeleton(self.config, trust_remote_code=self.trust_remote_code)
-        return lower(skeleton, checkpoint_weights(skeleton, self.checkpoint))
+        return lower(*self._load())
 
     def weights(self) -> Weights:
         """See `Source.weights`."""
-        from qeff_ir.frontend.skeleton import build_skeleton
+        return self._load()[1]
+
+    def _load(self, *, partial: bool = False) -> tuple[PreTrainedModel, Weights]:
+        """The model without weights, and the weights; sizes are compared before anything large is made of them."""
+        from qeff_ir.frontend.skeleton import compute_buffers
         from qeff_ir.frontend.weights import checkpoint_weights
 
-        skeleton = build_skeleton(self.config, trust_remote_code=self.trust_remote_code)
-        return checkpoint_weights(skeleton, self.checkpoint)
+        self.checkpoint.check_unchanged()
+        model = self._skeleton()
+        weights = checkpoint_weights(model, self.checkpoint, partial=partial)
+        with self._buildable():
+            compute_buffers(model)
+        return model, weights
+
+    def _skeleton(self) -> PreTrainedModel:
+        from qeff_ir.frontend.checkpoint import SINGLE
+        from qeff_ir.frontend.skeleton import empty_model
+
+        with self._buildable():
+            model = empty_model(
+                self.config,
+                trust_remote_code=self.trust_remote_code,
+                auto=self._auto(),
+                tensors=len(self.checkpoint.entries),
+            )
+        if self._named_weights is not None and type(model.config) is not type(self.config):
+            raise UnsupportedModelError(
+                f"{self.folder / 'config.json'} names the weights of a model of several parts (transformers_weights), "
+                f"of which only one is taken: name the file {SINGLE}, and take the field out"
+            )
+        return model
+
+    def _auto(self) -> Any:
+        """transformers' auto class."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    @contextlib.contextmanager
+    def _buildable(self) -> Generator[None]:
+        """Turn what transformers raises while it makes a model of a configuration into one sentence."""
+        try:
+            yield
+        except QeffError:
+            raise
+        except Exception as error:  # transformers raises whatever its many models raise
+            from qeff_ir.frontend.private import loads
+
+            kind, auto = getattr(self.config, "model_type", "") or type(self.config).__name__, self._auto()
+            if not self._remote and not loads(auto, self.config):
+                raise UnsupportedModelError(
+                    f"{self.folder} is a model of type {kind}, which {auto.__name__} does not load: open it with the "
+                    "class for what it does"
+                ) from error
+            raise ModelLoadError(
+                f"transformers cannot make the model of type {kind} that {self.folder / 'config.json'} asks for: "
+                f"{first_line(error)}"
+            ) from error
 
     def identity(self) -> dict[str, Any] | None:
-        """The configuration, where the weights are, and the folder's code if it may run."""
-        code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
+        """The configuration, where the weights are, and the folder's code if it may run.
+
+        What else is decided while weights are loaded, which of them are tied, say, follows from these and from the
+        digests of `weight_files`.
+        """
+        if self.trust_remote_code and any("--" in reference for reference in self._remote):
+            return None  # code of another repository, which is not in the folder
+        code = sorted(self.folder.rglob("*.py")) if self.trust_remote_code else []
+        files = {file: index for index, file in enumerate(self.checkpoint.files)}
         return {
             "config": self.config.to_dict(),
-            "code": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in code},
-            "tensors": {k: [e.file.name, e.offset, e.length] for k, e in self.checkpoint.entries.items()},
+            "code": {
+                str(p.relative_to(self.folder)): hashlib.sha256(read_bytes(p, self.folder)).hexdigest() for p in code
+            },
+            "tensors": {k: [files[e.file], e.offset, e.length] for k, e in self.checkpoint.entries.items()},
         }
 
     def weight_files(self) -> list[Path]:
-        """See `Source.weight_files`."""
+        """See `Source.weight_files`.
+
+        Raises:
+            ModelLoadError: One was changed since the folder was opened.
+        """
+        self.checkpoint.check_unchanged()
         return self.checkpoint.files
 
     def reference(self) -> PreTrainedModel:
         """See `Source.reference`."""
         import torch
-        from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code
-        ).eval()
+        with self._buildable():
+            return (
+                self._auto()
+                .from_pretrained(
+                    self.folder,
+                    config=copy.deepcopy(self.config),
+                    dtype=torch.float32,
+                    trust_remote_code=self.trust_remote_code,
+                )
+                .eval()
+            )
 
     def save_side_files(self, folder: Path) -> None:
-        """Copy the files; code is not copied."""
-        for pattern in _SIDE_FILES:
-            for path in sorted(self.folder.glob(pattern)):
-                if not path.name.endswith(".index.json"):
-                    (folder / path.name).write_bytes(path.read_bytes())
+        """Write the files as they were when the folder was opened; code is not written."""
+        write_side_files(self._side_files, folder)
+
+
+def _refuse_what_is_not_applied(folder: Path, trust_remote_code: bool) -> None:
+    """Files that transformers acts on, and that change the answers."""
+    if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise UnsupportedModelError(
+            f"{folder} holds an adapter beside the model (adapter_config.json), which transformers would apply: move "
+            "it to a folder of its own and open that with QEffAutoPeftModelForCausalLM and base_model=, or remove it"
+        )
+    if trust_remote_code and (folder / "custom_generate" / "generate.py").is_file():
+        raise UnsupportedModelError(
+            f"{folder} replaces transformers' generate (custom_generate/generate.py), which is not supported: remove "
+            "it, or leave trust_remote_code out"
+        )
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelLoadError(f"{folder} cannot be read ({error.strerror or error}): check its permissions") from error
 
 
 class MemorySource(Source):
-    """A transformers model in memory."""
+    """A transformers model in memory, which stays as it is: in training mode, say.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ModelLoadError: It is no transformers model.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval()
+        from transformers import PreTrainedModel
+
+        if not isinstance(model, PreTrainedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ModelLoadError(f"{type(model).__name__} is no transformers model: use from_pretrained() for a folder")
+        self.model = model
         self.config = model.config
 
     def lower(self) -> Module:
@@ -162,14 +275,18 @@ class MemorySource(Source):
         return None
 
     def reference(self) -> PreTrainedModel:
-        """The model itself."""
-        return self.model
+        """The model in evaluation mode: itself, or a copy with the same weights if it is in training."""
+        if not any(module.training for module in self.model.modules()):
+            return self.model
+        shared = {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
+        return copy.deepcopy(self.model, shared).eval()
 
     def save_side_files(self, folder: Path) -> None:
-        """Write configuration and generation defaults; a model in memory has no tokenizer."""
-        self.config.save_pretrained(folder)
+        """Write configuration and generation defaults, as they are; a model in memory has no tokenizer."""
+        self.config.to_json_file(folder / "config.json")
         if self.model.can_generate():
-            self.model.generation_config.save_pretrained(folder)
+            defaults = self.model.generation_config
+            defaults.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def open_source(name_or_folder: str | Path, *, trust_remote_code: bool = False, **hub: Any) -> FolderSource:
@@ -187,51 +304,26 @@ def find_folder(name_or_folder: str | Path, **hub: Any) -> Path:
     Raises:
         ModelLoadError: There is no such model.
     """
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        if folder.exists() or str(name_or_folder).startswith((".", "/", "~")) or str(name_or_folder).count("/") > 1:
-            raise ModelLoadError(f"{name_or_folder} is not a model folder: give a folder with config.json, or a hub id")
-        folder = _snapshot(str(name_or_folder), hub)
-    return folder
+    if not isinstance(name_or_folder, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ModelLoadError(f"{name_or_folder!r:.100} is not a model folder: give a folder or a hub id")
+    folder, name = Path(name_or_folder), str(name_or_folder)
+    try:
+        if folder.is_dir():
+            return folder
+        local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    except (OSError, ValueError):  # a name that no file can have
+        local = True
+    if local:
+        raise ModelLoadError(f"{name!a:.200} is not a model folder: give a folder with config.json, or a hub id")
+    return _snapshot(name, hub)
 
 
 def _snapshot(name: str, hub: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*_SIDE_FILES, "*.safetensors", "*.py"], **hub))
+        return Path(snapshot_download(name, allow_patterns=[*PATTERNS, "*.safetensors", "*.py"], **hub))
     except Exception as error:  # the hub client and its transport raise many unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelLoadError(
-            f"'{name}' is neither a local folder nor a model that the hub or its cache has ({reason})"
+            f"'{name}' is neither a local folder nor a model that the hub or its cache has ({first_line(error)})"
         ) from error
-
-
-def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The configuration in a folder.
-
-    Raises:
-        ModelLoadError: There is none, it is damaged, or it brings code that may not run.
-    """
-    from transformers import AutoConfig
-
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelLoadError(
-            f"{folder} has no config.json, so it is not a model folder: give the folder of a saved model"
-        )
-    try:
-        raw = json.loads(path.read_text())
-        if not isinstance(raw, dict):
-            raise ValueError("not a JSON object")
-        if "auto_map" in raw and not trust_remote_code:
-            raise ModelLoadError(
-                f"{folder} brings code of its own (auto_map in config.json): read it, then pass trust_remote_code=True "
-                "(--trust-remote-code)"
-            )
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except ModelLoadError:
-        raise
-    except Exception as error:  # transformers raises whatever its many configurations raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelLoadError(f"{path} is not a configuration that transformers reads: {reason[:300]}") from error

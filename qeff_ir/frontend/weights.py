@@ -15,13 +15,16 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from qeff_ir.errors import ModelLoadError
+from qeff_ir.errors import ModelLoadError, first_line
 from qeff_ir.frontend.checkpoint import Checkpoint
+from qeff_ir.frontend.private import ignored_when_missing
+from qeff_ir.frontend.skeleton import initial_values
+from qeff_ir.frontend.ties import tie
 from qeff_ir.storage import FileRange, widened
 
 Weights = dict[str, ir.TensorProtocol]
@@ -29,41 +32,61 @@ Weights = dict[str, ir.TensorProtocol]
 
 
 def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint, *, partial: bool = False) -> Weights:
-    """Find every parameter and persistent buffer of `model` in the checkpoint.
+    """Find every parameter and persistent buffer of `model` in the checkpoint, as transformers would load them.
 
     Args:
-        model: Its names are wanted.
+        model: A skeleton; its names are wanted. Weights that the checkpoint unties are untied in it.
         checkpoint: Where to look.
         partial: Whether parameters may be missing.
 
     Raises:
-        ModelLoadError: A parameter is missing or has another shape.
+        ModelLoadError: A parameter is missing or has another shape, or the tensors of several cannot be made one.
     """
     wanted = model.state_dict()
+    weights: Weights = {}
+    for name, found in _collected(model, wanted, checkpoint).items():
+        if isinstance(found, _Loader):
+            weights[name] = _typed(found, name)
+        else:
+            weights.update({n: t for n, t in _converted(model, name, found, checkpoint).items() if n in wanted})
+    _check_shapes(wanted, weights, checkpoint)
+    tie(model, weights)
+    if missing := _missing(model, weights):
+        weights.update(_computed(model, missing))
+        missing = [name for name in missing if name not in weights]
+    if missing and not partial:
+        raise ModelLoadError(
+            f"{checkpoint.folder} lacks {len(missing)} tensors of {type(model).__name__}, the first is "
+            f"'{min(missing, key=dot_natural_key)}': the checkpoint is incomplete or of another model"
+        )
+    return weights
+
+
+def _collected(
+    model: PreTrainedModel, wanted: dict[str, torch.Tensor], checkpoint: Checkpoint
+) -> dict[str, _Loader | WeightConverter]:
+    """What becomes of the checkpoint's tensors: the one that is a parameter, or those that a conversion makes it of.
+
+    Names are found in transformers' own order, which tells what is stacked first, and which of two tensors for one
+    parameter is taken: the first.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     prefix = model.base_model_prefix
-
-    weights: Weights = {}
-    groups: dict[str, WeightConverter] = {}
-    for key in sorted(checkpoint.entries, key=_natural):
-        entry = checkpoint.entries[key]
+    found: dict[str, _Loader | WeightConverter] = {}
+    for key in sorted(checkpoint.entries, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
             name, pattern = rename_source_key(key, [], [], prefix, wanted)
         if name not in wanted:
             continue
-        if pattern is None:
-            weights[name] = _typed(entry, key, name, wanted[name].dtype)
-        else:
-            group = groups.setdefault(name, copy.deepcopy(by_pattern[pattern]))
-            group.add_tensor(name, key, pattern, _Loader(entry, key, wanted[name].dtype))  # pyright: ignore[reportArgumentType]
-    for name, group in groups.items():
-        weights.update(_converted(model, name, group))
-    _check(model, wanted, weights, checkpoint, partial)
-    return weights
+        loader = _Loader(checkpoint.entries[key], key, wanted[name].dtype)
+        group = found.setdefault(name, loader if pattern is None else copy.deepcopy(by_pattern[pattern]))
+        if isinstance(group, WeightConverter):
+            group.add_tensor(name, key, key if pattern is None else pattern, loader)  # pyright: ignore[reportArgumentType]
+    return found
 
 
 def memory_weights(model: PreTrainedModel) -> Weights:
@@ -105,17 +128,28 @@ class _Loader:
     def __call__(self) -> torch.Tensor:
         if self.dry:
             return torch.empty(self.entry.shape, dtype=self.dtype, device="meta")
-        with safe_open(self.entry.file, framework="pt") as file:
-            return file.get_tensor(self.key).to(self.dtype)
+        try:
+            with safe_open(self.entry.file, framework="pt") as file:
+                return file.get_tensor(self.key).to(self.dtype)
+        except (OSError, SafetensorError) as error:
+            raise ModelLoadError(
+                f"the checkpoint file {self.entry.file} was changed or removed ({error}): open the model again"
+            ) from error
 
 
-def _converted(model: PreTrainedModel, name: str, group: WeightConverter) -> Weights:
+def _converted(model: PreTrainedModel, name: str, group: WeightConverter, checkpoint: Checkpoint) -> Weights:
     """The tensors that one conversion makes, found by a dry run without data."""
     dry = copy.deepcopy(group)
     for loaders in dry.collected_tensors.values():
         for loader in loaders:
             loader.dry = True  # pyright: ignore[reportAttributeAccessIssue]
-    made: dict[str, Any] = dry.convert(name, model=model, config=model.config)
+    try:
+        made: dict[str, Any] = dry.convert(name, model=model, config=model.config)
+    except Exception as error:  # the conversions of many models raise whatever does not fit them
+        raise ModelLoadError(
+            f"the tensors in {checkpoint.folder} for '{name}' of {type(model).__name__} do not fit together "
+            f"({first_line(error)}): the checkpoint is incomplete or of another model"
+        ) from error
 
     def load(target: str) -> torch.Tensor:
         result: Any = copy.deepcopy(group).convert(name, model=model, config=model.config)[target]
@@ -128,10 +162,11 @@ def _converted(model: PreTrainedModel, name: str, group: WeightConverter) -> Wei
     return weights
 
 
-def _typed(entry: FileRange, key: str, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
-    if entry.dtype == _ir_dtype(dtype):
+def _typed(loader: _Loader, name: str) -> ir.TensorProtocol:
+    entry = loader.entry
+    if entry.dtype == _ir_dtype(loader.dtype):
         return entry.tensor(name)
-    return widened(_lazy(name, entry.shape, dtype, _Loader(entry, key, dtype)), entry)
+    return widened(_lazy(name, entry.shape, loader.dtype, loader), entry)
 
 
 def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
@@ -145,27 +180,32 @@ def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
     return tensor_adapters.from_torch_dtype(dtype)
 
 
-def _natural(key: str) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
-
-
-def _check(
-    model: PreTrainedModel, wanted: dict[str, torch.Tensor], weights: Weights, checkpoint: Checkpoint, partial: bool
-) -> None:
+def _check_shapes(wanted: dict[str, torch.Tensor], weights: Weights, checkpoint: Checkpoint) -> None:
     for name, tensor in weights.items():
         shape = tuple(tensor.shape.numpy())
-        if name in wanted and shape != tuple(wanted[name].shape):
+        if shape != tuple(wanted[name].shape):
             raise ModelLoadError(
                 f"tensor '{name}' in {checkpoint.folder} has shape {list(shape)}, the configuration asks for "
                 f"{list(wanted[name].shape)}: the weights belong to another configuration"
             )
-    for one, other in (model.all_tied_weights_keys or {}).items():
-        if one in weights or other in weights:
-            weights.setdefault(one, weights.get(other, weights.get(one)))  # pyright: ignore[reportArgumentType]
-            weights.setdefault(other, weights[one])
-    missing = [name for name, _ in model.named_parameters() if name not in weights]
-    if missing and not partial:
-        raise ModelLoadError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors of {type(model).__name__}, the first is "
-            f"'{min(missing, key=_natural)}': the checkpoint is incomplete or of another model"
-        )
+
+
+def _missing(model: PreTrainedModel, weights: Weights) -> list[str]:
+    """Parameters that have no tensor, and buffers that are expected to have none."""
+    saved = model.state_dict().keys()
+    parameters = [name for name, _ in model.named_parameters() if name not in weights]
+    buffers = [name for name, _ in model.named_buffers() if name in saved and name not in weights]
+    return parameters + _expected(model, buffers)
+
+
+def _computed(model: PreTrainedModel, missing: list[str]) -> Weights:
+    """Of missing tensors those that transformers expects to be missing, and always gives the same values."""
+    names = _expected(model, missing)
+    return {n: _Shared(tensor, name=n) for n, tensor in initial_values(model, names).items()} if names else {}
+
+
+def _expected(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Those that transformers expects to be missing; its patterns are of the whole model's names."""
+    patterns = ignored_when_missing(model)
+    prefix = f"{model.base_model_prefix}."
+    return [n for n in names if any(re.search(p, n) or re.search(p, prefix + n) for p in patterns)]

@@ -178,14 +178,20 @@ def no_weights(folder: Path) -> None:
 
 
 def index_outside(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    no_weights(folder)  # an index beside them is not read
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"a": "../model.safetensors"}})
+    )
 
 
 def index_of_a_missing_file(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors"}}))
+    no_weights(folder)
+    data = {"metadata": {}, "weight_map": {"a": "model-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(data))
 
 
 def index_that_is_none(folder: Path) -> None:
+    no_weights(folder)
     (folder / "model.safetensors.index.json").write_text("[1]")
 
 
