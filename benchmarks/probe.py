@@ -49,11 +49,11 @@ def main(folder: Path, target: str, opened: bool) -> None:
     specialize(module, options)
     report = run_pipeline(module, Pipeline.parse(backend.pipeline))
     done("passes", nodes=len(module.graph), passes={run.id: run.seconds for run in report.runs})
-    with tempfile.TemporaryDirectory(dir=folder) as name:  # beside the checkpoint, so that its files can be linked
+    with tempfile.TemporaryDirectory(dir=folder) as name:  # beside the checkpoint, so that its files can be shared
         package = Path(name)
         backend.emit(module, package, options)
         files = [path for path in package.rglob("*") if path.is_file()]
-        own = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
+        own = sum(path.stat().st_blocks * 512 for path in files if path.stat().st_nlink == 1)
         done("emit", files=len(files), own=own, linked=sum(p.stat().st_size for p in files) - own)
         if opened:
             backend.open(package, threads=1)

@@ -7,35 +7,29 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx_ir as ir
+
 from backends import find_backend
 from backends.base import Backend, CompileOptions
-from qeff_ir.errors import CompileError, ModelLoadError
+from qeff_ir.digests import digest_file
+from qeff_ir.errors import CompileError, ModelLoadError, PackageError
 from qeff_ir.frontend.source import Source
-from qeff_ir.module import WEIGHT_KEY, Module, Specialization
-from qeff_ir.package import (
-    SIDE_FOLDER,
-    FileRecord,
-    Manifest,
-    building,
-    digest_file,
-    is_package,
-    open_package,
-    read_manifest,
-    record_file,
-    seal,
-)
+from qeff_ir.home import cache_root
+from qeff_ir.module import EMBEDS, WEIGHT_KEY, Module, Specialization
+from qeff_ir.package import SIDE_FOLDER, Manifest, TableRecord, building, is_package, open_package, read_manifest, seal
 from qeff_ir.passing.manager import PassRun, Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.printer import fingerprint
 from qeff_ir.reading import plain_name
-from qeff_ir.storage import file_range
+from qeff_ir.replacement import disk_errors, put_right
+from qeff_ir.sharing import choice
+from qeff_ir.storage import file_range, numbers_digest
 
 Watch = Callable[[str, PassRun | None], None]
 """Called with the name of each step before it starts, and again with the result when it was a pass."""
@@ -117,33 +111,26 @@ def compile_model(
     tell = watch or (lambda _step, _run: None)
     tell("weights", None)
     module = None if source.identity() is not None else source.lower()
-    records: dict[Path, FileRecord] = {}
-    key = _key(source, module, backend, options, steps, emit_only, records)
-    folder = out or cache_root() / _architecture(source) / f"{_architecture(source)}-{key[:16]}"
-    found = _cached(folder, key)
-    if found is not None:
-        return Compiled(folder, found, cached=True)
-    with building(folder) as partial:
-        found = _cached(folder, key)  # another process may have built it while we waited
-        cached = found is not None
-        if found is None:
-            if module is None:
-                tell("lower", None)
-                module = source.lower()
-            found = _build(module, source, backend, options, steps, emit_only, partial, tell)
-            found.key = key
-            seal(partial, found, records)
+    folder = out or cache_root() / _architecture(source)
+    with disk_errors(folder):  # the disk of the model, and the one of temporary files
+        before = _inputs(source)
+        key = _key(source, module, backend, options, steps, emit_only, before)
+        folder = out or folder / f"{_architecture(source)}-{key[:16]}"
+        found = _cached(folder, key)
+        if found is not None:
+            return Compiled(folder, found, cached=True)
+        with building(folder) as partial:
+            found = _cached(folder, key)  # another process may have built it while we waited
+            cached = found is not None
+            if found is None:
+                if module is None:
+                    tell("lower", None)
+                    module = source.lower()
+                found = _build(module, source, backend, options, steps, emit_only, partial, tell)
+                found.key = key
+                seal(partial, found)
+                _refuse_changes(before, _inputs(source))
     return Compiled(folder, found, cached=cached)
-
-
-def cache_root() -> Path:
-    """Where packages go by default: ``$QEFF_HOME``, ``$XDG_CACHE_HOME/qeff_models``, or ``~/.cache/qeff_models``.
-
-    The order is the AI 100 contract's (§4.5).
-    """
-    if home := os.environ.get("QEFF_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qeff_models"
 
 
 def specialize(module: Module, options: CompileOptions) -> None:
@@ -208,7 +195,25 @@ def _build(
     if not emit_only:
         tell("compile", None)
         backend.compile(folder, options)
-    return Manifest(backend.name, module.name, "", not emit_only, asdict(options), report.to_json())
+    made = Manifest(backend.name, module.name, "", not emit_only, asdict(options), report.to_json())
+    made.tables = _tables(module, source)
+    return made
+
+
+def _tables(module: Module, source: Source) -> dict[str, TableRecord]:
+    """What is known of the table that the graph leaves in the checkpoint, where an input stands for its rows."""
+    found: dict[str, TableRecord] = {}
+    for value in module.graph.inputs:
+        if value.name == EMBEDS and (name := value.metadata_props.get(WEIGHT_KEY)) is not None:
+            table = source.weights().get(name)
+            if table is not None:
+                found[name] = table_record(table)
+    return found
+
+
+def table_record(table: ir.TensorProtocol) -> TableRecord:
+    """What the manifest says of a table."""
+    return TableRecord(tuple(int(d) for d in table.shape.numpy()), numbers_digest(table))
 
 
 def _check_options(options: CompileOptions, source: Source) -> None:
@@ -241,12 +246,35 @@ def _architecture(source: Source) -> str:
 
 def _cached(folder: Path, key: str) -> Manifest | None:
     """The package in `folder`, if it is whole and was made from just this."""
-    from qeff_ir.errors import PackageError
-
+    put_right(folder)
     try:
         return open_package(folder) if is_package(folder) and read_manifest(folder).key == key else None
     except PackageError:
         return None  # damaged or of another version: it is built anew
+
+
+def _inputs(source: Source) -> dict[str, str]:
+    """Digest of every file that a package is made from.
+
+    Raises:
+        ModelLoadError: A file of the checkpoint cannot be read.
+    """
+    found: dict[str, str] = {}
+    for path in source.weight_files():
+        try:
+            found[str(path)] = digest_file(path)
+        except OSError as error:
+            raise ModelLoadError(
+                f"the checkpoint file {path} cannot be read ({error.strerror}): open the model again"
+            ) from error
+    return {**found, **_side_digests(source)}
+
+
+def _refuse_changes(before: dict[str, str], after: dict[str, str]) -> None:
+    """Tell of a model that was saved again while it was compiled: what was made is of neither."""
+    changed = [name for name in (*before, *after) if before.get(name) != after.get(name)]
+    if changed:
+        raise PackageError(f"{Path(changed[0]).name} was changed while the model was compiled: compile it again")
 
 
 def _key(
@@ -256,26 +284,22 @@ def _key(
     options: CompileOptions,
     steps: Pipeline,
     emit_only: bool,
-    records: dict[Path, FileRecord],
+    inputs: dict[str, str],
 ) -> str:
-    """SHA-256 of all that can change a package; fills `records` with those of the weight files."""
+    """SHA-256 of all that can change a package."""
     if module is None:
         graph: Any = source.identity()
-        for path in source.weight_files():
-            try:
-                records[path] = record_file(path)
-            except OSError as error:
-                raise ModelLoadError(
-                    f"the checkpoint file {path} cannot be read ({error.strerror}): open the model again"
-                ) from error
-        weights: Any = [record.sha256 for record in records.values()]  # by name, two folders' shards would be one
+        weights: Any = {}
     else:
         graph = fingerprint(module)
         weights = _weight_digests(module)
+    # In their order and by name: a model that was moved is the same one, shards of two folders are not.
+    files = [(Path(name).name, digest) for name, digest in inputs.items()]
     facts = {
         "graph": graph,
         "weights": weights,
-        "side files": _side_digests(source),
+        "files": files,
+        "weight files": choice(),
         "options": asdict(options),
         "flag files": {n: digest_file(Path(v)) for n, v in options.flags.items() if _is_file(v)},
         "pipeline": str(steps),

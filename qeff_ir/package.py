@@ -2,41 +2,34 @@
 
     OUT/package.json      the manifest, written last
     OUT/huggingface/      configuration and tokenizer
-    OUT/weights/          hard links to the checkpoint's files, and tensors that exist nowhere else
+    OUT/weights/          the checkpoint's files (see `qeff_ir.storage`), and tensors that exist nowhere else
     OUT/...               what the target's `emit` and `compile` wrote
 
-A package is built in a hidden folder beside `OUT` and renamed when it is complete, under a lock. A build that is killed
-leaves only the hidden folder, which the next build removes.
+The manifest seals every file. One that it does not name is refused, since whoever reads a folder by the names in it
+(transformers, ONNX Runtime) would take it; hidden files, which nobody reads, may be there. Digests are taken once on a
+machine, see `qeff_ir.digests`. How a folder gets its place, see `qeff_ir.replacement`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
-import shutil
-import tempfile
-import uuid
-from collections.abc import Callable, Generator
+import os
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock
-
-from qeff_ir.errors import PackageError
+from qeff_ir import replacement
+from qeff_ir.digests import digest_file, settle, stamp
+from qeff_ir.errors import PackageError, QeffError
+from qeff_ir.reading import read_json, regular_file
 
 MANIFEST = "package.json"
 SIDE_FOLDER = "huggingface"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the manifest and of the folder; a package of another version is refused."""
-
-_CHUNK = 1 << 24
-_UNWRITABLE = frozenset(
-    {errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EFBIG, errno.ENAMETOOLONG}
-)
-"""What the place that the user chose for a package can answer, a full disk apart."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +39,23 @@ class FileRecord:
     Attributes:
         bytes: Size.
         sha256: Digest.
-        mtime_ns: Time of the last change when the digest was taken; while size and time stay, the digest is believed.
     """
 
     bytes: int
     sha256: str
-    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class TableRecord:
+    """What the manifest knows of a table that stays in the checkpoint.
+
+    Attributes:
+        shape: Sizes.
+        sha256: Digest of its numbers as float32, so that it does not depend on how a checkpoint stores them.
+    """
+
+    shape: tuple[int, ...]
+    sha256: str
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Manifest:
         options: The compile options as plain data.
         report: What the passes did, see `qeff_ir.passing.manager.Report`.
         files: Every file of the package by path relative to it.
+        tables: The parameters whose rows the host looks up in the checkpoint.
         version: Format version.
     """
 
@@ -76,18 +81,14 @@ class Manifest:
     options: dict[str, Any]
     report: dict[str, Any]
     files: dict[str, FileRecord] = field(default_factory=dict[str, FileRecord])
+    tables: dict[str, TableRecord] = field(default_factory=dict[str, TableRecord])
     version: int = FORMAT_VERSION
 
 
-def digest_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file, in hex; `progress` is told the bytes read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            if progress is not None:
-                progress(len(chunk))
-    return digest.hexdigest()
+_TYPES: Mapping[str, type] = {
+    "target": str, "model": str, "key": str, "compiled": bool, "options": dict, "report": dict, "files": dict,
+    "tables": dict, "version": int,
+}  # fmt: skip
 
 
 def is_package(folder: Path) -> bool:
@@ -102,134 +103,146 @@ def read_manifest(folder: Path) -> Manifest:
         PackageError: There is none, it is damaged, or it is of another version.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise PackageError(f"{folder} is not a qeff package (it has no {MANIFEST}): compile the model with -o {folder}")
     try:
-        data = json.loads(path.read_text())
+        data: Any = read_json(path, error=PackageError)
+    except PackageError as error:
+        raise PackageError(f"{path} is damaged ({error.__cause__ or error}): compile the model again") from error
+    try:
         if data["version"] != FORMAT_VERSION:
             raise PackageError(
                 f"{folder} is a package of format version {data['version']}, this qeff-ir reads version "
                 f"{FORMAT_VERSION}: compile the model again"
             )
+        wrong = [name for name, kind in _TYPES.items() if type(data[name]) is not kind]
         files = {name: FileRecord(**record) for name, record in data.pop("files").items()}
-        return Manifest(files=files, **data)
+        wrong += [n for n, r in files.items() if type(r.bytes) is not int or type(r.sha256) is not str]
+        tables = {n: TableRecord(tuple(r["shape"]), r["sha256"]) for n, r in data.pop("tables").items()}
+        if wrong:
+            raise TypeError(f"{wrong[0]} is of the wrong type")
+        if not files:
+            raise ValueError("it lists no files")
+        return Manifest(files=files, tables=tables, **data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackageError(f"{path} is damaged ({error}): compile the model again") from error
 
 
 def open_package(folder: Path) -> Manifest:
-    """Read a package's manifest and check every file against it.
+    """Read a package's manifest and check every file against it; before, put right what a killed build has left.
 
     Raises:
-        PackageError: As `read_manifest`, or a file is missing or altered.
+        PackageError: As `read_manifest`, or a file is missing or altered, or is not in the manifest.
     """
+    replacement.put_right(folder)
     manifest = read_manifest(folder)
-    root = folder.resolve()
     for name, record in manifest.files.items():
-        path = root / name
-        if not path.resolve().is_relative_to(root):
-            raise PackageError(f"{folder / MANIFEST} names '{name}', a file outside the package: refused")
-        if not path.is_file():
-            raise PackageError(f"{name} of the package {folder} is missing: compile the model again")
-        stat = path.stat()
-        same = stat.st_size == record.bytes and stat.st_mtime_ns == record.mtime_ns
-        if not same and (stat.st_size != record.bytes or digest_file(path) != record.sha256):
+        path = _listed(folder, name)
+        if path.stat().st_size != record.bytes or digest_file(path) != record.sha256:
             raise PackageError(
                 f"{name} of the package {folder} was altered after it was compiled: compile the model again"
+            )
+    for name in _names(folder):
+        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+        if name not in manifest.files and not hidden:
+            raise PackageError(
+                f"{ascii(name)[1:-1]} of the package {folder} is not in its manifest: remove it, or compile the model "
+                "again"
             )
     return manifest
 
 
 @contextlib.contextmanager
-def building(out: Path) -> Generator[Path]:
-    """A new folder that becomes `out` when the block ends without an error; otherwise nothing of it stays.
+def opened(folder: Path, key: str | None = None) -> Generator[Manifest]:
+    """Check a package, read it in the block, and make sure that it was not changed meanwhile.
 
-    Only one build of `out` runs at a time. What `out` held before is replaced at once, and only if it was a package; a
-    block that puts nothing into the folder, because another process has built `out` meanwhile, leaves it as it is.
+    Whatever goes wrong in the block is the package's fault: what a library says of a damaged file becomes a sentence.
+
+    Args:
+        folder: The package.
+        key: The key that it had when it was looked at last.
 
     Raises:
-        PackageError: `out` holds something else, or the disk is full or cannot be written.
+        PackageError: As `open_package`; or the package was replaced or changed, or cannot be read.
     """
-    out = out.absolute()
-    with _disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _try_to_write(out)
-        with FileLock(out.parent / f".{out.name}.lock"):
-            for leftover in out.parent.glob(f".{out.name}.partial-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            if out.exists() and not is_package(out) and (not out.is_dir() or any(out.iterdir())):
-                raise PackageError(f"{out} exists and is not a qeff package: remove it, or choose another -o")
-            partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
-            partial.mkdir()
-            try:
-                yield partial
-                if any(partial.iterdir()):
-                    _replace(partial, out)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+    with readable(folder):
+        manifest = open_package(folder)
+        if key is not None and manifest.key != key:
+            raise PackageError(f"{folder} was replaced by another package since it was opened: open it again")
+        before = _stamps(folder, manifest)
+        yield manifest
+        if _stamps(folder, manifest) != before and open_package(folder).files != manifest.files:
+            raise PackageError(f"{folder} was changed while it was read: open it again")
 
 
-def record_file(path: Path) -> FileRecord:
-    """Size, digest and time of a file as it is now."""
-    stat = path.stat()
-    return FileRecord(stat.st_size, digest_file(path), stat.st_mtime_ns)
+@contextlib.contextmanager
+def readable(path: Path) -> Generator[None]:
+    """The door behind which a package is read: no error of a library gets through.
+
+    Raises:
+        PackageError: In place of any error that is not a `QeffError`.
+    """
+    try:
+        yield
+    except QeffError:
+        raise
+    except Exception as error:  # ONNX, protobuf, NumPy and ONNX Runtime each raise what they like at damaged bytes
+        said = (str(error).splitlines() or [""])[0][:200]
+        reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        raise PackageError(f"{path} cannot be read ({reason}): compile the model again") from error
 
 
-def seal(folder: Path, manifest: Manifest, known: dict[Path, FileRecord] | None = None) -> None:
+def building(out: Path) -> AbstractContextManager[Path]:
+    """A new folder that becomes the package `out`, see `qeff_ir.replacement.building`."""
+    return replacement.building(out, is_package)
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
     """Record every file of a folder in the manifest and write it: the last step of a build.
 
     Args:
         folder: The folder.
         manifest: Its `files` are filled.
-        known: Records that were taken already, by resolved path of any hard link of the file.
-
-    Raises:
-        PackageError: Such a file is no longer what its record says.
     """
-    records = {_inode(path): record for path, record in (known or {}).items()}
+    settle()
     manifest.files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        stat = path.stat()
-        record = records.get(_inode(path)) or record_file(path)
-        if (stat.st_size, stat.st_mtime_ns) != (record.bytes, record.mtime_ns):
-            raise PackageError(f"{path.name} was changed while the model was compiled: compile it again")
-        manifest.files[path.relative_to(folder).as_posix()] = record
+    for name in _names(folder):
+        path = folder / name
+        manifest.files[name] = FileRecord(path.stat().st_size, digest_file(path))
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, sort_keys=True))
 
 
-def _try_to_write(out: Path) -> None:
-    """Tell of a folder that takes no file; the lock would wait for it for ever."""
+def _listed(folder: Path, name: str) -> Path:
+    """A file that the manifest names.
+
+    Raises:
+        PackageError: It is outside the package, is missing, or is no file.
+    """
+    pure = PurePosixPath(name)
+    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
+        raise PackageError(f"{folder / MANIFEST} names {name!a}, a file outside the package: refused")
     try:
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except FileNotFoundError as error:
-        raise PackageError(f"{out} cannot be written (its folder takes no files): choose another -o") from error
+        missing = not os.path.lexists(folder / name)
+    except (OSError, ValueError):  # a name that no file has
+        missing = True
+    if missing:
+        raise PackageError(f"{name[:200]} of the package {folder} is missing: compile the model again")
+    return regular_file(folder / name, folder, error=PackageError)
 
 
-def _inode(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino
+def _names(folder: Path) -> list[str]:
+    """Every file below a folder but the manifest, sorted; a link to a folder counts as one."""
+    found: list[str] = []
+    for base, folders, names in os.walk(folder):
+        here = Path(base)
+        links = [name for name in folders if (here / name).is_symlink()]
+        found += [(here / name).relative_to(folder).as_posix() for name in (*names, *links)]
+    return sorted(set(found) - {MANIFEST})
 
 
-def _replace(new: Path, out: Path) -> None:
-    if out.exists():
-        old = out.parent / f".{out.name}.partial-old"
-        out.rename(old)
-        new.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        new.rename(out)
-
-
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Generator[None]:
+def _stamps(folder: Path, manifest: Manifest) -> list[object]:
+    names = [MANIFEST, *manifest.files]
     try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PackageError(
-                f"the disk is full while writing {out}: free some space; nothing was left behind"
-            ) from error
-        if error.errno in _UNWRITABLE:
-            raise PackageError(f"{out} cannot be written ({error.strerror}): choose another -o") from error
-        raise
+        return [(name, stamp(folder / name)) for name in names]
+    except OSError:
+        return [None]

@@ -1,25 +1,28 @@
-"""Tensors that stay in their files, and writing a model to a folder without copying them.
+"""Tensors that stay in their files, and writing a model to a folder with the files that it refers to.
 
-A weight is a range of bytes in a file. Files of a checkpoint are hard-linked into a package; tensors that exist nowhere
-yet are written once, one at a time.
+A weight is a range of bytes in a file. How the files of a checkpoint get into a package, see `qeff_ir.sharing`; tensors
+that exist nowhere yet are written once, one at a time. Subgraphs, functions and the tensors in attributes are read and
+written as the main graph is.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from qeff_ir.digests import digest_file
 from qeff_ir.errors import PackageError
-from qeff_ir.package import digest_file
+from qeff_ir.module import WEIGHT_KEY
+from qeff_ir.reading import regular_file
+from qeff_ir.sharing import share
 
 WEIGHTS = "weights"
 """Folder of the weight files, beside the ONNX file; ONNX takes only paths below its own folder."""
@@ -30,8 +33,6 @@ INLINE_BYTES = 1024
 _META_KEY = "qeff.range"
 _STORED_KEY = "qeff.stored"
 _CHUNK = 1 << 24
-_UNLINKABLE = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES})
-"""What a file system answers that cannot link to a file: it is another one, has no hard links, or no more of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class FileRange:
         length: Bytes.
         dtype: Element type as stored.
         shape: Sizes.
+        linkable: Whether the file may get a further hard link: it is a checkpoint's, and not an ONNX file's.
     """
 
     file: Path
@@ -51,12 +53,13 @@ class FileRange:
     length: int
     dtype: ir.DataType
     shape: tuple[int, ...]
+    linkable: bool = field(default=False, compare=False)
 
     def tensor(self, name: str) -> ir.LazyTensor:
         """An initializer value that is read (memory-mapped) only when somebody asks for its numbers.
 
         `onnx_ir.ExternalTensor` is not used here because it refuses to read files that have several hard links, which
-        is just what a checkpoint and the packages made of it are.
+        a checkpoint and a large package made of it may be.
         """
 
         def read() -> ir.Tensor[Any]:
@@ -85,104 +88,197 @@ def stored(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
     return (tensor if where is None else where.tensor(tensor.name or "")).numpy()
 
 
+def stored_in(tensor: ir.TensorProtocol) -> FileRange | None:
+    """Where `stored` takes the numbers of a tensor from; `None` for memory."""
+    where: FileRange | None = tensor.meta.get(_STORED_KEY) if isinstance(tensor, ir.LazyTensor) else None
+    return where or file_range(tensor)
+
+
+def numbers_digest(tensor: ir.TensorProtocol) -> str:
+    """SHA-256 of the numbers of a tensor as float32, whatever they are stored as; in a file, taken once."""
+    where = stored_in(tensor)
+    if where is None:
+        return hashlib.sha256(np.ascontiguousarray(tensor.numpy(), dtype=np.float32).tobytes()).hexdigest()
+    dtype = where.dtype.numpy()
+
+    def widen(data: bytes) -> bytes:
+        return np.frombuffer(data, dtype).astype(np.float32).tobytes()
+
+    return digest_file(where.file, where.offset, where.length, (f"{where.dtype.name} as float32", widen))
+
+
 def load_model(path: Path) -> ir.Model:
     """Read an ONNX file whose weights stay where they are, as `save_model` wrote it.
 
     Raises:
-        PackageError: A tensor lies outside the file's own folder, or its file is missing or too short.
+        PackageError: A tensor lies outside the file's own folder, or its file is missing or too short, or the tensor
+            cannot be as long as is said.
     """
     model = ir.load(path)
-    root = path.parent.resolve()
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        file = (root / tensor.location).resolve()
-        if not file.is_relative_to(root):
-            raise PackageError(f"{path} refers to '{tensor.location}', outside its own folder: refused")
-        start, length = tensor.offset or 0, tensor.length or tensor.nbytes
-        if not file.is_file() or file.stat().st_size < start + length:
-            raise PackageError(f"{file}, a weight file of {path}, is missing or too short: compile again")
-        shape = tuple(int(d) for d in tensor.shape.numpy())
-        value.const_value = FileRange(file, start, length, tensor.dtype, shape).tensor(value.name or "")
+    for tensor, put in tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            put(_located(tensor, path).tensor(tensor.name or ""))
     return model
 
 
-def save_model(model: ir.Model, folder: Path, filename: str) -> None:
+def save_model(
+    model: ir.Model, folder: Path, filename: str, *, weights: str = WEIGHTS, prefer_links: bool = False
+) -> None:
     """Write ``folder/filename`` and what it refers to under ``folder/weights``; `model` itself is unchanged.
 
-    Tensors that lie in files are referenced through a hard link, or a copy where the folder is on another file system.
-    All others above 1 KiB go to one side file, one at a time.
+    Files that tensors lie in get there as `qeff_ir.sharing` has it. All other initializers above 1 KiB go to one side
+    file, one at a time. Up to that size, constants that are no weights stay in the ONNX file wherever they lay.
+
+    Args:
+        model: The model.
+        folder: Where to write.
+        filename: Of the ONNX file.
+        weights: Of the folder of the weight files.
+        prefer_links: Hard-link a checkpoint's files, whatever their size: for what only qeff-ir reads.
 
     Raises:
         PackageError: A referenced file is gone.
     """
     copy = model.clone()
-    links: dict[Path, str] = {}
-    loose: list[ir.Value] = []
-    for value in copy.graph.initializers.values():
-        tensor = value.const_value
+    initializers = {id(v.const_value): WEIGHT_KEY in v.metadata_props for v in copy.graph.initializers.values()}
+    ranges: list[tuple[FileRange, str, Callable[[ir.TensorProtocol], None]]] = []
+    loose: list[tuple[ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]] = []
+    for tensor, put in tensors(copy):
+        small = tensor.nbytes <= INLINE_BYTES and not initializers.get(id(tensor), False)
         where = file_range(tensor)
-        if where is not None:
-            value.const_value = ir.ExternalTensor(
-                link(where.file, folder, links),
-                where.offset,
-                where.length,
-                where.dtype,
-                shape=ir.Shape(where.shape),
-                name=value.name or "",
-                base_dir=folder,
+        if where is not None and not small:
+            ranges.append((where, tensor.name or "", put))
+        elif where is not None:
+            put(ir.tensor(tensor.numpy().copy(), tensor.dtype, name=tensor.name))
+        elif id(tensor) in initializers and tensor.nbytes > INLINE_BYTES:
+            loose.append((tensor, put))
+    locations = place((where for where, _, _ in ranges), folder, weights=weights, prefer_links=prefer_links)
+    for where, name, put in ranges:
+        location, shape = locations[where.file], ir.Shape(where.shape)
+        put(
+            ir.ExternalTensor(
+                location, where.offset, where.length, where.dtype, shape=shape, name=name, base_dir=folder
             )
-        elif tensor is not None and tensor.nbytes > INLINE_BYTES:
-            loose.append(value)
+        )
     if loose:
-        (folder / WEIGHTS).mkdir(parents=True, exist_ok=True)
-        tensors = [v.const_value for v in loose if v.const_value is not None]
-        side = _free(f"{Path(filename).stem}.data", links.values())
-        for value, tensor in zip(
-            loose, ir.external_data.convert_tensors_to_external(tensors, folder, side), strict=True
-        ):
-            value.const_value = tensor
+        (folder / weights).mkdir(parents=True, exist_ok=True)
+        side = _free(weights, f"{Path(filename).stem}.data", locations.values())
+        written = ir.external_data.convert_tensors_to_external([tensor for tensor, _ in loose], folder, side)
+        for (_, put), tensor in zip(loose, written, strict=True):
+            put(tensor)
     ir.save(copy, folder / filename)
 
 
-def link(source: Path, folder: Path, links: dict[Path, str]) -> str:
-    """Make `source` reachable below `folder`; returns its location relative to the folder."""
-    if not source.exists():
-        raise PackageError(f"the weight file {source} is gone: restore it, or lower the model again")
-    if source not in links:
-        taken = set(links.values())
-        taken |= {f"{WEIGHTS}/{path.name}" for path in (folder / WEIGHTS).glob("*") if not path.samefile(source)}
-        location = _free(source.name, taken)
-        target = folder / location
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            try:
-                os.link(source, target)
-            except OSError as error:
-                if error.errno not in _UNLINKABLE:
-                    raise
-                _copy(source, target)
-        links[source] = location
-    return links[source]
+def place(
+    ranges: Iterable[FileRange],
+    folder: Path,
+    *,
+    weights: str = WEIGHTS,
+    reserved: Collection[str] = (),
+    prefer_links: bool = False,
+) -> dict[Path, str]:
+    """Put the files of ranges below a folder; returns the location of each relative to it.
 
-
-def _free(name: str, taken: Collection[str]) -> str:
-    """The location of a file of that name below a folder, or the first like it that is not taken."""
-    places = (f"{WEIGHTS}/{prefix}{name}" for prefix in itertools.chain([""], (f"{n}-" for n in itertools.count(1))))
-    return next(place for place in places if place not in taken)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file and read the copy back; memory holds one chunk.
+    Args:
+        ranges: The ranges.
+        folder: The folder.
+        weights: See `save_model`.
+        reserved: Locations that no file may get.
+        prefer_links: See `save_model`.
 
     Raises:
-        PackageError: The copy differs.
+        PackageError: A file is gone.
     """
-    digest, size = hashlib.sha256(), 0
-    with source.open("rb") as old, target.open("wb") as new:
-        while chunk := old.read(_CHUNK):
-            digest.update(chunk)
-            size += new.write(chunk)
-    if target.stat().st_size != size or digest_file(target) != digest.hexdigest():
-        raise PackageError(f"the copy of {source} to {target} is not equal to it: check the disk, and compile again")
+    found: dict[Path, str] = {}
+    new: dict[Path, Path] = {}
+    linkable: set[Path] = set()
+    taken = {*reserved, *(f"{weights}/{path.name}" for path in (folder / weights).glob("*"))}
+    for where in ranges:
+        source = where.file
+        if where.linkable:
+            linkable.add(source)
+        if source in found:
+            continue
+        if not source.exists():
+            raise PackageError(f"the weight file {source} is gone: restore it, or lower the model again")
+        here = f"{weights}/{source.name}"
+        if os.path.exists(folder / here) and source.samefile(folder / here):
+            found[source] = here
+            continue
+        found[source] = _free(weights, source.name, taken)
+        taken.add(found[source])
+        new[source] = folder / found[source]
+    if new:
+        (folder / weights).mkdir(parents=True, exist_ok=True)
+        share(new, linkable, prefer_links=prefer_links)
+    return found
+
+
+def tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]]:
+    """Every tensor of a model, each with what puts another one in its place."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for inner in _graphs(graph):
+            for value in list(inner.initializers.values()):
+                if value.const_value is not None:
+                    yield value.const_value, lambda tensor, value=value: setattr(value, "const_value", tensor)
+            for node in inner:
+                yield from _attributes(node)
+
+
+def _graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+    yield graph
+    yield from graph.subgraphs()
+
+
+def _attributes(node: ir.Node) -> Iterator[tuple[ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]]:
+    for attribute in list(node.attributes.values()):
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.TENSOR:
+            name = attribute.name
+
+            def put(tensor: ir.TensorProtocol, name: str = name) -> None:
+                node.attributes[name] = ir.AttrTensor(name, tensor)
+
+            yield attribute.as_tensor(), put
+        elif attribute.type == ir.AttributeType.TENSORS:
+            several = list(attribute.as_tensors())
+
+            def put_one(tensor: ir.TensorProtocol, index: int, name: str, several: list[ir.TensorProtocol]) -> None:
+                several[index] = tensor
+                node.attributes[name] = ir.AttrTensors(name, several)
+
+            for index, tensor in enumerate(list(several)):
+                yield tensor, lambda new, i=index, n=attribute.name, s=several: put_one(new, i, n, s)
+
+
+def _located(tensor: ir.ExternalTensor, path: Path) -> FileRange:
+    """Where a tensor of an ONNX file lies.
+
+    Raises:
+        PackageError: See `load_model`.
+    """
+    location = os.path.normpath(tensor.location)
+    if os.path.isabs(location) or location.split(os.sep)[0] == os.pardir:
+        raise PackageError(f"{path} refers to '{tensor.location}', outside its own folder: refused")
+    file = path.parent / location
+    if not os.path.exists(file):
+        raise PackageError(f"{file}, a weight file of {path}, is missing or too short: compile again")
+    file = regular_file(file, path.parent, error=PackageError)
+    shape = tuple(int(d) for d in tensor.shape.numpy())
+    size, start = tensor.nbytes, tensor.offset or 0
+    length = size if tensor.length is None else tensor.length
+    if start < 0 or length != size or tensor.dtype == ir.DataType.STRING:
+        raise PackageError(
+            f"the tensor '{tensor.name}' of {path} has {size} bytes, and {length} from {start} on are said to be its: "
+            "write the file again"
+        )
+    if file.stat().st_size < start + length:
+        raise PackageError(f"{file}, a weight file of {path}, is missing or too short: compile again")
+    return FileRange(file, start, length, tensor.dtype, shape)
+
+
+def _free(weights: str, name: str, taken: Collection[str]) -> str:
+    """The location of a file of that name below a folder, or the first like it that is not taken."""
+    places = (f"{weights}/{prefix}{name}" for prefix in itertools.chain([""], (f"{n}-" for n in itertools.count(1))))
+    return next(place for place in places if place not in taken)

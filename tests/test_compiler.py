@@ -123,7 +123,7 @@ def test_a_damaged_package_is_built_anew() -> None:
 def test_a_folder_compiles_without_loading_weights(folder: Path, tmp_path: Path) -> None:
     compiled = QEFFAutoModelForCausalLM.from_pretrained(folder)
     out = Path(compiled.compile(**SHAPES, compile_dir=tmp_path / "out"))
-    assert (out / "weights" / "model.safetensors").samefile(folder / "model.safetensors")
+    assert (out / "weights" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert (out / SIDE_FOLDER / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     again = QEFFAutoModelForCausalLM.from_pretrained(folder)
     again.compile(**SHAPES, compile_dir=tmp_path / "out")

@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qeff_ir.errors import PackageError
-from qeff_ir.package import MANIFEST, FileRecord, Manifest, building, open_package, record_file, seal
+from qeff_ir.package import MANIFEST, Manifest, building, open_package, opened, seal
 
 
 def fill(folder: Path, text: str = "content") -> None:
@@ -62,11 +63,13 @@ def test_a_copied_package_opens(package: Path) -> None:
 def test_another_version_is_told(package: Path) -> None:
     path = package / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
-    with pytest.raises(PackageError, match="version 99, this qeff-ir reads version 1: compile the model again"):
+    with pytest.raises(PackageError, match="version 99, this qeff-ir reads version 2: compile the model again"):
         open_package(package)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "files": {"a": {}}}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"version": 2}', '{"version": 2, "files": {"a": {}}}', "\x00", "[" * 100_000]
+)
 def test_a_damaged_manifest_is_told(text: str, package: Path) -> None:
     (package / MANIFEST).write_text(text)
     with pytest.raises(PackageError, match="is damaged"):
@@ -167,35 +170,6 @@ def test_a_killed_build_leaves_no_package_and_the_next_one_works(tmp_path: Path)
     assert hidden(tmp_path) == []
 
 
-@pytest.fixture
-def linked(tmp_path: Path) -> tuple[Path, Path]:
-    """A file, and a folder that links it."""
-    source, folder = tmp_path / "weights.bin", tmp_path / "package"
-    source.write_text("weights")
-    folder.mkdir()
-    os.link(source, folder / "linked.bin")
-    return source, folder
-
-
-def test_a_digest_that_is_known_is_not_taken_again(linked: tuple[Path, Path]) -> None:
-    source, folder = linked
-    manifest = Manifest("t", "m", "k", True, {}, {})
-    stat = source.stat()
-    seal(folder, manifest, {source: FileRecord(stat.st_size, "known", stat.st_mtime_ns)})
-    assert manifest.files["linked.bin"].sha256 == "known"
-
-
-@pytest.mark.parametrize("text", ["heights", "more weights"])
-def test_a_file_that_changed_since_its_record_is_refused(text: str, linked: tuple[Path, Path]) -> None:
-    source, folder = linked
-    record = record_file(source)
-    source.write_text(text)
-    os.utime(source, ns=(record.mtime_ns + 1000, record.mtime_ns + 1000))
-    with pytest.raises(PackageError, match=r"linked\.bin was changed while the model was compiled: compile it again"):
-        seal(folder, Manifest("t", "m", "k", True, {}, {}), {source: record})
-    assert not (folder / MANIFEST).exists()
-
-
 def test_a_folder_that_takes_no_files_is_told() -> None:
     out = Path("/proc/qeff-out")
     with (
@@ -203,3 +177,92 @@ def test_a_folder_that_takes_no_files_is_told() -> None:
         building(out),
     ):
         pass
+
+
+def reseal(package: Path, **fields: Any) -> None:
+    """Change fields of the manifest."""
+    path = package / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"files": {}}, {"files": []}, {"files": {"a.bin": {"bytes": "7", "sha256": "x"}}}, {"key": 5}, {"options": []},
+        {"compiled": 1}, {"tables": {"t": {}}}, {"version": True}, {"version": [2]}, {"more": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_with_other_fields_is_told(fields: dict[str, Any], package: Path) -> None:
+    reseal(package, **fields)
+    with pytest.raises(PackageError, match=r"is damaged|is a package of format version"):
+        open_package(package)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "..", "sub/../../out/a.bin", "a\0b", "", "x" * 5000, "loop", "sub", "pipe"]
+)
+def test_a_manifest_that_names_what_no_package_holds_is_told(name: str, package: Path) -> None:
+    (package / "loop").symlink_to("loop")
+    os.mkfifo(package / "pipe")
+    files = json.loads((package / MANIFEST).read_text())["files"]
+    reseal(package, files={**files, name: files["a.bin"]})
+    with pytest.raises(
+        PackageError, match=r"outside the package: refused|is missing|cannot be read|not a regular file"
+    ):
+        open_package(package)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "sub/new.json", "sub/linked", "more/x"])
+def test_a_file_that_is_not_listed_is_refused(name: str, package: Path) -> None:
+    """transformers and ONNX Runtime would read it by its name."""
+    (package / "more").mkdir()
+    if name == "sub/linked":
+        (package / name).symlink_to(package.parent)
+    else:
+        (package / name).write_text("{}")
+    with pytest.raises(PackageError, match=f"{name} of the package .* is not in its manifest: remove it"):
+        open_package(package)
+
+
+def test_a_hidden_file_may_be_there(package: Path) -> None:
+    (package / "sub" / ".DS_Store").write_text("")
+    open_package(package)
+
+
+def test_a_change_that_keeps_size_and_time_is_told(package: Path) -> None:
+    """Copies keep times (cp -p, rsync): the time of a change says nothing, the one of the file's status does."""
+    path = package / "a.bin"
+    open_package(package)
+    before = path.stat()
+    path.write_text("c0ntent")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(PackageError, match=r"a\.bin of the package .* was altered"):
+        open_package(package)
+
+
+def test_a_package_that_is_changed_while_it_is_read_is_told(package: Path) -> None:
+    def read() -> None:
+        with opened(package, "key"):
+            (package / "a.bin").write_text("c0ntent")
+
+    with pytest.raises(PackageError, match=r"a\.bin of the package .* was altered"):
+        read()
+
+
+def test_another_package_in_its_place_is_told(package: Path) -> None:
+    with pytest.raises(PackageError, match="was replaced by another package since it was opened"), opened(package, "k"):
+        pass
+    with opened(package, "key") as manifest:
+        assert manifest.key == "key"
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), RecursionError("deep"), MemoryError(), OSError(5, "I/O"), ValueError("a\nb")]
+)
+def test_what_a_library_says_of_damage_is_a_sentence(error: Exception, package: Path) -> None:
+    text = r"^.*out cannot be read \([A-Za-z]+.*\): compile the model again$"
+    with pytest.raises(PackageError, match=text) as told, opened(package):
+        raise error
+    assert told.value.__cause__ is error

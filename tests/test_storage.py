@@ -1,4 +1,4 @@
-"""Weights stay in their files: linked, never copied, never outside the folder; saving and loading is exact."""
+"""Weights are files below the folder, as the checkpoint has them; saving and loading is exact."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def test_lowering_refers_to_the_checkpoint(module: Module, checkpoint: Path) -> 
             assert where is not None and where.file == (checkpoint / "model.safetensors").resolve()
 
 
-def test_saved_weights_are_links(module: Module, checkpoint: Path, tmp_path: Path) -> None:
+def test_saved_weights_are_the_files_of_the_checkpoint(module: Module, checkpoint: Path, tmp_path: Path) -> None:
     path = save_module(module, tmp_path / "out")
-    linked = tmp_path / "out" / "weights" / "model.safetensors"
-    assert linked.samefile(checkpoint / "model.safetensors")
-    assert [p.name for p in linked.parent.iterdir()] == ["model.safetensors"]  # nothing was written beside it
+    shared = tmp_path / "out" / "weights" / "model.safetensors"
+    assert shared.read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    assert [p.name for p in shared.parent.iterdir()] == ["model.safetensors"]  # nothing was written beside it
     proto = onnx.load(path, load_external_data=False)
     outside = {t.name for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
     assert outside == set(weights(module))
@@ -80,10 +80,10 @@ def test_weights_of_a_model_in_memory_are_written_once(tmp_path: Path) -> None:
         np.testing.assert_array_equal(weights(loaded)[name], numbers)
 
 
-def test_what_was_loaded_can_be_saved_again(module: Module, checkpoint: Path, tmp_path: Path) -> None:
+def test_what_was_loaded_can_be_saved_again(module: Module, tmp_path: Path) -> None:
     once = load_module(save_module(module, tmp_path / "one"))
     twice = load_module(save_module(once, tmp_path / "two"))
-    assert (tmp_path / "two" / "weights" / "model.safetensors").samefile(checkpoint / "model.safetensors")
+    assert [p.name for p in (tmp_path / "two" / "weights").iterdir()] == ["model.safetensors"]
     assert fingerprint(twice) == fingerprint(module)
 
 
@@ -156,7 +156,7 @@ def test_a_link_out_of_the_folder_is_refused(module: Module, tmp_path: Path) -> 
     weight = tmp_path / "in" / "weights" / "model.safetensors"
     weight.rename(tmp_path / "secret")
     weight.symlink_to(tmp_path / "secret")
-    with pytest.raises(PackageError, match="outside its own folder: refused"):
+    with pytest.raises(PackageError, match=r"leads to .*secret, outside of .*in: refused"):
         load_module(path)
 
 
@@ -165,7 +165,7 @@ def test_a_damaged_weight_file_is_told(harm: str, module: Module, tmp_path: Path
     path = save_module(module, tmp_path)
     weight = tmp_path / "weights" / "model.safetensors"
     data = weight.read_bytes()
-    weight.unlink()  # the checkpoint itself stays whole
+    weight.unlink()
     if harm == "short":
         weight.write_bytes(data[: len(data) // 2])
     with pytest.raises(PackageError, match="is missing or too short: compile again"):

@@ -1,6 +1,6 @@
 """The weight-free form (contract §15.1): weights are graph inputs, which the compiler binds from safetensors by itself.
 
-The checkpoint's own files are linked into the package. What is in none of them as it stands in the graph (another
+The checkpoint's own files are put into the package. What is in none of them as it stands in the graph (another
 layout, another element type, numbers that a pass has changed) is written once, one tensor at a time, to a file beside
 them. Constants that are no weights stay in the graph.
 """
@@ -20,7 +20,7 @@ import onnx_ir as ir
 from qeff_ir.errors import ModelLoadError, PackageError
 from qeff_ir.frontend.checkpoint import DTYPES, read_header
 from qeff_ir.module import WEIGHT_KEY
-from qeff_ir.storage import WEIGHTS, FileRange, file_range, link
+from qeff_ir.storage import WEIGHTS, FileRange, file_range, place
 
 METADATA = "com.qti.aisw.extdata"
 """Model metadata in which the compiler looks for the places of the weights."""
@@ -45,9 +45,8 @@ def save(model: ir.Model, folder: Path, filename: str, name: str) -> None:
         PackageError: A weight file is gone.
     """
     copy = model.clone()
-    links = {folder / PREPARED: PREPARED}  # no file of the checkpoint may take its name: it is written
     headers: dict[Path, dict[tuple[Any, ...], str]] = {}
-    places: dict[str, tuple[str, str]] = {}
+    bound: dict[str, tuple[FileRange | None, str]] = {}
     loose: dict[str, ir.TensorProtocol] = {}
     first: dict[int, str] = {}  # a tied tensor is written once
     for value in list(copy.graph.initializers.values()):
@@ -57,17 +56,20 @@ def save(model: ir.Model, folder: Path, filename: str, name: str) -> None:
             continue
         key = None if where is None else _key(where, headers)
         if where is not None and key is not None:
-            places[own] = link(where.file, folder, links), key
+            bound[own] = where, key
         else:
             key = first.setdefault(id(tensor), own)
             loose.setdefault(key, tensor)
-            places[own] = PREPARED, key
+            bound[own] = None, key
         del copy.graph.initializers[own]
         value.const_value = None
         copy.graph.inputs.append(value)
+    # No file of the checkpoint may take the name of the one that is written.
+    files = place((where for where, _ in bound.values() if where is not None), folder, reserved=[PREPARED])
     if loose:
         _write(folder / PREPARED, loose)
-    text = _specification(name, places)
+    locations = {own: (PREPARED if where is None else files[where.file], key) for own, (where, key) in bound.items()}
+    text = _specification(name, locations)
     copy.metadata_props[METADATA] = text
     ir.save(copy, folder / filename)
     (folder / SPEC).write_text(text)

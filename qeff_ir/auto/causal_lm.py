@@ -10,11 +10,11 @@ from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.auto.compiled_model import CompiledModel
-from qeff_ir.compiler import Compiled, TokenEmbedding, Watch
+from qeff_ir.compiler import Compiled, TokenEmbedding, Watch, table_record
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
 from qeff_ir.module import EMBEDS
-from qeff_ir.package import SIDE_FOLDER
+from qeff_ir.package import SIDE_FOLDER, opened
 from qeff_ir.side_files import read_generation_config
 
 if TYPE_CHECKING:
@@ -221,11 +221,13 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
         from qeff_ir.runtime.generation import SessionLM
 
         package = self.package
-        config, defaults = self.config, read_generation_config(package.folder / SIDE_FOLDER)
-        if not isinstance(getattr(config.get_text_config(decoder=True), "vocab_size", None), int):
-            raise PackageError(f"the configuration in {package.folder} has no vocab_size: compile the model again")
-        session = find_backend(package.manifest.target).open(package.folder, threads=threads)
-        return SessionLM(Decoder(session, self._table(package.folder)), config, defaults)
+        with opened(package.folder, package.manifest.key):
+            config, defaults = self.config, read_generation_config(package.folder / SIDE_FOLDER)
+            if not isinstance(getattr(config.get_text_config(decoder=True), "vocab_size", None), int):
+                raise PackageError(f"the configuration in {package.folder} has no vocab_size: compile the model again")
+            session = find_backend(package.manifest.target).open(package.folder, threads=threads)
+            found = SessionLM(Decoder(session, self._table(package.folder)), config, defaults)
+        return found
 
     def _table(self, folder: Path) -> TokenTable | None:
         """The table of a package that takes ``inputs_embeds``; its rows stay in the checkpoint."""
@@ -248,4 +250,10 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
                 f"{folder} wants the table {name} of [tokens, {wanted}], and the checkpoint's is {found}: give the "
                 "model that the package was made from"
             )
-        return TokenTable(table, keeps_ids="input_ids" in inputs)
+        rows = TokenTable(table, keeps_ids="input_ids" in inputs)
+        if self.package.manifest.tables.get(name) != table_record(table):
+            raise PackageError(
+                f"the table {name} of the checkpoint has other numbers than the one that {folder} was compiled with: "
+                "give the model that the package was made from, or compile this one"
+            )
+        return rows

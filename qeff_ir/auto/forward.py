@@ -14,6 +14,7 @@ from qeff_ir.compiler import Compiled, Watch, choose_target
 from qeff_ir.errors import ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions, Task
 from qeff_ir.frontend.source import find_folder
+from qeff_ir.package import opened
 from qeff_ir.passing.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -175,8 +176,10 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
                 from qeff_ir.runtime.interface import read_interface
 
                 package = self.package
-                session = find_backend(package.manifest.target).open_forward(package.folder, threads=threads)
-                self._encoder = Encoder(session, read_interface(package.folder))
+                with opened(package.folder, package.manifest.key):
+                    session = find_backend(package.manifest.target).open_forward(package.folder, threads=threads)
+                    encoder = Encoder(session, read_interface(package.folder))
+                self._encoder = encoder
             return self._encoder
 
 

@@ -52,6 +52,10 @@ def command(
 
 def _say_next(compiled: Compiled, runs: str | None) -> None:
     line("Package:  ", (str(compiled.folder), "bold"))
+    linked = [path for path in (compiled.folder / "weights").glob("*") if path.stat().st_nlink > 1]
+    if linked:
+        size = sum(path.stat().st_size for path in linked) / 1e9
+        line(f"Weights:  {size:.1f} GB are hard links, which onnx does not read; QEFF_WEIGHTS=copy copies them")
     if compiled.manifest.target == "ai100" and not compiled.manifest.compiled:
         line(
             "          emitted, not compiled: it runs in the emulator; compile_command.json has the compiler's command"

@@ -34,13 +34,13 @@ def command(
     """Count bytes of weights and caches, and multiply-adds, of each specialization of a package."""
     with working("Counting"):
         from qeff_ir.cost import cost
-        from qeff_ir.package import open_package
+        from qeff_ir.package import opened
 
         described = None if device is None else _device(device)
-        manifest = open_package(package)
-        module = _module(package)
-        storage = _storage(manifest)
-        costs = [cost(module, item, storage) for item in module.specializations]
+        with opened(package) as manifest:
+            module = _module(package)
+            storage = _storage(manifest)
+            costs = [cost(module, item, storage) for item in module.specializations]
     if as_json:
         print(json.dumps([asdict(c) for c in costs], indent=2))
         return

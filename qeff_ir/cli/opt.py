@@ -94,7 +94,9 @@ def command(
             raise PassError(f"{what}{more}: qeff bisect {capture.written}") from error
     show(pipeline_table(recorder.data))
     if out is not None:
-        line("Result:  ", (str(_save(module, out)), "bold"))
+        from qeff_ir.snapshot import write_module
+
+        line("Result:  ", (str(write_module(module, out)), "bold"))
     if report is not None:
         write_report(report, recorder.data)
         line("Report:  ", (str(report), "bold"))
@@ -164,13 +166,3 @@ def _printers(
     found += [PrintIR(("after",), after)] if after else []
     found += [PrintIR(moments, only)] if moments else []
     return found + ([Dump(dump, only)] if dump is not None else [])
-
-
-def _save(module: Module, out: Path) -> Path:
-    from qeff_ir.snapshot import MODEL_FILE, save_module
-
-    folder, name = (out.parent, out.name) if out.suffix == ".onnx" else (out, MODEL_FILE)
-    try:
-        return save_module(module, folder, name)
-    except OSError as error:
-        raise PackageError(f"{out} cannot be written ({error.strerror}): choose another -o") from error

@@ -47,10 +47,13 @@ def working(text: str) -> Generator[Callable[[str], None]]:
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from qeff_ir.digests import telling
+
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(text, total=None)
-        yield lambda text: progress.reset(task, description=text)
+        with telling(lambda text: progress.update(task, description=text)):
+            yield lambda text: progress.reset(task, description=text)
 
 
 @contextlib.contextmanager

@@ -136,8 +136,8 @@ def write_bundle(folder: Path, metadata: Metadata, module: Module, start: Module
     partial = folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         partial.mkdir(parents=True)
-        save_module(_inlined(module), partial)
-        save_module(_inlined(start), partial / START)
+        save_module(_inlined(module), partial, prefer_links=True)
+        save_module(_inlined(start), partial / START, prefer_links=True)
         if trace is not None:
             _write_trace(partial / DATA_SET, trace)
         (partial / METADATA).write_text(json.dumps(asdict(metadata), indent=2, sort_keys=True) + "\n")

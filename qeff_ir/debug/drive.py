@@ -200,7 +200,7 @@ def _open(module: Module, folder: Path) -> ort.InferenceSession:
     """A session on a snapshot, device ops under the device's rules for indices out of range."""
     from backends.ai100 import device_rules
 
-    path = save_module(module, folder)
+    path = save_module(module, folder, prefer_links=True)
     proto = onnx.load(str(path), load_external_data=False)
     device_rules.apply(proto)
     del proto.graph.value_info[

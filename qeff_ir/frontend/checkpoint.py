@@ -201,5 +201,7 @@ def read_header(path: Path, root: Path | None = None) -> dict[str, FileRange]:
         if info["dtype"] not in DTYPES:
             raise ModelLoadError(f"tensor '{key}' in {path} has type {info['dtype']}, which is not supported")
         start, end = info["data_offsets"]
-        entries[key] = FileRange(real, 8 + size + start, end - start, DTYPES[info["dtype"]], tuple(info["shape"]))
+        entries[key] = FileRange(
+            real, 8 + size + start, end - start, DTYPES[info["dtype"]], tuple(info["shape"]), linkable=True
+        )
     return entries

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qeff_ir.errors import RuntimeInputError
+from qeff_ir.digests import stamp
+from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.module import EMBEDS
 from qeff_ir.runtime.session import Array
-from qeff_ir.storage import stored
+from qeff_ir.storage import stored, stored_in
 
 
 class TokenTable:
@@ -22,6 +23,9 @@ class TokenTable:
         self._table = table
         self._keeps_ids = keeps_ids
         self._rows: Array | None = None
+        where = stored_in(table)
+        self._file = None if where is None else where.file
+        self._stamp = self._changes()
 
     def inputs(self, ids: Array) -> dict[str, Array]:
         """What the graph takes in place of tokens.
@@ -34,10 +38,22 @@ class TokenTable:
 
         Raises:
             RuntimeInputError: A token is outside the table.
+            PackageError: The checkpoint was rewritten since the table was opened.
         """
+        if self._changes() != self._stamp:  # mapped memory would answer with other rows, or end the process
+            raise PackageError(f"{self._file} was changed since the model was opened: open the model again")
         if self._rows is None:
             self._rows = stored(self._table)
         if ids.min() < 0 or ids.max() >= len(self._rows):
             raise RuntimeInputError(f"a token is outside the table of {len(self._rows)}: use the model's tokenizer")
         vectors = self._rows[ids].astype("float32")
         return {EMBEDS: vectors, "input_ids": ids} if self._keeps_ids else {EMBEDS: vectors}
+
+    def _changes(self) -> object:
+        """Inode, size and time of the table's file; its ctime changes with every hard link too."""
+        if self._file is None:
+            return None
+        try:
+            return stamp(self._file)[1:4]
+        except OSError:
+            return "gone"

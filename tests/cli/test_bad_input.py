@@ -150,7 +150,7 @@ def test_batch_of_the_wrong_size(compiled: tuple[Path, Outcome]) -> None:
 def test_package_of_another_version(qeff: Qeff, package: Path) -> None:
     manifest = json.loads((package / "package.json").read_text())
     (package / "package.json").write_text(json.dumps({**manifest, "version": 99}))
-    assert "format version 99, this qeff-ir reads version 1: compile the model again" in run(qeff, package)
+    assert "format version 99, this qeff-ir reads version 2: compile the model again" in run(qeff, package)
 
 
 def test_damaged_manifest(qeff: Qeff, package: Path) -> None:
@@ -244,8 +244,7 @@ def test_a_full_disk_leaves_no_package(qeff: Qeff, tmp_path: Path, limit: str) -
         shell, reason = ["unshare", "-rm", "bash", "-c", script], "the disk is full while writing"
     done = subprocess.run(shell, capture_output=True, text=True, env=environment(), check=False)
     assert reason in Outcome(done.returncode, done.stdout, done.stderr).complaint
-    assert done.stdout.splitlines()[-1] == ".out.lock"
-    assert "out" not in done.stdout.splitlines()
+    assert [line for line in done.stdout.splitlines() if line.startswith((".", "out"))] == []  # not even the lock
     assert "Compiled" in qeff(*compile_words(MODEL_FOLDER, disk / "out")).out
 
 

@@ -95,9 +95,9 @@ def test_the_graph_has_no_weights_and_the_files_have_all(package: Path) -> None:
     assert list(contract.violations(package)) == []
 
 
-def test_the_files_of_the_checkpoint_are_linked(package: Path) -> None:
+def test_the_files_of_the_checkpoint_are_in_the_package(package: Path) -> None:
     checkpoint = package.parent / "model" / "model.safetensors"
-    assert (package / "weights" / checkpoint.name).samefile(checkpoint)
+    assert (package / "weights" / checkpoint.name).read_bytes() == checkpoint.read_bytes()
 
 
 def test_a_forward_pass_answers_as_in_the_usual_form(tmp_path: Path) -> None:
