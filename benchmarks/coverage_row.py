@@ -14,6 +14,7 @@ class Row:
 
     Attributes:
         architecture: transformers' name of it.
+        transformers: Version that it was seen on.
         model: The model's class.
         result: `PASSED`, ``absent`` (it cannot be a decoder with retained states) or ``fail``.
         error: The largest ``max|error| / rms`` of the logits by backend.
@@ -26,6 +27,7 @@ class Row:
     """
 
     architecture: str
+    transformers: str = ""
     model: str = ""
     result: str = "fail"
     error: dict[str, float] = field(default_factory=dict[str, float])

@@ -11,6 +11,7 @@ from qeff_ir.errors import PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import Exactly, Expect
+from qeff_ir.passing.matching import depends_on
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"})
 
@@ -39,7 +40,7 @@ class LastLogits(Pass):
         logits = module.output("logits")
         if logits.shape is not None and logits.shape[1] == 1:
             raise PassError("the logits are those of one token of each row already: last-logits has run before")
-        tail = _row_wise_tail(logits)
+        tail = _row_wise_tail(logits, set(module.graph.inputs))
         if not tail or tail[-1].op_type != "MatMul":
             raise PassError(
                 "the logits are not a matrix product of one hidden state per token, so one token cannot be selected "
@@ -63,25 +64,20 @@ class LastLogits(Pass):
                 out.shape = ir.Shape([out.shape[0], 1, *out.shape.dims[2:]])
 
 
-def _row_wise_tail(logits: ir.Value) -> list[ir.Node]:
-    """Nodes from the logits up to the LM head, all of which treat each token by itself."""
+def _row_wise_tail(logits: ir.Value, inputs: set[ir.Value]) -> list[ir.Node]:
+    """Nodes from the logits up to the LM head, all of which treat each token by itself.
+
+    What stands beside the logits in them is the same for every token: it depends on none of the graph's inputs.
+    """
     tail: list[ir.Node] = []
     value = logits
     while (node := value.producer()) is not None:
         if node.op_type == "MatMul":
             weight = node.inputs[1]
-            return [*tail, node] if weight is not None and _is_constant(weight) else tail
-        data = [v for v in node.inputs if v is not None and not _is_constant(v)]
+            return [*tail, node] if weight is not None and not depends_on(weight, inputs) else tail
+        data = [v for v in node.inputs if v is not None and depends_on(v, inputs)]
         if node.op_type not in _ELEMENTWISE or len(data) != 1:
             return tail
         tail.append(node)
         value = data[0]
     return tail
-
-
-def _is_constant(value: ir.Value) -> bool:
-    """Whether a value is an initializer, or one transposed."""
-    node = value.producer()
-    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
-        return node.inputs[0].is_initializer()
-    return value.is_initializer()

@@ -18,6 +18,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from qeff_ir.frontend.aligning import align
 from qeff_ir.frontend.example import Example, depends_on_values
 from qeff_ir.frontend.fx import call, follow
 
@@ -142,7 +143,8 @@ def _measure(node: Node, positions: Node, inputs: list[Node]) -> bool:
             return False
         rows = call(aten.unsqueeze.default, positions, 2)
         made = call(aten.sub.Tensor, rows, call(aten.unsqueeze.default, slots, 1))
-    _put_batch_first(node, made)
+    node.replace_all_uses_with(made)
+    align(made, inputs)
     follow(list(made.users))
     return True
 

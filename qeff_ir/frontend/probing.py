@@ -57,7 +57,8 @@ def expect(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list
             run(cache)
     except Exception:  # whatever a model's code raises that finds fewer layers than it looks for
         return None
-    if any(state.layer not in firsts.values() for state in cache.found()):
+    added = len(cache.captured) > len(stands)
+    if added or any(state.layer not in firsts.values() for state in cache.found()):
         return None
     for layer, index in zip(cache.captured, stands, strict=True):
         first = cache.captured[index]

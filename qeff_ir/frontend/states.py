@@ -5,6 +5,7 @@ A first, probing run without states records which tensors each layer keeps; the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,10 @@ class _Held:
         self.past = dict(past)
         self.now = dict(past)
         self.seen: dict[Key, tuple[DimValue, ...]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
+        """Of the copy of a layer, which holds nothing yet: models that run a layer again put it into the cache."""
+        return _Held(self.position_ids, {})
 
     def append(self, key: Key, new: Tensor) -> Tensor:
         """Store tokens ``[batch, heads, seq, width]``; all that the cache holds, ``[batch, heads, ctx, width]``."""
@@ -123,6 +128,9 @@ class AttentionLayer(DynamicIndexedLayer):
         """Always 0: positions are given, not counted."""
         return 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionLayer:
+        return AttentionLayer(self.window, copy.deepcopy(self.held, memo))
+
 
 class RecurrentLayer(LinearAttentionLayer):
     """Convolution windows and recurrent states; there is a previous state from the first token on (zero)."""
@@ -150,6 +158,9 @@ class RecurrentLayer(LinearAttentionLayer):
         """See `LinearAttentionLayer.update_recurrent_state`."""
         return self.held.replace(("recurrent", state_idx), recurrent_states)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecurrentLayer:
+        return RecurrentLayer(copy.deepcopy(self.held, memo), self.number_of_states)
+
 
 class HybridLayer(RecurrentLayer, AttentionLayer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Both in one layer."""
@@ -158,6 +169,9 @@ class HybridLayer(RecurrentLayer, AttentionLayer):  # pyright: ignore[reportInco
         AttentionLayer.__init__(self, window, held)
         RecurrentLayer.__init__(self, held, number_of_states)
         self.dtype, self.device = torch.float32, torch.device("cpu")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HybridLayer:
+        return HybridLayer(self.window, copy.deepcopy(self.held, memo), self.number_of_states)
 
 
 Layer = AttentionLayer | RecurrentLayer | HybridLayer | DummyLayer
@@ -177,7 +191,7 @@ class CapturingCache(Cache):
 
     def __init__(self, model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor]) -> None:
         self.captured = _layers(model, position_ids, past)
-        super().__init__(layers=list(self.captured))
+        super().__init__(layers=self.captured)  # one list: a model may add layers while it runs
         self.position_ids = position_ids
         self.mask_layer = 0
         self.recurrent: Tensor | None = None
@@ -235,14 +249,14 @@ def _window(layer: Layer) -> int | None:
 
 
 def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor]) -> list[Layer]:
-    by_layer: dict[int, dict[Key, Tensor]] = {}
+    by_layer: dict[int, dict[State, Tensor]] = {}
     for state, tensor in past.items():
-        by_layer.setdefault(state.layer, {})[state.role, state.index] = tensor
+        by_layer.setdefault(state.layer, {})[state] = tensor
     kinds = DynamicCache(config=model.config).layers
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
     layers: list[Layer] = []
     for kind in kinds or [DynamicLayer() for _ in range(count)]:
-        held = _Held(position_ids, by_layer.get(len(layers), {}))
+        held = _held(position_ids, by_layer.get(len(layers), {}))
         linear = isinstance(kind, LinearAttentionCacheLayerMixin)
         window = int(kind.sliding_window) if isinstance(kind, DynamicSlidingWindowLayer) else None
         if isinstance(kind, DummyLayer):
@@ -258,4 +272,20 @@ def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, T
                 f"{type(model).__name__} keeps a {type(kind).__name__} state in layer {len(layers)}, a kind of its own "
                 "that cannot be retained"
             )
+    # Those that the model added in the run that showed the states; it adds none where they are there already.
+    for index in range(len(layers), max(by_layer, default=-1) + 1):
+        layers.append(_added(position_ids, by_layer.get(index, {})))
     return layers
+
+
+def _held(position_ids: Tensor, past: Mapping[State, Tensor]) -> _Held:
+    return _Held(position_ids, {(state.role, state.index): tensor for state, tensor in past.items()})
+
+
+def _added(position_ids: Tensor, past: Mapping[State, Tensor]) -> Layer:
+    """A layer of the kind that keeps these states."""
+    held, window = _held(position_ids, past), next((s.window for s in past if s.window is not None), None)
+    recurrent = [state.index for state in past if state.role in ("conv", "recurrent")]
+    if len(recurrent) == len(past):
+        return RecurrentLayer(held, 1 + max(recurrent, default=0))
+    return HybridLayer(window, held, 1 + max(recurrent)) if recurrent else AttentionLayer(window, held)

@@ -24,6 +24,40 @@ class Distances(torch.nn.Module):
         return distance.expand(input_ids.shape[0], 1, -1, -1) + 0
 
 
+class Bias(torch.nn.Module):
+    """``[batch, heads, seq, slots]``: a number by head and distance, nothing outside of a range.
+
+    The table of distances has no axis of the batch, nor of the heads: both are put before it by broadcasting.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.by_distance = torch.nn.Buffer(torch.randn(heads, SLOTS, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor) -> Tensor:
+        rows, columns = torch.arange(input_ids.shape[1]), torch.arange(past.shape[2])
+        distance = rows[:, None] - columns[None, :]
+        size = (input_ids.shape[0], self.by_distance.shape[0])
+        stored = self.by_distance[None, :, None].expand(*size, input_ids.shape[1], -1)
+        bias = torch.gather(stored, -1, distance.clamp(0, SLOTS - 1).expand(*size, -1, -1))
+        return bias.masked_fill((distance < 0) | (distance >= 4), 0.0)
+
+
+class Slopes(torch.nn.Module):
+    """``[batch, heads, seq, slots]``: distances times a number of each head, which has no axis of the batch either."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.slopes = torch.nn.Buffer(torch.arange(1.0, heads + 1))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor) -> Tensor:
+        rows, columns = torch.arange(input_ids.shape[1]), torch.arange(past.shape[2])
+        distance = (rows[:, None] - columns[None, :]).to(torch.float32)
+        bias = (self.slopes[:, None, None] * distance).unsqueeze(0)
+        more = distance[None].abs()[None] * self.slopes[None, :, None, None]
+        return (bias + more).expand(input_ids.shape[0], -1, -1, -1) * 2
+
+
 class StoredMask(torch.nn.Module):
     """``[batch, 1, seq, slots]``: which slots a token sees, cut out of a table."""
 
@@ -112,6 +146,21 @@ def test_distances_are_those_of_the_positions() -> None:
     changed, result, _ = given(Distances(), POSITIONS, TOKENS)
     assert changed == 1
     assert torch.equal(result, (POSITIONS[:, :, None] - torch.arange(SLOTS))[:, None])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_distances_meet_the_heads_behind_the_batch(heads: int) -> None:
+    """Also where there are as many heads as rows in the example."""
+    distance = POSITIONS[:, None, :, None] - torch.arange(SLOTS)
+    module = Bias(heads)
+    changed, result, _ = given(module, POSITIONS, TOKENS)
+    found = module.by_distance[torch.arange(heads)[None, :, None, None], distance.clamp(0, SLOTS - 1)]
+    assert changed == 1
+    assert torch.equal(result, torch.where((distance < 0) | (distance >= 4), 0.0, found))
+    changed, result, _ = given(Slopes(heads), POSITIONS, TOKENS)
+    assert changed == 1
+    expected = (distance + distance.abs()) * torch.arange(2.0, 2 * heads + 1, 2)[None, :, None, None]
+    assert torch.equal(result, expected)
 
 
 def test_a_stored_mask_is_looked_up_by_the_positions() -> None:

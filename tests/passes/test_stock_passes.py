@@ -12,7 +12,7 @@ from backends import find_backend
 from qeff_ir.compiler import specialize
 from qeff_ir.errors import PassError
 from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
-from qeff_ir.passing.base import Rewriter
+from qeff_ir.passing.base import OpBuilder, Rewriter
 from qeff_ir.passing.manager import Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.printer import to_text
@@ -23,6 +23,7 @@ from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import prepare
 from tests import support
 from tests.models import MODELS, VOCAB
+from tests.passes.bends.editing import replace_logits
 from tests.properties import LONG, RICH
 from tests.support import OPTIONS
 
@@ -194,6 +195,26 @@ def test_the_last_logits_are_those_of_each_rows_last_token(name: str, seed: int,
         assert tolerance.error_over_rms(after[row, 0], before[row, last[row]]) <= limit
         neighbor = before[row, last[row] - 1]
         assert tolerance.error_over_rms(after[row, 0], neighbor) > 1e3 * limit
+
+
+def test_logits_may_be_scaled_by_what_weights_make(tmp_path: Path) -> None:
+    """As a head with learned scales computes them, from a weight and a number."""
+    module = support.canonical("llama")
+
+    def scale(b: OpBuilder, old: ir.Value) -> ir.Value:
+        learned = np.random.default_rng(4).random(97, dtype=np.float32) + 0.5
+        return b("Mul", old, b("Mul", b.const(learned, np.float32), b.const(20.0, np.float32)))
+
+    replace_logits(module, scale)
+    feeds = support.random_feeds(module, SIZES)
+    feeds["position_ids"][0, 5:] = -1
+    before = support.run_graph(module, tmp_path / "a", feeds)["logits"]
+    support.apply(module, "last-logits")
+    after = support.run_graph(module, tmp_path / "b", feeds)["logits"]
+    assert after.shape == (2, 1, 97)
+    limit = tolerance.bound(tolerance.depth(module))
+    for row, last in enumerate(feeds["position_ids"].argmax(axis=1)):
+        assert tolerance.error_over_rms(after[row, 0], before[row, last]) <= limit
 
 
 @pytest.mark.parametrize("impl", ["grouped", "standard"])
