@@ -63,7 +63,14 @@ class FileRange:
         """
 
         def read() -> ir.Tensor[Any]:
-            data = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.length,))
+            if self.length == 0:  # nothing that could be mapped
+                return ir.Tensor(np.zeros(self.shape, self.dtype.numpy()), dtype=self.dtype, name=name)
+            try:
+                data = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.length,))
+            except (OSError, ValueError) as error:
+                raise PackageError(
+                    f"the weight file {self.file} is gone or too short ({error}): restore it, or open the model again"
+                ) from error
             return ir.Tensor(data.view(self.dtype.numpy()).reshape(self.shape), dtype=self.dtype, name=name)
 
         tensor = ir.LazyTensor(read, self.dtype, ir.Shape(self.shape), name=name)

@@ -42,8 +42,8 @@ class AdaptedMemorySource(MemorySource):
             return super().weights()
 
     def reference(self) -> PreTrainedModel:
-        """The model itself, whose adapters are active unless they are disabled."""
-        return self.model
+        """See `Source.reference`; its adapters are active unless they are disabled."""
+        return super().reference()
 
     def save_side_files(self, folder: Path) -> None:
         """See `Source.save_side_files`."""

@@ -190,7 +190,7 @@ def _forget_implementations(config: PreTrainedConfig) -> None:
 def _what_it_is(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return (
-            "it is an adapter and not a model: open it with QEffAutoPeftModelForCausalLM, or give the folder of its "
-            "base model, and the adapter as lora"
+            "it is an adapter and not a model: open it with QEffAutoPeftModelForCausalLM, or, if it is not of a causal "
+            "LM, merge it into its base model with PEFT (merge_and_unload) and save that"
         )
     return "it is not a model folder: give the folder of a saved model"

@@ -388,6 +388,17 @@ LAYOUTS: dict[str, tuple[str, Callable[[Writer], None]]] = {
         "t5",
         lambda w: w.whole(encoder__embed_tokens__weight=_new(w.tensors["shared.weight"])),
     ),
+    "a tensor of nothing": ("llama", _changed("nothing", torch.ones(0, 4))),
+    "a table of no columns": (
+        "llama",
+        lambda w: (
+            w.config(intermediate_size=0),
+            w.tensors.update(
+                {k: torch.ones([0 if n == 24 else n for n in t.shape]) for k, t in w.tensors.items() if "mlp" in k}
+            ),
+            w.whole(),
+        )[-1],
+    ),
     "a tensor is missing": ("llama", _lacks("model.layers.1.mlp.up_proj.weight")),
     "a tensor of another shape": ("llama", _changed("model.norm.weight", torch.ones(15))),
     "a scalar for a vector": ("llama", _changed("model.norm.weight", torch.tensor(1.0))),

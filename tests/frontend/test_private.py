@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import PreTrainedModel, cache_utils, conversion_mapping, core_model_loading
+from transformers import AutoConfig, AutoModel, PreTrainedModel, cache_utils, conversion_mapping, core_model_loading
 from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters import utils as exporter_utils
 from transformers.generation.utils import GenerationMixin
@@ -39,6 +39,7 @@ from tests import support
             core_model_loading.WeightConverter.add_tensor,
             ["self", "target_key", "source_key", "source_pattern"],
         ),
+        (core_model_loading.dot_natural_key, ["s"]),
         (core_model_loading.WeightConverter.convert, ["self", "layer_name"]),
         (AttentionInterface.register, ["key", "value"]),
         (AttentionMaskInterface.register, ["key", "value"]),
@@ -155,3 +156,17 @@ def test_kernels_have_the_names_and_arguments_that_ours_stand_for(model_type: st
     ours = inspect.signature(made[0](lambda: None)).parameters
     required = [p.name for p in inspect.signature(getattr(code, name)).parameters.values() if p.default is p.empty]
     assert set(required) <= set(ours)
+
+
+def test_an_auto_class_says_which_configurations_it_loads() -> None:
+    from transformers import AutoModelForCausalLM, CLIPConfig, LlamaConfig
+
+    assert private.loads(AutoModelForCausalLM, LlamaConfig())
+    assert not private.loads(AutoModelForCausalLM, CLIPConfig())
+
+
+def test_a_model_says_which_weights_no_checkpoint_needs_to_have() -> None:
+    with torch.device("meta"):
+        sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 40, "pad_token_id": 39}
+        config = AutoConfig.for_model("marian", **sizes)
+        assert "model.encoder.embed_positions.weight" in private.ignored_when_missing(AutoModel.from_config(config))

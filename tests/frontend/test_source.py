@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
+from qeff_ir.adapters.memory import AdaptedMemorySource
 from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.compiler import _key, compile_model
-from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
+from qeff_ir.errors import ModelLoadError, PackageError, QeffError, UnsupportedModelError
 from qeff_ir.frontend.capture import IMPLEMENTATION
 from qeff_ir.frontend.config import read_config
 from qeff_ir.frontend.forward_source import EMBEDDING, ForwardFolder, ForwardMemory, ForwardOptions
@@ -117,6 +118,11 @@ def test_weights_that_go_while_they_are_read_are_told(saved: Path, tmp_path: Pat
     stacked = next(t for n, t in weights.items() if "experts" in n)
     with pytest.raises(ModelLoadError, match="was changed or removed"):
         stacked.numpy()
+    for data in (None, b"short"):
+        if data is not None:
+            (tmp_path / "model.safetensors").write_bytes(data)
+        with pytest.raises(PackageError, match=r"model\.safetensors is gone or too short"):
+            weights["model.norm.weight"].numpy()
 
 
 # Configurations.
@@ -269,6 +275,28 @@ def test_shards_of_one_name_both_count_for_the_cache(model: Path) -> None:
 # Models in memory.
 
 
+class FirstToken(torch.nn.Module):
+    """A pooling of the user's own that does something else while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.drop(hidden)[:, 0]
+
+
+def test_a_model_with_adapters_keeps_its_training_mode() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    _, model = build("llama")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5)).train()
+    reference = AdaptedMemorySource(adapted).reference()
+    assert not any(m.training for m in reference.modules())
+    assert {id(p) for p in reference.parameters()} == {id(p) for p in adapted.parameters()}
+    assert all(m.training for m in adapted.modules())
+
+
 def test_a_model_keeps_its_training_mode() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=40, **sizes)).train()
@@ -276,7 +304,10 @@ def test_a_model_keeps_its_training_mode() -> None:
     before = [m.training for m in model.modules()]
     source = MemorySource(model)
     source.lower()
-    ForwardMemory(model.model, ForwardOptions(EMBEDDING)).lower()
+    pooling = FirstToken().train()
+    lowered = ForwardMemory(model.model, ForwardOptions(EMBEDDING, pooling=pooling)).lower()
+    assert pooling.training and pooling.drop.training
+    assert not [node for node in lowered.graph if "Random" in node.op_type or "Dropout" in node.op_type]
     reference = source.reference()
     assert not any(m.training for m in reference.modules())
     assert reference.lm_head.weight is model.lm_head.weight  # no copy of the weights
