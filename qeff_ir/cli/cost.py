@@ -90,7 +90,6 @@ def _device(name: str) -> Device:
 def _show(costs: list[Cost]) -> None:
     rows = ("MB weights", "MB cache", "G multiply-adds", "share")
     table = grid("run", "operator", "nodes", *rows, right=("nodes", *rows))
-    table.columns[1].no_wrap = True
     for item in costs:
         per = f"{item.name}, {item.tokens} token{'s' if item.tokens > 1 else ''}"
         total = item.multiply_adds

@@ -3,25 +3,75 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from qeff_ir.cli.terminal import seconds
 
+_WORD = 12
+"""Cells of text are broken into pieces of at least so many characters."""
 
-def grid(*headers: str, right: tuple[str, ...] = ()) -> Table:
+
+class Grid(Table):
+    """A table that loses nothing: where the terminal is too narrow for its columns, each cell gets a line.
+
+    Args:
+        headers: Of the columns.
+        right: Headers of the columns of numbers, which are never broken.
+    """
+
+    def __init__(self, headers: Sequence[str], right: Sequence[str]) -> None:
+        super().__init__(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+        self._right = [header in right for header in headers]
+        self._needed = [max(map(cell_len, header.split() or [""])) for header in headers]
+        self._wanted = list(map(cell_len, headers))
+        self._lines: list[tuple[RenderableType | None, ...]] = []
+        for header, number in zip(headers, self._right, strict=True):
+            self.add_column(header, justify="right" if number else "left", overflow="fold")
+
+    def add_row(self, *renderables: RenderableType | None, **options: Any) -> None:
+        """See `rich.table.Table.add_row`; cells are texts."""
+        super().add_row(*renderables, **options)
+        self._lines.append(renderables)
+        for index, cell in enumerate(renderables):
+            text, number = str(cell or ""), self._right[index]
+            width = cell_len(text) if number else min(_WORD, max(map(cell_len, text.split() or [""])))
+            self._needed[index] = max(self._needed[index], width)
+            self._wanted[index] = max(self._wanted[index], cell_len(text))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        spare = options.max_width - sum(self._needed) - _GAP * (len(self.columns) - 1)
+        if spare >= 0:
+            for column, needed, wanted in zip(self.columns, self._needed, self._wanted, strict=True):
+                more = min(max(wanted - needed, 0), spare)
+                column.width, spare = needed + more, spare - more
+            yield from super().__rich_console__(console, options)
+            return
+        for number, line in enumerate(self._lines):
+            if number:
+                yield Text()
+            for column, cell in zip(self.columns, line, strict=True):
+                if str(cell or ""):
+                    name = f"{column.header}: " if str(column.header) else ""
+                    yield Text.assemble((name, "bold"), cell if isinstance(cell, Text) else str(cell), overflow="fold")
+
+
+_GAP = 3
+"""Spaces between two columns."""
+
+
+def grid(*headers: str, right: tuple[str, ...] = ()) -> Grid:
     """An empty table in the style of all tables here: a rule below the headers, and nothing else drawn."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
-    for header in headers:
-        number = header in right
-        table.add_column(header, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    return table
+    return Grid(headers, right)
 
 
-def pipeline_table(report: dict[str, Any]) -> Table:
+def pipeline_table(report: dict[str, Any]) -> Grid:
     """The table of a report.
 
     Args:
