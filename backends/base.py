@@ -44,6 +44,16 @@ class CompileOptions:
     flags: Mapping[str, Any] = field(default_factory=dict[str, Any])
     force_flags: bool = False
 
+    def __post_init__(self) -> None:
+        flags = {name: str(value) if isinstance(value, Path) else value for name, value in self.flags.items()}
+        object.__setattr__(self, "flags", flags)  # the package keeps them as JSON
+
+
+def default_prefill(ctx_len: object) -> int:
+    """Tokens of a prefill run where nobody says how many: no more than the context has."""
+    most = CompileOptions.prefill_seq_len
+    return min(most, ctx_len) if type(ctx_len) is int and ctx_len > 0 else most
+
 
 class Backend(ABC):
     """One target. A backend package exposes an instance as `BACKEND`."""

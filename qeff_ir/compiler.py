@@ -221,6 +221,14 @@ def _check_options(options: CompileOptions, source: Source) -> None:
         value = getattr(options, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CompileError(f"{name} must be a whole number of at least 1, not {value!r}")
+    for name in ("mxfp6_matmul", "mxint8_kv_cache", "weight_free", "force_flags"):
+        if not isinstance(value := getattr(options, name), bool):
+            raise CompileError(f"{name} must be True or False, not {value!r}")
+    for name, value in options.flags.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:  # the package keeps it
+            raise CompileError(f"the flag {name} is {value!r}: give a text, a number, or a list of them") from error
     for length in options.seq_len:
         if type(length) is not int or length < 1:  # pyright: ignore[reportUnnecessaryComparison]
             raise CompileError(f"seq_len must be whole numbers of at least 1, not {length!r}")

@@ -12,11 +12,12 @@ A link may lead elsewhere inside of the root. The hub's cache keeps ``snapshots/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qeff_ir.errors import ModelLoadError, QeffError
 
@@ -145,6 +146,28 @@ def parse_json(text: str | bytes, what: str, error: type[QeffError] = ModelLoadE
             raise error(f"{what} cannot be read as JSON (nested more than {MAX_JSON_DEPTH} deep): restore it")
         level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
     return data
+
+
+def path_of(value: object, what: str, error: type[QeffError] = ModelLoadError) -> Path:
+    """What a caller has given as a path, ``~`` resolved; whether there is such a file is another question.
+
+    Args:
+        value: The text or path.
+        what: The argument, for the message.
+        error: The type to raise.
+
+    Raises:
+        QeffError: It is something else, or no file of this machine can have such a name.
+    """
+    if not isinstance(value, str | os.PathLike) or not str(value):  # pyright: ignore[reportUnknownArgumentType]
+        raise error(f"{what} is {_short(value)}: give a path")
+    try:
+        path = Path(cast("str | os.PathLike[str]", value)).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, ValueError, RuntimeError, TypeError) as cause:  # NUL, too long; no home; no permission; bytes
+        raise error(f"{what} is {_short(value)}, which is not a path here ({_reason(cause)}): give another") from cause
+    return path
 
 
 def _reason(cause: BaseException) -> str:

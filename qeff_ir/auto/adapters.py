@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -15,12 +15,13 @@ from qeff_ir.adapters.base_model import base_of, check_base
 from qeff_ir.adapters.fit import fit, package_weights
 from qeff_ir.adapters.folder import Adapter, check_name, open_adapter
 from qeff_ir.adapters.step import Bias, Mode, lora_step
-from qeff_ir.auto.arguments import hub_arguments
+from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments, model_name
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import Compiled, choose_target
 from qeff_ir.errors import AdapterError, RuntimeInputError
 from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.reading import path_of
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +82,9 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """
         check_name(adapter_name)
         hub = hub_arguments(kwargs)
+        path_of(pretrained_model_name_or_path, "the adapter", AdapterError)
         adapter = open_adapter(pretrained_model_name_or_path, **hub)
-        base = str(base_model) if base_model is not None else base_of(adapter)
+        base = model_name(base_model) if base_model is not None else base_of(adapter)
         if finite_adapters:
             from qeff_ir.auto.finite_adapters import QEffAutoLoraModelForCausalLM
 
@@ -121,6 +123,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             AdapterError: It cannot be read, is not supported, or does not fit; everything else goes on as before.
         """
         check_name(adapter_name)
+        path_of(adapter, "the adapter", AdapterError)
         found = open_adapter(adapter, **hub)
         if check_base_model and self._source is not None:  # a package only knows its own folder
             check_base(adapter_name, found, self._source)
@@ -177,11 +180,12 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """
         if self._source is None:
             raise AdapterError("a model opened from a package cannot be compiled again, so nothing is merged into it")
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = None if adapter_names is None else _names(adapter_names)
         with self._lock:
-            names = [self._active] if names is None and self._active else list(dict.fromkeys(names or ()))
+            names = [self._active] if names is None and self._active else names or []
             for name in names:
                 self._known(name)
+            names = list(dict.fromkeys(names))
             if not names:
                 raise AdapterError("no adapter is active: name those to merge")
             for name in names:
@@ -219,6 +223,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             AdapterError: A loaded adapter does not fit what was asked for.
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
+        check_compile_arguments({"target": target, "pipeline": pipeline, **kwargs})
         target, _ = choose_target(target)
         steps = Pipeline.parse(pipeline or find_backend(target).pipeline)
         with self._lock:
@@ -279,16 +284,19 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             AdapterError: There is no such adapter, or the model is compiled for one adapter at a time.
             RuntimeInputError: There are not as many adapters as rows; see there for the rest.
         """
+        from qeff_ir.runtime.texts import as_texts
+
         with self._lock:
             runner, bank, active = self.runner(), self._bank, self._active
         assert bank is not None
-        texts = [prompts] if isinstance(prompts, str) else prompts
+        texts = None if prompts is None else as_texts(prompts)
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        given = len(texts) if texts is not None else 0 if ids is None else len(ids)
+        rows: tuple[int, ...] = getattr(ids, "shape", ()) if texts is None else (len(texts),)
+        given = rows[0] if rows else 0
         if adapters is None or isinstance(adapters, str):
             names = [adapters if adapters is not None else active] * given
         else:
-            names = list(adapters)
+            names = _names(adapters)
         if len(names) != given:
             raise RuntimeInputError(f"there are {len(names)} adapters for {given} rows: name one for each")
         with runner.decoder.request():
@@ -313,14 +321,12 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         with self._lock:
             runner, bank = self.runner(), self._bank
         assert bank is not None
-        decoder = runner.decoder
-        if len(adapters) != decoder.batch_size:
-            raise RuntimeInputError(
-                f"there are {len(adapters)} adapters for {decoder.batch_size} rows: name one for each"
-            )
+        decoder, names = runner.decoder, _names(adapters)
+        if len(names) != decoder.batch_size:
+            raise RuntimeInputError(f"there are {len(names)} adapters for {decoder.batch_size} rows: name one for each")
         by_hand = decoder.turns.mine and not runner.running
         with decoder.turns.join() if by_hand else decoder.request():
-            decoder.lora_ids[:] = self._slots(bank, list(adapters))
+            decoder.lora_ids[:] = self._slots(bank, names)
 
     def _open_runner(self, threads: int | None) -> SessionLM:
         """The session, with the loaded adapters in it."""
@@ -385,3 +391,16 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
 
 def _onnx(package: Compiled) -> Path:
     return next(iter(sorted(package.folder.glob("*.onnx"))))
+
+
+def _names(adapters: object) -> list[Any]:
+    """One name, or any number of them, as a list.
+
+    Raises:
+        RuntimeInputError: It is something else.
+    """
+    if isinstance(adapters, str):
+        return [adapters]
+    if not isinstance(adapters, Iterable) or isinstance(adapters, bytes):
+        raise RuntimeInputError(f"adapters is {adapters!r}: give the name of an adapter, or one for each row")
+    return list(cast("Iterable[Any]", adapters))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from qeff_ir.errors import ModelLoadError
+from qeff_ir.errors import CompileError, ModelLoadError
+from qeff_ir.reading import path_of
 
 _HUB = frozenset({"revision", "cache_dir", "token", "local_files_only"})
 _ANYWAY: dict[str, tuple[Any, ...]] = {
@@ -43,6 +45,37 @@ _ANYWAY: dict[str, tuple[Any, ...]] = {
     "weights_only": (True,),
 }
 """Arguments with the values that ask for what happens here anyway."""
+
+
+def model_name(value: object) -> str | Path:
+    """A model folder or hub id that a caller has given.
+
+    Raises:
+        ModelLoadError: It is neither.
+    """
+    path_of(value, "the model", ModelLoadError)
+    return value if isinstance(value, str) else Path(str(value))
+
+
+def check_compile_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of ``compile`` of the wrong type before anything is done; those that are options are not here.
+
+    Raises:
+        CompileError: One has another type than its documentation says.
+    """
+    for name, value in arguments.items():
+        if name == "emit_only":
+            fits, wanted = isinstance(value, bool), "True or False"
+        elif name == "watch":
+            fits, wanted = value is None or callable(value), "a function"
+        elif name == "token_embedding":
+            fits, wanted = value in ("graph", "host") if isinstance(value, str) else False, "'graph' or 'host'"
+        elif name in ("target", "pipeline"):
+            fits, wanted = isinstance(value, str) or (value is None and name == "pipeline"), "a text"
+        else:
+            continue
+        if not fits:
+            raise CompileError(f"{name} is {value!r}: give {wanted}")
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

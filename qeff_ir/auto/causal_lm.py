@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from backends import find_backend
-from backends.base import CompileOptions
-from qeff_ir.auto.arguments import hub_arguments
+from backends.base import CompileOptions, default_prefill
+from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.compiler import Compiled, TokenEmbedding, Watch, table_record
-from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
 from qeff_ir.module import EMBEDS
 from qeff_ir.package import SIDE_FOLDER, opened
@@ -39,9 +39,18 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
 
     Args:
         model: A transformers causal LM in memory, which stays unchanged.
+
+    Raises:
+        ModelLoadError: It is something else.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from transformers import PreTrainedModel
+
+        if not isinstance(model, PreTrainedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ModelLoadError(
+                f"{type(model).__name__} is not a transformers model: use from_pretrained() for a folder or hub id"
+            )
         self._open(MemorySource(model))
 
     def _open(self, source: Source | None) -> None:
@@ -64,7 +73,8 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             ModelLoadError: There is no such model, it cannot be read, or an argument asks for what is not supported.
         """
         hub = hub_arguments(kwargs)
-        source = open_source(pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub)
+        name = model_name(pretrained_model_name_or_path)
+        source = open_source(name, trust_remote_code=trust_remote_code, **hub)
         return cls._opened(source)
 
     @classmethod
@@ -81,14 +91,16 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             ModelLoadError: There is no such checkpoint.
         """
         self = super().from_package(folder)
-        self._checkpoint = open_source(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+        if checkpoint is not None and not isinstance(checkpoint, Source):
+            checkpoint = open_source(model_name(checkpoint))
+        self._checkpoint = checkpoint
         return self
 
     def compile(
         self,
         *,
         target: str = "auto",
-        prefill_seq_len: int = 32,
+        prefill_seq_len: int | None = None,
         ctx_len: int = 128,
         batch_size: int = 1,
         num_cores: int = 16,
@@ -108,7 +120,8 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
 
         Args:
             target: ``auto`` (AI 100 when its SDK is installed, else ONNX Runtime), ``onnxruntime`` or ``ai100``.
-            prefill_seq_len: Tokens of a prompt that one prefill run takes.
+            prefill_seq_len: Tokens of a prompt that one prefill run takes; 32 by default, or `ctx_len` where that is
+                less.
             ctx_len: Prompt and new tokens together.
             batch_size: Rows of a run.
             num_cores: Cores of the device.
@@ -132,7 +145,7 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
         options = CompileOptions(
-            prefill_seq_len=prefill_seq_len,
+            prefill_seq_len=default_prefill(ctx_len) if prefill_seq_len is None else prefill_seq_len,
             ctx_len=ctx_len,
             batch_size=batch_size,
             num_cores=num_cores,
@@ -181,6 +194,10 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             PackageError: The model is not compiled.
         """
         runner = self.runner()
+        if prompts is not None:
+            from qeff_ir.runtime.texts import as_texts
+
+            prompts = as_texts(prompts)  # before the turn: a generator may run anything
         with runner.decoder.request():
             return self._answer(runner, inputs, prompts, tokenizer, kwargs)
 
@@ -202,8 +219,9 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             raise RuntimeInputError("prompts need tokenizer=: pass the model's tokenizer, or token ids")
         from qeff_ir.runtime.texts import generate_texts
 
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return generate_texts(runner, texts, tokenizer, kwargs, slots)
+        if inputs is not None:
+            raise RuntimeInputError("prompts cannot be combined with inputs: give token ids, or texts")
+        return generate_texts(runner, prompts, tokenizer, kwargs, slots)
 
     def runner(self, threads: int | None = None) -> SessionLM:
         """The session that `generate` uses, opened on first use.

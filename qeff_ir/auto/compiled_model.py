@@ -6,10 +6,12 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from qeff_ir.auto.arguments import check_compile_arguments
 from qeff_ir.compiler import Compiled, compile_model
 from qeff_ir.errors import PackageError
 from qeff_ir.frontend.source import Source
 from qeff_ir.package import SIDE_FOLDER, open_package
+from qeff_ir.reading import path_of
 from qeff_ir.side_files import read_model_config
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class CompiledModel(Generic[SourceT]):
             PackageError: The folder is no whole package of this version.
         """
         self = cls._opened(None)
-        path = Path(folder)
+        path = path_of(folder, "the package", PackageError)
         self._compiled = Compiled(path, open_package(path), cached=True)
         return self
 
@@ -87,7 +89,8 @@ class CompiledModel(Generic[SourceT]):
         """
         if self._source is None:
             raise PackageError("a model opened from a package cannot be compiled again: open the model itself")
-        out = None if compile_dir is None else Path(compile_dir)
+        out = None if compile_dir is None else path_of(compile_dir, "compile_dir", PackageError)
+        check_compile_arguments(rest)
         made = compile_model(self._source, options, out=out, **rest)
         with self._lock:
             self._accept(made)

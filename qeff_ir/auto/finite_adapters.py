@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_ir.auto.adapters import QEffAutoPeftModelForCausalLM
+from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.frontend.source import open_source
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class QEffAutoLoraModelForCausalLM(QEffAutoPeftModelForCausalLM):
         Raises:
             ModelLoadError: There is no such model, or it cannot be read.
         """
-        return cls._opened(open_source(pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub))
+        name = model_name(pretrained_model_name_or_path)
+        return cls._opened(open_source(name, trust_remote_code=trust_remote_code, **hub_arguments(hub)))
 
     @property
     def active_adapter_to_id(self) -> dict[str, int]:

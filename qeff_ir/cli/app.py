@@ -96,6 +96,11 @@ def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and message of whatever ended a command."""
     if isinstance(error, QeffError):
         return _EXIT_USAGE, str(error)
+    if isinstance(error, OSError) and error.strerror:  # what the machine answers is not a defect
+        where = "the system" if error.filename is None else str(error.filename)
+        return _EXIT_USAGE, f"{where} cannot be used ({error.strerror}): see that it can be read and written"
+    if isinstance(error, MemoryError):
+        return _EXIT_USAGE, "there is not enough memory for this: use a smaller model, --ctx-len or --batch-size"
     usage = _usage(error)
     if usage is not None:
         return _EXIT_USAGE, usage

@@ -11,6 +11,7 @@ from rich.text import Text
 from qeff_ir.cli.request import Request
 from qeff_ir.cli.terminal import complain, quiet_transformers, show, working
 from qeff_ir.errors import ModelLoadError, RuntimeInputError
+from qeff_ir.reading import path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ def open_model(name: str, request: Request) -> Source:
     """
     from qeff_ir.package import is_package
 
-    folder = Path(name).expanduser()
+    folder = path_of(name, "the model")
     if is_package(folder):
         raise ModelLoadError(f"{name} is a compiled package: give the model that it was made from")
     with working(f"Opening {name}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,7 +92,7 @@ def command(
                 raise
             what = str(error) if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
             more = "\n  next" if "\n" in what else "; next"  # the first line stays one sentence
-            raise PassError(f"{what}{more}: qeff bisect {capture.written}") from error
+            raise PassError(f"{what}{more}: qeff bisect {shlex.quote(str(capture.written))}") from error
     show(pipeline_table(recorder.data))
     if out is not None:
         from qeff_ir.snapshot import write_module
@@ -126,7 +127,7 @@ def _open(text: str, trust_remote_code: bool) -> Module:
 
 def _specialize(module: Module, given: dict[str, Any]) -> None:
     """Set the shapes of a decoder that has none yet, or those that the user asks for."""
-    from backends.base import CompileOptions
+    from backends.base import CompileOptions, default_prefill
     from qeff_ir.compiler import specialize
 
     if not module.states:
@@ -137,6 +138,7 @@ def _specialize(module: Module, given: dict[str, Any]) -> None:
     if given and "ctx_len" not in module.dims:
         raise CompileError(f"the caches of {module.name} have their sizes already: give the module before kv-retention")
     if given or not module.specializations:
+        given.setdefault("prefill_seq_len", default_prefill(given.get("ctx_len", CompileOptions.ctx_len)))
         specialize(module, CompileOptions(**given))
 
 

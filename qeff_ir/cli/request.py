@@ -64,7 +64,8 @@ class Request:
         typer.Option("--trust-remote-code", help="Let code that comes with the model run.", rich_help_panel=_TARGET),
     ] = False
     prefill_seq_len: Annotated[
-        int, typer.Option(help="Tokens of a prompt in one prefill run.", min=1, rich_help_panel=_SHAPES)
+        int,
+        typer.Option(help="Tokens of a prompt in one prefill run.", min=1, rich_help_panel=_SHAPES),
     ] = 32
     ctx_len: Annotated[int, typer.Option(help="Prompt and new tokens together.", min=1, rich_help_panel=_SHAPES)] = 128
     batch_size: Annotated[int, typer.Option(help="Prompts in one run.", min=1, rich_help_panel=_SHAPES)] = 1
@@ -93,10 +94,12 @@ class Request:
 
     def options(self) -> CompileOptions:
         """The part that a backend sees."""
-        from backends.base import CompileOptions
+        from backends.base import CompileOptions, default_prefill
 
         own = {f.name for f in fields(self)}
         shared = {f.name: getattr(self, f.name) for f in fields(CompileOptions) if f.name in own}
+        if "prefill_seq_len" not in self.given:
+            shared["prefill_seq_len"] = default_prefill(self.ctx_len)
         return CompileOptions(**shared)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ from qeff_ir.cli.models import compile_source, open_model, open_tokenizer
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.terminal import line, seconds, show, working
 from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.reading import path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,10 @@ def command(
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1 makes repeats rarer.", rich_help_panel=_SAMPLING)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Makes sampling repeatable.", min=0, max=2**32 - 1, rich_help_panel=_SAMPLING),
+    ] = None,
     *,
     request: Request,
 ) -> None:
@@ -96,7 +99,7 @@ def open_runnable(name: str, request: Request) -> QEFFAutoModelForCausalLM:
     """
     from qeff_ir.package import SIDE_FOLDER, is_package, open_package
 
-    folder, source = Path(name).expanduser(), None
+    folder, source = path_of(name, "the model"), None
     packaged = is_package(folder) or (folder / SIDE_FOLDER).is_dir()  # one without its manifest is a damaged package
     if packaged:
         open_package(folder)

@@ -89,12 +89,12 @@ def command(
 
 
 def random_prompts(request: Request, steps: int, vocabulary: int) -> Rows:
-    """Prompts of unequal lengths, seeded: the first longer than one prefill chunk where the context has room for it."""
+    """Prompts of unequal lengths, seeded: the first fills the context, so that its last slot is compared too."""
     import numpy as np
 
     room = request.ctx_len - steps + 1
-    chunk = request.prefill_seq_len
-    wanted = itertools.cycle((chunk + chunk // 2 + 1, max(1, chunk // 3), chunk, 2 * chunk + 1, 1))
+    chunk = request.options().prefill_seq_len
+    wanted = itertools.cycle((room, max(1, chunk // 3), chunk, 2 * chunk + 1, 1))
     random = np.random.default_rng(0)
     lengths = [min(length, room) for length in itertools.islice(wanted, request.batch_size)]
     return [random.integers(0, vocabulary, length).tolist() for length in lengths]

@@ -10,6 +10,7 @@ one pass sets a `Rewriter` budget: the first number of rewrites that fails is th
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -139,7 +140,8 @@ def _commanded(command: str) -> Oracle:
             return failure
         with tempfile.TemporaryDirectory(prefix="qeff-bisect-") as folder:
             save_module(kept.module, Path(folder))
-            done = subprocess.run(f"{command} {folder}", shell=True, check=False, capture_output=True)  # the user's own
+            line = f"{command} {shlex.quote(folder)}"
+            done = subprocess.run(line, shell=True, check=False, capture_output=True)  # the user's own command
         last = [id for id, _ in pipeline][-1:]
         message = f"the command fails with code {done.returncode}"
         return Failure(last[0] if last else "(start)", "command", "", message) if done.returncode else None

@@ -176,11 +176,13 @@ class Decoder:
         tokens = {"input_ids": ids} if self._table is None else self._table.inputs(ids)
         inputs = {**tokens, "position_ids": np.ascontiguousarray(positions)}
         if self._takes_ids:
-            slots = self.lora_ids if lora_ids is None else lora_ids
-            if slots.shape != (self.batch_size,) or int(slots.max()) > self._slots:
+            slots = np.asarray(self.lora_ids if lora_ids is None else lora_ids)
+            fits = slots.shape == (self.batch_size,) and np.issubdtype(slots.dtype, np.integer)
+            if not fits or int(slots.min()) < 0 or int(slots.max()) > self._slots:
                 raise RuntimeInputError(
-                    f"lora_ids is {slots.tolist()}: give {self.batch_size} numbers of at most {self._slots}"
+                    f"lora_ids is {slots.tolist()}: give {self.batch_size} numbers of at most {self._slots}, 0 for the "
+                    "base model"
                 )
-            inputs["lora_ids"] = slots[:, None].copy()  # not what another thread writes meanwhile
+            inputs["lora_ids"] = slots.astype(np.int64)[:, None]  # a copy: another thread may write meanwhile
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue
         return self.session.run(inputs)["logits"][:, 0]

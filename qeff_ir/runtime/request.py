@@ -112,7 +112,8 @@ _NUMBERS = {
 """Fields that are whole numbers, and the least each may be."""
 
 _LIBRARIES = sys.stdlib_module_names | {"transformers", "torch", "numpy", "tokenizers"}
-_LOOP = ("qeff_ir.runtime.request", "qeff_ir.runtime.private", "qeff_ir.runtime.generation")
+_OURS = ("qeff_ir.runtime.request", "qeff_ir.runtime.generation")
+_LOOP = (*_OURS, "qeff_ir.runtime.private")
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def refusals() -> Generator[None]:
         raise
     except Exception as error:  # transformers raises whatever its many options raise
         names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if not all(name in _LOOP or name.partition(".")[0] in _LIBRARIES for name in names):
+        if names[-1] in _OURS or not all(n in _LOOP or n.partition(".")[0] in _LIBRARIES for n in names):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         reason = reason.replace(type(error).__name__ + ":", "").replace("SessionLM", "a compiled model")

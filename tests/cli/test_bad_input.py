@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir.cli.request import Request
+from qeff_ir.cli.verify import random_prompts
 from qeff_ir.demo import MODEL_FOLDER
 from qeff_ir.errors import RuntimeInputError
+from qeff_ir.package import read_manifest, seal
 
 from .conftest import Outcome, Qeff, command, environment
 
@@ -77,7 +80,7 @@ def test_weights_of_another_configuration(qeff: Qeff, model: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--ctx-len 16", "ctx_len=16 is less than prefill_seq_len=32"),
+        ("--ctx-len 16 --prefill-seq-len 32", "ctx_len=16 is less than prefill_seq_len=32"),
         ("--ctx-len 9999", "use ctx_len=256 or less"),
         ("--ctx-len 0", "--ctx-len"),
         ("--ctx-len many", "(see qeff compile --help)"),
@@ -262,3 +265,87 @@ def test_unknown_command(qeff: Qeff) -> None:
 def test_the_module_exits_with_the_code(qeff_process: Qeff) -> None:
     assert qeff_process("compil").complaint
     assert qeff_process("--version").code == 0
+
+
+def test_a_package_that_brings_code_is_opened_without_it(qeff_process: Qeff, package: Path) -> None:
+    """Not even with a yes on stdin: a package is data."""
+    marker, side = package.parent / "ran", package / "huggingface"
+    config = json.loads((side / "config.json").read_text())
+    own = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (side / "config.json").write_text(json.dumps({**config, **own}))
+    (side / "evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
+    seal(package, read_manifest(package))
+    for answer in ("yes\n" * 9, ""):
+        said = qeff_process("run", package, "--prompt", "3+4=", input=answer)
+        assert "is not a configuration that transformers reads" in said.complaint
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", "[" * 5000),
+        ("generation_config.json", '{"max_new_tokens": "2"}'),
+        ("generation_config.json", "[]"),
+        ("tokenizer.json", "{}"),
+        ("config.json", '{"model_type": "llama", "vocab_size": null}'),
+        ("config.json", '{"model_type": "whale"}'),
+    ],
+)
+def test_damaged_side_files(qeff: Qeff, package: Path, name: str, text: str) -> None:
+    (package / "huggingface" / name).write_text(text)
+    seal(package, read_manifest(package))
+    assert str(package) in run(qeff, package)
+
+
+@pytest.mark.parametrize("command_of", ["run", "compile", "verify", "cost"])
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-at-all/x", "/dev/null/x"], ids=["long", "user", "device"])
+def test_names_that_no_file_can_have(qeff: Qeff, command_of: str, name: str) -> None:
+    more = ("--prompt", "1") if command_of == "run" else ()
+    assert qeff(command_of, name, *more).complaint
+
+
+@pytest.mark.parametrize("home", ["/proc/nope", "/dev/null/x", "a" * 300])
+def test_a_cache_that_cannot_be_made(qeff: Qeff, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    monkeypatch.setenv("QEFF_HOME", home)
+    assert qeff("compile", MODEL_FOLDER, "--target", "onnxruntime").complaint
+
+
+@pytest.mark.parametrize("seed", [-1, 2**40])
+def test_seeds_that_numpy_does_not_take(qeff: Qeff, compiled: tuple[Path, Outcome], seed: int) -> None:
+    assert "--seed" in qeff("run", compiled[0], "--prompt", "1+1=", f"--seed={seed}").complaint
+
+
+def test_a_prompt_that_is_not_unicode(qeff: Qeff, compiled: tuple[Path, Outcome]) -> None:
+    assert "prompt 0 cannot be read as Unicode" in qeff("run", compiled[0], "--prompt", "1\udcff").complaint
+
+
+def test_what_the_machine_answers_is_no_defect(qeff: Qeff, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk or a permission may fail anywhere."""
+    for error in (OSError(5, "Input/output error", "/x/y"), OSError(12, "Cannot allocate memory"), MemoryError()):
+        monkeypatch.setattr("qeff_ir.cli.models.path_of", lambda *_, error=error: (_ for _ in ()).throw(error))
+        said = qeff("compile", MODEL_FOLDER)
+        assert any(part in said.complaint for part in ("/x/y cannot be used (Input/output error)", "memory"))
+
+
+def test_a_context_that_a_prompt_just_fills(qeff: Qeff, compiled: tuple[Path, Outcome]) -> None:
+    """14 tokens and 3 steps need 16 slots, for the last token is compared and never fed."""
+    words = ("verify", MODEL_FOLDER, "--target", "onnxruntime", "--ctx-len", 16, "--prompt", "1" * 13)
+    assert "Agrees with transformers" in qeff(*words, "--steps", 3).out
+    complaint = qeff(*words, "--steps", 4).complaint
+    assert "a prompt of 14 tokens and 4 steps do not fit ctx_len=16: pass --ctx-len 17" in complaint
+
+
+def test_verify_fills_the_context_by_itself() -> None:
+    request = Request(ctx_len=40, batch_size=3)
+    assert [len(row) for row in random_prompts(request, 3, 17)] == [38, 10, 32]
+    assert [len(row) for row in random_prompts(Request(ctx_len=8, batch_size=4), 8, 17)] == [1, 1, 1, 1]
+
+
+def test_commands_to_copy_quote_their_paths(qeff: Qeff, tmp_path: Path) -> None:
+    out = tmp_path / "a package; with blanks"
+    said = qeff("compile", MODEL_FOLDER, "-o", out, "--target", "onnxruntime", "--ctx-len", 16).out
+    command = next(line for line in said.splitlines() if line.startswith("Next:"))
+    words = shlex.split(command.partition(":")[2])
+    assert words[:3] == ["qeff", "run", str(out)]
+    assert qeff("run", words[2], "--prompt", "3+4=").out.startswith("3+4=7\n")

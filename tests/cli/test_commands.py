@@ -135,7 +135,7 @@ def test_a_seed_alone_asks_for_samples(qeff: Qeff, compiled: tuple[Path, Outcome
 def test_verify_agrees(qeff: Qeff, target: str) -> None:
     said = qeff("verify", MODEL_FOLDER, "--target", target, "--emit-only", "--steps", 3)
     assert (said.code, said.err) == (0, "")
-    assert f"On {target}, 3 prompts of 49, 10, 32 tokens" in said.out
+    assert f"On {target}, 3 prompts of 126, 10, 32 tokens" in said.out
     assert re.findall(r"^(prefill|decode \d) +\S+e-\d+ +\S+ +3 of 3", said.out, re.MULTILINE) == [
         "prefill",
         "decode 1",

@@ -106,12 +106,12 @@ def test_a_wrong_pass_is_found_reduced_and_replayed_unattended(
     qeff: Qeff, llama: Path, tmp_path: Path, wrong: None
 ) -> None:
     """Done-when 4: a sign flipped in the third rewrite of four, among the stock passes."""
-    bundle, small = tmp_path / "bundle", tmp_path / "small"
+    bundle, small = tmp_path / "a bundle; of blanks", tmp_path / "small"
     first, _, rest = PIPELINE.partition(",last-logits")
     words = ("opt", llama, "-p", f"{first},flipped-sign,last-logits{rest}", "--check", 4, "--bundle", bundle)
     complaint = qeff(*words).complaint
     assert complaint.startswith("qeff: error: pass flipped-sign: [equivalence] it changed behavior: 'logits' of run ")
-    assert complaint.endswith(f"; next: qeff bisect {bundle}\n")
+    assert complaint.endswith(f"; next: qeff bisect '{bundle}'\n")
     said = qeff("bisect", bundle)
     assert (said.code, said.err) == (0, "")
     assert "Guilty: flipped-sign, rewrite 3 (add-to-sub) in model.layers.1: " in said.out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ def test_a_command_finds_the_pass_that_makes_what_it_dislikes(tmp_path: Path) ->
     assert (culprit.pass_id, culprit.rewrite, culprit.rule) == ("fuse-activations", 1, "Swish")
     assert culprit.failure.message == "the command fails with code 1"
     assert said[0] == "the first 3 passes, up to fuse-activations: bad"
+
+
+def test_a_command_gets_the_folder_as_one_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the folder for temporary files is called."""
+    bundle = fail(f"{FUSIONS},breaks-facts", tmp_path / "bundle", 1)
+    odd = tmp_path / f"a b; touch {tmp_path.name}-ran"
+    odd.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(odd))
+    script = tmp_path / "check.sh"
+    script.write_text('#!/bin/sh\n[ $# = 1 ] && [ -f "$1/model.onnx" ]\n')
+    script.chmod(0o755)
+    with pytest.raises(BundleError, match=r"^the command accepts the result of the whole pipeline"):
+        bisect(bundle, command=str(script))
 
 
 def test_a_pass_that_fails_for_another_ones_fault_is_told_from_it(tmp_path: Path) -> None:

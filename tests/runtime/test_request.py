@@ -386,6 +386,15 @@ def test_a_fault_of_the_session_is_not_blamed_on_the_request(
         model.generate(IDS, max_new_tokens=3)
 
 
+def test_a_fault_of_ours_is_not_blamed_on_the_request(
+    decoder: Decoder, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = session(decoder, reference)
+    monkeypatch.setattr(type(decoder), "prefill", None)
+    with pytest.raises(TypeError, match="not callable"):
+        model.generate(IDS, max_new_tokens=3)
+
+
 @pytest.mark.parametrize("pad", [-1, 9999])
 def test_rows_that_have_ended_may_be_filled_with_any_token(
     pad: int, decoder: Decoder, reference: PreTrainedModel
