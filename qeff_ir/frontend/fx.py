@@ -9,6 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
+from qeff_ir.frontend.private import python_dispatcher
+
 
 def call(function: Any, first: Node, *rest: Any) -> Node:
     """A new node, with its example value."""
@@ -32,9 +34,9 @@ def update(node: Node) -> bool:
     if node.op != "call_function":
         return False
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    examples = [tensor for n in node.all_input_nodes for tensor in _tensors(n.meta["val"])]
-    mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), contextlib.nullcontext())
-    with mode, torch.no_grad():
+    inputs = (tensor for n in node.graph.nodes if n.op == "placeholder" for tensor in _tensors(n.meta["val"]))
+    mode = next((t.fake_mode for t in inputs if isinstance(t, FakeTensor)), contextlib.nullcontext())
+    with mode, python_dispatcher(), torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
     after = node.meta["val"]
     return [t.shape for t in _tensors(before)] != [t.shape for t in _tensors(after)]

@@ -10,7 +10,9 @@ import ast
 import contextlib
 import inspect
 import logging
+import os
 import re
+import traceback
 import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from onnx_ir import tensor_adapters
 from onnxscript import version_converter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
 from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes
@@ -31,6 +34,7 @@ from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
 from qeff_ir.frontend import ops
 from qeff_ir.frontend.capture import captured, tracing
 from qeff_ir.frontend.layers import Fold, Prepared, cut, find_fold, marked
+from qeff_ir.frontend.limits import plain_rotary
 from qeff_ir.frontend.own_masks import refuse_own_masks
 from qeff_ir.frontend.positions import give_positions
 from qeff_ir.frontend.private import onnx_translations
@@ -73,12 +77,23 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> M
         UnsupportedModelError: The model has no cache, its attention is not causal or builds its own masks, or something
             in it cannot be traced.
     """
-    with evaluating(model), settled(), torch.no_grad(), captured(model), fake_weights(model) as fake, quiet():
+    with (
+        evaluating(model),
+        settled(),
+        torch.no_grad(),
+        captured(model),
+        fake_weights(model) as fake,
+        quiet(),
+        plain_rotary(model) as original,
+    ):
         states, fold = _states_and_fold(model, fake, whole=whole)
         module = None if fold is None else _folded(model, weights, states, fold, fake)
         if module is None:
             with attributes_kept(model):
                 module = _module(_trace(model, states, fake), model, weights, states)
+    if original is not None:
+        known = module.dims["ctx_len"].maximum
+        module.dims["ctx_len"] = Dim("ctx_len", original if known is None else min(known, original))
     dialect.attach(module.model)
     module.write_facts()
     return module
@@ -103,12 +118,15 @@ def _folded(
     return module
 
 
-def _module(program: torch.onnx.ONNXProgram, model: PreTrainedModel, weights: Weights, states: list[State]) -> Module:
+def _module(
+    traced: tuple[torch.onnx.ONNXProgram, int | None], model: PreTrainedModel, weights: Weights, states: list[State]
+) -> Module:
+    program, limit = traced
     graph_model = clean(program.model, weights, states)
     _mark_layers(graph_model.graph, model)
     refuse_own_masks(graph_model.graph, type(model).__name__)
     module = Module(graph_model, type(model).__name__, states)
-    _name_dims(module, model)
+    _name_dims(module, model, limit)
     return module
 
 
@@ -125,9 +143,9 @@ class _Step(torch.nn.Module):
         self.cache_argument = cache_argument(model.forward)
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor]
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor], counted: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        cache = CapturingCache(self.hf, position_ids, dict(zip(self.states, past, strict=True)))
+        cache = CapturingCache(self.hf, position_ids, dict(zip(self.states, past, strict=True)), count=counted.shape[0])
         out = self.run(input_ids, position_ids, cache)
         for state in cache.found():
             raise UnsupportedModelError(f"layer {state.layer} keeps a {state.role} state in one run and not in another")
@@ -190,18 +208,24 @@ def _prepared(
 
     def work() -> Sequence[torch.Tensor]:
         with apply_patches("onnx"), apply_patches("dynamo"), reset_model_state(model), fake:
-            return _Step(model, states)(ids, positions, past)
+            return _Step(model, states)(ids, positions, past, torch.zeros(_CTX - _SEQ))
 
     return inputs, work
 
 
-def _trace(model: PreTrainedModel, states: list[State], fake: FakeTensorMode) -> torch.onnx.ONNXProgram:
+def _trace(
+    model: PreTrainedModel, states: list[State], fake: FakeTensorMode
+) -> tuple[torch.onnx.ONNXProgram, int | None]:
+    """The program, and the longest context that it holds for."""
     ids, past = _inputs(states, fake)
+    with fake:
+        counted = torch.zeros(_CTX - _SEQ)
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {
         "input_ids": {0: dynamic, 1: dynamic},
         "position_ids": {0: dynamic, 1: dynamic},
         "past": [{i: dynamic for i, dim in enumerate(state.shape) if isinstance(dim, str)} for state in states],
+        "counted": {0: dynamic},
     }
     with (
         apply_patches("onnx"),
@@ -212,18 +236,21 @@ def _trace(model: PreTrainedModel, states: list[State], fake: FakeTensorMode) ->
         exported = torch.export.export(
             _Step(model, states),
             (),
-            kwargs={"input_ids": ids, "position_ids": ids.clone(), "past": past},
+            kwargs={"input_ids": ids, "position_ids": ids.clone(), "past": past, "counted": counted},
             dynamic_shapes=shapes,
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         spell_out_complex(exported)
         drop_idle_squeezes(exported)
-        give_positions(exported, "input_ids", "position_ids")
+        _, limit = give_positions(exported, "input_ids", "position_ids", "counted", type(model).__name__)
         program = convert(
-            exported, ["input_ids", "position_ids", *(s.input for s in states)], ["logits", *(s.output for s in states)]
+            exported,
+            ["input_ids", "position_ids", *(s.input for s in states), "counted"],
+            ["logits", *(s.output for s in states)],
         )
-    return program
+    program.model.graph.inputs.pop()  # what counted is not read any more
+    return program, limit
 
 
 def convert(
@@ -308,8 +335,8 @@ def _mark_layers(graph: ir.Graph, model: PreTrainedModel) -> None:
                 value.metadata_props[LAYER_KEY] = "parameter"
 
 
-def _name_dims(module: Module, model: PreTrainedModel) -> None:
-    """Replace the exporter's symbols by ours, on the inputs and everywhere else."""
+def _name_dims(module: Module, model: PreTrainedModel, limit: int | None) -> None:
+    """Replace the exporter's symbols by ours, on the inputs and everywhere else; `limit` is the longest context."""
     renames: dict[str, str] = {}
     for name in ("input_ids", "position_ids"):
         shape = module.input(name).shape
@@ -322,15 +349,11 @@ def _name_dims(module: Module, model: PreTrainedModel) -> None:
     rename_symbols(module.graph, renames)
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
-    positions = module.input("position_ids")
-    if any(node.op_type == "ReduceMax" and node.inputs[0] is positions for node in module.graph):
-        # A run's longest position switches its rotary frequencies: beyond the original length, an answer would depend
-        # on how its prompt is cut into chunks, and on the other rows.
-        longest = (config.rope_parameters or {}).get("original_max_position_embeddings", longest)
+    limits = [n for n in (longest, limit) if isinstance(n, int)]
     module.dims = {
         "batch_size": Dim("batch_size"),
         "seq_len": Dim("seq_len"),
-        "ctx_len": Dim("ctx_len", longest if isinstance(longest, int) else None),
+        "ctx_len": Dim("ctx_len", min(limits, default=None)),
     }
 
 
@@ -376,7 +399,19 @@ def as_unsupported(model: PreTrainedModel, what: str) -> Generator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, GuardOnDataDependentSymNode):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} {what}: it branches on what only a run knows, such as how long its longest "
+                f"position is ({_code_of(cause)}); give it a form without such a branch, for rotary embeddings a "
+                "rope_type that is not dynamic"
+            ) from error
         first = next((line for line in str(cause).splitlines() if line.strip()), "no message")
         raise UnsupportedModelError(
             f"{type(model).__name__} {what}: {type(cause).__name__}: {_ESCAPES.sub('', first)[:300]}"
         ) from error
+
+
+def _code_of(error: BaseException) -> str:
+    """File and line of the last code that is not torch's own, as ``name.py:line``."""
+    places = [p for p in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in p.filename]
+    return f"{os.path.basename(places[-1].filename)}:{places[-1].lineno}" if places else "in torch itself"

@@ -7,11 +7,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.export import ExportedProgram
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
 from transformers.masking_utils import AttentionMaskInterface
@@ -77,6 +81,55 @@ def ignored_when_missing(model: PreTrainedModel) -> list[str]:
 def loads(auto: Any, config: PreTrainedConfig) -> bool:
     """Whether one of transformers' auto classes has a model for a configuration."""
     return type(config) in auto._model_mapping
+
+
+def symbols_of(size: Any) -> set[Any]:
+    """The symbols in a size of a traced tensor; none in a plain number."""
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
+def with_sizes(size: Any, known: Mapping[Any, int]) -> int:
+    """A size of a traced tensor, its symbols replaced by numbers."""
+    return int(size.node.expr.subs(known)) if isinstance(size, torch.SymInt) else int(size)
+
+
+def questions(program: ExportedProgram, tokens: set[Any]) -> list[Any]:
+    """What the traced code asked of sizes and how torch answered, as comparisons by order that hold for the trace.
+
+    Equalities are left out: shapes that must fit each other make them. That there are not too few is only asked of
+    `tokens`, sizes that can be small.
+    """
+    env = next(
+        node.meta["val"].fake_mode.shape_env
+        for node in program.graph_module.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta["val"], FakeTensor)
+    )
+    asked = [a.expr for asserts in env.deferred_runtime_asserts.values() for a in asserts]
+    asked += [guard.expr for guard in env.guards]
+    order = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
+    asked = [a for a in asked if a.free_symbols and all(isinstance(atom, order) for atom in a.atoms(sympy.Rel))]
+    for symbol, bounds in program.range_constraints.items():
+        if bounds.upper.is_Integer and not any(_implies(a, symbol, bounds.upper) for a in asked):
+            asked.append(sympy.Le(symbol, bounds.upper))
+        if symbol in tokens and bounds.lower > _FEWEST:
+            asked.append(sympy.Ge(symbol, bounds.lower))
+    return asked
+
+
+def _implies(question: Any, symbol: Any, most: Any) -> bool:
+    """Whether torch found the most that a size can be from a question about several sizes, all others the fewest."""
+    others = dict.fromkeys(question.free_symbols - {symbol}, _FEWEST)
+    at = [question.subs({**others, symbol: number}) for number in (most, most + 1)]
+    return bool(others) and at == [sympy.true, sympy.false]
+
+
+_FEWEST = 2
+"""What torch takes for granted of any size that may change."""
+
+
+def python_dispatcher() -> AbstractContextManager[None]:
+    """What tracing tensors with symbolic sizes takes, so that composite operators do not fix the sizes."""
+    return enable_python_dispatcher()
 
 
 def changes_arguments(operator: Any) -> bool:

@@ -34,15 +34,16 @@ Key = tuple[Role, int]
 class _Held:
     """The tensors of one layer: the shapes that a probing run shows, or the values of a traced run."""
 
-    def __init__(self, position_ids: Tensor, past: Mapping[Key, Tensor]) -> None:
+    def __init__(self, position_ids: Tensor, past: Mapping[Key, Tensor], count: int) -> None:
         self.position_ids = position_ids
+        self.count = count
         self.past = dict(past)
         self.now = dict(past)
         self.seen: dict[Key, tuple[DimValue, ...]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
         """Of the copy of a layer, which holds nothing yet: models that run a layer again put it into the cache."""
-        return _Held(self.position_ids, {})
+        return _Held(self.position_ids, {}, self.count)
 
     def append(self, key: Key, new: Tensor) -> Tensor:
         """Store tokens ``[batch, heads, seq, width]``; all that the cache holds, ``[batch, heads, ctx, width]``."""
@@ -125,8 +126,8 @@ class AttentionLayer(DynamicIndexedLayer):
         return (query_length if self.slots is None else self.slots.shape[2]), 0
 
     def get_seq_length(self) -> int:
-        """Always 0: positions are given, not counted."""
-        return 0
+        """See `CapturingCache.get_seq_length`."""
+        return self.held.count
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionLayer:
         return AttentionLayer(self.window, copy.deepcopy(self.held, memo))
@@ -184,13 +185,18 @@ class CapturingCache(Cache):
         model: The model; its configuration says which layer kinds there are.
         position_ids: ``[batch, seq]``, -1 for padding.
         past: Each state and its tensor; empty for the probing run that finds them.
+        count: How many tokens the cache says that it holds: a symbol of the traced run, by which
+            `qeff_ir.frontend.counts` knows what a model makes from it.
 
     Raises:
         UnsupportedModelError: The model has layers whose state is of an unknown kind.
     """
 
-    def __init__(self, model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor]) -> None:
-        self.captured = _layers(model, position_ids, past)
+    def __init__(
+        self, model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor], count: int = 0
+    ) -> None:
+        self.captured = _layers(model, position_ids, past, count)
+        self.count = count
         super().__init__(layers=self.captured)  # one list: a model may add layers while it runs
         self.position_ids = position_ids
         self.mask_layer = 0
@@ -214,8 +220,8 @@ class CapturingCache(Cache):
         return layer if isinstance(layer, AttentionLayer) else None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Always 0: positions are given, not counted."""
-        return 0
+        """A number to be told apart from all others: positions are given, not counted."""
+        return self.count
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """As in transformers; also notes the state that the next recurrence starts from."""
@@ -248,15 +254,15 @@ def _window(layer: Layer) -> int | None:
     return layer.window if isinstance(layer, AttentionLayer) else None
 
 
-def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor]) -> list[Layer]:
+def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor], count: int) -> list[Layer]:
     by_layer: dict[int, dict[State, Tensor]] = {}
     for state, tensor in past.items():
         by_layer.setdefault(state.layer, {})[state] = tensor
     kinds = DynamicCache(config=model.config).layers
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    number = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
     layers: list[Layer] = []
-    for kind in kinds or [DynamicLayer() for _ in range(count)]:
-        held = _held(position_ids, by_layer.get(len(layers), {}))
+    for kind in kinds or [DynamicLayer() for _ in range(number)]:
+        held = _held(position_ids, by_layer.get(len(layers), {}), count)
         linear = isinstance(kind, LinearAttentionCacheLayerMixin)
         window = int(kind.sliding_window) if isinstance(kind, DynamicSlidingWindowLayer) else None
         if isinstance(kind, DummyLayer):
@@ -274,17 +280,17 @@ def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, T
             )
     # Those that the model added in the run that showed the states; it adds none where they are there already.
     for index in range(len(layers), max(by_layer, default=-1) + 1):
-        layers.append(_added(position_ids, by_layer.get(index, {})))
+        layers.append(_added(position_ids, by_layer.get(index, {}), count))
     return layers
 
 
-def _held(position_ids: Tensor, past: Mapping[State, Tensor]) -> _Held:
-    return _Held(position_ids, {(state.role, state.index): tensor for state, tensor in past.items()})
+def _held(position_ids: Tensor, past: Mapping[State, Tensor], count: int) -> _Held:
+    return _Held(position_ids, {(state.role, state.index): tensor for state, tensor in past.items()}, count)
 
 
-def _added(position_ids: Tensor, past: Mapping[State, Tensor]) -> Layer:
+def _added(position_ids: Tensor, past: Mapping[State, Tensor], count: int) -> Layer:
     """A layer of the kind that keeps these states."""
-    held, window = _held(position_ids, past), next((s.window for s in past if s.window is not None), None)
+    held, window = _held(position_ids, past, count), next((s.window for s in past if s.window is not None), None)
     recurrent = [state.index for state in past if state.role in ("conv", "recurrent")]
     if len(recurrent) == len(past):
         return RecurrentLayer(held, 1 + max(recurrent, default=0))

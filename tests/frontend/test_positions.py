@@ -18,7 +18,7 @@ _ = ops.TRANSLATIONS  # defines torch.ops.qeff
 class Distances(torch.nn.Module):
     """``[batch, 1, seq, slots]``: how far each slot of a cache lies behind each token."""
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
         rows, columns = torch.arange(input_ids.shape[1]), torch.arange(past.shape[2])
         distance = (rows[:, None] - columns[None, :])[None, None]
         return distance.expand(input_ids.shape[0], 1, -1, -1) + 0
@@ -34,7 +34,7 @@ class Bias(torch.nn.Module):
         super().__init__()
         self.by_distance = torch.nn.Buffer(torch.randn(heads, SLOTS, generator=torch.Generator().manual_seed(1)))
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
         rows, columns = torch.arange(input_ids.shape[1]), torch.arange(past.shape[2])
         distance = rows[:, None] - columns[None, :]
         size = (input_ids.shape[0], self.by_distance.shape[0])
@@ -50,7 +50,7 @@ class Slopes(torch.nn.Module):
         super().__init__()
         self.slopes = torch.nn.Buffer(torch.arange(1.0, heads + 1))
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
         rows, columns = torch.arange(input_ids.shape[1]), torch.arange(past.shape[2])
         distance = (rows[:, None] - columns[None, :]).to(torch.float32)
         bias = (self.slopes[:, None, None] * distance).unsqueeze(0)
@@ -65,7 +65,7 @@ class StoredMask(torch.nn.Module):
         super().__init__()
         self.register_buffer("table", torch.ones(1, 1, LONGEST, LONGEST, dtype=torch.bool).tril())
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
         slots, run = past.shape[2], input_ids.shape[1]
         seen: Any = self.table
         return torch.where(seen[:, :, slots - run : slots, :slots], torch.ones(input_ids.shape[0], 1, 1, 1), 0.0)
@@ -78,7 +78,7 @@ class Rows(torch.nn.Module):
         super().__init__()
         self.register_buffer("table", torch.arange(2.0 * LONGEST).reshape(LONGEST, 2))
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
         found = torch.nn.functional.embedding(torch.arange(input_ids.shape[1]), self.table)[None, None]  # type: ignore[arg-type]
         first, second = found.chunk(2, dim=-1)
         return torch.stack([second, first], dim=-1).reshape_as(found) + torch.zeros(input_ids.shape[0], 1, 1, 1)
@@ -91,7 +91,7 @@ class Counted(torch.nn.Module):
         super().__init__()
         self.register_buffer("table", torch.arange(2.0 * LONGEST).reshape(LONGEST, 2))
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
         count = torch.arange(input_ids.shape[1]).expand(position_ids.shape[0], -1) + 2
         return torch.nn.functional.embedding(count, self.table) + 0 * position_ids[:, :, None]  # type: ignore[arg-type]
 
@@ -103,7 +103,7 @@ class Kinds(torch.nn.Module):
         super().__init__()
         self.from_tokens = from_tokens
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
         kinds = (input_ids == 90).long() if self.from_tokens else torch.zeros_like(input_ids)
         return kinds[torch.arange(input_ids.shape[0])[:, None], position_ids]
 
@@ -115,6 +115,8 @@ class Run(torch.fx.Interpreter):
         if target is torch.ops.qeff.cache_positions.default:
             past, positions = args
             return torch.arange(past.shape[2]).expand(positions.shape[0], -1)
+        if target is torch.ops.aten.embedding.default:  # padding takes some row, as in ONNX
+            return args[0][args[1]]
         return super().call_function(target, args, kwargs)
 
 
@@ -124,16 +126,27 @@ def given(module: torch.nn.Module, positions: Tensor, tokens: Tensor) -> tuple[i
     ids = {0: dynamic, 1: dynamic}
     program = torch.export.export(
         module,
-        (torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 1, 11, 1)),
-        dynamic_shapes=(ids, ids, {0: dynamic, 2: dynamic}),
+        (
+            torch.zeros(2, 5, dtype=torch.long),
+            torch.zeros(2, 5, dtype=torch.long),
+            torch.zeros(2, 1, 11, 1),
+            torch.zeros(6),
+        ),
+        dynamic_shapes=(ids, ids, {0: dynamic, 2: dynamic}, {0: dynamic}),
         strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    changed = give_positions(program, "input_ids", "position_ids")
+    changed, _ = give_positions(program, "input_ids", "position_ids", "counted", "Tested")
     graph = program.graph_module
     graph.graph.lint()
     graph.recompile()
-    inputs = (*(t for _, t in module.named_buffers()), tokens, positions, torch.zeros(ROWS, 1, SLOTS, 1))
+    inputs = (
+        *(t for _, t in module.named_buffers()),
+        tokens,
+        positions,
+        torch.zeros(ROWS, 1, SLOTS, 1),
+        torch.zeros(2),
+    )
     (result,) = Run(graph).run(*inputs)
     return changed, result, graph.graph
 
