@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
 import tempfile
 import time
@@ -27,15 +29,17 @@ or leaves something.
 
 
 def main() -> None:
-    """Try until so many builds were really killed."""
+    """Try until so many builds were really killed, or until Ctrl-C or SIGTERM; what was done counts."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = argparse.ArgumentParser(prog="python -m tests.kills", description=__doc__)
     parser.add_argument("--runs", type=int, default=100, help="builds that are really killed; others come on top")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help=f"add a line to {RECORD.name}")
     given = parser.parse_args()
     started, tries, lost, wrong = time.monotonic(), 0, 0, 0
-    with tempfile.TemporaryDirectory(prefix="kills-") as name:
+    with tempfile.TemporaryDirectory(prefix="kills-") as name, contextlib.ExitStack() as stack:
         engine = Engine(Path(name), given.seed)
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
         for _ in track(range(given.runs), "Killing"):
             before = engine.counts["killed"]
             while engine.counts["killed"] == before:
