@@ -11,6 +11,7 @@ exported.save_pretrained("exported")
 
 from __future__ import annotations
 
+import uuid
 import zipfile
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -120,9 +121,14 @@ class Ai100Exporter(HfExporter):
     @classmethod
     def save_program(cls, program: Path, path: str | Path) -> None:
         """Write a package as one file, uncompressed."""
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for file in sorted(p for p in program.rglob("*") if p.is_file()):
-                archive.write(file, file.relative_to(program).as_posix())
+        partial = Path(path).with_name(f".{Path(path).name}.partial-{uuid.uuid4().hex[:8]}")
+        try:
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+                for file in sorted(p for p in program.rglob("*") if p.is_file()):
+                    archive.write(file, file.relative_to(program).as_posix())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load_program(cls, path: str | Path) -> Path:

@@ -5,7 +5,7 @@
 2. Elsewhere (ext4, tmpfs, another disk) nothing that can be shared is read by onnx, whose loader, checker and all that
    builds on them (onnx-graphsurgeon, onnx_ir) demand a regular file below the folder, reached without symbolic links,
    with one hard link (``open_external_data`` of onnx 1.23). So files are copied, holes left out, while all of them
-   together take at most `COPY_LIMIT` on the disk.
+   together take at most `COPY_LIMIT` on the disk; from 1 GiB on, a warning says so.
 3. Beyond that, a checkpoint's files get a hard link: a package of 140 GB is not written in silence. ONNX Runtime and
    Netron read it, onnx does not; the command line says so, and ``QEFF_WEIGHTS=copy`` copies whatever the size is.
    ``QEFF_WEIGHTS=link`` links whatever the size is.
@@ -23,6 +23,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,9 @@ from qeff_ir.errors import PackageError
 COPY_LIMIT = 8 << 30
 """Bytes on the disk up to which the weights of a package are copied where they cannot be cloned: seconds, not minutes,
 and about what a tool that reads them whole can hold in memory."""
+
+_WORTH_SAYING = 1 << 30
+"""Bytes from which on a copy is announced."""
 
 VARIABLE = "QEFF_WEIGHTS"
 
@@ -77,9 +81,17 @@ def share(files: Mapping[Path, Path], linkable: Iterable[Path], *, prefer_links:
     wanted = choice()
     size = sum(source.stat().st_blocks * 512 for source in files)
     link = wanted == "link" or (wanted == "auto" and (prefer_links or size > COPY_LIMIT))
+    told = size < _WORTH_SAYING
     for source, target in files.items():
         before = stamp(source)
         if not _clone(source, target) and not (link and source in may and _link(source, target)):
+            if not told:
+                warnings.warn(
+                    f"copying {size / 1e9:.1f} GB of weights to {target.parent}: this file system has no clones; "
+                    f"{VARIABLE}=link shares a checkpoint's files, which onnx then does not read",
+                    stacklevel=2,
+                )
+                told = True
             _copy(source, target)
         same_digest(target, source, before)
 
@@ -129,7 +141,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _copy_some(old: int, new: int, start: int, count: int) -> int:
     """Copy up to so many bytes at a place, inside the kernel where it can; returns how many."""
-    with contextlib.suppress(OSError):  # of another file system, or another kind of one: whatever is wrong shows below
+    # Not there on every system, nor for every pair of file systems: whatever else is wrong shows below.
+    with contextlib.suppress(OSError, AttributeError):
         done = os.copy_file_range(old, new, min(count, 1 << 30), start, start)
         if done:
             return done

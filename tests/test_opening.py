@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -125,6 +127,16 @@ def external(proto: onnx.ModelProto) -> list[onnx.StringStringEntryProto]:
     found = [entry for tensor in proto.graph.initializer for entry in tensor.external_data]
     assert found
     return found
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "ai100", "host"])
+def test_a_package_is_read_by_every_tool_of_onnx(name: str, packages: dict[str, Path]) -> None:
+    path = onnx_of(packages[name])
+    whole = onnx.load(path)
+    assert sum(len(t.raw_data) for t in whole.graph.initializer) > 50_000
+    assert len(gs.import_onnx(whole).nodes) == len(whole.graph.node)
+    tensors = [v.const_value for v in ir.load(path).graph.initializers.values()]
+    assert all(t is not None and np.isfinite(t.numpy()).all() for t in tensors)
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -244,6 +244,13 @@ def test_who_decides_between_copy_and_link(
     assert_every_tool_opens(path)
 
 
+def test_a_large_copy_is_announced(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(checkpoint, tmp_path / "silent")
+    monkeypatch.setattr(sharing, "_WORTH_SAYING", 1)
+    with pytest.warns(UserWarning, match=r"^copying 0\.0 GB of weights to .*weights: this file system has no clones; "):
+        package(checkpoint, tmp_path / "said")
+
+
 def test_another_choice_is_told(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QEFF_WEIGHTS", "symlink")
     with pytest.raises(PackageError, match=r"\$QEFF_WEIGHTS is 'symlink': set it to copy or link, or to nothing"):
