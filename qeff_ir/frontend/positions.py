@@ -164,7 +164,7 @@ class _Rows:
         with self.graph.inserting_before(self.nodes[0]):
             run = call(aten.sym_size.int, self.positions, 1)
             lengths = [call(aten.sym_size.int, past, 2) for past in pasts]
-            slots = [call(torch.ops.qeff.cache_positions.default, past, self.positions) for past in pasts]
+            slots = [self._slots(past) for past in pasts]
         rows = [self.positions, *slots, *self.batched]
         whole = [run, *lengths, *self.plain]
 
@@ -208,6 +208,16 @@ class _Rows:
             raise UnsupportedModelError("a model's count of positions cannot be made one for each row")
         traced.graph.eliminate_dead_code()
         return dict(zip(wanted, self._insert(traced.graph, [*rows, *whole]), strict=True))
+
+    def _slots(self, past: Node) -> Node:
+        """The position in each slot of a cache, ``[batch, slots]``.
+
+        Targets may know the same row for the whole batch, ``[1, slots]``. Masks do not mind, what follows here may
+        reshape it: zeros of each row keep the batch.
+        """
+        slots = call(torch.ops.qeff.cache_positions.default, past, self.positions)
+        first = call(aten.slice.Tensor, self.positions, 1, 0, 1)
+        return call(aten.add.Tensor, slots, call(aten.sub.Tensor, first, first))
 
     def _slots_of(self, node: Node, count: Count) -> Node | None:
         """The cache whose slots a node counts; `None` where it counts tokens of the run."""
