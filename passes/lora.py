@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -70,7 +71,9 @@ class Lora(Pass):
         chosen = self._chosen(module, found)
         if not chosen:
             names = ", ".join(sorted({layer.path.rpartition(".")[2] for layer in found}))
-            raise PassError(f"no layer is named '{self.targets}': the layers of {module.name} end in {names}")
+            near = difflib.get_close_matches(self.targets.replace("\\", ""), [layer.path for layer in found], n=1)
+            first = f" (one is {near[0]})" if near else ""
+            raise PassError(f"no layer is named '{self.targets}': the layers of {module.name} end in {names}{first}")
         branches = _Branches(self, module, rewriter)
         for layer in found:
             if layer.path in chosen and rewriter.rewrite(layer.kind):

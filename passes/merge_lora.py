@@ -36,7 +36,7 @@ class MergeLora(Pass):
     changes_weights: ClassVar[bool] = True
     expect: ClassVar[Expect] = AtLeast(1)
 
-    adapter: str = field(default="", metadata={"help": "folder of the adapter; it must be given"})
+    adapter: str = field(default="", metadata={"help": "folder of the adapter; it must be given", "path": True})
     digest: str = field(default="", metadata={"help": "start of the digest that the adapter must have"})
 
     def run(self, module: Module, rewriter: Rewriter) -> None:

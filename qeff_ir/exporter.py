@@ -11,11 +11,13 @@ exported.save_pretrained("exported")
 
 from __future__ import annotations
 
+import stat
+import struct
 import uuid
 import zipfile
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,13 +146,45 @@ class Ai100Exporter(HfExporter):
         if not _whole(folder):
             with building(folder) as partial:
                 try:
-                    with zipfile.ZipFile(file) as archive:
-                        archive.extractall(partial)  # which keeps every member inside
+                    _unpack(file, partial)
                     open_package(partial)
-                except (zipfile.BadZipFile, EOFError, PackageError) as error:
-                    reason = f"{file} is not an exported package ({error}): export the model again"
-                    raise PackageError(reason) from error
+                except _DAMAGED as error:
+                    reason = str(error) or type(error).__name__
+                    raise PackageError(
+                        f"{file} is not an exported package ({reason}): export the model again"
+                    ) from error
         return folder
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    """Unpack an archive as `Ai100Exporter.save_program` writes it: regular files that are stored as they are.
+
+    What is not compressed cannot be larger than the archive, and needs no key.
+
+    Raises:
+        PackageError: It has something else.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = [item for item in archive.infolist() if not item.is_dir()]
+        names = {item.filename for item in members}
+        for item in members:
+            kind = stat.S_IFMT(item.external_attr >> 16)
+            if item.flag_bits & _ENCRYPTED or item.compress_type != zipfile.ZIP_STORED or kind not in (0, stat.S_IFREG):
+                raise PackageError(f"'{item.filename}' is encrypted, compressed or not a file")
+            path = PurePosixPath(item.filename)
+            if path.is_absolute() or not {"", ".", ".."}.isdisjoint(item.filename.split("/")) or "\\" in item.filename:
+                raise PackageError(f"'{item.filename}' is not a name inside of a folder")
+            if not names.isdisjoint(str(above) for above in path.parents):
+                raise PackageError(f"'{item.filename}' lies below a file")
+        if len(names) < len(members) or sum(item.file_size for item in members) > file.stat().st_size:
+            raise PackageError("a file is there twice, or is larger than the archive")
+        for item in members:
+            archive.extract(item, folder)
+
+
+_ENCRYPTED = 0x1
+_DAMAGED = (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, struct.error, PackageError)
+"""What damaged archives raise, names that no file can have among it."""
 
 
 def _whole(folder: Path) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +61,86 @@ def test_what_is_no_package_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
             Ai100Exporter.load_program(tmp_path / "evil.zip")
     assert [p.name for p in tmp_path.rglob("*.txt")] == []
     assert [p for p in (tmp_path / "home" / "exports").iterdir() if p.is_dir()] == []
+
+
+@pytest.fixture
+def archive(exported: ExportedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    exported.save_pretrained(tmp_path)
+    return tmp_path / "model.ai100.zip"
+
+
+def rewritten(archive: Path, **changes: Any) -> None:
+    """The archive again, its members with other marks."""
+    with zipfile.ZipFile(archive) as old:
+        contents = {item.filename: old.read(item) for item in old.infolist()}
+    with zipfile.ZipFile(archive, "w", changes.pop("compress", zipfile.ZIP_STORED)) as new:
+        for name, content in contents.items():
+            item = zipfile.ZipInfo(name)
+            item.compress_type = new.compression
+            for key, value in changes.items():
+                setattr(item, key, value)
+            new.writestr(item, content)
+
+
+def flagged(archive: Path, offset: int, value: int) -> None:
+    """Other bytes in the headers of all members, at the offset that they have in the central directory."""
+    data = bytearray(archive.read_bytes())
+    for mark, shift in ((b"PK\x01\x02", 0), (b"PK\x03\x04", -2)):
+        at = data.find(mark)
+        while at >= 0:
+            data[at + offset + shift] = value
+            at = data.find(mark, at + 4)
+    archive.write_bytes(bytes(data))
+
+
+def bomb(archive: Path) -> None:
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as new:
+        new.writestr("big.txt", bytes(64 << 20))
+
+
+def damaged(archive: Path) -> None:
+    data = bytearray(archive.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    archive.write_bytes(bytes(data))
+
+
+def added(*names: str) -> Callable[[Path], None]:
+    def change(archive: Path) -> None:
+        with warnings.catch_warnings(), zipfile.ZipFile(archive, "a") as new:
+            warnings.simplefilter("ignore")  # of names that are there twice
+            for name in names:
+                new.writestr(name, "x")
+
+    return change
+
+
+ARCHIVES: dict[str, Callable[[Path], None]] = {
+    "encrypted": lambda archive: flagged(archive, 8, 0x1),
+    "of an unknown method": lambda archive: flagged(archive, 10, 99),
+    "deflated": lambda archive: rewritten(archive, compress=zipfile.ZIP_DEFLATED),
+    "a bomb": bomb,
+    "damaged": damaged,
+    "cut": lambda archive: archive.write_bytes(archive.read_bytes()[:-100]),
+    "with a link": lambda archive: rewritten(archive, external_attr=0o120777 << 16),
+    "with a name outside": added("../evil.txt"),
+    "with an absolute name": added("/tmp/evil.txt"),
+    "with a name of another system": added("..\\evil.txt"),
+    "with a file below a file": added("package.json/evil.txt"),
+    "with a file twice": added("package.json"),
+    "with a name that is none": added("a//b"),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_an_archive_that_is_not_ours_is_refused_in_one_sentence(case: str, archive: Path) -> None:
+    assert Ai100Exporter.load_program(archive).is_dir()
+    ARCHIVES[case](archive)
+    before = {p for p in archive.parent.rglob("*") if not p.name.startswith(".")}
+    with pytest.raises(PackageError, match=r"model\.ai100\.zip is not an exported package \(.+\): export") as error:
+        Ai100Exporter.load_program(archive)
+    assert "\n" not in str(error.value)
+    assert {p for p in archive.parent.rglob("*") if not p.name.startswith(".")} == before
 
 
 def test_a_damaged_copy_in_the_cache_is_unpacked_again(

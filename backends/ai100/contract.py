@@ -6,11 +6,11 @@ what is wrong in the writing, and not only in the IR, is found too.
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -22,6 +22,7 @@ from backends.ai100.sdk import Sdk, description
 from backends.ai100.violation import Violation, refuse_first
 from qeff_ir.errors import PackageError
 from qeff_ir.module import EMBEDS
+from qeff_ir.reading import read_bytes, read_json
 
 _SUFFIX = "_RetainedState"
 _ROLES = ("past_key", "past_value", "past_indexer", "conv_state", "recurrent_state")
@@ -52,10 +53,13 @@ def violations(folder: Path) -> Iterator[Violation]:
     if len(models) != 1 or missing:
         return
     command, recorded = _json(folder / COMMAND), _json(folder / specializations.FILE)
-    if not isinstance(command, dict) or not isinstance(command.get("argv"), list) or "sdk" not in command:
+    if not _is_command(command):
         yield Violation("command", f"{COMMAND} has no sdk and argv: emit the package again")
         return
     sdk = description(command["sdk"])
+    if not models[0].is_file():
+        yield Violation("file", f"{models[0].name} is not a regular file: emit the package again")
+        return
     if models[0].stat().st_size > sdk.limits.protobuf_bytes:
         yield Violation("protobuf-size", f"{models[0].name} exceeds 2 GB: keep weights in files of their own")
         return
@@ -83,15 +87,26 @@ def violations(folder: Path) -> Iterator[Violation]:
         yield Violation("file", f"{folder} has no {CUSTOM_IO}: emit the package again")
         return
     if retains:
-        yield from _custom_io(graph, (folder / CUSTOM_IO).read_text())
+        yield from _custom_io(graph, _text(folder / CUSTOM_IO))
     yield from _weights(proto, folder)
     yield from _command(command["argv"], models[0].name, folder, sdk, retains=retains)
 
 
+def _is_command(data: Any) -> bool:
+    argv: Any = cast("dict[str, Any]", data).get("argv") if isinstance(data, dict) else None
+    words = isinstance(argv, list) and all(isinstance(word, str) for word in cast("list[object]", argv))
+    return words and isinstance(data.get("sdk"), str)
+
+
+def _text(path: Path) -> str:
+    """A text file; other bytes are shown as what they are not."""
+    return read_bytes(path, error=PackageError).decode(errors="replace")
+
+
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        return read_json(path, error=PackageError)
+    except PackageError:
         return None
 
 
@@ -287,11 +302,16 @@ def _weights(proto: onnx.ModelProto, folder: Path) -> Iterator[Violation]:
             yield Violation("external-data", f"{tensor.name} lies in {location}, outside the folder: copy or link it")
             continue
         file = folder / location
-        size = int(np.prod(tensor.dims, dtype=np.int64))
-        size *= np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
-        if int(fields.get("length", size)) != size:
+        try:
+            size = math.prod(tensor.dims)
+            size *= np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+            length, offset = int(fields.get("length", size)), int(fields.get("offset", 0))
+        except (KeyError, ValueError):
+            yield Violation("external-data", f"{tensor.name} has no type, or a reference that has no numbers")
+            continue
+        if length != size:
             yield Violation("external-data", f"{tensor.name} takes {size} bytes, its reference says {fields['length']}")
-        if not file.is_file() or file.stat().st_size < int(fields.get("offset", 0)) + size:
+        if not file.is_file() or file.stat().st_size < offset + size:
             yield Violation("external-data", f"{location}, which holds {tensor.name}, is missing or too short")
 
 

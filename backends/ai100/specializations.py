@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any, Literal, cast
 
 from qeff_ir.errors import PackageError
 from qeff_ir.module import Specialization
+from qeff_ir.reading import read_json
 
 FILE = "specializations.json"
+
+_SIZE = re.compile("[1-9][0-9]{0,8}")
 
 Form = Literal["named", "flat"]
 
@@ -31,11 +35,11 @@ def load(path: Path) -> list[Specialization]:
     Raises:
         PackageError: The file is missing or of neither form.
     """
-    try:
-        data: Any = json.loads(path.read_text())
-        return _named([_entry(item) for item in data["specializations"]])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PackageError(f"{path} is not a specializations file ({error}): compile again") from error
+    data = read_json(path, error=PackageError)
+    form = form_of(data)
+    if form is None:
+        raise PackageError(f"{path} is not a specializations file (not a list of sizes): compile again")
+    return _named([_entry(item) for item in cast("dict[str, Any]", data)["specializations"]])
 
 
 def form_of(data: Any) -> Form | None:
@@ -59,7 +63,7 @@ def _form_of_entry(entry: Any) -> Form | None:
 
 def _sizes(symbols: Mapping[str, Any]) -> bool:
     """Whether all values are sizes written as strings."""
-    return bool(symbols) and all(isinstance(v, str) and v.isdigit() and int(v) > 0 for v in symbols.values())
+    return bool(symbols) and all(isinstance(v, str) and _SIZE.fullmatch(v) is not None for v in symbols.values())
 
 
 def _entry(item: Mapping[str, Any]) -> Specialization:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,8 +40,8 @@ def fit(name: str, adapter: Adapter, inputs: Sequence[AdapterInput], base: Base)
         a, b = found.get((path, "a")), found.get((path, "b"))
         if a is None or b is None:
             raise AdapterError(
-                f"adapter '{name}' changes {path}, for which the compiled model has no branch: compile with the "
-                "adapter loaded, or with lora_targets that name this layer"
+                f"adapter '{name}' changes {path}, for which the compiled model has no branch{_near(path, inputs)}: "
+                "if the base model has such a layer, compile with the adapter loaded, or with lora_targets that name it"
             )
         tensors |= {a.name: _factor_a(name, path, factors, a), b.name: _factor_b(name, path, factors, b)}
         if factors.b_bias is not None:
@@ -65,6 +66,13 @@ def fit(name: str, adapter: Adapter, inputs: Sequence[AdapterInput], base: Base)
                 "changes are supported"
             )
     return tensors
+
+
+def _near(path: str, inputs: Sequence[AdapterInput]) -> str:
+    """A clause that names the branch whose path is most like another, if one ends alike."""
+    leaf = path.rpartition(".")[2]
+    alike = difflib.get_close_matches(path, {i.layer for i in inputs if i.layer.endswith(f".{leaf}")}, n=1)
+    return f" (it has one for {alike[0]})" if alike else ""
 
 
 def _base_value(base: Base, name: str, parameter: str, entry: FileRange) -> Array:

@@ -5,20 +5,21 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qeff_ir.adapters.configuration import CONFIG_FILE, read_config
+from qeff_ir.adapters.targets import ALL_LINEAR
 from qeff_ir.errors import AdapterError, ModelLoadError
+from qeff_ir.reading import regular_file
 from qeff_ir.storage import FileRange
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTORS = {
@@ -30,25 +31,9 @@ _FACTORS = {
 }
 """Endings of tensor names, with the field of `Factors` that takes them."""
 
-_REFUSED = {
-    "use_dora": "uses DoRA, which rescales the weights of the base model",
-    "modules_to_save": "replaces whole modules (modules_to_save)",
-    "trainable_token_indices": "replaces rows of an embedding (trainable_token_indices)",
-    "layer_replication": "repeats layers of the base model (layer_replication)",
-    "alora_invocation_tokens": "is active from a token on only (alora_invocation_tokens)",
-    "use_qalora": "uses QALoRA",
-    "use_bdlora": "uses BD-LoRA",
-    "arrow_config": "routes between adapters (arrow_config)",
-    "kasa_config": "uses KaSA",
-    "monteclora_config": "uses MonteCLoRA",
-    "velora_config": "uses VeLoRA",
-    "megatron_config": "is made for Megatron's layers",
-    "ensure_weight_tying": "ties its own weights (ensure_weight_tying)",
-}
-"""Fields of a configuration that change what the base model computes in other ways than a low-rank sum."""
-
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values of ``init_lora_weights`` that subtract the first adapter from the base model's weights."""
+_MAX_ALPHA = 1e30
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "base_model")
+"""Parts of a path that stand for what the model was wrapped in while it was trained."""
 
 
 @dataclass
@@ -135,21 +120,25 @@ def read_adapter(folder: str | Path) -> Adapter:
         AdapterError: There is none, it is damaged, its weights are a pickle, or it is of a kind that is not supported.
     """
     folder = Path(folder)
-    config = _config(folder)
+    config = read_config(folder)
     entries = _entries(folder)
     tensors: dict[str, dict[str, FileRange]] = {}
     biases: dict[str, FileRange] = {}
     copies: dict[str, FileRange] = {}
     embeddings: set[str] = set()
+    bases: set[str] = set()
     for key, entry in entries.items():
-        name = key.removeprefix(_PREFIX)
+        name = _name(folder, key)
         ending = next((e for e in _FACTORS if name.endswith("." + e)), None)
         if ending is not None:
             path = name.removesuffix("." + ending)
-            tensors.setdefault(path, {})[_FACTORS[ending]] = entry
+            if _FACTORS[ending] in tensors.setdefault(path, {}):
+                raise AdapterError(f"the adapter {folder} holds a factor of {path} twice: save it again")
+            tensors[path][_FACTORS[ending]] = entry
             if "embedding" in ending:
                 embeddings.add(path)
         elif name.endswith(".bias") and config.bias != "none":
+            bases.add(name)
             biases[name.removesuffix(".bias").removesuffix(".base_layer")] = entry
         elif name.endswith((".weight", ".bias")):
             copies[name.replace(".base_layer.", ".")] = entry
@@ -157,8 +146,25 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise AdapterError(f"the adapter {folder} holds '{key}', which is no part of a low-rank adapter: refused")
     if not tensors:
         raise AdapterError(f"the adapter {folder} holds no low-rank factors: save it again with save_pretrained")
+    for name in bases:  # PEFT finds the bias of a layer that it has wrapped in the wrapper, and only there
+        path = name.removesuffix(".bias").removesuffix(".base_layer")
+        if name.endswith(".base_layer.bias") != (path in tensors):
+            raise AdapterError(f"the adapter {folder} holds '{name}', which PEFT would leave out: save it again")
     layers = {path: _factors(folder, config, path, found, path in embeddings) for path, found in tensors.items()}
     return Adapter(folder, config, layers, biases, copies)
+
+
+def _name(folder: Path, key: str) -> str:
+    """The name of a tensor in the base model; PEFT passes over those that its own model does not have."""
+    name = key.removeprefix(_PREFIX)
+    wrapper = next((part for part in name.split(".") if part in _WRAPPERS), None)
+    if name == key or wrapper is not None:
+        what = f"has the part '{wrapper}' of a wrapper in it" if name != key else f"does not start with {_PREFIX[:-1]}"
+        raise AdapterError(
+            f"the adapter {folder} holds '{key}', which {what}, so that PEFT would leave it out: save the adapter of "
+            "the model itself"
+        )
+    return name
 
 
 def _factors(folder: Path, config: LoraConfig, path: str, found: dict[str, FileRange], embedding: bool) -> Factors:
@@ -169,22 +175,33 @@ def _factors(folder: Path, config: LoraConfig, path: str, found: dict[str, FileR
     a, b, b_bias = found["a"], found["b"], found.get("b_bias")
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     try:
-        target = _target(config, path)
+        selected, target = _selected(config, path, embedding), _target(config, path)
         rank = ranks.get(get_pattern_key(list(ranks), target), config.r)
         alpha: Any = alphas.get(get_pattern_key(list(alphas), target), config.lora_alpha)
     except (AttributeError, TypeError, re.error) as error:
         raise AdapterError(
-            f"the rank_pattern, alpha_pattern or target_parameters of the adapter {folder} cannot be read: {error}"
+            f"the targets, rank_pattern, alpha_pattern or target_parameters of the adapter {folder} cannot be read: "
+            f"{error}"
         ) from error
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if not selected:
+        raise AdapterError(
+            f"the adapter {folder} has factors for {path}, which its target_modules do not name, so that PEFT would "
+            "leave them out: save it again"
+        )
+    if type(alpha) not in (int, float) or not abs(alpha) < _MAX_ALPHA:
         raise AdapterError(f"the adapter {folder} has the lora_alpha {alpha!r} for {path}, which is no number")
     leaf = path.removesuffix(".base_layer").rpartition(".")[2]
     if config.target_parameters and (path.endswith(".base_layer") or leaf == "experts"):
         raise AdapterError(
-            f"the adapter {folder} changes the stacked parameters of {path} (target_parameters), which is not "
-            "supported: train it on layers, or on routers"
+            f"the adapter {folder} changes the stacked weights of the experts in {path}, as PEFT stores "
+            "target_parameters and names of experts' weights: not supported, train it on layers or on routers"
         )
     fits = len(a.shape) == 2 and len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank and rank > 0
+    if b_bias is not None and not config.lora_bias:
+        raise AdapterError(
+            f"the adapter {folder} has a bias for {path}, its configuration says lora_bias=false, so that PEFT would "
+            "leave it out: the two files are not of one adapter"
+        )
     if not fits or (b_bias is not None and b_bias.shape != b.shape[:1]):
         raise AdapterError(
             f"the factors of {path} in the adapter {folder} are {list(a.shape)} and {list(b.shape)}, its configuration "
@@ -196,6 +213,18 @@ def _factors(folder: Path, config: LoraConfig, path: str, found: dict[str, FileR
     return Factors(a, b, b_bias, scaling, embedding)
 
 
+def _selected(config: LoraConfig, path: str, embedding: bool) -> bool:
+    """Whether PEFT makes a branch at a layer."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return not embedding
+    if config.target_parameters and (_target(config, path) != path or path.endswith(".base_layer")):
+        return True
+    return targets is not None and bool(check_target_module_exists(config, path))
+
+
 def _target(config: LoraConfig, path: str) -> str:
     """What PEFT's patterns are matched with: the path of a layer, or of the parameter where one is the target."""
     for target in config.target_parameters or ():
@@ -205,43 +234,8 @@ def _target(config: LoraConfig, path: str) -> str:
     return path
 
 
-def _config(folder: Path) -> LoraConfig:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterError(f"{folder} has no {CONFIG_FILE}, so it is no adapter: give a folder that PEFT saved")
-    try:
-        raw: Any = json.loads(path.read_text())
-        if not isinstance(raw, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}): save the adapter again") from error
-    said: Any = raw.get("base_model_name_or_path")
-    if said is not None and not isinstance(said, str):
-        raise AdapterError(f"{path} names the base model {said!r}, which is no name: save the adapter again")
-    if not isinstance(raw.get("use_rslora") or False, bool):  # as truth, the text "false" would be true
-        raise AdapterError(f"{path} has use_rslora={raw['use_rslora']!r}: give true or false")
-    if raw.get("peft_type") != "LORA":
-        raise AdapterError(f"the adapter {folder} is of the type {raw.get('peft_type')}: only LORA is supported")
-    for name, what in _REFUSED.items():
-        if raw.get(name):
-            raise AdapterError(f"the adapter {folder} {what}, which is not supported: train it without")
-    start = raw.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        raise AdapterError(
-            f"the adapter {folder} was started with init_lora_weights={start!r}, which changes the base model: convert "
-            "it when saving (path_initial_model_for_weight_conversion)"
-        )
-    from peft import LoraConfig
-
-    names = {f for f in LoraConfig.__dataclass_fields__ if f not in ("runtime_config", "peft_type")}
-    try:
-        return LoraConfig(**{name: value for name, value in raw.items() if name in names})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{path} is no configuration that PEFT reads: {error}") from error
-
-
 def _entries(folder: Path) -> dict[str, FileRange]:
-    if not (folder / WEIGHTS_FILE).is_file():
+    if not (folder / WEIGHTS_FILE).exists():
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
         found = f"only {', '.join(others)}, which can run code when it is read" if others else "no weights"
         raise AdapterError(
@@ -250,6 +244,7 @@ def _entries(folder: Path) -> dict[str, FileRange]:
         )
     from qeff_ir.frontend.checkpoint import read_header
 
+    regular_file(folder / WEIGHTS_FILE, folder, error=AdapterError)
     try:
         return read_header(folder / WEIGHTS_FILE)
     except ModelLoadError as error:

@@ -89,7 +89,9 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             from qeff_ir.auto.finite_adapters import QEffAutoLoraModelForCausalLM
 
             cls = QEffAutoLoraModelForCausalLM
-        hub.pop("revision", None)  # the adapter's, not the base model's
+        hub.pop("revision", None)  # the adapter's; the base model's stands in the configuration
+        if base_model is None and adapter.config.revision:
+            hub["revision"] = adapter.config.revision
         self = cls._opened(open_source(base, trust_remote_code=trust_remote_code, **hub))
         self._adapters[adapter_name] = adapter
         self._active = adapter_name

@@ -84,7 +84,7 @@ def bisect(bundle: Bundle, *, command: str | None = None, say: Say = lambda _: N
     """
     data = bundle.metadata
     if command is not None:
-        return _by_command(bundle.start, Pipeline.parse(data.pipeline), command, say)
+        return _by_command(bundle.start, bundle.pipeline, command, say)
     one = failing_pass(bundle)
     earlier = _earlier(bundle, say) if data.check < NUMERIC else None
     if earlier is not None:
@@ -95,7 +95,7 @@ def bisect(bundle: Bundle, *, command: str | None = None, say: Say = lambda _: N
 
 def _earlier(bundle: Bundle, say: Say) -> Culprit | None:
     """The first pass before the failing one that changes the numbers, if one does."""
-    name, whole = bundle.metadata.pass_id, Pipeline.parse(bundle.metadata.pipeline)
+    name, whole = bundle.metadata.pass_id, bundle.pipeline
     ids = [id for id, _ in whole]
     before = Pipeline(whole.passes[: ids.index(name)] if name in ids else ())
     if not before.passes:

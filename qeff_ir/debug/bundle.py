@@ -4,8 +4,9 @@
     BUNDLE/model.onnx, weights/       the module before the failing pass; large weights are hard links where possible
     BUNDLE/test_data_set_0/*.pb       one run of it, in the layout of the ONNX backend tests
     BUNDLE/start/model.onnx, weights/ the module before the whole pipeline
+    BUNDLE/inputs/0/                  what a pass of the pipeline reads, an adapter say
 
-A bundle is data: reading one runs no code of it, and no path in it leads out of its folder.
+A bundle is data: reading one runs no code of it, and no path in it leads out of its folder, not in its pipeline either.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
 
 from qeff_ir.debug.drive import Answers
-from qeff_ir.errors import BundleError, PackageError, VerificationError
+from qeff_ir.errors import BundleError, PipelineError, QeffError
 from qeff_ir.module import Module
+from qeff_ir.passing.options import options
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.reading import parse_json, read_bytes, regular_file
 from qeff_ir.runtime.session import Array
 from qeff_ir.snapshot import MODEL_FILE, load_module, save_module
 
@@ -37,11 +41,16 @@ START = "start"
 _SMALL_BYTES = 16 << 20
 """Weights up to this size in all are copied into a bundle."""
 DATA_SET = "test_data_set_0"
+INPUTS = "inputs"
+_CARRIED = frozenset({".json", ".safetensors"})
+"""Endings of the files that an adapter is read from."""
+_MAX_TRACE_BYTES = 1 << 31
 _FIELDS: dict[str, type] = {
     **dict.fromkeys(("pass_id", "pipeline", "suffix", "error", "code", "message"), str),
     **dict.fromkeys(("check", "seed"), int),
     "versions": dict,
 }
+_LEVELS, _SEEDS = 4, 1 << 32
 _LIBRARIES = ("qeff-ir", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -89,6 +98,29 @@ class Bundle:
     metadata: Metadata
     module: Module
     start: Module
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The whole pipeline; what its passes read lies in the bundle.
+
+        Raises:
+            PipelineError: A pass is not known here.
+            BundleError: A pass would read outside of the bundle.
+        """
+        return _moved(Pipeline.parse(self.metadata.pipeline), self._inside)
+
+    @property
+    def suffix(self) -> Pipeline:
+        """The pipeline from the failing pass on; raises as `pipeline` does."""
+        return _moved(Pipeline.parse(self.metadata.suffix), self._inside)
+
+    def _inside(self, place: str) -> str:
+        try:
+            return str(_inside((self.folder / place).resolve(), self.folder))
+        except (OSError, ValueError, RuntimeError, BundleError) as error:
+            raise BundleError(
+                f"the pipeline of {self.folder} reads '{place}', outside of the bundle: refused"
+            ) from error
 
     def other_versions(self) -> list[tuple[str, str, str]]:
         """Libraries whose version here is another one: name, here, then."""
@@ -140,6 +172,7 @@ def write_bundle(folder: Path, metadata: Metadata, module: Module, start: Module
         save_module(_inlined(start), partial / START, prefer_links=True)
         if trace is not None:
             _write_trace(partial / DATA_SET, trace)
+        metadata = _with_inputs(metadata, partial)
         (partial / METADATA).write_text(json.dumps(asdict(metadata), indent=2, sort_keys=True) + "\n")
         _replace(folder, partial)
     except OSError as error:
@@ -149,6 +182,35 @@ def write_bundle(folder: Path, metadata: Metadata, module: Module, start: Module
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _moved(pipeline: Pipeline, place: Callable[[str], str]) -> Pipeline:
+    """The pipeline with other places for what its passes read."""
+    for id, item in pipeline:
+        for option in options(type(item)).values():
+            value = getattr(item, option.field)
+            if option.path and value:
+                pipeline = pipeline.with_options(id, **{option.field: place(value)})
+    return pipeline
+
+
+def _with_inputs(metadata: Metadata, folder: Path) -> Metadata:
+    """Copy into a bundle what the passes read; the pipelines then name the copies."""
+    places: dict[str, str] = {}
+
+    def place(value: str) -> str:
+        if value not in places:
+            places[value] = f"{INPUTS}/{len(places)}"
+            (folder / places[value]).mkdir(parents=True)
+            for file in sorted(p for p in Path(value).glob("*") if p.suffix in _CARRIED and p.is_file()):
+                shutil.copyfile(file, folder / places[value] / file.name)
+        return places[value]
+
+    try:
+        texts = [str(_moved(Pipeline.parse(text), place)) for text in (metadata.pipeline, metadata.suffix)]
+    except PipelineError:  # a pass that has no name elsewhere
+        return metadata
+    return replace(metadata, pipeline=texts[0], suffix=texts[1])
 
 
 def _replace(folder: Path, new: Path) -> None:
@@ -201,24 +263,34 @@ def _read_metadata(folder: Path) -> Metadata:
     if not path.is_file():
         raise BundleError(f"{folder} is not a bundle (it has no {METADATA}): 'qeff opt --bundle DIR' writes one")
     try:
-        data: Any = json.loads(_inside(path, folder).read_text())
+        data: Any = parse_json(read_bytes(_inside(path, folder), folder, error=BundleError), "its text", BundleError)
+    except BundleError as error:
+        raise BundleError(f"{path} is damaged ({error})") from error
+    try:
         if data["version"] != SCHEMA_VERSION:
-            raise BundleError(f"{folder} has schema version {data['version']}, this qeff-ir reads {SCHEMA_VERSION}")
+            raise BundleError(
+                f"{folder} has schema version {ascii(data['version'])[:40]}, this qeff-ir reads {SCHEMA_VERSION}"
+            )
         metadata = Metadata(**data)
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is damaged ({error})") from error
     if any(type(data[name]) is not kind for name, kind in _FIELDS.items()):
         raise BundleError(f"{path} is damaged (a field is of the wrong type)")
+    if not (0 <= metadata.check <= _LEVELS and 0 <= metadata.seed < _SEEDS):
+        raise BundleError(f"{path} is damaged (there is no check level {metadata.check}, or no seed {metadata.seed})")
+    if not all(isinstance(version, str) for version in cast("Mapping[str, object]", metadata.versions).values()):
+        raise BundleError(f"{path} is damaged (a version is no text)")
     return metadata
 
 
 def _read_module(folder: Path, root: Path) -> Module:
     try:
-        return load_module(_inside(folder / MODEL_FILE, root))
-    except (OSError, ValueError, KeyError, TypeError, PackageError, VerificationError) as error:
-        raise BundleError(f"{folder / MODEL_FILE} cannot be read: {error}") from error
+        path = _inside(folder / MODEL_FILE, root)
+        return load_module(regular_file(path, root, error=BundleError))
     except BundleError:
         raise
+    except (OSError, ValueError, KeyError, TypeError, QeffError) as error:
+        raise BundleError(f"{folder / MODEL_FILE} cannot be read: {error}") from error
     except Exception as error:  # protobuf has an exception class for each of its implementations
         raise BundleError(f"{folder / MODEL_FILE} is no ONNX file ({type(error).__name__})") from error
 
@@ -242,7 +314,8 @@ def _read_tensors(folder: Path, kind: str) -> list[Array]:
     while os.path.lexists(path := folder / DATA_SET / f"{kind}_{len(found)}.pb"):
         tensor = onnx.TensorProto()
         try:
-            tensor.ParseFromString(_inside(path, folder).read_bytes())
+            data = read_bytes(_inside(path, folder), folder, limit=_MAX_TRACE_BYTES, error=BundleError)
+            tensor.ParseFromString(data)
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 raise BundleError(f"{path} refers to another file: refused")
             found.append(onnx.numpy_helper.to_array(tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from qeff_ir.debug.bundle import Metadata, describe, versions, write_bundle
@@ -11,6 +12,9 @@ from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline
+
+_ODD, _LONGEST = re.compile(r"[^\w.+-]"), 80
+"""What the name of a module may have and that of a folder may not, and how much of it is taken."""
 
 
 class Capture(Instrument):
@@ -55,7 +59,8 @@ def default_folder(model: str, id: str) -> Path:
     """A folder in the cache that no bundle has yet: ``bundles/MODEL-PASS-1``."""
     from qeff_ir.compiler import cache_root
 
-    root, stem, number = cache_root() / "bundles", f"{model or 'model'}-{id.replace('#', '.')}", 1
+    plain = _ODD.sub("_", model)[:_LONGEST].lstrip(".-") or "model"
+    root, stem, number = cache_root() / "bundles", f"{plain}-{id.replace('#', '.')}", 1
     while (root / f"{stem}-{number}").exists():
         number += 1
     return root / f"{stem}-{number}"

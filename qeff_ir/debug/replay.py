@@ -82,9 +82,9 @@ def failing_pass(bundle: Bundle) -> Pipeline:
 
     Raises:
         PipelineError: It is not known here.
-        BundleError: The bundle names none.
+        BundleError: The bundle names none, or one that reads outside of it.
     """
-    passes = Pipeline.parse(bundle.metadata.suffix).passes
+    passes = bundle.suffix.passes
     if not passes:
         raise BundleError(f"{bundle.folder} names no failing pass: its suffix is empty")
     return Pipeline(passes[:1])

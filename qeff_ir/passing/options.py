@@ -29,6 +29,7 @@ class Option:
         kinds: What a value may be: types and literal values, `None` included.
         default: Value when the pipeline says nothing; `dataclasses.MISSING` when it must be given.
         help: One line.
+        path: Whether it names a file or folder that the pass reads; the field's metadata say so (``"path": True``).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Option:
     kinds: tuple[Any, ...]
     default: Any
     help: str
+    path: bool = False
 
     @property
     def values(self) -> str:
@@ -59,7 +61,12 @@ def options(cls: type[Pass]) -> dict[str, Option]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         found[field.name] = Option(
-            field.name.replace("_", "-"), field.name, _kinds(hints[field.name]), default, field.metadata.get("help", "")
+            field.name.replace("_", "-"),
+            field.name,
+            _kinds(hints[field.name]),
+            default,
+            field.metadata.get("help", ""),
+            bool(field.metadata.get("path")),
         )
     return found
 

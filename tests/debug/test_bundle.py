@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from passes.merge_lora import MergeLora
+from qeff_ir.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
+from qeff_ir.debug.bisect import bisect
 from qeff_ir.debug.bundle import METADATA, SCHEMA_VERSION, read_bundle, read_trace, write_bundle
 from qeff_ir.debug.capture import Capture, default_folder
+from qeff_ir.debug.plain import load_onnx
+from qeff_ir.debug.reduce import reduce
 from qeff_ir.debug.replay import replay
-from qeff_ir.errors import BundleError
+from qeff_ir.errors import BundleError, QeffError, VerificationError
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.printer import to_text
+from qeff_ir.snapshot import save_module
 from tests import support
+from tests.adapters.random_adapters import base, make
 
 from .test_bisect import FUSIONS, fail
 from .wrong_passes import BreaksFacts, FlippedSign
@@ -190,3 +199,76 @@ def test_a_bundle_without_a_failing_pass_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError) as error:
         replay(read_bundle(folder))
     assert str(error.value) == f"{folder} names no failing pass: its suffix is empty"
+
+
+def test_a_bundle_carries_what_its_pipeline_reads_and_reads_nothing_else(tmp_path: Path) -> None:
+    """Also after it was moved, and without what lay outside."""
+    adapter = tmp_path / "adapter"
+    make(base("llama"), adapter, 0, r=4, target_modules=["q_proj"])
+    (adapter / "notes.txt").write_text("not read")
+    text = f"merge-lora{{adapter={adapter}}},merge-lora{{adapter={adapter}}},breaks-facts"
+    module, capture = support.canonical("llama"), Capture(tmp_path / "made")
+    with pytest.raises(QeffError):
+        run_pipeline(module, Pipeline.parse(text), instruments=[capture])
+    shutil.rmtree(adapter)
+    folder = (tmp_path / "made").rename(tmp_path / "moved")
+    assert sorted(p.name for p in (folder / "inputs" / "0").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    bundle = read_bundle(folder)
+    assert str(bundle.pipeline).count(f"adapter={folder / 'inputs' / '0'}") == 2
+    assert replay(bundle)[0]
+    assert bisect(bundle).pass_id == "merge-lora"  # which changes numbers on purpose
+
+    outside = tmp_path / "outside"
+    make(base("llama"), outside, 0, r=4, target_modules=["q_proj"])
+    (folder / "inputs" / "link").symlink_to(outside)
+    path = folder / METADATA
+    data = json.loads(path.read_text())
+    for place in (str(outside), "../outside", "inputs/../../outside", "inputs/link", "\0", "/dev/zero"):
+        evil = str(Pipeline((MergeLora(adapter=place),)))
+        path.write_text(json.dumps({**data, "pipeline": f"{evil},breaks-facts", "suffix": evil, "check": 1}))
+        for tool in (replay, bisect, reduce):
+            with pytest.raises(BundleError, match="outside of the bundle: refused"):
+                tool(read_bundle(folder))
+
+
+def test_a_module_does_not_choose_where_its_bundle_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    module = support.canonical("llama")
+    for name in ("../../OUT/x", "/abs/x", "..", "", "x" * 5000, "a b\n"):
+        module.name = name
+        folder = default_folder(module.name, "attention#2")
+        assert folder.resolve().parent == (tmp_path / "home" / "bundles").resolve()
+        assert len(folder.name) < 120
+    module.name = "../../OUT/x"
+    path = save_module(module, tmp_path / "evil")
+    with pytest.raises(VerificationError, match=r"module is '\.\./\.\./OUT/x', which is not a plain name"):
+        load_onnx(path)
+
+
+def test_files_of_a_bundle_are_regular_and_its_numbers_possible(tmp_path: Path) -> None:
+    folder = fail("breaks-facts", tmp_path / "bundle", 1).folder
+    path = folder / METADATA
+    good = path.read_text()
+    for change, message in (
+        ({"seed": -1}, "no seed -1"),
+        ({"check": 99}, "no check level 99"),
+        ({"check": True}, "wrong type"),
+        ({"versions": {"numpy": []}}, "a version is no text"),
+        ({"version": "x" * 999}, "has schema version"),
+    ):
+        path.write_text(json.dumps({**json.loads(good), **change}))
+        with pytest.raises(BundleError, match=message):
+            read_bundle(folder)
+    path.write_text("[" * 100_000)
+    with pytest.raises(BundleError, match=r"metadata\.json is damaged \(its text cannot be read as JSON"):
+        read_bundle(folder)
+    path.write_text(good)
+    for name in ("model.onnx", "start/model.onnx", "test_data_set_0/input_0.pb"):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(BundleError, match="is not a regular file: refused"):
+            read_trace(folder) if name.endswith(".pb") else read_bundle(folder)
+        (folder / name).unlink()
+        (folder / name).write_bytes(kept)
+    assert read_bundle(folder).metadata.pass_id == "breaks-facts"
