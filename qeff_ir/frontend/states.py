@@ -265,11 +265,13 @@ def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, T
         held = _held(position_ids, by_layer.get(len(layers), {}), count)
         linear = isinstance(kind, LinearAttentionCacheLayerMixin)
         window = int(kind.sliding_window) if isinstance(kind, DynamicSlidingWindowLayer) else None
-        if isinstance(kind, DummyLayer):
+        # A subclass of a model's own keeps something else, or keeps it otherwise.
+        ours = type(kind).__module__ == DynamicLayer.__module__
+        if ours and isinstance(kind, DummyLayer):
             layers.append(kind)
-        elif linear and isinstance(kind, DynamicLayer):
+        elif ours and linear and isinstance(kind, DynamicLayer):
             layers.append(HybridLayer(window, held, kind.number_of_states))
-        elif linear:
+        elif ours and linear:
             layers.append(RecurrentLayer(held, kind.number_of_states))
         elif type(kind) in (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer):
             layers.append(AttentionLayer(window, held))
