@@ -30,6 +30,15 @@ PROPERTIES = {
     "node counts": "passes/test_node_counts.py",
     "refusals": "passes/test_refusals.py",
     "Auto classes": "adapters/test_auto.py",
+    "AI 100 device": "backends/ai100/test_device.py",
+    "AI 100 device rules": "backends/ai100/test_device_rules.py",
+    "AI 100 emulator": "backends/ai100/test_emulator.py",
+    "AI 100 compiler": "backends/ai100/test_compile.py",
+    "AI 100 contract": "backends/ai100/test_contract.py",
+    "AI 100 flags": "backends/ai100/test_flags.py",
+    "AI 100 weight-free": "backends/ai100/test_weight_free.py",
+    "reading": "test_reading.py",
+    "cost": "test_cost.py",
     "merged adapters": "adapters/test_matrix.py::test_a_merged_adapter_answers_as_peft_does",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""

@@ -58,9 +58,9 @@ def adapter_descriptor(
     return json.dumps({"rows": rows, "prefix": "", "names": names}).encode()
 
 
-def forward_descriptor(shapes: list[tuple[int, int]]) -> bytes:
-    """That of a program that retains nothing."""
-    rows = [[[b, s], [b, s], [b, VOCAB]] for b, s in shapes]
+def forward_descriptor(shapes: list[tuple[int, int]], *, of_tokens: bool = False) -> bytes:
+    """That of a program that retains nothing; its output has a row for each text, or for each token of it."""
+    rows = [[[b, s], [b, s], [b, s, VOCAB] if of_tokens else [b, VOCAB]] for b, s in shapes]
     return json.dumps({"rows": rows, "prefix": "", "names": FORWARD}).encode()
 
 
@@ -153,12 +153,15 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
             if adapters:
                 slots = np.frombuffer(bytes(self.buffers[names.index("lora_ids")]), np.int64)
                 answer[:, 3] = sum(kept[slots].reshape(len(slots), -1).sum(1) for kept in self.kept.values())
+            if len(self.shape) == 3 and self.shape[1] > 1:
+                answer = np.repeat(answer[:, None], self.shape[1], axis=1)
             self.state = "idle"
             return status("getData"), [*self.buffers[:out], QBuffer(answer.tobytes()), *self.buffers[out + 1 :]]
 
     class Queue:
         def __init__(self, context: Any, device: int) -> None:
             assert isinstance(device, int)
+            log.append(f"context={':'.join(map(str, context[1]))} queue={device}")
 
         def enqueue(self, execution: ExecObj) -> str:
             assert execution.state == "set", "setData comes before enqueue"

@@ -70,6 +70,8 @@ def test_a_damaged_folder_does_not_compile(folder: Path, stand_in: Path) -> None
     [
         ("echo one >&2; echo two >&2; exit 3", r"qaic-compile .*failed with exit code 3: one \| two$"),
         ("seq 1 9 >&2; exit 1", r"exit code 1: 5 \| 6 \| 7 \| 8 \| 9$"),
+        ("echo one; echo two; exit 3", r"exit code 3: one \| two$"),
+        ("echo noise; echo why >&2; exit 3", "exit code 3: why$"),
         ("exit 1", "exit code 1: it said nothing$"),
         ("echo fine", r"left no qpc/programqpc\.bin: fine$"),
     ],

@@ -49,8 +49,8 @@ def test_a_request_follows_the_protocol(compiled: Path, monkeypatch: pytest.Monk
     # Row 0 idles in the first of two chunks; sums of ids, last positions, runs.
     np.testing.assert_array_equal(first[:, :3], [[12, 2, 2], [17, 9, 2]])
     np.testing.assert_array_equal(decoder.decode([7, 8])[:, :3], [[7, 3, 3], [8, 10, 3]])
-    assert log[:4] == ["getIoDescriptor", "device=0 mapping= timeout=60000", "load", "activate"]
-    assert log[4:8] == ["setData", "enqueue", "waitForCompletion", "getData"]
+    opened = ["context=0 queue=0", "getIoDescriptor", "device=0 mapping= timeout=60000", "load", "activate"]
+    assert log[:9] == [*opened, "setData", "enqueue", "waitForCompletion", "getData"]
     session.close()
     assert log[-1] == "deactivate"
 
@@ -77,7 +77,33 @@ def test_devices_come_from_the_partition(compiled: Path, monkeypatch: pytest.Mon
     command["argv"].append("-mdp-load-partition-config=mdp_ts_4.json")
     (compiled / "compile_command.json").write_text(json.dumps(command))
     DeviceSession(compiled, timeout_ms=5)
-    assert "device=None mapping=0:1:2:3 timeout=5" in log
+    assert "context=0:1:2:3 queue=0" in log and "device=None mapping=0:1:2:3 timeout=5" in log
+
+
+def test_a_device_of_several_partitions_counts_once(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = install(monkeypatch, SHAPES)
+    partition = emit.tensor_slicing(2, 16)
+    first = partition["partitions"][0]
+    partition["partitions"] = [first, {**first, "name": "Partition1"}]
+    (compiled / "two.json").write_text(json.dumps(partition))
+    command = json.loads((compiled / "compile_command.json").read_text())
+    command["argv"].append("-mdp-load-partition-config=two.json")
+    (compiled / "compile_command.json").write_text(json.dumps(command))
+    DeviceSession(compiled)
+    assert "context=0:1 queue=0" in log and "device=None mapping=0:1 timeout=60000" in log
+
+
+@pytest.mark.parametrize(
+    ("devices", "context", "program"),
+    [([3], "context=3 queue=3", "device=3 mapping= "), ([5, 7], "context=5:7 queue=5", "device=None mapping=5:7 ")],
+)
+def test_the_devices_that_are_asked_for_are_taken(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch, devices: list[int], context: str, program: str
+) -> None:
+    log = install(monkeypatch, SHAPES)
+    DeviceSession(compiled, devices=devices)
+    assert context in log
+    assert [line for line in log if line.startswith(program)] == [f"{program}timeout=60000"]
 
 
 def test_only_compiled_shapes_run(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +190,18 @@ def test_a_forward_pass_follows_the_protocol(forward: Path, monkeypatch: pytest.
         session.run({"input_ids": wrong, "attention_mask": wrong})
     with pytest.raises(RuntimeInputError, match=r"the inputs are input_ids and attention_mask, not input_ids$"):
         session.run({"input_ids": wrong})
+
+
+def test_an_output_has_the_length_of_its_own_specialization(forward: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (forward / "qpc").mkdir()
+    (forward / "qpc" / "programqpc.bin").touch()
+    put(monkeypatch, fake_qaicrt.forward_descriptor([(2, 16), (2, 8)], of_tokens=True))
+    session = BACKEND.open_forward(forward)
+    for length in (8, 16, 8):
+        ids = np.arange(2 * length).reshape(2, length)
+        output = session.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["output"]
+        assert output.shape == (2, length, fake_qaicrt.VOCAB)
+        np.testing.assert_array_equal(output[:, -1, 0], ids.sum(1))
 
 
 def test_a_forward_program_of_other_shapes_is_refused(forward: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
-from backends.ai100 import BACKEND
+from backends.ai100 import BACKEND, specializations
 from backends.ai100.emulator import EmulatedSession
+from qeff_ir import device_ops
 from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.module import Specialization
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.session import Session
 from qeff_ir.testing.tolerance import bound, depth
@@ -114,3 +118,28 @@ def test_it_runs_the_artefact(folder: Path) -> None:
         file.unlink()
     with pytest.raises(PackageError, match="ONNX Runtime cannot load"):
         BACKEND.open(folder)
+
+
+@pytest.mark.parametrize(("slot", "expected"), [(1, 0.0), (4, np.nan), (-1, np.nan)])
+def test_a_graph_that_looks_at_a_slot_that_is_not_read_shows_it(tmp_path: Path, slot: int, expected: float) -> None:
+    gather = device_ops.CtxGather.to_function_proto()
+    constants = {"slots": np.array([[[slot]]]), "count": np.array(1)}
+    ids, positions = (
+        helper.make_tensor_value_info(n, TensorProto.INT64, [1, 1]) for n in ("input_ids", "position_ids")
+    )
+    past = helper.make_tensor_value_info("past_key.0", TensorProto.FLOAT, [1, 1, 4, 1])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 1, 1, 1])
+    retained = helper.make_tensor_value_info("past_key.0_RetainedState", TensorProto.FLOAT, [1, 1, 4, 1])
+    nodes = [
+        helper.make_node("Identity", ["past_key.0"], ["past_key.0_RetainedState"]),
+        helper.make_node("CtxGather", ["past_key.0", "slots", "count"], ["logits"], domain=gather.domain),
+    ]
+    weights = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", [ids, positions, past], [logits, retained], weights)
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid(gather.domain, 1)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, functions=[gather], ir_version=8), tmp_path / "m.onnx")
+    sizes = Specialization("Decode", {"batch_size": 1, "seq_len": 1, "ctx_len": 4})
+    (tmp_path / "specializations.json").write_text(specializations.dumps([sizes], "named"))
+    one = np.zeros((1, 1), np.int64)
+    answer = EmulatedSession(tmp_path / "m.onnx", threads=1).run({"input_ids": one, "position_ids": one})["logits"]
+    np.testing.assert_array_equal(answer, np.full((1, 1, 1, 1), expected, np.float32))
