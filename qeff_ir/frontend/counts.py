@@ -195,6 +195,12 @@ class Flow:
         while True:
             known = len(written)
             source = self._follow(written).get(output)
+            if source is not None and (source.target in _TRIANGLES or source.meta["val"].dtype == torch.bool):
+                where = f" in {place(source)}" if source.target not in _TRIANGLES else ""
+                raise UnsupportedModelError(
+                    f"{name} builds attention masks by itself{where}, so it cannot be told where padding and earlier "
+                    "chunks are"
+                )
             if source is not None:
                 raise UnsupportedModelError(
                     f"{name} counts positions in {place(source)}: it computes with how many tokens are in a run or in "

@@ -60,7 +60,8 @@ def _makers(value: ir.Value) -> set[str]:
         current = todo.pop()
         node = current.producer()
         if node is None:
-            made.update({"input"} if current.is_graph_input() else ())
+            # Positions say where a token is, not what it is.
+            made.update({"input"} if current.is_graph_input() and current.name != "position_ids" else ())
             continue
         made.add(node.op_type)
         new = [v for v in node.inputs if v is not None and v not in seen and v.dtype != ir.DataType.FLOAT]

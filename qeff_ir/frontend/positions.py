@@ -325,6 +325,8 @@ def _cut_by_index(node: Node, flow: Flow) -> None:
         return
     table, axis = cast("Node", node.args[0]), cast("int", node.args[1] if len(node.args) > 1 else 0)
     length = table.meta["val"].shape[axis]
+    if table.meta["val"].dtype == torch.bool and not _is_square(table):  # rows and columns may mean anything
+        return
     if len(node.args) > 4 and node.args[4] != 1:
         return
     start, end = bounds
@@ -343,6 +345,14 @@ def _cut_by_index(node: Node, flow: Flow) -> None:
         looked = call(aten.index.Tensor, table, [*[None] * axis, index])
     node.replace_all_uses_with(looked)
     follow(list(looked.users))
+
+
+def _is_square(table: Node) -> bool:
+    """Whether a table, or what it was looked up in before, has as many rows as columns."""
+    while table.target is aten.index.Tensor or table.target is aten.slice.Tensor:
+        table = cast("Node", table.args[0])
+    shape = table.meta["val"].shape
+    return len(shape) > 1 and bool(shape[-1] == shape[-2])
 
 
 def _from_start(bound: Any, size: Any, node: Node) -> Any:
