@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import Module
+from qeff_ir.module import Module, OutputSizes
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 
@@ -30,8 +30,8 @@ class Embedding(Pass):
     ``pooling`` is ``mean``, ``max``, ``cls`` (the first token), ``last``, ``mean-sqrt-len``, ``weighted-mean`` (token
     *i* of a text counts *i* times), or several of them joined by ``+``, whose results are concatenated; the formulas
     are those of sentence-transformers. ``none`` leaves one vector for each token. Only tokens that ``attention_mask``
-    marks count, on whichever side the padding is; a row of padding gives zeros. ``dim`` keeps the first features
-    (Matryoshka embeddings), then ``normalize`` scales to unit length.
+    marks count, on whichever side the padding is; a row of padding gives zeros. Without a mask of these tokens, all
+    do. ``dim`` keeps the first features (Matryoshka embeddings), then ``normalize`` scales to unit length.
 
     The first output of the graph is what is pooled. Weights that only other outputs need are dropped.
     """
@@ -69,8 +69,7 @@ class Embedding(Pass):
         b = rewriter.at(anchor)
         value = hidden
         if modes:
-            mask = next((v for v in module.graph.inputs if v.name == "attention_mask"), None)
-            tokens = _Tokens(hidden, mask, b)
+            tokens = _Tokens(hidden, _mask(module, hidden), b)
             value = _joined([_POOLINGS[mode](tokens) for mode in modes], b)
         if self.dim is not None:
             value = b("Slice", value, b.const([0]), b.const([self.dim]), b.const([-1]))
@@ -87,8 +86,13 @@ class Embedding(Pass):
             graph.outputs.clear()
             taken = hidden.is_graph_input()
             value = rewriter.at(anchor)("Identity", hidden) if taken else hidden
+        known = None if module.padding is None else module.padding.sizes(str(hidden.name))
         if value is not hidden and hidden.name == OUTPUT:
             hidden.name = f"{OUTPUT}.whole"
+        if module.padding is not None:
+            counts = self.pooling == "none" or _mask(module, hidden) is not None  # without a mask, padding would count
+            sizes = [(known[0], *(known[1:-1] if inner else ()), features)] if known is not None and counts else []
+            module.padding = replace(module.padding, outputs=tuple(OutputSizes(OUTPUT, size) for size in sizes))
         value.name, value.dtype = OUTPUT, _FLOAT
         value.shape = ir.Shape([hidden.shape[0], *inner, features])
         graph.outputs[:] = [value]
@@ -107,6 +111,14 @@ def check_pooling(pooling: str) -> list[str]:
         if mode not in _POOLINGS:
             raise PassError(f"there is no pooling '{mode}': use {', '.join(_POOLINGS)}, several joined by '+', or none")
     return modes
+
+
+def _mask(module: Module, hidden: ir.Value) -> ir.Value | None:
+    """The mask of the tokens that the hidden states are of; none where the model makes other tokens of its inputs."""
+    mask = next((v for v in module.graph.inputs if v.name == "attention_mask"), None)
+    if mask is None or mask.shape is None or hidden.shape is None or len(hidden.shape) != 3:
+        return None
+    return mask if mask.shape[1] == hidden.shape[1] else None
 
 
 class _Tokens:

@@ -160,6 +160,11 @@ def specialize(module: Module, options: CompileOptions) -> None:
 def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
     """The specializations of a module without a cache (names as the AI 100 contract's §4.2)."""
     common = {"batch_size": options.batch_size}
+    if module.padding is not None and module.padding.one_row and options.batch_size != 1:
+        raise CompileError(
+            f"batch_size={options.batch_size} is more than the one row that {module.name} takes (without a padding "
+            "token, it reads the last column of each): use batch_size=1, or set pad_token_id in its configuration"
+        )
     if "seq_len" not in module.dims:
         return [Specialization(options.graph_name, common)]
     limit = module.dims["seq_len"].maximum

@@ -20,8 +20,8 @@ MAX_SIZE = 2**31 - 1
 """The largest size of an axis, and the largest of all whole numbers in facts."""
 
 _MAX_TEXT = 1024
-_FROM_ZERO = frozenset({"layer", "index"})
-"""Fields that count from 0; the other whole numbers are sizes."""
+_FROM_ZERO = frozenset({"layer", "index", "fill"})
+"""Fields that count from 0, tokens too; the other whole numbers are sizes."""
 _TYPES = frozenset(t.name for t in ir.DataType) - {"UNDEFINED", "STRING"}
 """Element types of numbers."""
 

@@ -167,6 +167,39 @@ class AdapterInput:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputSizes:
+    """The sizes of an output of a model without a cache.
+
+    Attributes:
+        name: Of the output.
+        sizes: Numbers, and expressions of the symbols of the inputs (see `qeff_ir.runtime.sizes`).
+    """
+
+    name: str
+    sizes: tuple[DimValue, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """What padding on the right does to a model without a cache, on a target of fixed lengths.
+
+    Attributes:
+        fill: The token that fills rows of ``input_ids``.
+        outputs: Those of which padding changes nothing, with the sizes that they have for the inputs alone. Any other
+            output is right for inputs of just the compiled lengths.
+        one_row: Whether the model takes one row at a time only: without a padding token, some read the last column.
+    """
+
+    fill: int = 0
+    outputs: tuple[OutputSizes, ...] = ()
+    one_row: bool = False
+
+    def sizes(self, name: str) -> tuple[DimValue, ...] | None:
+        """The sizes of one of these outputs; `None` when it is none of them."""
+        return next((output.sizes for output in self.outputs if output.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What the metadata of a model say: a `Module` without its graph.
 
@@ -178,6 +211,7 @@ class Facts:
         specializations: See `Module`.
         properties: See `Module`.
         adapters: See `Module`.
+        padding: See `Module`.
     """
 
     version: int
@@ -187,6 +221,7 @@ class Facts:
     specializations: tuple[Specialization, ...]
     properties: tuple[str, ...]
     adapters: tuple[AdapterInput, ...] = ()
+    padding: Padding | None = None
 
 
 @dataclass
@@ -201,6 +236,7 @@ class Module:
         specializations: Static shapes to compile for; empty until a target is chosen.
         properties: Names of the properties that passes have established so far.
         adapters: Graph inputs that hold low-rank adapters, in the order of the graph.
+        padding: Of a model without a cache: what padding does to it, where it is known.
     """
 
     model: ir.Model
@@ -210,6 +246,7 @@ class Module:
     specializations: list[Specialization] = field(default_factory=list[Specialization])
     properties: set[str] = field(default_factory=set[str])
     adapters: list[AdapterInput] = field(default_factory=list[AdapterInput])
+    padding: Padding | None = None
 
     @property
     def graph(self) -> ir.Graph:
@@ -254,6 +291,7 @@ class Module:
             [Specialization(s.name, dict(s.symbols)) for s in self.specializations],
             set(self.properties),
             list(self.adapters),
+            self.padding,
         )
 
     def rename_dim(self, old: str, new: str) -> None:
@@ -280,6 +318,7 @@ class Module:
             tuple(self.specializations),
             tuple(sorted(self.properties)),
             tuple(self.adapters),
+            self.padding,
         )
         return facts.dump(found)
 
@@ -308,6 +347,7 @@ class Module:
             list(found.specializations),
             set(found.properties),
             list(found.adapters),
+            found.padding,
         )
 
 

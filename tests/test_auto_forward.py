@@ -26,7 +26,7 @@ from qeff_ir import (
     QEFFAutoModelForTokenClassification,
 )
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError, UnsupportedModelError
-from qeff_ir.frontend.inputs import longest
+from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
 from qeff_ir.frontend.sentence import read_sentence_config
 from qeff_ir.runtime.interface import read_interface
 from qeff_ir.testing import tolerance
@@ -103,16 +103,19 @@ def test_a_sentence_transformers_folder_brings_its_pooling(tmp_path: Path) -> No
     pooling.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
     assert "embedding{pooling=cls normalize=true}" in text()
     assert "embedding{pooling=cls}" in text(normalize=False)
-    assert "embedding{pooling=max}" in text(pooling="max")
+    assert "embedding{pooling=max normalize=true}" in text(pooling="max")
+    assert "embedding{pooling=max}" in text(pooling="max", normalize=False)
+    assert 'embedding{pooling="none" normalize=true}' in text(pooling=lambda hidden, mask: hidden[:, 0] + mask[:, :1])
+    assert 'embedding{pooling="none"}' in text(pooling="none")
     pooling.write_text(json.dumps({"pooling_mode": ["mean", "lasttoken"]}))
     assert "embedding{pooling=mean+last normalize=true dim=7}" in text(dim=7)
     pooling.write_text(json.dumps({"pooling_mode": "median"}))
     with pytest.raises(ModelLoadError, match="asks for the pooling 'median': there is cls, max, mean"):
         text()
-    modules[2]["type"] = "sentence_transformers.models.Dense"
+    modules[2]["type"] = "sentence_transformers.models.CNN"
     pooling.write_text("{}")
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UnsupportedModelError, match="has a module of type Dense, which is not read"):
+    with pytest.raises(UnsupportedModelError, match="has a module of type CNN, which is not read"):
         text()
     modules[1]["path"] = "../elsewhere"
     (tmp_path / "modules.json").write_text(json.dumps(modules))
@@ -130,7 +133,7 @@ def test_poolings_that_are_switched_on_are_joined_in_one_order(tmp_path: Path) -
     assert config is not None and config.pooling == "cls+max+mean+mean-sqrt-len+weighted-mean+last"
 
 
-TRANSFORMER, POOLING, NORMALIZE = ({"path": p, "type": f"x.{k}"} for p, k in
+TRANSFORMER, POOLING, NORMALIZE = ({"path": p, "type": f"sentence_transformers.models.{k}"} for p, k in
     (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")))  # fmt: skip
 
 
@@ -138,7 +141,7 @@ TRANSFORMER, POOLING, NORMALIZE = ({"path": p, "type": f"x.{k}"} for p, k in
     ("modules", "pooling", "message"),
     [
         ([], {}, "has the modules of nothing"),
-        ([POOLING], {}, "has the modules Pooling: what is read is Transformer, then Pooling, then Normalize"),
+        ([POOLING], {}, "has the modules Pooling: what is read is Transformer, then Pooling, then Dense and Normalize"),
         ([TRANSFORMER, POOLING, POOLING], {}, "Transformer, Pooling, Pooling"),
         ([TRANSFORMER, NORMALIZE, POOLING], {}, "Transformer, Normalize, Pooling"),
         ([TRANSFORMER | {"path": 5}], {}, "the folder 5, which is no name"),
@@ -391,7 +394,7 @@ def test_lengths_that_cannot_work_are_refused(options: Any, message: str) -> Non
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_a_text_may_be_just_as_long_as_the_table_of_positions(name: str) -> None:
     model = build(name)
-    limit = longest(model)
+    limit = ForwardMemory(model, ForwardOptions()).lower().dims["seq_len"].maximum
     assert limit == (64 if name == "bert" else 63)  # the other's begins with a row for padding
     tokens = torch.full((1, limit + 1), 5)
     with torch.no_grad():
@@ -419,6 +422,23 @@ def test_a_forward_pass_of_other_inputs_is_another_model_to_the_cache(tmp_path: 
         return source.identity()
 
     assert identity("input_ids") == identity("input_ids") != identity("inputs_embeds")
+
+
+def test_other_weights_are_another_model_to_the_cache_whatever_the_pooling(tmp_path: Path) -> None:
+    """A pooling of the user's makes the graph tell what the package is; the checkpoint's weights are not in it."""
+    found: list[Any] = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        theirs = AutoModel.from_config(build("distilbert").config, dtype=torch.float32).eval()
+        theirs.save_pretrained(tmp_path / "same-name")
+        ours = QEFFAutoModel.from_pretrained(tmp_path / "same-name", pooling=Weighted())
+        ours.compile(target="onnxruntime", seq_len=12)
+        with torch.no_grad():
+            hidden = theirs(**{k: torch.tensor(v) for k, v in IDS.items()}).last_hidden_state
+            expected = Weighted()(hidden, torch.tensor(IDS["attention_mask"])).numpy()
+        found.append(ours.generate(IDS)["output"])
+        np.testing.assert_allclose(found[-1], expected, atol=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 1e-2
 
 
 def test_unknown_inputs_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -12,7 +13,7 @@ import onnx
 import pytest
 
 from qeff_ir.errors import QeffError, VerificationError
-from qeff_ir.module import AdapterInput, Dim, Facts, Specialization, State, read_facts
+from qeff_ir.module import AdapterInput, Dim, Facts, OutputSizes, Padding, Specialization, State, read_facts
 from tests import support
 
 VALUES: list[Any] = [
@@ -27,6 +28,7 @@ def complete() -> dict[str, Any]:
     module.specializations = [Specialization("Prefill", {"batch_size": 2, "seq_len": 8, "ctx_len": 32})]
     module.adapters = [AdapterInput("lora_a", "model.layers.0.q", "a", (5, 16, 4), True, True)]
     module.properties = {"canonical"}
+    module.padding = Padding(7, (OutputSizes("logits", ("batch_size", "seq_len//2", 8)),), True)
     return json.loads(json.dumps(module.facts()))
 
 
@@ -35,6 +37,7 @@ def test_every_field_comes_back() -> None:
     found = read_facts(json.dumps(data))
     assert {f.name for f in dataclasses.fields(Facts)} == data.keys()
     assert all(getattr(found, name) for name in data)
+    assert isinstance(found.padding, Padding) and found.padding.sizes("logits") == ("batch_size", "seq_len//2", 8)
     for kind, part in ((State, "states"), (Dim, "dims"), (AdapterInput, "adapters")):
         assert all(type(item) is kind for item in getattr(found, part))
         assert {f.name for f in dataclasses.fields(kind)} == data[part][0].keys()
@@ -62,6 +65,8 @@ SPOILED: dict[str, tuple[str, str]] = {
     "name": (spoiled(lambda d: d.update(name="../../x")), "which is not a plain name"),
     "name of an option": (spoiled(lambda d: d.update(name="-rf")), "which is not a plain name"),
     "name of another type": (spoiled(lambda d: d.update(name=5)), "the name of the module is 5"),
+    "token below 0": (spoiled(lambda d: d["padding"].update(fill=-1)), "the fill of padding of the module is -1"),
+    "size of an output": (spoiled(lambda d: d["padding"]["outputs"][0].update(sizes=[0])), "number 0 of the sizes of"),
     "layer below 0": (spoiled(lambda d: d["states"][0].update(layer=-1)), "the layer of number 0 of the states of"),
     "layer as truth": (spoiled(lambda d: d["states"][0].update(layer=True)), "the layer of number 0"),
     "role": (spoiled(lambda d: d["states"][0].update(role="keys")), "the role of number 0"),
@@ -126,11 +131,11 @@ def mutate(data: Any, draw: random.Random) -> None:
             case 0:
                 del data[key]
             case 1 if isinstance(data, dict):
-                data[str(draw.choice(VALUES))[:9]] = draw.choice(VALUES)
+                data[str(draw.choice(VALUES))[:9]] = copy.deepcopy(draw.choice(VALUES))
             case 2 if isinstance(data, list):
-                data.append(draw.choice([*VALUES, *data]))
+                data.append(copy.deepcopy(draw.choice([*VALUES, *data])))
             case _:
-                data[key] = draw.choice(VALUES)
+                data[key] = copy.deepcopy(draw.choice(VALUES))
         return
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -12,6 +12,7 @@ from qeff_ir.errors import ModelLoadError, PassError, RuntimeInputError
 from qeff_ir.frontend.forward_source import EMBEDDING, ForwardFolder, ForwardOptions, Task
 from qeff_ir.frontend.source import find_folder
 from qeff_ir.package import SIDE_FOLDER
+from qeff_ir.runtime.text_settings import TextSettings
 from qeff_ir.side_files import read_tokenizer
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from passes.embedding import Embedding
     from qeff_ir.frontend.inputs import Wanted
+    from qeff_ir.frontend.sentence import SentenceConfig
     from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.runtime.session import Array
 
@@ -87,25 +89,29 @@ class QEFFAutoModel(ForwardModel):
             inputs: As for the class.
             part: As for `ForwardModel.from_pretrained`.
             trust_remote_code: Whether code that comes with the model may run.
-            pooling: As for the class; ``none`` for the hidden states of a sentence-transformers folder.
+            pooling: As for the class; ``none`` for the hidden states of a sentence-transformers folder. A mode takes
+                the place of the folder's pooling, a module that of all that follows the transformer but Normalize.
             normalize: As for the class; the folder's own by default.
-            dim: As for the class.
+            dim: As for the class; the folder's own (``truncate_dim``) by default, which is cut after scaling, as
+                sentence-transformers does it.
             kwargs: As for `ForwardModel.from_pretrained`.
 
         Raises:
             ModelLoadError: See `ForwardModel.from_pretrained`; or the pooling cannot be used.
+            UnsupportedModelError: A sentence-transformers folder asks for what is not done, see
+                `qeff_ir.frontend.sentence`.
         """
         from qeff_ir.frontend.sentence import read_sentence_config
 
         folder = find_folder(pretrained_model_name_or_path, **hub_arguments(kwargs))
-        own = _own(pooling)
-        sentence = read_sentence_config(folder) if pooling is None else None
+        own, texts = _own(pooling), TextSettings()
+        sentence = read_sentence_config(folder, pooling)
         if sentence is not None:
-            pooling = sentence.pooling
-            normalize = sentence.normalize if normalize is None else normalize
-        options = ForwardOptions(cls.task, inputs, part, own)
-        inner = sentence.folder if sentence is not None else folder
-        self = cls._opened(ForwardFolder(inner, options, trust_remote_code=trust_remote_code))
+            folder, texts = sentence.folder, sentence.texts
+            pooling, normalize, dim = _as_the_folder(sentence, pooling, normalize, dim)
+            own = _own(pooling)
+        options = ForwardOptions(cls.task, inputs, part, own, texts)
+        self = cls._opened(ForwardFolder(folder, options, trust_remote_code=trust_remote_code))
         self._set_embedding(pooling, False if normalize is None else normalize, dim)
         return self
 
@@ -150,7 +156,8 @@ class QEFFAutoModel(ForwardModel):
         batch_size: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         truncate: bool = False,
-        prompt: str = "",
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         show_progress: bool | None = None,
     ) -> Array:
         """Embed texts, as sentence-transformers does it: sorted by length, in batches, returned in their order.
@@ -161,8 +168,10 @@ class QEFFAutoModel(ForwardModel):
             sentences: One text, or any number of them.
             batch_size: Texts of a run; 32 where any number runs, else what the model is compiled for.
             tokenizer: The model's own by default.
-            truncate: Whether a text longer than the largest ``seq_len`` is cut; otherwise it is refused.
-            prompt: What every text starts with.
+            truncate: Whether a text is cut that is longer than the largest ``seq_len``, or than what a
+                sentence-transformers folder reads (``max_seq_length``); otherwise it is refused.
+            prompt: What every text starts with; by default what the model's folder says.
+            prompt_name: Name of a prompt of the model's folder instead; see `text_settings`.
             show_progress: Whether to show a progress bar; by default when it takes over two seconds, in a terminal.
 
         Returns:
@@ -175,17 +184,30 @@ class QEFFAutoModel(ForwardModel):
 
         if not isinstance(sentences, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RuntimeInputError(f"sentences is a {type(sentences).__name__}: give a text, or several")
+        if isinstance(sentences, Mapping | bytes | bytearray):
+            raise RuntimeInputError(f"sentences is {type(sentences).__name__}: give a text, or a list of texts")
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        settings = self.text_settings
         found = encode(
             self.encoder(),
             texts,
             tokenizer or self.tokenizer(),
             batch_size=batch_size,
             truncate=truncate,
-            prompt=prompt,
+            prompt=settings.prompt(prompt, prompt_name),
+            max_length=settings.max_length,
             show_progress=show_progress,
         )
         return found[0] if isinstance(sentences, str) else found
+
+    @property
+    def text_settings(self) -> TextSettings:
+        """What is done to texts: the prompts by name, and so on.
+
+        Raises:
+            PackageError: The model is not compiled, or its package is damaged.
+        """
+        return TextSettings.read(self.package.folder / SIDE_FOLDER)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that is in the package.
@@ -195,8 +217,31 @@ class QEFFAutoModel(ForwardModel):
         """
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = read_tokenizer(self.package.folder / SIDE_FOLDER, RuntimeInputError)
+                tokenizer = read_tokenizer(self.package.folder / SIDE_FOLDER, RuntimeInputError)
+                self.text_settings.apply(tokenizer)
+                self._tokenizer = tokenizer
             return self._tokenizer
+
+
+def _as_the_folder(
+    sentence: SentenceConfig, pooling: Pooling, normalize: bool | None, dim: int | None
+) -> tuple[Pooling, bool | None, int | None]:
+    """Pooling, normalization and size, with the folder's own where nothing else is wanted.
+
+    Linear layers become a part of the pooling. So does a scaling before the embedding is cut; one that comes last is
+    left to the pass.
+    """
+    from qeff_ir.frontend.sentence_head import SentenceHead
+
+    first = sentence.pooling if pooling is None or isinstance(pooling, str) else pooling
+    if first == "none":
+        return first, normalize, dim
+    steps = list(sentence.steps)
+    ends_in_unit = steps[-1:] == [None]
+    if ends_in_unit and (normalize is not None or dim is not None or sentence.dim is None):
+        steps.pop()
+        normalize = True if normalize is None else normalize
+    return SentenceHead(first, steps) if steps else first, normalize, sentence.dim if dim is None else dim
 
 
 def _own(pooling: Pooling) -> Callable[..., torch.Tensor] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
+
 from qeff_ir.auto.forward import ForwardModel
 from qeff_ir.frontend.forward_source import CTC, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Task
 
@@ -12,7 +14,8 @@ class QEFFAutoModelForSequenceClassification(ForwardModel):
     """Any model that transformers' `AutoModelForSequenceClassification` loads; `generate` returns ``logits``.
 
     A cross-encoder of pairs needs ``inputs=["input_ids", "attention_mask", "token_type_ids"]`` where its tokenizer
-    tells the two texts apart.
+    tells the two texts apart. What sentence-transformers' `CrossEncoder.predict` makes of the logits is left to the
+    caller: a sigmoid where there is one class, or the function that its folder names (``activation_fn``).
     """
 
     task: ClassVar[Task] = SEQUENCE_CLASSIFICATION
@@ -27,7 +30,9 @@ class QEFFAutoModelForTokenClassification(ForwardModel):
 class QEFFAutoModelForCTC(ForwardModel):
     """Any model that transformers' `AutoModelForCTC` loads: speech to text without a decoder.
 
-    The length is in samples: a recording is padded with silence to the smallest ``seq_len`` that fits.
+    The length is in samples. On a target of fixed lengths, a recording is filled up to the smallest ``seq_len`` that
+    fits where that changes none of its letters: an attention mask is compiled in for it, ones by default. A model that
+    normalizes over the whole recording takes the compiled lengths only.
     """
 
     task: ClassVar[Task] = CTC
@@ -35,7 +40,7 @@ class QEFFAutoModelForCTC(ForwardModel):
     """30 seconds at 16 kHz (AI 100 contract §4.6)."""
 
     def transcribe(self, processor: Any, inputs: Any = None, **kwargs: Any) -> list[str]:
-        """The text of each recording.
+        """The text of each recording, of its own samples: those that an ``attention_mask`` leaves out are not read.
 
         Args:
             processor: The model's, which turns token ids into texts.
@@ -46,4 +51,10 @@ class QEFFAutoModelForCTC(ForwardModel):
             RuntimeInputError: An input does not fit the compiled model.
         """
         logits = self.generate(inputs, **kwargs)["logits"]
-        return list(processor.batch_decode(logits.argmax(axis=-1)))
+        given: dict[str, Any] = {**(inputs or {}), **kwargs}
+        rows = logits.argmax(axis=-1).tolist()
+        if given.get("attention_mask") is not None:
+            lengths = np.asarray(given["attention_mask"]).sum(axis=1).tolist()
+            counts = [self.encoder().frames("logits", int(length)) for length in lengths]
+            rows = [row[:count] for row, count in zip(rows, counts, strict=True)]
+        return list(processor.batch_decode(rows))

@@ -37,6 +37,10 @@ def command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts in one run.", min=1)] = 1,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = False,
+    prompt: Annotated[
+        str | None, typer.Option(help="What every text starts with; what the model says, by default.")
+    ] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="A prompt of the model, by its name.")] = None,
 ) -> None:
     """Embed texts; without --save, print one JSON list for each."""
     texts = [*(text or []), *(_lines(file) if file is not None else [])]
@@ -61,7 +65,7 @@ def command(
     if not texts:
         line("Package:  ", (str(opened.package.folder), "bold"))
         return
-    vectors = opened.encode(texts, truncate=truncate)
+    vectors = opened.encode(texts, truncate=truncate, prompt=prompt, prompt_name=prompt_name)
     if save is None:
         for vector in vectors:
             print(json.dumps([round(float(x), 7) for x in vector]))

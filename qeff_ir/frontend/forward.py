@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -15,11 +14,14 @@ from transformers.exporters.utils import apply_patches
 from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.forward_capture import captured_forward
-from qeff_ir.frontend.inputs import BATCH, LENGTH, InputSpec, longest
+from qeff_ir.frontend.forward_step import ForwardStep
+from qeff_ir.frontend.inputs import BATCH, LENGTH, InputSpec, positions
 from qeff_ir.frontend.lower import PREFIX, as_unsupported, attributes_kept, clean, convert, quiet
+from qeff_ir.frontend.padding import Found, find_padding
 from qeff_ir.frontend.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.weights import Weights
-from qeff_ir.module import Dim, Module, rename_symbols
+from qeff_ir.module import Dim, Module, OutputSizes, Padding, rename_symbols
+from qeff_ir.runtime.sizes import evaluate
 
 _BATCH, _TOKENS, _SAMPLES = 2, 7, 2003
 """Sizes of the example run: all differ, and a recording is longer than a stack of convolutions looks."""
@@ -31,6 +33,7 @@ def lower_forward(
     inputs: Sequence[InputSpec],
     *,
     pooling: Callable[..., torch.Tensor] | None = None,
+    padding: Found | None = None,
 ) -> Module:
     """Lower one forward pass.
 
@@ -40,17 +43,20 @@ def lower_forward(
         inputs: See `qeff_ir.frontend.inputs.find_inputs`.
         pooling: Applied to the first output and the attention mask (ones where there is none); its result, ``output``,
             is then the only output.
+        padding: What padding does to the model; found here when not given.
 
     Returns:
         A module with these inputs, and with the outputs that the forward pass returns, by name; those of nested outputs
-        are joined by dots. A length that the model computes from ``seq_len`` has no symbol.
+        are joined by dots. A length that the model computes from ``seq_len`` has no symbol. Outputs that padding leaves
+        alone are in its `padding`.
 
     Raises:
         ModelLoadError: The first output needs a weight that the checkpoint does not have.
         UnsupportedModelError: Something in the model cannot be traced.
     """
+    padding = find_padding(model, inputs, pooling) if padding is None else padding
     names: list[str] = []
-    step = _Forward(model, pooling, names)
+    step = ForwardStep(model, pooling, names)
     with (
         evaluating(step),
         torch.no_grad(),
@@ -60,7 +66,7 @@ def lower_forward(
         attributes_kept(model),
     ):
         with fake:
-            examples = {i.name: _example(i) for i in inputs}
+            examples = {i.name: _example(i, 1 if padding.one_row else _BATCH) for i in inputs}
         with (
             apply_patches("onnx"),
             apply_patches("dynamo"),
@@ -71,70 +77,28 @@ def lower_forward(
                 step,
                 (),
                 kwargs={"inputs": examples},
-                dynamic_shapes={"inputs": {i.name: _dynamic(i) for i in inputs}},
+                dynamic_shapes={"inputs": {i.name: _dynamic(i, one_row=padding.one_row) for i in inputs}},
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
             program = convert(exported, [i.name for i in inputs], names)
     _drop_outputs_without_weights(program.model.graph, weights, model)
     module = Module(clean(program.model, weights, []), type(model).__name__)
-    _name_dims(module, inputs, model)
+    _name_dims(module, inputs, model, padding)
     dialect.attach(module.model)
     module.write_facts()
     return module
 
 
-class _Forward(torch.nn.Module):
-    """The forward pass with its outputs as a flat tuple, the function that is traced.
-
-    Args:
-        model: Whose forward pass.
-        pooling: The user's own, if any.
-        names: Takes the names of the outputs when it runs.
-    """
-
-    def __init__(self, model: PreTrainedModel, pooling: Callable[..., torch.Tensor] | None, names: list[str]) -> None:
-        super().__init__()
-        self.hf = model
-        self.pooling = pooling
-        self.note = lambda found: names.__setitem__(slice(None), found)  # tracing takes back what is set on a module
-        taken = inspect.signature(model.forward).parameters
-        self.settings = {"use_cache": False} if "use_cache" in taken or hasattr(model.config, "use_cache") else {}
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
-            self.settings = {k: v for k, v in self.settings.items() if k in taken}
-
-    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        outputs = dict(_flat(self.hf(**inputs, **self.settings, return_dict=True)))
-        if self.pooling is not None:
-            hidden = next(iter(outputs.values()))
-            mask = inputs.get("attention_mask")
-            if mask is None:
-                mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
-            outputs = {"output": self.pooling(hidden, mask)}
-        self.note(list(outputs))
-        return tuple(outputs.values())
-
-
-def _flat(output: Any, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
-    """Name and tensor of everything in a model's output, in order."""
-    if isinstance(output, torch.Tensor):
-        return [(prefix or "output", output)]
-    items: list[tuple[str, Any]] = []
-    if isinstance(output, Mapping):
-        items = [(str(k), v) for k, v in output.items()]  # pyright: ignore[reportUnknownVariableType]
-    elif isinstance(output, list | tuple):
-        items = [(str(i), v) for i, v in enumerate(output)]  # pyright: ignore[reportUnknownVariableType]
-    return [found for name, value in items for found in _flat(value, f"{prefix}.{name}" if prefix else name)]
-
-
-def _example(spec: InputSpec) -> torch.Tensor:
+def _example(spec: InputSpec, rows: int) -> torch.Tensor:
     length = _SAMPLES if spec.dtype.is_floating_point and len(spec.shape) == 2 else _TOKENS
-    sizes = {BATCH: _BATCH, LENGTH: length}
+    sizes = {BATCH: rows, LENGTH: length}
     return torch.ones([sizes[d] if isinstance(d, str) else d for d in spec.shape], dtype=spec.dtype)
 
 
-def _dynamic(spec: InputSpec) -> dict[int, Any]:
-    return {axis: torch.export.Dim.DYNAMIC for axis, d in enumerate(spec.shape) if isinstance(d, str)}
+def _dynamic(spec: InputSpec, *, one_row: bool) -> dict[int, Any]:
+    symbols = {LENGTH} if one_row else {BATCH, LENGTH}
+    return {axis: torch.export.Dim.DYNAMIC for axis, d in enumerate(spec.shape) if d in symbols}
 
 
 def _drop_outputs_without_weights(graph: ir.Graph, weights: Weights, model: PreTrainedModel) -> None:
@@ -162,14 +126,14 @@ def _drop_outputs_without_weights(graph: ir.Graph, weights: Weights, model: PreT
         del graph.initializers[str(value.name)]
 
 
-def _name_dims(module: Module, inputs: Sequence[InputSpec], model: PreTrainedModel) -> None:
+def _name_dims(module: Module, inputs: Sequence[InputSpec], model: PreTrainedModel, padding: Found) -> None:
     """Replace the exporter's symbols by ours; a computed size of an output stays unnamed."""
     renames: dict[str, str] = {}
     for spec in inputs:
         shape = module.input(spec.name).shape
         assert shape is not None
         for dim, wanted in zip(shape, spec.shape, strict=True):
-            if isinstance(wanted, str):
+            if isinstance(wanted, str) and not (wanted == BATCH and padding.one_row):
                 if isinstance(dim, int):
                     raise UnsupportedModelError(
                         f"{type(model).__name__} fixes the size of '{wanted}' in its input '{spec.name}' while it is "
@@ -177,13 +141,31 @@ def _name_dims(module: Module, inputs: Sequence[InputSpec], model: PreTrainedMod
                     )
                 renames[str(dim)] = wanted
     rename_symbols(module.graph, renames)
+    if padding.one_row:  # traced as a size, which the axis keeps: no other is compiled for
+        for value in module.graph.inputs:
+            if value.shape is not None and value.shape.dims[:1] == (1,):
+                value.shape = ir.Shape([ir.SymbolicDim(BATCH), *value.shape.dims[1:]])
     text = any(LENGTH in i.shape and not (i.dtype.is_floating_point and len(i.shape) == 2) for i in inputs)
     used = {d for i in inputs for d in i.shape if isinstance(d, str)}
     module.dims = {BATCH: Dim(BATCH)} if BATCH in used else {}
     if LENGTH in used:
-        module.dims[LENGTH] = Dim(LENGTH, longest(model) if text else None)
+        limits = [n for n in (positions(model) if text else None, padding.longest) if n is not None]
+        module.dims[LENGTH] = Dim(LENGTH, min(limits, default=None))
+    outputs: list[OutputSizes] = []
     for value in module.graph.outputs:
         assert value.shape is not None
+        found = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape.dims)
+        if value.name in padding.sound and all(_is_known(size) for size in found):
+            outputs.append(OutputSizes(value.name, found))
         value.shape = ir.Shape(
             [d if isinstance(d, int) or d.value in module.dims else ir.SymbolicDim(None) for d in value.shape.dims]
         )
+    module.padding = Padding(padding.fill, tuple(outputs), padding.one_row)
+
+
+def _is_known(size: int | str) -> bool:
+    """Whether a size follows from those of the inputs."""
+    try:
+        return isinstance(size, int) or evaluate(size, {BATCH: _BATCH, LENGTH: _SAMPLES}) >= 0
+    except ValueError:
+        return False

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend.source import FolderSource, MemorySource
 from qeff_ir.module import Module
+from qeff_ir.runtime.text_settings import TextSettings
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +55,14 @@ class ForwardOptions:
         inputs: See `qeff_ir.frontend.inputs.find_inputs`.
         part: Name of the configuration of a part of the model (``vision`` for ``vision_config``), to take only that.
         pooling: The user's own, called with the first output and the attention mask; its result is the only output.
+        texts: What is done to texts, kept in the package.
     """
 
     task: Task = EMBEDDING
     inputs: Wanted | None = None
     part: str | None = None
     pooling: Callable[..., torch.Tensor] | None = None
+    texts: TextSettings = field(default_factory=TextSettings)
 
 
 class ForwardFolder(FolderSource):
@@ -107,6 +111,11 @@ class ForwardFolder(FolderSource):
             return None
         return {**known, "forward": [self.options.task.auto, self.options.part, _described(self.options)]}
 
+    def save_side_files(self, folder: Path) -> None:
+        """See `Source.save_side_files`; with what is done to texts."""
+        super().save_side_files(folder)
+        self.options.texts.write(folder)
+
     def takes_tokens(self) -> bool:
         """Whether token ids are an input."""
         return any(i.name == "input_ids" for i in _inputs(_encoder(self._skeleton()), self.options))
@@ -151,9 +160,21 @@ class ForwardMemory(MemorySource):
 
 
 def _lowered(model: PreTrainedModel, weights: Any, options: ForwardOptions) -> Module:
+    """The forward pass, with the attention mask of a recording where padding changes nothing with it, but without."""
     from qeff_ir.frontend.forward import lower_forward
+    from qeff_ir.frontend.inputs import find_inputs
+    from qeff_ir.frontend.padding import find_padding
 
-    return lower_forward(model, weights, _inputs(model, options), pooling=options.pooling)
+    inputs = _inputs(model, options)
+    padding = find_padding(model, inputs, options.pooling)
+    names = [spec.name for spec in inputs]
+    takes = inspect.signature(model.forward).parameters
+    if options.inputs is None and "attention_mask" in takes and "attention_mask" not in names:
+        masked = find_inputs(model, [*names, "attention_mask"])
+        found = find_padding(model, masked, options.pooling)
+        if found.sound > padding.sound:
+            inputs, padding = masked, found
+    return lower_forward(model, weights, inputs, pooling=options.pooling, padding=padding)
 
 
 def _inputs(model: PreTrainedModel, options: ForwardOptions) -> list[InputSpec]:

@@ -110,17 +110,7 @@ def _told(model: PreTrainedModel, name: str) -> InputSpec:
     )
 
 
-def longest(model: PreTrainedModel) -> int | None:
-    """Tokens that a model's positions have room for; `None` where there is no table of positions.
-
-    A table of positions that reserves rows for padding (`torch.nn.Embedding` with a ``padding_idx``) starts behind
-    them.
-    """
-    config = model.config.get_text_config()
-    size = getattr(config, "max_position_embeddings", None)
-    if not isinstance(size, int) or size < 1:
-        return None
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == size and module.padding_idx is not None:
-            return size - module.padding_idx - 1
-    return size
+def positions(model: PreTrainedModel) -> int | None:
+    """Positions that a model's configuration speaks of; `None` where it does not."""
+    size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return size if isinstance(size, int) and size > 0 else None

@@ -51,8 +51,8 @@ def expect(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list
     firsts: dict[Any, int] = {}
     try:
         cache = CapturingCache(model, position_ids, {})
-        structures = [(type(k), *_structure(m)) for k, m in zip(cache.captured, members(model, path), strict=True)]
-        stands = [firsts.setdefault(structure, index) for index, structure in enumerate(structures)]
+        structures = [(type(k), *structure(m)) for k, m in zip(cache.captured, members(model, path), strict=True)]
+        stands = [firsts.setdefault(key, index) for index, key in enumerate(structures)]
         with cut(model, path, sorted(firsts.values())):
             run(cache)
     except Exception:  # whatever a model's code raises that finds fewer layers than it looks for
@@ -67,7 +67,7 @@ def expect(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list
     return cache.found()
 
 
-def _structure(layer: torch.nn.Module) -> tuple[Any, ...]:
+def structure(layer: torch.nn.Module) -> tuple[Any, ...]:
     """What a layer is made of, whatever its weights are."""
     parameters = layer.named_parameters(remove_duplicate=False)
     return tuple((n, type(m)) for n, m in layer.named_modules()), tuple((n, tuple(p.shape)) for n, p in parameters)

@@ -322,7 +322,8 @@ def _snapshot(name: str, hub: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*PATTERNS, "*.safetensors", "*.py"], **hub))
+        patterns = [*PATTERNS, "*.safetensors", "*.py", "*_Dense/*.bin"]
+        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
     except Exception as error:  # the hub client and its transport raise many unrelated types
         raise ModelLoadError(
             f"'{name}' is neither a local folder nor a model that the hub or its cache has ({first_line(error)})"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qeff_ir.errors import RuntimeInputError
-from qeff_ir.module import Specialization
+from qeff_ir.module import DimValue, Specialization
 from qeff_ir.runtime.interface import BATCH, LENGTH, Interface, Tensor
 from qeff_ir.runtime.session import Array, ForwardSession
+from qeff_ir.runtime.sizes import evaluate
 
 
 class Encoder:
@@ -19,6 +20,8 @@ class Encoder:
     Attributes:
         batch_size: Rows of a run.
         longest: The largest length; `None` for a model whose inputs have none.
+        pads: Whether inputs may be filled up to another length: no output changes by it.
+        fill: The token that fills them up.
     """
 
     def __init__(self, session: ForwardSession, interface: Interface) -> None:
@@ -27,6 +30,8 @@ class Encoder:
         self.batch_size = max(s[BATCH] for s in sizes)
         lengths = [s[LENGTH] for s in sizes if LENGTH in s]
         self.longest = max(lengths) if lengths else None
+        self.pads = all(interface.padding.sizes(output.name) is not None for output in interface.outputs)
+        self.fill = interface.padding.fill
 
     @property
     def pools(self) -> bool:
@@ -37,44 +42,60 @@ class Encoder:
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         """Run a batch of any size.
 
-        Rows are padded on the right with zeros, which an ``attention_mask`` marks as padding; a mask that is not given
-        marks all tokens as real ones. ``token_type_ids`` may be given to a model without them while they are all 0.
+        Rows are filled up on the right, which an ``attention_mask`` marks as padding, where that changes nothing; a
+        mask that is not given marks all tokens as real ones. ``token_type_ids`` may be given to a model without them
+        while they are all 0.
 
         Args:
             inputs: Arrays or tensors by the names of the forward pass, with a batch axis.
 
         Returns:
-            Outputs by name, float32, with as many rows, and as many tokens where they have an axis of tokens.
+            Outputs by name, float32, of the sizes that the model gives them for inputs of this length.
 
         Raises:
             RuntimeInputError: An input is missing, unknown, empty, of another type or size, too long, or a number is
-                none that the model knows.
+                none that the model knows; or it is of another length than the compiled ones, and filling it up would
+                change an output.
         """
         given = self._checked(inputs)
         rows, length = self._sizes(given)
         size, padded = self._shape(rows, length)
         results: list[dict[str, Array]] = []
+        counts: list[int] = []
         for start in range(0, rows, size):
             part = {n: a[start : start + size] for n, a in given.items()}
-            count = len(next(iter(part.values())))
-            run = {t.name: _padded(part[t.name], t, size, padded) for t in self.interface.inputs}
-            results.append({n: a[:count] for n, a in self.session.run(run).items()})
-        joined = {n: np.concatenate([r[n] for r in results]) for n in results[0]}
-        return {t.name: self._trimmed(joined[t.name], t, length) for t in self.interface.outputs}
+            counts.append(len(next(iter(part.values()))))
+            run = {t.name: self._padded(part[t.name], t, size, padded) for t in self.interface.inputs}
+            results.append(self.session.run(run))
+        symbols = {BATCH: rows} | ({} if length is None else {LENGTH: length})
+        found: dict[str, Array] = {}
+        for tensor in self.interface.outputs:
+            array = _rows([r[tensor.name] for r in results], tensor, counts, size)
+            sizes = self.interface.padding.sizes(tensor.name) or ()
+            found[tensor.name] = array if padded == length else _begin(array, sizes, symbols)
+        return found
+
+    def frames(self, name: str, length: int) -> int | None:
+        """How many entries an output has along its axis 1 for an input of a length; `None` if that is not known."""
+        sizes = self.interface.padding.sizes(name)
+        return None if sizes is None else evaluate(str(sizes[1]), {BATCH: 1, LENGTH: length})
 
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         known = {t.name: t for t in self.interface.inputs}
         arrays = {n: _array(n, v) for n, v in inputs.items() if v is not None}
         if "token_type_ids" in arrays and "token_type_ids" not in known and not arrays["token_type_ids"].any():
             del arrays["token_type_ids"]  # tokenizers add them
-        tokens = next((arrays[n] for n in ("input_ids", "inputs_embeds") if n in arrays), None)
-        if "attention_mask" in known and "attention_mask" not in arrays and tokens is not None:
-            arrays["attention_mask"] = np.ones(tokens.shape[:2], dtype=np.int64)
+        long = next((arrays[n] for n, t in known.items() if t.shape[1:2] == (LENGTH,) and n in arrays), None)
+        if "attention_mask" in known and "attention_mask" not in arrays and long is not None and long.ndim > 1:
+            arrays["attention_mask"] = np.ones(long.shape[:2], dtype=np.int64)
         if not set(known) & set(arrays):
             raise RuntimeInputError(f"there is no input: give {_and(known)}")
         for name in arrays:
             if name not in known:
-                raise RuntimeInputError(f"the model is compiled without the input '{name}': it takes {_and(known)}")
+                raise RuntimeInputError(
+                    f"the model is compiled without the input '{name}': it takes {_and(known)}; to give it, open the "
+                    f"model with inputs={[*known, name]}"
+                )
         for name, tensor in known.items():
             if name not in arrays:
                 raise RuntimeInputError(f"the input '{name}' is missing: the model takes {_and(known)}")
@@ -99,6 +120,11 @@ class Encoder:
                 )
         if 0 in found.values():
             raise RuntimeInputError(f"the inputs are empty ({_counts(found)}): give at least one row and one token")
+        if self.interface.padding.one_row and found.get(BATCH, 1) != 1:
+            raise RuntimeInputError(
+                f"the inputs have {found[BATCH]} rows, the model takes one at a time (it has no padding token, and "
+                "reads the last column of each): give one, or set pad_token_id in its configuration"
+            )
         length = found.get(LENGTH)
         if length is not None and self.longest is not None and length > self.longest:
             raise RuntimeInputError(
@@ -113,13 +139,27 @@ class Encoder:
             return rows, length
         fitting = [s for s in self.session.specializations if length is None or s.symbols[LENGTH] >= length]
         best = min(fitting, key=_cost)
-        return best.symbols[BATCH], best.symbols.get(LENGTH)
+        padded = best.symbols.get(LENGTH)
+        if padded != length and not self.pads:
+            changed = next(t.name for t in self.interface.outputs if self.interface.padding.sizes(t.name) is None)
+            lengths = sorted({s.symbols[LENGTH] for s in self.session.specializations})
+            raise RuntimeInputError(
+                f"the inputs have {length} tokens, and filling them up to {padded} would change '{changed}' of this "
+                f"model: give {' or '.join(map(str, lengths))}, or compile with seq_len={length}"
+            )
+        return best.symbols[BATCH], padded
 
-    def _trimmed(self, array: Array, tensor: Tensor, length: int | None) -> Array:
+    def _padded(self, array: Array, tensor: Tensor, rows: int, length: int | None) -> Array:
+        """The array filled up to the compiled length, and its last row repeated up to the compiled batch."""
+        widths = [(0, 0)] * array.ndim
         for axis, dim in enumerate(tensor.shape):
             if dim == LENGTH and length is not None:
-                array = array.take(range(length), axis=axis)
-        return array.astype(np.float32) if array.dtype == np.float16 else array
+                widths[axis] = (0, length - array.shape[axis])
+        if any(after for _, after in widths):
+            array = np.pad(array, widths, constant_values=self.fill if tensor.name == "input_ids" else 0)
+        missing = rows - len(array) if BATCH in tensor.shape else 0
+        array = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
+        return np.ascontiguousarray(array)
 
 
 def _cost(item: Specialization) -> int:
@@ -162,15 +202,31 @@ def _typed(array: Array, tensor: Tensor) -> Array:
     return array.astype(tensor.dtype, copy=False)
 
 
-def _padded(array: Array, tensor: Tensor, rows: int, length: int | None) -> Array:
-    """The array with zeros up to the compiled length, and its last row repeated up to the compiled batch."""
-    widths = [(0, 0)] * array.ndim
-    for axis, dim in enumerate(tensor.shape):
-        if dim == LENGTH and length is not None:
-            widths[axis] = (0, length - array.shape[axis])
-    array = np.pad(array, widths) if any(after for _, after in widths) else array
-    missing = rows - len(array) if BATCH in tensor.shape else 0
-    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else np.ascontiguousarray(array)
+def _rows(results: list[Array], tensor: Tensor, counts: list[int], size: int) -> Array:
+    """An output of several runs as one, without the rows that fill up a run.
+
+    Raises:
+        RuntimeInputError: Its rows are spread over an axis, so that they cannot be told apart.
+    """
+    if BATCH in tensor.shape:
+        axis = tensor.shape.index(BATCH)
+        array = np.concatenate([r.take(range(n), axis=axis) for r, n in zip(results, counts, strict=True)], axis=axis)
+    else:
+        if (len(results) > 1 or counts[0] < size) and None in tensor.shape:
+            raise RuntimeInputError(
+                f"the output '{tensor.name}' has no axis of rows, so it is right for {size} rows at once only: give "
+                f"{size}, or compile with another batch_size"
+            )
+        array = results[0]  # the same for all rows
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _begin(array: Array, sizes: Sequence[DimValue], symbols: Mapping[str, int]) -> Array:
+    """An output of a filled up input as the input alone gives it."""
+    for axis, size in enumerate(sizes):
+        if isinstance(size, str) and LENGTH in size:
+            array = array.take(range(evaluate(size, symbols)), axis=axis)
+    return array
 
 
 def _and(names: Any) -> str:

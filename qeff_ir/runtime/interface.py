@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from qeff_ir.errors import PackageError
-from qeff_ir.module import EMBEDS, WEIGHT_KEY, DimValue
+from qeff_ir.errors import PackageError, VerificationError
+from qeff_ir.module import EMBEDS, METADATA_KEY, WEIGHT_KEY, DimValue, Padding, read_facts
+from qeff_ir.runtime.sizes import evaluate
 
 BATCH, LENGTH = "batch_size", "seq_len"
 
@@ -37,10 +38,11 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """What goes into a forward pass, and what comes out."""
+    """What goes into a forward pass, what comes out, and what padding does to it."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    padding: Padding = field(default_factory=Padding)
 
 
 def sized(tensor: Tensor, symbols: Mapping[str, int]) -> tuple[int, ...]:
@@ -65,12 +67,35 @@ def read_interface(folder: Path) -> Interface:
     if len(models) != 1:
         raise PackageError(f"{folder} has {len(models)} ONNX files, not one: compile again")
     try:
-        graph = onnx.load(str(models[0]), load_external_data=False).graph
+        model = onnx.load(str(models[0]), load_external_data=False)
+        graph = model.graph
     except Exception as error:  # protobuf raises types of its own
         raise PackageError(f"{models[0]} cannot be read ({type(error).__name__}): compile again") from error
     # A weight may be an input that the target binds by itself; the host's token embeddings only name theirs.
     given = [t for t in _tensors(graph.input, _rows(graph)) if t.weight is None or t.name == EMBEDS]
-    return Interface(tuple(given), _tensors(graph.output, {}))
+    return Interface(tuple(given), _tensors(graph.output, {}), _padding(model, models[0]))
+
+
+def _padding(model: onnx.ModelProto, file: Path) -> Padding:
+    """What the module says of padding; that it changes every output, where it says nothing.
+
+    Raises:
+        PackageError: The module's facts are damaged, or say what cannot be of its outputs.
+    """
+    text = next((p.value for p in model.metadata_props if p.key == METADATA_KEY), None)
+    try:
+        found = None if text is None else read_facts(text).padding
+    except VerificationError as error:
+        raise PackageError(f"{file} is damaged ({error}): compile again") from error
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in model.graph.output}
+    for output in () if found is None else found.outputs:
+        try:
+            known = [evaluate(str(size), {BATCH: 1, LENGTH: 1}) for size in output.sizes]
+        except ValueError as error:
+            raise PackageError(f"{file} says of its output {output.name} that {error}: compile again") from error
+        if len(known) != ranks.get(output.name):
+            raise PackageError(f"{file} says other sizes of {output.name} than that has: compile again")
+    return Padding() if found is None else found
 
 
 def _rows(graph: onnx.GraphProto) -> dict[str, int]:

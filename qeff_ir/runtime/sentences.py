@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,7 @@ def encode(
     batch_size: int | None = None,
     truncate: bool = False,
     prompt: str = "",
+    max_length: int | None = None,
     show_progress: bool | None = None,
 ) -> Array:
     """One embedding of each text.
@@ -41,6 +42,7 @@ def encode(
         batch_size: Texts of a run; by default 32 where any number runs, else what the model is compiled for.
         truncate: Whether a text that is too long is cut.
         prompt: What every text starts with.
+        max_length: Tokens of a text that the model reads, where it says so.
         show_progress: Whether to show a progress bar; by default when it takes over two seconds, in a terminal.
 
     Returns:
@@ -60,25 +62,28 @@ def encode(
             raise RuntimeInputError(f"{what} is a {type(text).__name__}: give texts")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise RuntimeInputError(f"{what} has half a character (a lone surrogate): decode it as UTF-8 first")
-    rows = _tokens(encoder, [prompt + text for text in texts], tokenizer, truncate)
+    rows = _tokens(encoder, [prompt + text for text in texts], tokenizer, truncate, max_length)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     width = output.shape[-1]
     result = np.empty((len(rows), width if isinstance(width, int) else 0), dtype=np.float32)
     with _Progress(len(rows), show_progress) as progress:
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
+        for chosen in _batches(order, rows, size, alike=not encoder.pads):
             result[chosen] = encoder.run(_batch([rows[i] for i in chosen], encoder))["output"]
             progress.advance(len(chosen))
     return result
 
 
 def _tokens(
-    encoder: Encoder, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, truncate: bool
+    encoder: Encoder,
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    truncate: bool,
+    max_length: int | None,
 ) -> list[list[int]]:
     """Token ids of each text, special tokens included."""
     if not texts:
         return []
-    limit = encoder.longest
+    limit = min((n for n in (encoder.longest, max_length) if n is not None), default=None)
     settings: dict[str, Any] = {"truncation": True, "max_length": limit} if truncate else {"verbose": False}
     with _TOKENIZING:
         made: Any = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **settings)
@@ -86,6 +91,11 @@ def _tokens(
     for index, row in enumerate(rows):
         if not row:
             raise RuntimeInputError(f"text {index} ({texts[index]!r}) has no token: give some text")
+        if max_length is not None and len(row) > max_length == limit:
+            raise RuntimeInputError(
+                f"text {index} has {len(row)} tokens, the model reads {limit} of a text: shorten it, or pass "
+                "truncate=True"
+            )
         if limit is not None and len(row) > limit:
             raise RuntimeInputError(
                 f"text {index} has {len(row)} tokens, the model is compiled for {limit}: compile with "
@@ -94,10 +104,21 @@ def _tokens(
     return rows
 
 
+def _batches(order: list[int], rows: list[list[int]], size: int, *, alike: bool) -> Iterator[list[int]]:
+    """Texts that run together, at most `size`; `alike`: of one length each, where padding would count."""
+    start = 0
+    while start < len(order):
+        end = min(start + size, len(order))
+        while alike and len(rows[order[end - 1]]) != len(rows[order[start]]):
+            end -= 1
+        yield order[start:end]
+        start = end
+
+
 def _batch(rows: list[list[int]], encoder: Encoder) -> dict[str, Array]:
     """Rows of tokens as inputs, padded on the right."""
     width = max(map(len, rows))
-    ids = np.zeros((len(rows), width), dtype=np.int64)
+    ids = np.full((len(rows), width), encoder.fill, dtype=np.int64)
     mask = np.zeros_like(ids)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = row
