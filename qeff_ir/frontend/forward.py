@@ -10,14 +10,17 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
-from transformers.exporters.utils import apply_patches
 
 from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.forward_capture import captured_forward
 from qeff_ir.frontend.inputs import BATCH, LENGTH, InputSpec, longest
-from qeff_ir.frontend.lower import PREFIX, as_unsupported, attributes_kept, clean, convert, quiet
+from qeff_ir.frontend.lower import PREFIX, as_unsupported, attributes_kept, clean, convert
+from qeff_ir.frontend.own_thread import alone
+from qeff_ir.frontend.private import export_patches
+from qeff_ir.frontend.quiet import quiet
 from qeff_ir.frontend.skeleton import evaluating, fake_weights
+from qeff_ir.frontend.structure import structure
 from qeff_ir.frontend.weights import Weights
 from qeff_ir.module import Dim, Module, rename_symbols
 
@@ -52,6 +55,7 @@ def lower_forward(
     names: list[str] = []
     step = _Forward(model, pooling, names)
     with (
+        alone(),
         evaluating(step),
         torch.no_grad(),
         captured_forward(model),
@@ -61,12 +65,7 @@ def lower_forward(
     ):
         with fake:
             examples = {i.name: _example(i) for i in inputs}
-        with (
-            apply_patches("onnx"),
-            apply_patches("dynamo"),
-            reset_model_state(model),
-            as_unsupported(model, "cannot be traced"),
-        ):
+        with export_patches(), reset_model_state(model), as_unsupported(model, "cannot be traced"):
             exported = torch.export.export(
                 step,
                 (),
@@ -96,7 +95,7 @@ class _Forward(torch.nn.Module):
     def __init__(self, model: PreTrainedModel, pooling: Callable[..., torch.Tensor] | None, names: list[str]) -> None:
         super().__init__()
         self.hf = model
-        self.pooling = pooling
+        self.pooling = structure(pooling) if isinstance(pooling, torch.nn.Module) else pooling
         self.note = lambda found: names.__setitem__(slice(None), found)  # tracing takes back what is set on a module
         taken = inspect.signature(model.forward).parameters
         self.settings = {"use_cache": False} if "use_cache" in taken or hasattr(model.config, "use_cache") else {}
