@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_ir.errors import AdapterError
@@ -14,7 +11,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qeff_ir.frontend.weights import Weights
-    from qeff_ir.module import Module
 
 
 class AdaptedMemorySource(MemorySource):
@@ -27,46 +23,34 @@ class AdaptedMemorySource(MemorySource):
     def __init__(self, model: Any) -> None:
         super().__init__(model.get_base_model())
 
-    def lower(self) -> Module:
-        """See `Source.lower`.
+    def copy(self) -> PreTrainedModel:
+        """See `MemorySource.copy`; with the base layers in the place of PEFT's.
 
         Raises:
             AdapterError: An adapter is merged into the weights.
         """
-        with set_aside(self.model):
-            return super().lower()
+        model = super().copy()
+        set_aside(model)
+        return model
 
     def weights(self) -> Weights:
         """See `Source.weights`."""
-        with set_aside(self.model):
-            return super().weights()
+        from qeff_ir.frontend.weights import memory_weights
+
+        return memory_weights(self.copy())
 
     def reference(self) -> PreTrainedModel:
         """See `Source.reference`; its adapters are active unless they are disabled."""
         return super().reference()
 
-    def save_side_files(self, folder: Path) -> None:
-        """See `Source.save_side_files`."""
-        with set_aside(self.model):
-            super().save_side_files(folder)
 
-
-@contextlib.contextmanager
-def set_aside(model: PreTrainedModel) -> Generator[None]:
-    """Put the base layers in the place of PEFT's, for as long as the block lasts."""
+def set_aside(model: PreTrainedModel) -> None:
+    """Put the base layers in the place of PEFT's."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    replaced: list[tuple[Any, str, Any]] = []
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, BaseTunerLayer):
                 if child.merged:
                     raise AdapterError("an adapter is merged into the model's weights: call unmerge_adapter() first")
-                replaced.append((parent, name, child))
-    try:
-        for parent, name, child in replaced:
-            setattr(parent, name, child.get_base_layer())
-        yield
-    finally:
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
+                setattr(parent, name, child.get_base_layer())

@@ -12,8 +12,8 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.modeling_utils import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import experts, ops, private, recurrences
@@ -100,25 +100,21 @@ def _attention(
 
 @contextlib.contextmanager
 def captured(model: PreTrainedModel) -> Generator[None]:
-    """Route the model's attention, masks and experts through our ops; everything is put back on exit."""
-    saved = private.snapshot_registries()
+    """Route the model's attention, masks and experts through our ops; in this thread, and until the block ends."""
     implementation = private.attention_implementation(model)
     chosen = model.get_experts_implementation() if private.has_experts(model) else None
     # Attention outside the interface takes its mask as the implementation does that the model is fixed to: "eager" adds
     # it to the scores, "sdpa" hands it to torch.
+    masks = {IMPLEMENTATION: _positions_mask, "eager": _additive_mask, "sdpa": _positions_mask}
     try:
-        AttentionInterface.register(IMPLEMENTATION, _attention)
-        AttentionMaskInterface.register(IMPLEMENTATION, _positions_mask)
-        AttentionMaskInterface.register("eager", _additive_mask)
-        AttentionMaskInterface.register("sdpa", _positions_mask)
-        model.set_attn_implementation(IMPLEMENTATION if private.supports_attention_interface(model) else "eager")
-        if private.has_experts(model):
-            model.set_experts_implementation("batched_mm")
-        loops = contextlib.nullcontext() if private.has_experts(model) else experts.unrolled(model)
-        with loops, recurrences.replaced(model, lambda: _cache):
-            yield
+        with private.registered({IMPLEMENTATION: _attention}, masks):
+            model.set_attn_implementation(IMPLEMENTATION if private.supports_attention_interface(model) else "eager")
+            if private.has_experts(model):
+                model.set_experts_implementation("batched_mm")
+            loops = contextlib.nullcontext() if private.has_experts(model) else experts.unrolled(model)
+            with loops, recurrences.replaced(model, lambda: _cache):
+                yield
     finally:
-        private.restore_registries(saved)
         model.set_attn_implementation(implementation)
         if chosen is not None:
             model.set_experts_implementation(chosen)

@@ -9,15 +9,17 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
-from transformers.exporters.utils import apply_patches
 
 from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.forward_capture import captured_forward
 from qeff_ir.frontend.forward_step import ForwardStep
 from qeff_ir.frontend.inputs import BATCH, LENGTH, InputSpec, positions
-from qeff_ir.frontend.lower import PREFIX, as_unsupported, attributes_kept, clean, convert, quiet
+from qeff_ir.frontend.lower import PREFIX, as_unsupported, attributes_kept, clean, convert
+from qeff_ir.frontend.own_thread import alone
 from qeff_ir.frontend.padding import Found, find_padding
+from qeff_ir.frontend.private import export_patches
+from qeff_ir.frontend.quiet import quiet
 from qeff_ir.frontend.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.weights import Weights
 from qeff_ir.module import Dim, Module, OutputSizes, Padding, rename_symbols
@@ -58,6 +60,7 @@ def lower_forward(
     names: list[str] = []
     step = ForwardStep(model, pooling, names)
     with (
+        alone(),
         evaluating(step),
         torch.no_grad(),
         captured_forward(model),
@@ -67,12 +70,7 @@ def lower_forward(
     ):
         with fake:
             examples = {i.name: _example(i, 1 if padding.one_row else _BATCH) for i in inputs}
-        with (
-            apply_patches("onnx"),
-            apply_patches("dynamo"),
-            reset_model_state(model),
-            as_unsupported(model, "cannot be traced"),
-        ):
+        with export_patches(), reset_model_state(model), as_unsupported(model, "cannot be traced"):
             exported = torch.export.export(
                 step,
                 (),

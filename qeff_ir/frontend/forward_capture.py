@@ -7,8 +7,8 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.modeling_utils import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import private
@@ -72,22 +72,19 @@ def _attention(
 
 @contextlib.contextmanager
 def captured_forward(model: PreTrainedModel) -> Generator[None]:
-    """Route the model's attention and experts through our ops; everything is put back on exit.
+    """Route the model's attention and experts through our ops; in this thread, and until the block ends.
 
     Attention outside transformers' interface stays as the model writes it, in its eager form.
     """
-    saved = private.snapshot_registries()
     implementation = private.attention_implementation(model)
     experts = model.get_experts_implementation() if private.has_experts(model) else None
     try:
-        AttentionInterface.register(IMPLEMENTATION, _attention)
-        AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-        model.set_attn_implementation(IMPLEMENTATION if private.supports_attention_interface(model) else "eager")
-        if private.has_experts(model):
-            model.set_experts_implementation("batched_mm")
-        yield
+        with private.registered({IMPLEMENTATION: _attention}, {IMPLEMENTATION: _mask}):
+            model.set_attn_implementation(IMPLEMENTATION if private.supports_attention_interface(model) else "eager")
+            if private.has_experts(model):
+                model.set_experts_implementation("batched_mm")
+            yield
     finally:
-        private.restore_registries(saved)
         model.set_attn_implementation(implementation)
         if experts is not None:
             model.set_experts_implementation(experts)

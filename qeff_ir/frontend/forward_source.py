@@ -148,7 +148,8 @@ class ForwardMemory(MemorySource):
         """See `Source.lower`."""
         from qeff_ir.frontend.weights import memory_weights
 
-        return _lowered(self.model, memory_weights(self.model), self.options)
+        model = self.copy()
+        return _lowered(model, memory_weights(model), self.options)
 
     def takes_tokens(self) -> bool:
         """Whether token ids are an input."""

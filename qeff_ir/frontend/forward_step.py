@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qeff_ir.frontend.structure import structure
+
 
 class ForwardStep(torch.nn.Module):
     """The forward pass with its outputs as a flat tuple.
@@ -23,7 +25,7 @@ class ForwardStep(torch.nn.Module):
     def __init__(self, model: PreTrainedModel, pooling: Callable[..., torch.Tensor] | None, names: list[str]) -> None:
         super().__init__()
         self.hf = model
-        self.pooling = pooling
+        self.pooling = structure(pooling) if isinstance(pooling, torch.nn.Module) else pooling
         self._note = lambda found: names.__setitem__(slice(None), found)  # tracing takes back what is set on a module
         taken = inspect.signature(model.forward).parameters
         self.settings = {"use_cache": False} if "use_cache" in taken or hasattr(model.config, "use_cache") else {}

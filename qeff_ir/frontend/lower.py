@@ -9,11 +9,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
-import logging
 import os
 import re
 import traceback
-import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -26,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
 from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes
-from transformers.exporters.utils import apply_fx_node_fixes, apply_patches
+from transformers.exporters.utils import apply_fx_node_fixes
 from transformers.pytorch_utils import Conv1D
 
 from qeff_ir import dialect
@@ -36,9 +34,11 @@ from qeff_ir.frontend.capture import captured, tracing
 from qeff_ir.frontend.layers import Fold, Prepared, cut, find_fold, marked
 from qeff_ir.frontend.limits import plain_rotary
 from qeff_ir.frontend.own_masks import refuse_own_masks
+from qeff_ir.frontend.own_thread import alone
 from qeff_ir.frontend.positions import give_positions
-from qeff_ir.frontend.private import onnx_translations
+from qeff_ir.frontend.private import export_patches, onnx_translations
 from qeff_ir.frontend.probing import expect, probe
+from qeff_ir.frontend.quiet import quiet
 from qeff_ir.frontend.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.spelling import drop_idle_squeezes, spell_out_complex
 from qeff_ir.frontend.stamp import cut_weights, find_layers, unfold
@@ -78,6 +78,7 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> M
             in it cannot be traced.
     """
     with (
+        alone(),
         evaluating(model),
         settled(),
         torch.no_grad(),
@@ -207,7 +208,7 @@ def _prepared(
     inputs = {"input_ids": ids, "position_ids": positions, **dict(zip(states, past, strict=True))}
 
     def work() -> Sequence[torch.Tensor]:
-        with apply_patches("onnx"), apply_patches("dynamo"), reset_model_state(model), fake:
+        with export_patches(), reset_model_state(model), fake:
             return _Step(model, states)(ids, positions, past, torch.zeros(_CTX - _SEQ))
 
     return inputs, work
@@ -227,12 +228,7 @@ def _trace(
         "past": [{i: dynamic for i, dim in enumerate(state.shape) if isinstance(dim, str)} for state in states],
         "counted": {0: dynamic},
     }
-    with (
-        apply_patches("onnx"),
-        apply_patches("dynamo"),
-        reset_model_state(model),
-        as_unsupported(model, "cannot be traced"),
-    ):
+    with export_patches(), reset_model_state(model), as_unsupported(model, "cannot be traced"):
         exported = torch.export.export(
             _Step(model, states),
             (),
@@ -367,24 +363,6 @@ def attributes_kept(model: PreTrainedModel) -> Generator[None]:
         for attributes, before in saved:
             attributes.clear()
             attributes.update(before)
-
-
-@contextlib.contextmanager
-def quiet() -> Generator[None]:
-    """Keep the exporter's notes to itself: they are about its own internals, or repeat an exception that follows."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._subclasses", "onnxscript", "onnx_ir")
-    ]
-    levels = [log.level for log in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for log in loggers:
-            log.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for log, level in zip(loggers, levels, strict=True):
-                log.setLevel(level)
 
 
 @contextlib.contextmanager

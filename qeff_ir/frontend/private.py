@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,16 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.export import ExportedProgram
+from torch.fx import _symbolic_trace
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
+from transformers.exporters.utils import _PATCHES, import_dotted_path
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from qeff_ir.frontend.own_thread import Function, Overlaid, here, replaced
+
 TensorTable = dict[str, torch.Tensor | None]
-Registries = tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]
 
 
 def onnx_translations() -> Mapping[Any, Any]:
@@ -30,17 +34,55 @@ def onnx_translations() -> Mapping[Any, Any]:
     return _ONNX_TRANSLATION_TABLE
 
 
-def snapshot_registries() -> Registries:
-    """Copies of transformers' attention and mask functions by name."""
-    return dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
+@contextlib.contextmanager
+def registered(attention: Mapping[str, Function], masks: Mapping[str, Function]) -> Generator[None]:
+    """Let transformers find these attention and mask functions by name, in this thread, while the block lasts."""
+    changed: list[tuple[Any, Mapping[str, Function]]]
+    changed = [(AttentionInterface, attention), (AttentionMaskInterface, masks)]
+    before = [interface._global_mapping for interface, _ in changed]
+    try:
+        for (interface, ours), mapping in zip(changed, before, strict=True):
+            interface._global_mapping = Overlaid(mapping, ours)
+        yield
+    finally:
+        for (interface, _), mapping in zip(changed, before, strict=True):
+            interface._global_mapping = mapping
 
 
-def restore_registries(saved: Registries) -> None:
-    """Put the registries back as `snapshot_registries` found them."""
-    for interface, before in zip((AttentionInterface, AttentionMaskInterface), saved, strict=True):
-        mapping: dict[str, Any] = interface._global_mapping
-        mapping.clear()
-        mapping.update(before)
+@contextlib.contextmanager
+def export_patches() -> Generator[None]:
+    """transformers' own export patches, and those of torch's tracer, in this thread, while the block lasts.
+
+    Each is a function that is put in the place of another, in a module or class of the whole process. Of what torch
+    says about itself meanwhile (that it is compiling, exporting, tracing), other threads hear nothing either.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, name, factory in (*_PATCHES["onnx"], *_PATCHES["dynamo"]):
+            owner = import_dotted_path(path, missing_ok=True)
+            if owner is not None:
+                stack.enter_context(replaced(owner, name, factory))
+        for owner, name in _TOLD:
+            stack.enter_context(replaced(owner, name, lambda told: told, others=lambda: False))
+        stack.enter_context(replaced(_symbolic_trace._Patcher, "patch_method", _for_this_thread))
+        yield
+
+
+_TOLD = (
+    (torch.compiler, "is_compiling"),
+    (torch.compiler, "is_exporting"),
+    (torch.onnx, "is_in_onnx_export"),
+)
+"""What code asks to take another way while it is traced."""
+
+
+def _for_this_thread(patch_method: Function) -> Function:
+    """How torch's tracer puts its functions into `torch.nn.Module`."""
+
+    def patch(self: Any, cls: type, name: str, new: Function, **kwargs: Any) -> None:
+        _symbolic_trace._is_fx_tracing_flag = False  # the tracer sets it, asks not for it, and puts it back
+        patch_method(self, cls, name, here(new, getattr(cls, name)), **kwargs)
+
+    return patch
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

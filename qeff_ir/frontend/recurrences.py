@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qeff_ir.frontend import own_thread
 from qeff_ir.frontend.states import CapturingCache
 
 Tensor = torch.Tensor
@@ -158,16 +159,11 @@ KERNELS: dict[str, Callable[[Current], Callable[..., Any]]] = {
 
 @contextlib.contextmanager
 def replaced(model: PreTrainedModel, current: Current) -> Generator[None]:
-    """Let the kernels that the model's code calls be our op for as long as the block lasts."""
-    saved: list[tuple[Any, str, Any]] = []
-    try:
+    """Let the kernels that the model's code calls be our op, in this thread, for as long as the block lasts."""
+    with contextlib.ExitStack() as stack:
         for code in {name: sys.modules.get(name) for name in {type(m).__module__ for m in model.modules()}}.values():
             for name in [] if code is None else [n for n, value in vars(code).items() if callable(value)]:
                 made = next((make for pattern, make in KERNELS.items() if re.fullmatch(pattern, name)), None)
                 if made is not None:
-                    saved.append((code, name, getattr(code, name)))
-                    setattr(code, name, made(current))
+                    stack.enter_context(own_thread.replaced(code, name, lambda _, made=made: made(current)))
         yield
-    finally:
-        for code, name, before in saved:
-            setattr(code, name, before)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend import private
+from qeff_ir.frontend.own_thread import alone
 
 _PARAMETERS_PER_TENSOR = 16
 """Parameters that a model may have for each tensor of its checkpoint: some conversions take a tensor apart."""
@@ -64,7 +65,7 @@ def empty_model(
         ModelLoadError: It has.
     """
     most = None if tensors is None else max(_MOST_PARAMETERS, _PARAMETERS_PER_TENSOR * tensors)
-    with torch.device("meta"), _Counted(most):
+    with alone(), torch.device("meta"), _Counted(most):  # transformers sets torch's default type meanwhile
         model = auto.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code)
     for parameter in model.state_dict(keep_vars=True).values():
         private.mark_initialized(parameter, True)

@@ -262,7 +262,14 @@ class MemorySource(Source):
         from qeff_ir.frontend.lower import lower
         from qeff_ir.frontend.weights import memory_weights
 
-        return lower(self.model, memory_weights(self.model))
+        model = self.copy()
+        return lower(model, memory_weights(model))
+
+    def copy(self) -> PreTrainedModel:
+        """The model that is lowered: see `qeff_ir.frontend.structure`."""
+        from qeff_ir.frontend.structure import structure
+
+        return structure(self.model)
 
     def weights(self) -> Weights:
         """See `Source.weights`."""

@@ -23,6 +23,7 @@ from qeff_ir.frontend.versions import CACHE
 from qeff_ir.runtime import private
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.request import GenerationRequest, read, refusals, wish
+from qeff_ir.runtime.session import Array
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class SessionLM(GenerationMixin):
         self.dtype = torch.float32
         self.vocabulary: int = config.get_text_config(decoder=True).vocab_size
         self._ends: _Ends | None = None
-        self._lora_ids = decoder.lora_ids
+        self._lora_ids: Array | None = None
         self.running = False
         """Whether a request runs."""
 
@@ -138,6 +139,7 @@ class SessionLM(GenerationMixin):
             config.min_length = None  # as in transformers, which would say so
         # The request is merged: what runs it has no defaults of its own, or transformers would merge them again.
         model = SessionLM(self.decoder, self.config, GenerationConfig())
+        model._lora_ids = self.decoder.lora_ids.copy()  # its adapters too are those that it begins with
         self.running = True
         try:
             with refusals(), torch.no_grad():
@@ -214,8 +216,6 @@ class SessionLM(GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits of the last token, ``[batch, 1, vocab]``: prefill on the first call of a request, then decode.
 
-        The adapters of a request are those of its prefill.
-
         Raises:
             RuntimeInputError: The thread does not have its turn: another request might be in the session by now.
         """
@@ -224,7 +224,6 @@ class SessionLM(GenerationMixin):
                 "a step of generation outside of generate(): write `with decoder.request():` around the steps"
             )
         if first:
-            self._lora_ids = self.decoder.lora_ids.copy()
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             rows = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
             logits = self.decoder.prefill(rows, self._lora_ids)

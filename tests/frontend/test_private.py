@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import _symbolic_trace
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoConfig, AutoModel, PreTrainedModel, cache_utils, conversion_mapping, core_model_loading
 from transformers.exporters import exporter_dynamo, exporter_onnx
 from transformers.exporters import utils as exporter_utils
+from transformers.exporters.utils import _PATCHES, import_dotted_path
 from transformers.generation.utils import GenerationMixin
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from qeff_ir.frontend import private, recurrences
 from tests import support
@@ -26,7 +30,6 @@ from tests import support
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (exporter_utils.apply_patches, ["backend"]),
         (exporter_utils.apply_fx_node_fixes, ["backend", "graph_module"]),
         (exporter_onnx.apply_onnx_ir_fixes, ["onnx_program"]),
         (exporter_dynamo.reset_model_state, ["model"]),
@@ -43,6 +46,7 @@ from tests import support
         (core_model_loading.WeightConverter.convert, ["self", "layer_name"]),
         (AttentionInterface.register, ["key", "value"]),
         (AttentionMaskInterface.register, ["key", "value"]),
+        (_symbolic_trace._Patcher.patch_method, ["self", "cls", "name", "new_fn"]),
         (cache_utils.Cache.get_mask_sizes, ["self", "query_length", "layer_idx"]),
         (cache_utils.DynamicLayer.update, ["self", "key_states", "value_states"]),
         (PreTrainedModel.set_attn_implementation, ["self", "attn_implementation"]),
@@ -64,15 +68,42 @@ def test_the_onnx_translation_table_maps_torch_operators() -> None:
     assert all(callable(v) or isinstance(v, list | tuple) for v in table.values())
 
 
-def test_registries_are_snapshot_and_restored() -> None:
-    before = private.snapshot_registries()
-    assert {"sdpa", "eager"} & set(before[1])
-    AttentionInterface.register("here-today", lambda *a, **k: None)
-    AttentionMaskInterface.register("here-today", lambda *a, **k: None)
-    changed = private.snapshot_registries()
-    assert all("here-today" in r for r in changed)
-    private.restore_registries(before)
-    assert private.snapshot_registries() == before
+def test_functions_are_registered_for_this_thread_and_this_block() -> None:
+    def seen() -> list[Any]:
+        return [r.get(name) for r in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS) for name in ("sdpa", "us")]
+
+    def ours() -> None: ...
+
+    before, mappings = seen(), [i._global_mapping for i in (AttentionInterface, AttentionMaskInterface)]
+    with contextlib.suppress(KeyError), private.registered({"us": ours}, {"us": ours, "sdpa": ours}):
+        assert seen() == [before[0], ours, ours, ours]
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(seen).result() == before
+            with pytest.raises(KeyError):
+                pool.submit(lambda: ALL_MASK_ATTENTION_FUNCTIONS["us"]).result()
+            pool.submit(AttentionInterface.register, "of another", ours).result()
+            pool.submit(AttentionMaskInterface.register, "of another", ours).result()
+        raise KeyError
+    assert seen() == before
+    for interface, mapping in zip((AttentionInterface, AttentionMaskInterface), mappings, strict=True):
+        assert interface._global_mapping is mapping and mapping.pop("of another") is ours and "us" not in mapping
+
+
+def test_export_patches_are_of_this_thread_and_leave_nothing() -> None:
+    owners = [import_dotted_path(path, missing_ok=True) for patches in _PATCHES.values() for path, *_ in patches]
+    owners = [*filter(None, owners), torch.compiler, torch.onnx, torch.nn.Module, _symbolic_trace._Patcher]
+    before = [dict(vars(owner)) for owner in owners]
+    mixed = torch.ones(2), torch.ones(2, dtype=torch.int64)
+    with contextlib.suppress(KeyboardInterrupt), private.export_patches():
+        assert torch.full((1,), 1).dtype == torch.int64 and torch.roll is not vars(torch)["randperm"]
+        with ThreadPoolExecutor(1) as pool:
+            for owner, was in zip(owners, before, strict=True):
+                now = {n: v for n, v in vars(owner).items() if v is not was.get(n)}
+                assert all(v.__code__.co_name == "choose" for v in now.values()), now
+            assert pool.submit(torch.where, torch.tensor([True, False]), *mixed).result().dtype == torch.float32
+            assert not pool.submit(torch.compiler.is_exporting).result()
+        raise KeyboardInterrupt
+    assert [dict(vars(owner)) for owner in owners] == before
 
 
 @pytest.mark.parametrize(

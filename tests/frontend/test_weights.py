@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.checkpoint import open_checkpoint
 from qeff_ir.frontend.forward_capture import captured_forward
 from qeff_ir.frontend.lower import lower
-from qeff_ir.frontend.private import snapshot_registries
 from qeff_ir.frontend.skeleton import build_skeleton
 from qeff_ir.frontend.source import FolderSource, open_source
 from qeff_ir.frontend.weights import Weights, checkpoint_weights, memory_weights
@@ -109,13 +110,18 @@ def test_tied_weights_are_one(name: str, saved: Callable[[str], Path]) -> None:
     assert len(vocabulary_weights(support.lowered("llama"))) == 2  # the kill test: untied ones are two
 
 
+def _registries() -> list[dict[str, Any]]:
+    """Attention and mask functions of transformers by name."""
+    return [dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)]
+
+
 def test_lowering_leaves_the_model_and_the_registries_as_they_were() -> None:
     model = support.tiny("mixtral")[1]
-    registries, implementation = snapshot_registries(), model.config._attn_implementation
+    registries, implementation = _registries(), model.config._attn_implementation
     experts = model.get_experts_implementation()
     weights = {n: (id(p), p.clone()) for n, p in model.named_parameters()}
     lower(model, memory_weights(model))
-    assert snapshot_registries() == registries
+    assert _registries() == registries
     assert model.config._attn_implementation == implementation
     assert model.get_experts_implementation() == experts
     for name, parameter in model.named_parameters():
@@ -132,12 +138,12 @@ def test_capturing_a_forward_pass_leaves_the_experts_as_they_were() -> None:
 
 def test_a_model_that_cannot_be_traced_is_told_and_left_alone() -> None:
     _, model = build("llama")
-    registries = snapshot_registries()
+    registries = _registries()
     model.model.layers[1].mlp.forward = lambda x: x * float(x.sum())  # type: ignore[method-assign]
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM cannot be ") as error:
         lower(model, memory_weights(model))
     assert "\n" not in str(error.value)
-    assert snapshot_registries() == registries
+    assert _registries() == registries
 
 
 def test_a_model_without_a_retainable_cache_is_told() -> None:
