@@ -22,8 +22,8 @@ from qeff_ir.frontend import private
 from qeff_ir.frontend.forward_step import ForwardStep
 from qeff_ir.frontend.inputs import BATCH, LENGTH, InputSpec, positions
 from qeff_ir.frontend.layers import cut, layer_lists, members
-from qeff_ir.frontend.lower import quiet
 from qeff_ir.frontend.probing import structure
+from qeff_ir.frontend.quiet import quiet
 from qeff_ir.frontend.skeleton import evaluating
 from qeff_ir.module import EMBEDS
 

@@ -56,8 +56,8 @@ class Decoder:
         ctx_len: Positions that the cache has room for.
         positions: Position of the next token of each row; -1 for a row without a prompt.
         timings: Of the request since the last `prefill`.
-        lora_ids: Slot of each row's adapter, int64 ``[batch]``, for a model with slots; 0 is the base model. It may
-            change between two runs.
+        lora_ids: Slot of each row's adapter, int64 ``[batch]``, for a model with slots; 0 and less is the base model.
+            It may change between two runs.
         turns: Whose request it is.
     """
 
@@ -178,10 +178,10 @@ class Decoder:
         if self._takes_ids:
             slots = np.asarray(self.lora_ids if lora_ids is None else lora_ids)
             fits = slots.shape == (self.batch_size,) and np.issubdtype(slots.dtype, np.integer)
-            if not fits or int(slots.min()) < 0 or int(slots.max()) > self._slots:
+            if not fits or int(slots.max()) > self._slots:
                 raise RuntimeInputError(
-                    f"lora_ids is {slots.tolist()}: give {self.batch_size} numbers of at most {self._slots}, 0 for the "
-                    "base model"
+                    f"lora_ids is {slots.tolist()}: give {self.batch_size} whole numbers of at most {self._slots}, 0 "
+                    "or less for the base model"
                 )
             inputs["lora_ids"] = slots.astype(np.int64)[:, None]  # a copy: another thread may write meanwhile
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue

@@ -202,9 +202,9 @@ def test_what_is_not_an_adapter(names: Any, adapted: QEffAutoPeftModelForCausalL
     one_sentence(lambda: adapted.merge_adapter(names), QeffError)
 
 
-@pytest.mark.parametrize("slots", [[-1, 0], [0, -5], [0, 99], [0], [0.5, 1.0], [[0, 1]]], ids=str)
+@pytest.mark.parametrize("slots", [[0, 99], [0], [0.5, 1.0], [[0, 1]]], ids=str)
 def test_slots_that_are_not_there(slots: Any, adapted: QEffAutoPeftModelForCausalLM) -> None:
-    """A slot below zero would be counted from the last."""
+    """Below zero is the base model, as hosts have it of rows that idle."""
     import numpy as np
 
     decoder = adapted.runner().decoder
