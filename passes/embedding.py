@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import Module, OutputSizes
+from qeff_ir.module import DimValue, Module, OutputSizes
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 
@@ -91,7 +91,10 @@ class Embedding(Pass):
             hidden.name = f"{OUTPUT}.whole"
         if module.padding is not None:
             counts = self.pooling == "none" or _mask(module, hidden) is not None  # without a mask, padding would count
-            sizes = [(known[0], *(known[1:-1] if inner else ()), features)] if known is not None and counts else []
+            sizes: list[tuple[DimValue, ...]] = []
+            if known is not None and counts:
+                last = features if isinstance(features, int) else known[-1]
+                sizes = [(known[0], *(known[1:-1] if inner else ()), last)]
             module.padding = replace(module.padding, outputs=tuple(OutputSizes(OUTPUT, size) for size in sizes))
         value.name, value.dtype = OUTPUT, _FLOAT
         value.shape = ir.Shape([hidden.shape[0], *inner, features])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -197,7 +197,7 @@ class CapturingCache(Cache):
     ) -> None:
         self.captured = _layers(model, position_ids, past, count)
         self.count = count
-        super().__init__(layers=self.captured)  # one list: a model may add layers while it runs
+        super().__init__(layers=cast("list[Any]", self.captured))  # one list: a model may add layers while it runs
         self.position_ids = position_ids
         self.mask_layer = 0
         self.recurrent: Tensor | None = None
