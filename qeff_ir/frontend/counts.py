@@ -136,9 +136,13 @@ class Flow:
         users = {sizes.inputs[str(name)] for name in program.graph_signature.user_inputs}
         positions = {node for node in users if node.meta["val"].dim() == 2 and node.name != tokens}
         self._held = users - positions
+        self._given = set(positions)
+        """All that follows from the given positions."""
         self._frame: dict[Node, bool] = {}
         for node in self.graph.nodes:
             self._frame[node] = self.is_frame(node)
+            if not self._given.isdisjoint(self.values_of(node)):
+                self._given.add(node)
 
     def values_of(self, node: Node) -> list[Node]:
         """The tensors whose numbers a node reads."""
@@ -280,8 +284,10 @@ class Flow:
         axes = argument(node, "dim")
         rank = value.meta["val"].dim()
         chosen = range(rank) if axes in (None, []) else [axes] if isinstance(axes, int) else axes
-        over = any(self.sizes.counted(value.meta["val"].shape[axis]) for axis in chosen)
-        return over and (self.is_frame(value) or self._is_kind(value))
+        over = [n for axis in chosen if self.sizes.counted(n := value.meta["val"].shape[axis])]
+        if value in self._given and all(self.sizes.of_keys(n) for n in over):
+            return False  # which slots the given positions see, as a mask does
+        return bool(over) and (self.is_frame(value) or self._is_kind(value))
 
     def _is_kind(self, node: Node) -> bool:
         """Whether a value is made from whole numbers and truths alone, all the way from the tokens' ids."""

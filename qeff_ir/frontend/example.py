@@ -58,6 +58,10 @@ class Sizes:
         """Whether a size depends on how many tokens there are in a run or in a cache."""
         return not symbols_of(size).isdisjoint(self.run | self.past | set(self.keys))
 
+    def of_keys(self, size: Any) -> bool:
+        """Whether a size is that of the slots of a cache alone."""
+        return bool(symbols_of(size)) and symbols_of(size) <= set(self.keys)
+
     def is_batch(self, size: Any) -> bool:
         """Whether a size is that of the batch."""
         return self.per_row(size) == 1

@@ -49,18 +49,22 @@ class Model(torch.nn.Module):
         self.register_buffer("biases", torch.rand((2 * LONGEST + 1, 1), generator=generator))
         self.register_buffer("ids", torch.arange(LONGEST)[None])
 
-    def compute(self, ids: Tensor, positions: Tensor, keys: Tensor, past: int, seen: Tensor) -> Tensor:
+    def compute(self, ids: Tensor, positions: Tensor, keys: Tensor, past: int, slots: Tensor) -> Tensor:
         hidden = self.embeddings[ids]  # type: ignore[index]
         scores = (hidden @ keys[:, 0].transpose(1, 2))[:, None]
         rows, run = ids.shape
         given = {"x": hidden, "scores": scores, "batch": rows, "run": run, "past": past, "slots": keys.shape[2]}
+        given |= {"key_positions": slots[:, None, :]}
         out = self.kind(SimpleNamespace(**given, positions=positions, tokens=ids, **dict(self.named_buffers())))
-        return out.masked_fill(~seen[:, None], -1e4).softmax(-1) if out.dim() == 4 else out
+        return (
+            out.masked_fill((slots[:, None, :] > positions[:, :, None])[:, None], -1e4).softmax(-1)
+            if out.dim() == 4
+            else out
+        )
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
         slots = torch.ops.qeff.cache_positions(past, position_ids)
-        seen = slots[:, None, :] <= position_ids[:, :, None]
-        return self.compute(input_ids, position_ids, past, counted.shape[0], seen)
+        return self.compute(input_ids, position_ids, past, counted.shape[0], slots)
 
 
 def lowered(kind: Kind) -> tuple[Model, torch.fx.GraphModule, int, int | None]:
@@ -143,6 +147,9 @@ RIGHT: dict[str, Kind] = {
             (torch.arange(m.slots)[None] - torch.arange(m.slots - m.run, m.slots)[:, None]).clamp(-3, 3) + LONGEST
         ].permute(2, 0, 1)[None]
     ),
+    "slots that a mask leaves": lambda m: (
+        m.scores / (m.key_positions <= m.positions[:, :, None]).sum(-1)[:, None, :, None]
+    ),
     "stored mask": lambda m: m.scores.masked_fill(
         ~torch.ones(LONGEST, LONGEST, dtype=torch.bool).tril()[m.slots - m.run : m.slots, : m.slots], -1e4
     ),
@@ -170,7 +177,7 @@ def results(kind: Kind) -> tuple[Tensor, list[Tensor]]:
             torch.arange(last + 1)[None],
             keys[row : row + 1, :, : last + 1],
             0,
-            torch.ones(1, last + 1, last + 1, dtype=torch.bool).tril(),
+            torch.arange(last + 1)[None],
         )
         for row, last in enumerate(LAST)
     ]

@@ -79,6 +79,6 @@ class OwnRotary(OwnMask):
 def test_a_branch_on_positions_says_where_it_is() -> None:
     config = AutoConfig.for_model("llama", vocab_size=97, hidden_size=32, num_hidden_layers=1)
     with pytest.raises(
-        UnsupportedModelError, match=r"OwnRotary .* branches on what only a run knows .*test_rope\.py:\d+"
+        UnsupportedModelError, match=r"OwnRotary .* branches on what only a run knows, .*test_rope\.py:\d+"
     ):
         MemorySource(OwnRotary(config).eval()).lower()
