@@ -95,7 +95,8 @@ def check_order(module: Module) -> None:
         lost = next((v for v in function.outputs if v not in inside), None)
         if lost is not None:
             message = f"the output '{lost.name}' of the function {function.name} is made by no node"
-            raise broken(module, "order", message, f"function {function.domain}.{function.name}")
+            hint = "keep the node that makes it, or let another value be the output"
+            raise broken(module, "order", message, f"function {function.domain}.{function.name}", hint=hint)
 
 
 def _check_nodes(module: Module, graph: Iterable[ir.Node], defined: set[ir.Value], define: _Define) -> None:
@@ -116,7 +117,8 @@ def _check_nodes(module: Module, graph: Iterable[ir.Node], defined: set[ir.Value
                 lost = next((v for v in inner.outputs if v not in inside), None)
                 if lost is not None:
                     message = f"the output '{lost.name}' of a graph in {_place(node)} is made by no node"
-                    raise broken(module, "order", message, node, f"%{lost.name}")
+                    hint = "keep the node that makes it, or let another value be the output"
+                    raise broken(module, "order", message, node, f"%{lost.name}", hint=hint)
         for value in node.outputs:
             define(value, f"a result of {_place(node)}", node)
             defined.add(value)

@@ -54,8 +54,8 @@ def logits(model: Any, ids: Any, mask: Any) -> Any:
     return exact(model, input_ids=ids, attention_mask=mask).logits.numpy()
 
 
-def close(found: Any, expected: Any) -> bool:
-    return tolerance.error_over_rms(found, expected) <= tolerance.bound(9)
+def close(found: Any, expected: Any, depth: int = 9) -> bool:
+    return tolerance.error_over_rms(found, expected) <= tolerance.bound(depth)
 
 
 @pytest.mark.parametrize(("kind", "eos"), [("qwen2", None), ("gemma", 63)])
@@ -152,7 +152,8 @@ def test_a_recording_that_is_normalized_as_a_whole_is_not_padded() -> None:
     ours = QEFFAutoModelForCTC(theirs)
     ours.compile(target="ai100", seq_len=[700, 1000], emit_only=True)
     expected = exact(theirs, input_values=SOUND).logits.numpy()
-    assert close(ours.generate(input_values=SOUND)["logits"], expected)
+    depth = tolerance.depth(ForwardMemory(theirs, ForwardOptions(CTC)).lower())  # deeper: it normalizes twice
+    assert close(ours.generate(input_values=SOUND)["logits"], expected, depth)
     with pytest.raises(RuntimeInputError, match="filling them up to 1000 would change 'logits' of this model"):
         ours.generate(input_values=np.zeros((1, 701), np.float32))
 

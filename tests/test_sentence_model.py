@@ -152,7 +152,7 @@ def test_no_texts_are_no_embeddings(opened: Any) -> None:
         (b"a", {}, "sentences is bytes: give a text, or a list of texts"),
         ([b"a"], {}, "text 0 is a bytes: give texts"),
         ("a", {"prompt": "b", "prompt_name": "query"}, "both a prompt and a prompt_name are given"),
-        ("a", {"prompt_name": "other"}, "no prompt named 'other': it has 'query', 'document'"),
+        ("a", {"prompt_name": "other"}, "no prompt named 'other': it has 'document', 'query'"),
         ("a", {"batch_size": 0}, "at least 1, not 0"),
         ("a", {"batch_size": "4"}, "at least 1, not '4'"),
         ("a", {"batch_size": 1.5}, "at least 1, not 1.5"),

@@ -48,6 +48,21 @@ def dangling_value(module: Module) -> None:
     first(module, "MatMul").replace_input_with(0, ir.val("gone"))
 
 
+@fault("order", "the output 'lost' of the function CachePositions is made by no node")
+def function_output_of_nothing(module: Module) -> None:
+    function = next(f for f in module.model.functions.values() if f.name == "CachePositions")
+    function.outputs[0] = ir.val("lost")
+
+
+@fault("order", "the output 'lost' of a graph in If 'chosen' is made by no node")
+def inner_output_of_nothing(module: Module) -> None:
+    inner = [ir.Graph([], [ir.val("lost")], nodes=[]) for _ in range(2)]
+    attributes = [ir.AttrGraph(name, graph) for name, graph in zip(("then_branch", "else_branch"), inner, strict=True)]
+    node = ir.node("If", [module.graph.inputs[0]], attributes={a.name: a for a in attributes})
+    node.outputs[0].name = "chosen"
+    module.graph.insert_before(module.graph[0], node)
+
+
 @fault("order", "graph output 'logits' is made by no node")
 def output_of_nothing(module: Module) -> None:
     old = module.output("logits")

@@ -180,7 +180,7 @@ class Decoder:
             fits = slots.shape == (self.batch_size,) and np.issubdtype(slots.dtype, np.integer)
             if not fits or int(slots.max()) > self._slots:
                 raise RuntimeInputError(
-                    f"lora_ids is {slots.tolist()}: give {self.batch_size} whole numbers of at most {self._slots}, 0 "
+                    f"lora_ids is {slots.tolist()}: give {self.batch_size} numbers of at most {self._slots}, 0 "
                     "or less for the base model"
                 )
             inputs["lora_ids"] = slots.astype(np.int64)[:, None]  # a copy: another thread may write meanwhile

@@ -85,9 +85,11 @@ class Encoder:
         arrays = {n: _array(n, v) for n, v in inputs.items() if v is not None}
         if "token_type_ids" in arrays and "token_type_ids" not in known and not arrays["token_type_ids"].any():
             del arrays["token_type_ids"]  # tokenizers add them
-        long = next((arrays[n] for n, t in known.items() if t.shape[1:2] == (LENGTH,) and n in arrays), None)
-        if "attention_mask" in known and "attention_mask" not in arrays and long is not None and long.ndim > 1:
-            arrays["attention_mask"] = np.ones(long.shape[:2], dtype=np.int64)
+        if "attention_mask" in known and "attention_mask" not in arrays:  # all of it is real
+            shapes = [(t.shape, arrays[n].shape) for n, t in known.items() if LENGTH in t.shape and n in arrays]
+            if shapes and len(shapes[0][0]) == len(shapes[0][1]):
+                sizes = dict(zip(*shapes[0], strict=True))
+                arrays["attention_mask"] = np.ones((sizes.get(BATCH, 1), sizes[LENGTH]), dtype=np.int64)
         if not set(known) & set(arrays):
             raise RuntimeInputError(f"there is no input: give {_and(known)}")
         for name in arrays:

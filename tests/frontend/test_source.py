@@ -19,7 +19,7 @@ from backends.base import CompileOptions
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
 from qeff_ir.adapters.memory import AdaptedMemorySource
 from qeff_ir.auto.arguments import hub_arguments
-from qeff_ir.compiler import _key, compile_model
+from qeff_ir.compiler import _inputs, _key, compile_model
 from qeff_ir.errors import ModelLoadError, PackageError, QeffError, UnsupportedModelError
 from qeff_ir.frontend.capture import IMPLEMENTATION
 from qeff_ir.frontend.config import read_config
@@ -268,7 +268,8 @@ def test_shards_of_one_name_both_count_for_the_cache(model: Path) -> None:
             tensors[parts[name][0]] = tensors[parts[name][0]] + 1
             write(name)
         steps = Pipeline.parse(backend.pipeline)
-        seen.add(_key(FolderSource(model), None, backend, CompileOptions(), steps, False, {}))
+        source = FolderSource(model)
+        seen.add(_key(source, None, backend, CompileOptions(), steps, False, _inputs(source)))
     assert len(seen) == 3
 
 
@@ -339,7 +340,7 @@ def test_generation_defaults_that_transformers_would_not_save_are_kept(tmp_path:
 
 @pytest.mark.parametrize("thing", [None, 5, "m", torch.nn.Linear(2, 2)])
 def test_what_is_no_model_is_told(thing: Any) -> None:
-    with pytest.raises(ModelLoadError, match="is no transformers model: use from_pretrained"):
+    with pytest.raises(ModelLoadError, match="is not a transformers model: use from_pretrained"):
         QEFFAutoModelForCausalLM(thing)
 
 
