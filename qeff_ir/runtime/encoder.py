@@ -86,10 +86,11 @@ class Encoder:
         if "token_type_ids" in arrays and "token_type_ids" not in known and not arrays["token_type_ids"].any():
             del arrays["token_type_ids"]  # tokenizers add them
         if "attention_mask" in known and "attention_mask" not in arrays:  # all of it is real
-            shapes = [(t.shape, arrays[n].shape) for n, t in known.items() if LENGTH in t.shape and n in arrays]
-            if shapes and len(shapes[0][0]) == len(shapes[0][1]):
-                sizes = dict(zip(*shapes[0], strict=True))
-                arrays["attention_mask"] = np.ones((sizes.get(BATCH, 1), sizes[LENGTH]), dtype=np.int64)
+            given = [dict(zip(t.shape, arrays[n].shape, strict=False)) for n, t in known.items() if n in arrays]
+            sizes = {dim: size for found in given for dim, size in found.items() if isinstance(dim, str)}
+            shape = [sizes.get(d) if isinstance(d, str) else d for d in known["attention_mask"].shape]
+            if None not in shape:
+                arrays["attention_mask"] = np.ones([int(size or 0) for size in shape], dtype=np.int64)
         if not set(known) & set(arrays):
             raise RuntimeInputError(f"there is no input: give {_and(known)}")
         for name in arrays:
