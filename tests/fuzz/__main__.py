@@ -1,0 +1,71 @@
+"""Run slices of every family, what has had least processor time first; write the record after each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RECORD = Path(__file__).with_name("record.json")
+
+
+def main() -> int:
+    """See the package."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--inputs", type=int, default=100_000, help="how many in all, spread over the families")
+    parser.add_argument("--slice", type=int, default=500, help="inputs of one process")
+    parser.add_argument("--minutes", type=float, help="start no slice after so long")
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", help="families")
+    parser.add_argument("--seed", type=int, help="of the first slice; each slice has one of its own")
+    parser.add_argument("--replay", metavar="FAMILY:SEED", help="run one slice here, and shrink its first fault")
+    parser.add_argument("--record", type=Path, default=RECORD, help="where the record lies")
+    parser.add_argument("--anew", action="store_true", help="forget what the record knows")
+    given = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["QEFF_FUZZ"] = name
+        os.environ.setdefault("QEFF_HOME", f"{name}/home")
+        from tests.fuzz import slices
+        from tests.fuzz.base import base
+        from tests.fuzz.families import FAMILIES
+        from tests.fuzz.record import Record
+
+        base()
+        if given.replay:
+            family, _, start = given.replay.rpartition(":")
+            slices.replay(family, int(start), given.slice)
+            return 0
+        unknown = set(given.only or ()) - set(FAMILIES)
+        if unknown:
+            parser.error(f"no family is called '{min(unknown)}': there are {', '.join(FAMILIES)}")
+        names = given.only or list(FAMILIES)
+        record = Record() if given.anew or not given.record.is_file() else Record.load(given.record)
+        share, until = -(-given.inputs // len(names)), time.monotonic() + 60 * (given.minutes or 1e6)
+        draw = random.Random(given.seed)
+        failed = False
+        while time.monotonic() < until:
+            left = {n: share - record.inputs(n) for n in names}
+            todo = [n for n in names if left[n] > 0]
+            if not todo:
+                break
+            family = min(todo, key=record.seconds)
+            start = draw.randrange(1 << 32)
+            outcome = slices.run(family, start, min(given.slice, left[family]))
+            record.add(family, start, outcome)
+            record.save(given.record)
+            failed |= bool(outcome.faults)
+            print(
+                f"{family:12} seed {start:10}  {outcome.accepted:5} accepted {outcome.refused:5} refused "
+                f"{outcome.seconds:6.1f} s",
+                *(f"\n    {n} x {text}" for text, n in outcome.faults.items()),
+                flush=True,
+            )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
