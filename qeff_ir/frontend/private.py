@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -139,7 +140,7 @@ def questions(program: ExportedProgram, tokens: set[Any]) -> list[Any]:
     """What the traced code asked of sizes and how torch answered, as comparisons by order that hold for the trace.
 
     Equalities are left out: shapes that must fit each other make them. That there are not too few is only asked of
-    `tokens`, sizes that can be small.
+    `tokens`, sizes that can be small, and by others than torch, which asks so of any window.
     """
     env = next(
         node.meta["val"].fake_mode.shape_env
@@ -153,9 +154,15 @@ def questions(program: ExportedProgram, tokens: set[Any]) -> list[Any]:
     for symbol, bounds in program.range_constraints.items():
         if bounds.upper.is_Integer and not any(_implies(a, symbol, bounds.upper) for a in asked):
             asked.append(sympy.Le(symbol, bounds.upper))
-        if symbol in tokens and bounds.lower > _FEWEST:
+        if symbol in tokens and bounds.lower > _FEWEST and not _torch_asked(env.var_to_range_sloc[symbol].lower):
             asked.append(sympy.Ge(symbol, bounds.lower))
     return asked
+
+
+def _torch_asked(location: Any) -> bool:
+    """Whether it was torch's own code that asked; places read ``(path from its package:line in function)``."""
+    path = str(location).lstrip("(").partition(":")[0]
+    return (Path(torch.__file__).parent / path).is_file()
 
 
 def _implies(question: Any, symbol: Any, most: Any) -> bool:
