@@ -161,16 +161,17 @@ class ForwardMemory(MemorySource):
 
 
 def _lowered(model: PreTrainedModel, weights: Any, options: ForwardOptions) -> Module:
-    """The forward pass, with the attention mask of a recording where padding changes nothing with it, but without."""
+    """The forward pass, with a recording's attention mask where padding changes nothing with it, but without."""
     from qeff_ir.frontend.forward import lower_forward
-    from qeff_ir.frontend.inputs import find_inputs
+    from qeff_ir.frontend.inputs import LENGTH, find_inputs
     from qeff_ir.frontend.padding import find_padding
 
     inputs = _inputs(model, options)
     padding = find_padding(model, inputs, options.pooling)
     names = [spec.name for spec in inputs]
     takes = inspect.signature(model.forward).parameters
-    if options.inputs is None and "attention_mask" in takes and "attention_mask" not in names:
+    padded = options.inputs is None and any(LENGTH in spec.shape for spec in inputs)
+    if padded and "attention_mask" in takes and "attention_mask" not in names:
         masked = find_inputs(model, [*names, "attention_mask"])
         found = find_padding(model, masked, options.pooling)
         if found.sound > padding.sound:

@@ -193,7 +193,7 @@ def test_a_state_of_another_shape_than_expected_is_refused(
     store: Callable[[states._Held], torch.Tensor], shape: tuple[int, ...]
 ) -> None:
     keys: list[states.Key] = [("key", 0), ("conv", 0), ("recurrent", 0)]
-    held = states._Held(torch.zeros(2, 5, dtype=torch.long), dict.fromkeys(keys, torch.zeros(shape)))
+    held = states._Held(torch.zeros(2, 5, dtype=torch.long), dict.fromkeys(keys, torch.zeros(shape)), len(keys))
     with pytest.raises(UnsupportedModelError, match="of one shape in one run and of another in the next"):
         store(held)
 
