@@ -26,7 +26,7 @@ from qeff_ir.package import SIDE_FOLDER, Manifest, TableRecord, building, is_pac
 from qeff_ir.passing.manager import PassRun, Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.printer import fingerprint
-from qeff_ir.reading import plain_name
+from qeff_ir.reading import files_below, plain_name
 from qeff_ir.replacement import disk_errors, put_right
 from qeff_ir.sharing import choice
 from qeff_ir.storage import file_range, numbers_digest
@@ -333,7 +333,7 @@ def _side_digests(source: Source) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source.save_side_files(folder)
-        return {str(p.relative_to(folder)): digest_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        return {str(path.relative_to(folder)): digest_file(path) for path in files_below(folder)}
 
 
 def _plugin_digests(steps: Pipeline) -> dict[str, str]:
@@ -363,6 +363,6 @@ def code_digest() -> str:
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for package in ("qeff_ir", "passes", "backends"):
-        for path in sorted((root / package).rglob("*.py")) + sorted((root / package).rglob("*.json")):
+        for path in files_below(root / package, "*.py") + files_below(root / package, "*.json"):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -33,6 +33,7 @@ from qeff_ir.auto.forward import ForwardModel
 from qeff_ir.compiler import cache_root
 from qeff_ir.errors import PackageError
 from qeff_ir.package import building, digest_file, open_package
+from qeff_ir.reading import files_below
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,7 +127,7 @@ class Ai100Exporter(HfExporter):
         partial = Path(path).with_name(f".{Path(path).name}.partial-{uuid.uuid4().hex[:8]}")
         try:
             with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-                for file in sorted(p for p in program.rglob("*") if p.is_file()):
+                for file in files_below(program):
                     archive.write(file, file.relative_to(program).as_posix())
             partial.replace(path)
         finally:

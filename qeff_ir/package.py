@@ -24,7 +24,7 @@ from typing import Any
 from qeff_ir import replacement
 from qeff_ir.digests import digest_file, settle, stamp
 from qeff_ir.errors import PackageError, QeffError
-from qeff_ir.reading import read_json, regular_file
+from qeff_ir.reading import files_below, read_json, regular_file
 
 MANIFEST = "package.json"
 SIDE_FOLDER = "huggingface"
@@ -142,7 +142,7 @@ def open_package(folder: Path) -> Manifest:
             raise PackageError(
                 f"{name} of the package {folder} was altered after it was compiled: compile the model again"
             )
-    for name in _names(folder):
+    for name in _names(folder, PackageError):
         hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
         if name not in manifest.files and not hidden:
             raise PackageError(
@@ -230,14 +230,9 @@ def _listed(folder: Path, name: str) -> Path:
     return regular_file(folder / name, folder, error=PackageError)
 
 
-def _names(folder: Path) -> list[str]:
-    """Every file below a folder but the manifest, sorted; a link to a folder counts as one."""
-    found: list[str] = []
-    for base, folders, names in os.walk(folder):
-        here = Path(base)
-        links = [name for name in folders if (here / name).is_symlink()]
-        found += [(here / name).relative_to(folder).as_posix() for name in (*names, *links)]
-    return sorted(set(found) - {MANIFEST})
+def _names(folder: Path, error: type[PackageError] | None = None) -> list[str]:
+    """Every file below a folder but the manifest, sorted; see `files_below`."""
+    return sorted({path.relative_to(folder).as_posix() for path in files_below(folder, error=error)} - {MANIFEST})
 
 
 def _stamps(folder: Path, manifest: Manifest) -> list[object]:

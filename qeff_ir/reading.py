@@ -13,11 +13,12 @@ A link may lead elsewhere inside of the root. The hub's cache keeps ``snapshots/
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from qeff_ir.errors import ModelLoadError, QeffError
 
@@ -146,6 +147,54 @@ def parse_json(text: str | bytes, what: str, error: type[QeffError] = ModelLoadE
             raise error(f"{what} cannot be read as JSON (nested more than {MAX_JSON_DEPTH} deep): restore it")
         level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
     return data
+
+
+def list_folder(folder: Path, pattern: str = "*", *, error: type[QeffError]) -> list[Path]:
+    """What lies in a folder, sorted; `Path.glob` takes a folder that the disk does not list for an empty one.
+
+    Args:
+        folder: The folder.
+        pattern: Of the names, as `fnmatch` takes it.
+        error: The type to raise.
+
+    Raises:
+        QeffError: It cannot be listed.
+    """
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if fnmatch.fnmatchcase(name, pattern))
+    except OSError as cause:
+        raise error(f"{_short(folder)} cannot be listed ({_reason(cause)}): restore it") from cause
+
+
+def files_below(root: Path, pattern: str = "*", *, error: type[QeffError] | None = None) -> list[Path]:
+    """Every file below a folder, sorted; a link to a folder counts as one, and is not followed.
+
+    `os.walk` and `Path.rglob` leave out a folder that the disk does not list, as if it were empty.
+
+    Args:
+        root: The folder.
+        pattern: Of the files' names, as `fnmatch` takes it.
+        error: The type to raise in place of an `OSError`.
+
+    Raises:
+        OSError: A folder cannot be listed.
+        QeffError: The same, where a type is given.
+    """
+    found: list[Path] = []
+    try:
+        for base, folders, names in os.walk(root, onerror=_raise):
+            here = Path(base)
+            names += [name for name in folders if (here / name).is_symlink()]
+            found += [here / name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    except OSError as cause:
+        if error is None:
+            raise
+        raise error(f"{_short(cause.filename)} cannot be listed ({_reason(cause)}): restore it") from cause
+    return sorted(found)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def path_of(value: object, what: str, error: type[QeffError] = ModelLoadError) -> Path:

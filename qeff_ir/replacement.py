@@ -20,6 +20,7 @@ import stat
 import uuid
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import NoReturn
 
 from qeff_ir.errors import PackageError
 
@@ -154,7 +155,11 @@ def disk_errors(out: Path) -> Generator[None]:
 
 def write_through(folder: Path) -> None:
     """Wait until a folder is on its disk; not for files with other names outside, which were there before."""
-    for base, _, names in os.walk(folder, topdown=False):
+
+    def failed(error: OSError) -> NoReturn:  # otherwise a folder that is not listed is left out
+        raise error
+
+    for base, _, names in os.walk(folder, topdown=False, onerror=failed):
         for name in names:
             path = os.path.join(base, name)
             info = os.lstat(path)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qeff_ir.errors import PackageError, QeffError
 from qeff_ir.module import METADATA_KEY, Module
+from qeff_ir.reading import files_below
 from qeff_ir.replacement import building, building_file, real_place
 from qeff_ir.storage import WEIGHTS, load_model, save_model, tensors
 from qeff_ir.verifier import check_order
@@ -63,7 +64,7 @@ def _is_saved(path: Path) -> bool:
 def _is_snapshot(folder: Path) -> bool:
     """Whether a folder holds a saved module and nothing else."""
     referred = _referred(folder / MODEL_FILE)
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    files = {path.relative_to(folder).as_posix() for path in files_below(folder)}
     return referred is not None and files == {MODEL_FILE, *referred}
 
 

@@ -199,7 +199,8 @@ def place(
     found: dict[Path, str] = {}
     new: dict[Path, Path] = {}
     linkable: set[Path] = set()
-    taken = {*reserved, *(f"{weights}/{path.name}" for path in (folder / weights).glob("*"))}
+    there = os.listdir(folder / weights) if (folder / weights).is_dir() else []
+    taken = {*reserved, *(f"{weights}/{name}" for name in there)}
     for where in ranges:
         source = where.file
         if where.linkable:

@@ -1,5 +1,6 @@
 """What comes from outside is a plain name, a regular file inside its root, and JSON of bounded depth, or refused."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from qeff_ir.errors import ModelLoadError, PackageError
-from qeff_ir.reading import MAX_JSON_DEPTH, parse_json, plain_name, read_bytes, read_json, regular_file
+from qeff_ir.package import Manifest, seal
+from qeff_ir.reading import (
+    MAX_JSON_DEPTH,
+    files_below,
+    list_folder,
+    parse_json,
+    plain_name,
+    read_bytes,
+    read_json,
+    regular_file,
+)
 
 _BAD_NAMES = [
     "",
@@ -116,3 +127,46 @@ def test_what_is_not_json_is_one_sentence(text):
     with pytest.raises(PackageError, match="it cannot be read as JSON") as caught:
         parse_json(text, "it", PackageError)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def unlisted(folder, monkeypatch):
+    """A folder that the disk does not list; nothing stops root from listing one by its mode."""
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b.txt").write_text("b")
+
+    def failing(call):
+        def list_(path="."):
+            if Path(path) == folder / "sub":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return call(path)
+
+        return list_
+
+    monkeypatch.setattr(os, "scandir", failing(os.scandir))
+    monkeypatch.setattr(os, "listdir", failing(os.listdir))
+    return folder
+
+
+def test_files_below_a_folder_are_listed_and_links_not_followed(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b.txt").write_text("b")
+    (folder / "other").symlink_to(folder / "sub")
+    found = [path.relative_to(folder).as_posix() for path in files_below(folder)]
+    assert "sub/b.txt" in found and "other" in found and "other/b.txt" not in found
+    assert files_below(folder, "b.*") == [folder / "sub" / "b.txt"]
+
+
+def test_a_folder_that_is_not_listed_is_not_an_empty_one(unlisted):
+    with pytest.raises(OSError, match="Input/output error"):
+        files_below(unlisted)
+    with pytest.raises(ModelLoadError, match=r"sub' cannot be listed \(Input/output error\): restore it"):
+        files_below(unlisted, error=ModelLoadError)
+    with pytest.raises(ModelLoadError, match=r"sub' cannot be listed \(Input/output error\): restore it"):
+        list_folder(unlisted / "sub", error=ModelLoadError)
+
+
+def test_a_package_with_a_folder_that_is_not_listed_is_not_sealed(unlisted):
+    with pytest.raises(OSError, match="Input/output error"):
+        seal(unlisted, Manifest("onnxruntime", "Model", "key", True, {}, {}))
+    assert not (unlisted / "package.json").exists()

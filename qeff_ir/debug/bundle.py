@@ -30,7 +30,7 @@ from qeff_ir.errors import BundleError, PipelineError, QeffError
 from qeff_ir.module import Module
 from qeff_ir.passing.options import options
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.reading import parse_json, read_bytes, regular_file
+from qeff_ir.reading import list_folder, parse_json, read_bytes, regular_file
 from qeff_ir.runtime.session import Array
 from qeff_ir.snapshot import MODEL_FILE, load_module, save_module
 
@@ -202,8 +202,9 @@ def _with_inputs(metadata: Metadata, folder: Path) -> Metadata:
         if value not in places:
             places[value] = f"{INPUTS}/{len(places)}"
             (folder / places[value]).mkdir(parents=True)
-            for file in sorted(p for p in Path(value).glob("*") if p.suffix in _CARRIED and p.is_file()):
-                shutil.copyfile(file, folder / places[value] / file.name)
+            for file in list_folder(Path(value), error=BundleError):
+                if file.suffix in _CARRIED and file.is_file():
+                    shutil.copyfile(file, folder / places[value] / file.name)
         return places[value]
 
     try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qeff_ir.errors import ModelLoadError
-from qeff_ir.reading import MAX_SIDE_FILE_BYTES, read_bytes, regular_file
+from qeff_ir.reading import MAX_SIDE_FILE_BYTES, list_folder, read_bytes, regular_file
 
 PATTERNS = (
     "*.json",
@@ -31,7 +31,7 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
     Raises:
         ModelLoadError: One is not a regular file inside the folder, or they are too large.
     """
-    paths = sorted(path for pattern in PATTERNS for path in folder.glob(pattern))
+    paths = sorted(path for pattern in PATTERNS for path in _matching(folder, pattern))
     paths = [path for path in paths if not path.name.endswith(".index.json")]
     total = sum(regular_file(path, folder, limit=MAX_SIDE_FILE_BYTES).stat().st_size for path in paths)
     if total > MAX_TOTAL_BYTES:
@@ -40,6 +40,11 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
             "read: move what is not the model's elsewhere"
         )
     return {path.relative_to(folder).as_posix(): read_bytes(path, folder) for path in paths}
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    below, _, name = pattern.rpartition("/")
+    return list_folder(folder / below, name, error=ModelLoadError) if (folder / below).is_dir() else []
 
 
 def write_side_files(files: Mapping[str, bytes], folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError, first_line
 from qeff_ir.frontend.folder_files import PATTERNS, read_side_files, write_side_files
 from qeff_ir.module import Module
-from qeff_ir.reading import read_bytes
+from qeff_ir.reading import files_below, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -177,7 +177,7 @@ class FolderSource(Source):
         """
         if self.trust_remote_code and any("--" in reference for reference in self._remote):
             return None  # code of another repository, which is not in the folder
-        code = sorted(self.folder.rglob("*.py")) if self.trust_remote_code else []
+        code = files_below(self.folder, "*.py", error=ModelLoadError) if self.trust_remote_code else []
         files = {file: index for index, file in enumerate(self.checkpoint.files)}
         return {
             "config": self.config.to_dict(),
