@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from onnxscript.rewriter import RewriteRuleSet, pattern
 from onnxscript.rewriter.rules import common as rules
 
 from qeff_ir import device_ops, dialect
+from qeff_ir.errors import PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.hiding import LARGE
@@ -88,9 +90,10 @@ class Canonicalize(Pass):
         # The optimizer inlines every function it finds; the dialect and the device's ops have to survive.
         for key in [k for k in module.model.functions if k[0] in (dialect.DOMAIN, *device_ops.DOMAINS)]:
             del module.model.functions[key]
-        common.InlinePass()(module.model)
+        with _taking("inline a function of"):
+            common.InlinePass()(module.model)
         for _ in range(_ROUNDS):
-            with rewriter.hidden_weights():
+            with rewriter.hidden_weights(), _taking("optimize"):
                 _optimize(module.model)
             for node in module.graph:
                 if node.op_type == "Reshape" and node.domain == "":
@@ -102,6 +105,22 @@ class Canonicalize(Pass):
         dialect.attach(module.model)
         device_ops.attach(module.model)
         rewriter.stats.fired["removed"] = before - len(module.graph)
+
+
+@contextlib.contextmanager
+def _taking(verb: str) -> Generator[None]:
+    """What the libraries say of a graph that is no sound ONNX, as a sentence.
+
+    Raises:
+        PassError: In place of any error of theirs.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise PassError(
+            f"onnx_ir cannot {verb} this graph ({type(error).__name__}: {said}): export it again"
+        ) from error
 
 
 def _optimize(model: ir.Model) -> None:

@@ -83,10 +83,11 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
         storage: How the target stores weights and states; as the graph has them by default.
 
     Raises:
-        VerificationError: A size that a product or an attention depends on is not known (code ``cost``).
+        VerificationError: A size that a product, an attention or a state depends on is not known (code ``cost``).
     """
     stored = storage or Storage()
-    shapes = _shapes(module, specialization.symbols)
+    symbols = _Sizes(specialization.symbols)
+    shapes = _shapes(module, symbols)
     ops: dict[str, OpCost] = defaultdict(OpCost)
     multiplied = _multiplied(module)
     read: set[str] = set()
@@ -109,7 +110,6 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
     for value in (*module.graph.initializers.values(), *module.graph.inputs):
         if _is_weight(value):
             resident += _elements(shapes, value) * _width(value, stored, multiplied)
-    symbols = specialization.symbols
     state_bytes = written = 0.0
     for state in module.states:
         sizes = [symbols[d] if isinstance(d, str) else d for d in state.shape]
@@ -128,6 +128,11 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
         resident + state_bytes,
         dict(sorted(ops.items(), key=lambda pair: (-pair[1].multiply_adds, -pair[1].weight_bytes, pair[0]))),
     )
+
+
+class _Sizes(dict[str, int]):
+    def __missing__(self, name: str) -> int:
+        raise VerificationError("cost", f"no specialization gives a size to '{name}', so the cost cannot be counted")
 
 
 def _is_weight(value: ir.Value) -> bool:

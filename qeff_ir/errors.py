@@ -87,3 +87,8 @@ def first_line(error: BaseException) -> str:
     """What a foreign error says, short enough for one sentence; its type where it says nothing."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether Rust code in a library, a tokenizer, has panicked: no `Exception` to Python, yet no more than one."""
+    return type(error).__module__ == "pyo3_runtime"

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_ir.errors import PackageError, QeffError
+from qeff_ir.errors import PackageError, QeffError, is_panic
 from qeff_ir.reading import MAX_SIDE_FILE_BYTES, read_json, regular_file
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def _is_side_file(path: Path) -> bool:
 def _one_sentence(what: str, error: type[QeffError] = PackageError) -> Generator[None]:
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as cause:  # transformers raises anything, and a panic of the tokenizers' Rust is no Exception
+    except BaseException as cause:  # transformers raises anything, and the tokenizers' Rust panics
+        if not isinstance(cause, Exception) and not is_panic(cause):
+            raise
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise error(f"{what} ({reason}): save the model with its own files, and compile it again") from cause

@@ -119,12 +119,19 @@ def load_model(path: Path) -> ir.Model:
 
     Raises:
         PackageError: A tensor lies outside the file's own folder, or its file is missing or too short, or the tensor
-            cannot be as long as is said.
+            cannot be as long as is said; or an attribute has no type.
     """
     model = ir.load(path)
+    for graph in _all_graphs(model):
+        for node in graph:
+            untyped = (a.name for a in node.attributes.values() if a.type == ir.AttributeType.UNDEFINED)
+            for name in untyped:
+                raise PackageError(f"the attribute '{name}' of a {node.op_type} in {path} has no type: export it again")
     for tensor, put in tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             put(_located(tensor, path).tensor(tensor.name or ""))
+        else:
+            _check_numbers(tensor, path)
     return model
 
 
@@ -224,18 +231,18 @@ def place(
 
 def tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]]:
     """Every tensor of a model, each with what puts another one in its place."""
+    for graph in _all_graphs(model):
+        for value in list(graph.initializers.values()):
+            if value.const_value is not None:
+                yield value.const_value, lambda tensor, value=value: setattr(value, "const_value", tensor)
+        for node in graph:
+            yield from _attributes(node)
+
+
+def _all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        for inner in _graphs(graph):
-            for value in list(inner.initializers.values()):
-                if value.const_value is not None:
-                    yield value.const_value, lambda tensor, value=value: setattr(value, "const_value", tensor)
-            for node in inner:
-                yield from _attributes(node)
-
-
-def _graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
-    yield graph
-    yield from graph.subgraphs()
+        yield graph
+        yield from graph.subgraphs()
 
 
 def _attributes(node: ir.Node) -> Iterator[tuple[ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]]:
@@ -258,6 +265,24 @@ def _attributes(node: ir.Node) -> Iterator[tuple[ir.TensorProtocol, Callable[[ir
 
             for index, tensor in enumerate(list(several)):
                 yield tensor, lambda new, i=index, n=attribute.name, s=several: put_one(new, i, n, s)
+
+
+def _check_numbers(tensor: ir.TensorProtocol, path: Path) -> None:
+    """Check that a tensor inside of an ONNX file has the numbers that its type and sizes ask for.
+
+    Raises:
+        PackageError: It has fewer or more, or is of no type.
+    """
+    try:
+        if not isinstance(tensor, ir.StringTensor):
+            tensor.numpy()  # a view of the file's bytes, wherever these are the numbers as they are
+        elif len(tensor.string_data()) != tensor.size:
+            raise ValueError(f"{len(tensor.string_data())} texts for {tensor.size}")
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise PackageError(
+            f"the tensor '{tensor.name}' of {path} does not have the numbers of its sizes ({error}): write the file "
+            "again"
+        ) from error
 
 
 def _located(tensor: ir.ExternalTensor, path: Path) -> FileRange:

@@ -57,7 +57,8 @@ def broken(
 
 def _place(node: ir.Node) -> str:
     source = node.metadata_props.get(SOURCE_KEY)
-    return f"{node.op_type} '{node.outputs[0].name}'" + (f" of {source}" if source else "")
+    made = f" '{node.outputs[0].name}'" if node.outputs else " without a result"
+    return f"{node.op_type}{made}" + (f" of {source}" if source else "")
 
 
 _Define = Callable[[ir.Value, str, "ir.Node | str"], None]

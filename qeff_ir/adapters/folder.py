@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qeff_ir.adapters.configuration import CONFIG_FILE, read_config
 from qeff_ir.adapters.targets import ALL_LINEAR
 from qeff_ir.errors import AdapterError, ModelLoadError
-from qeff_ir.reading import regular_file
+from qeff_ir.reading import path_of, regular_file
 from qeff_ir.storage import FileRange
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def open_adapter(name_or_folder: str | Path, **hub: Any) -> Adapter:
     Raises:
         AdapterError: There is no such adapter; see `read_adapter`.
     """
-    if Path(name_or_folder).is_dir():
+    if path_of(name_or_folder, "the adapter", AdapterError).is_dir():
         return read_adapter(name_or_folder)
     from huggingface_hub import snapshot_download
 

@@ -108,7 +108,11 @@ def _infer_outputs(model: ir.Model) -> None:
     named = {d for v in model.graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim)}
     with hidden_weights(model.graph):
         proto = ir.to_proto(model)
-    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    try:
+        inferred = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    except Exception as error:  # each way of being no sound graph has a type of its own
+        said = " ".join(str(error).split())[:200]
+        raise ModelLoadError(f"the types of the outputs cannot be told ({said}): export the model again") from error
     for value, found in zip(model.graph.outputs, inferred.graph.outputs, strict=True):
         if value.type is None:
             value.type = found.type

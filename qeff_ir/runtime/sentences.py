@@ -12,6 +12,7 @@ import numpy as np
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.runtime.encoder import Encoder
 from qeff_ir.runtime.session import Array
+from qeff_ir.runtime.texts import tokenizing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,9 +86,9 @@ def _tokens(
         return []
     limit = min((n for n in (encoder.longest, max_length) if n is not None), default=None)
     settings: dict[str, Any] = {"truncation": True, "max_length": limit} if truncate else {"verbose": False}
-    with _TOKENIZING:
+    with _TOKENIZING, tokenizing("the texts"):
         made: Any = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **settings)
-    rows: list[list[int]] = made["input_ids"]
+        rows: list[list[int]] = made["input_ids"]
     for index, row in enumerate(rows):
         if not row:
             raise RuntimeInputError(f"text {index} ({texts[index]!r}) has no token: give some text")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from qeff_ir.errors import RuntimeInputError
+from qeff_ir.errors import RuntimeInputError, is_panic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,30 +123,41 @@ def as_texts(prompts: object) -> list[str]:
     return texts
 
 
+@contextlib.contextmanager
+def tokenizing(what: str) -> Generator[None]:
+    """A block in which a tokenizer works: tokenizers raise whatever their many kinds raise.
+
+    Args:
+        what: What it works on, for the message.
+
+    Raises:
+        RuntimeInputError: In place of any error of the tokenizer.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise RuntimeInputError(f"the tokenizer fails on {what}: {said}") from error
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text.
 
     Raises:
         RuntimeInputError: There are none, or the tokenizer fails.
     """
-    try:
+    with tokenizing(f"the prompt {text[:40]!r}"):
         row = [int(token) for token in tokenizer(text)["input_ids"]]  # pyright: ignore[reportArgumentType]
-    except Exception as error:  # tokenizers raise whatever their many kinds raise
-        raise RuntimeInputError(f"the tokenizer fails on the prompt {text[:40]!r}: {_first_line(error)}") from error
     if not row:
         raise RuntimeInputError(f"the prompt {text!r} has no token: give some text")
     return row
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    try:
+    with tokenizing("the answer"):
         return str(tokenizer.decode(ids, skip_special_tokens=True))
-    except Exception as error:  # see `encode`
-        raise RuntimeInputError(f"the tokenizer fails on the answer: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def _run(runner: SessionLM, rows: list[list[int]], request: GenerationRequest) -> list[list[int]]:

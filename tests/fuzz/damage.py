@@ -51,6 +51,13 @@ JUNK: tuple[Any, ...] = (
 )
 """Values of any type that a reader may meet where it expects another."""
 
+
+def junk(draw: Draw, values: tuple[Any, ...] = JUNK) -> Any:
+    """One of the values, as a copy: a list that a later change fills would otherwise stay filled for every input."""
+    value = draw(st.sampled_from(values))
+    return copy.deepcopy(value) if isinstance(value, list | dict) else value
+
+
 _DEEP = (50, 99, 101, 500, 5000)
 
 
@@ -83,7 +90,7 @@ def _text(draw: Draw, value: Any) -> bytes:
 def _changed(draw: Draw, value: Any, words: tuple[str, ...]) -> Any:
     holders = [h for h in _holders(value) if h]
     if not holders or draw(st.integers(0, 49)) == 0:
-        return draw(st.sampled_from(JUNK))
+        return junk(draw)
     holder = draw(st.sampled_from(holders))
     key = draw(st.sampled_from(list(holder) if isinstance(holder, dict) else range(len(holder))))
     match draw(st.integers(0, 6)):
@@ -103,9 +110,9 @@ def _changed(draw: Draw, value: Any, words: tuple[str, ...]) -> Any:
             entry = next(iter(other.values() if isinstance(other, dict) else other))
             holder[key] = copy.deepcopy(entry)
         case 5 if words and isinstance(holder, dict):
-            holder[draw(st.sampled_from(words))] = draw(st.sampled_from(JUNK))
+            holder[draw(st.sampled_from(words))] = junk(draw)
         case _:
-            holder[key] = draw(st.sampled_from(JUNK))
+            holder[key] = junk(draw)
     return value
 
 

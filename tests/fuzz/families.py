@@ -55,6 +55,15 @@ def _safetensors(draw: Draw, folder: Path) -> None:
             made = damaged_bytes(draw, data[: 8 + size]) + data[8 + size :]
         case 1:
             made = data[: draw(st.integers(0, len(data)))]
+        case 2:  # whole, but with other names, types and sizes of as many bytes
+            header = json.loads(data[8 : 8 + size])
+            names = [name for name in header if name != "__metadata__"]
+            for one, other in draw(st.lists(st.tuples(st.sampled_from(names), st.sampled_from(names)), max_size=4)):
+                header[one], header[other] = header[other], header[one]
+                header[other]["shape"] = draw(st.permutations(header[other]["shape"]))
+                header[one]["dtype"] = draw(st.sampled_from(("F32", "I32", "U32", "F8_E8M0", "C64")))
+            text = json.dumps(header).encode() + b" " * draw(st.integers(0, 9))
+            made = len(text).to_bytes(8, "little") + text + data[8 + size :]
         case _:
             header = damaged_json(draw, json.loads(data[8 : 8 + size]), _KEYS)
             made = len(header).to_bytes(8, "little") + header + data[8 + size :]
@@ -173,7 +182,8 @@ _ONNX = (
 @family
 def _resealed(draw: Draw, folder: Path) -> None:
     """A package whose damage its manifest vouches for: it opens and answers anything, or one sentence."""
-    package = copied(base().packages[draw(st.sampled_from(sorted(base().packages)))], folder / "package")
+    target = "ai100" if draw(st.integers(0, 3)) == 3 else "onnxruntime"  # the emulator takes four times as long to open
+    package = copied(base().packages[target], folder / "package")
     path = draw(st.sampled_from(sorted(p for p in package.rglob("*") if p.is_file() and p.suffix != ".safetensors")))
     if path.suffix == ".onnx" and draw(st.integers(0, 3)):
         model = onnx.load(str(path), load_external_data=False)
@@ -240,7 +250,7 @@ def _facts(draw: Draw, folder: Path) -> None:
         entry.value = draw(st.sampled_from(JUNK[-24:-4]))
     made = folder / "model.onnx"
     made.write_bytes(model.SerializeToString())
-    (folder / "weights").symlink_to(source / "weights")
+    copied(source / "weights", folder / "weights")
     module = load_module(made)
     to_text(module)
     for specialization in module.specializations:
@@ -311,13 +321,27 @@ _PIPELINES = (
     "keep=", "slots=", "1", "-1", "0.5", "true", "[1,2]", '"', "'", "\\", "\0", "é", "nothing", "99999999999999999999",
 )  # fmt: skip
 
+_SETTINGS = (
+    "layout=tensor-scatter", "impl=grouped", "keep=1", "opset=18", "opset=-1", "opset=17", "n=2", "n=0", "rank=4",
+    "rank=1e3", 'targets="q_proj v_proj"', "targets=q_proj", 'layers="0,1"', "retained=true", "retained=false",
+    "pooling=mean", "pooling=x", "normalize=true", "normalize=1", "weights=true", 'adapter="x y"', "adapter={}",
+    "limit=0.5", "x=1",
+)  # fmt: skip
+
 
 @family
 def _pipelines(draw: Draw, folder: Path) -> None:
     """The text of a pipeline: what is read prints as a text that reads the same."""
+    from qeff_ir.passing.base import registered_passes
     from qeff_ir.passing.pipeline import Pipeline
 
-    text = "".join(draw(st.lists(st.sampled_from(_PIPELINES), max_size=12)))
+    names = sorted(registered_passes())
+    if draw(st.booleans()):  # whole passes, options that are theirs or another's
+        options = st.one_of(st.just([]), st.lists(st.sampled_from(_SETTINGS), max_size=2))
+        steps = draw(st.lists(st.tuples(st.sampled_from(names), options), max_size=4))
+        text = ",".join(f"{name}{{{' '.join(options)}}}" if options else name for name, options in steps)
+    else:
+        text = "".join(draw(st.lists(st.sampled_from(_PIPELINES), max_size=12)))
     steps = Pipeline.parse(text)
     _require(Pipeline.parse(str(steps)) == steps, f"'{text}' reads back as another pipeline")
 
@@ -347,8 +371,19 @@ def _commands(draw: Draw, folder: Path) -> None:
     places = ["empty", "text.onnx", "nothing", "/dev/null", "a\ud800", "x" * 300]
     if command not in _SLOW:
         places += [str(p) for p in (*base().packages.values(), *base().onnx, *base().bundles)]
-    words = draw(st.lists(st.sampled_from([*_OPTIONS, *places]), max_size=5))
-    words = [command, draw(st.sampled_from(places)), *words]
+    more = draw(st.lists(st.sampled_from([*_OPTIONS, *places]), max_size=5))
+    words = [command, draw(st.sampled_from(places)), *more]
+    if draw(st.integers(0, 3)) == 0:  # a sound command, and at times a few words that may fit
+        package, module = str(base().packages["onnxruntime"]), str(base().onnx[0])
+        sound = (
+            ["run", package, "--prompt", "1+2=", "--max-new-tokens", "2"],
+            ["cost", package],
+            ["opt", module, "-p", "canonicalize", "-o", "out"],
+            ["diff", module, str(base().onnx[1])],
+            ["passes"],
+            ["passes", "canonicalize"],
+        )
+        words = [*draw(st.sampled_from(sound)), *more[:2]]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), contextlib.chdir(folder):
         code = main(words)

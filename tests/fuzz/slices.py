@@ -24,7 +24,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 
-from qeff_ir.errors import QeffError
+from qeff_ir.errors import QeffError, is_panic
 from tests.fuzz.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -188,8 +188,9 @@ def attempt(family: str, data: st.DataObject, folder: Path, escapes: list[str]) 
         refusal = error
     except _EndlessError as error:
         raise FaultError(f"it does not end, {_place(error)}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("hypothesis"):
+    except BaseException as error:
+        ours = isinstance(error, Exception) or is_panic(error)
+        if not ours or type(error).__module__.startswith("hypothesis"):
             raise
         said = re.sub(r"\s+|0x[0-9a-f]+", " ", str(error)).strip()[:160]
         raise FaultError(f"{type(error).__name__} {_place(error)}: {said}") from error
@@ -231,16 +232,16 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
     raise _EndlessError
 
 
-_WRITES = {
-    "os.remove": 1,
-    "os.rmdir": 1,
-    "os.mkdir": 1,
-    "os.rename": 2,
-    "os.link": 2,
-    "os.symlink": 2,
-    "os.truncate": 1,
+_WRITES: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.mkdir": ((0, 2),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((0, 2), (1, 3)),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
 }
-"""Audit events that change files: how many of their arguments are paths."""
+"""Audit events that change files: which of their arguments are paths, and which the open folders these start from."""
 _RUNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pty.spawn")
 
 
@@ -252,11 +253,12 @@ def _fenced(folder: Path) -> Generator[list[str]]:
     home = folder.parent / "home"
     fence = (os.path.realpath(folder), os.path.realpath(home), "/dev/null", os.path.realpath(".hypothesis"))
 
-    def outside(path: object) -> bool:
+    def outside(path: object, start: object = None) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
             return False
-        real = os.path.realpath(os.fsdecode(path))
-        return not real.startswith(fence)
+        below = f"/proc/self/fd/{start}" if isinstance(start, int) and start >= 0 else ""
+        real = os.path.realpath(os.path.join(below, os.fsdecode(path)))
+        return not any(real == place or real.startswith(f"{place}/") for place in fence)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if not active:
@@ -265,12 +267,12 @@ def _fenced(folder: Path) -> Generator[list[str]]:
             if outside(arguments[0]):
                 escapes.append(f"{arguments[0]!r} is opened for writing")
         elif event in _WRITES:
-            for path in arguments[: _WRITES[event]] if event != "os.symlink" else arguments[1:2]:
-                if outside(path):
-                    escapes.append(f"{event} of {path!r}")
+            for at, start in _WRITES[event]:
+                if outside(arguments[at], None if start is None else arguments[start]):
+                    escapes.append(f"{event} of {arguments[at]!r}")
         elif event in _RUNS:
             escapes.append(f"{event} {arguments[:1]!r}")
-        elif event == "exec" and str(getattr(arguments[0], "co_filename", "")).startswith(fence[:1]):
+        elif event == "exec" and str(getattr(arguments[0], "co_filename", "")).startswith(f"{fence[0]}/"):
             escapes.append(f"code of the input runs: {arguments[0].co_filename}")
 
     sys.addaudithook(hook)
