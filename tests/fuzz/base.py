@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file, save_file
 
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
 from qeff_ir.demo import ADAPTERS_FOLDER, MODEL_FOLDER
@@ -47,8 +48,7 @@ class Base:
 def base() -> Base:
     """Make them, below the folder that `QEFF_FUZZ` names."""
     root = Path(os.environ["QEFF_FUZZ"])
-    model = root / "model"
-    shutil.copytree(MODEL_FOLDER, model)
+    model = _small_model(root / "model")
     packages, answers = {}, {}
     for target in ("onnxruntime", "ai100"):
         packages[target] = root / target
@@ -62,6 +62,16 @@ def base() -> Base:
     return Base(
         model, packages, answers, sorted(p for p in ADAPTERS_FOLDER.iterdir() if p.is_dir()), bundles, _onnx_files(root)
     )
+
+
+def _small_model(folder: Path) -> Path:
+    """The demo's model, cut to its first layer: most families open it thousands of times."""
+    shutil.copytree(MODEL_FOLDER, folder)
+    (folder / "config.json").write_text(json.dumps(read(MODEL_FOLDER / "config.json") | {"num_hidden_layers": 1}))
+    weights = load_file(MODEL_FOLDER / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers." not in name or ".layers.0." in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def answer(package: Path) -> list[int]:
