@@ -14,8 +14,12 @@ from qeff_ir.errors import PackageError, RuntimeInputError
 if TYPE_CHECKING:
     from qeff_ir.auto.embedding import QEFFAutoModel
 
+_OF_COMPILING = ("out", "target", "emit_only", "pooling", "normalize", "dim", "seq_len", "batch_size")
+"""Options that say what to compile, and nothing to a package."""
+
 
 def command(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="A package, a model folder or a hub id.", metavar="MODEL_OR_OUT", show_default=False)
     ],
@@ -48,7 +52,7 @@ def command(
     from qeff_ir.package import is_package
 
     if is_package(folder):
-        opened = _open_package(folder, pooling, normalize, dim, seq_len)
+        opened = _open_package(folder, context)
     else:
         with working(f"Compiling {model}"):
             opened = _compile(
@@ -92,18 +96,21 @@ def _compile(
     return opened
 
 
-def _open_package(folder: Path, *asked: object) -> QEFFAutoModel:
+def _open_package(folder: Path, context: typer.Context) -> QEFFAutoModel:
     from qeff_ir.auto.embedding import QEFFAutoModel
 
-    if any(a is not None for a in asked):
-        raise PackageError(
-            f"{folder} is compiled already: leave out --pooling, --normalize, --dim and --seq-len, or give the model"
-        )
+    sources = {name: context.get_parameter_source(name) for name in _OF_COMPILING}
+    given = [name for name, where in sources.items() if where is not None and where.name != "DEFAULT"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise PackageError(f"{folder} is compiled already: leave out {options}, or give the model")
     return QEFFAutoModel.from_package(folder)
 
 
 def _lines(file: Path) -> list[str]:
+    """The lines of a file; characters that only Python takes for ends of lines (U+2028, a form feed) are text."""
     try:
-        return file.read_text().splitlines()
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RuntimeInputError(f"{file} cannot be read as text ({error}): give a UTF-8 file") from error
+    return text.removesuffix("\n").split("\n") if text else []
