@@ -18,7 +18,16 @@ from sentence_transformers.util.misc import import_from_string
 
 from qeff_ir import QEFFAutoModel
 from qeff_ir.errors import ModelLoadError, QeffError, RuntimeInputError, UnsupportedModelError
-from qeff_ir.frontend.sentence import APPLIED, CLASSES, CONFIG, IRRELEVANT, REFUSED, TRANSFORMER_FILES
+from qeff_ir.frontend.sentence import (
+    APPLIED,
+    CLASSES,
+    CONFIG,
+    IRRELEVANT,
+    REFUSED,
+    TRANSFORMER_FILES,
+    read_sentence_config,
+)
+from qeff_ir.frontend.sentence_head import SentenceHead
 from qeff_ir.runtime.text_settings import TextSettings
 
 TARGETS = ["onnxruntime", "ai100"]
@@ -147,6 +156,39 @@ def test_all_modules_take_part(target: str, name: str, folder: Any) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
     if name == "cut":  # the library scales before it cuts
         assert np.linalg.norm(found, axis=1).max() < 0.99
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_seq_length": 12},
+        {"tokenizer_args": {"model_max_length": 7}},
+        {"max_seq_length": 12, "tokenizer_args": {"model_max_length": 7}},
+        {"max_seq_length": 7, "processor_kwargs": {"model_max_length": 12}},
+        {"tokenizer_args": {"model_max_length": 12}, "processor_kwargs": {"model_max_length": 7}},
+        {"max_seq_length": 9, "tokenizer_args": {}, "processor_kwargs": {"model_max_length": 7}},
+    ],
+    ids=str,
+)
+def test_the_longest_text_is_the_librarys(options: dict[str, Any], tmp_path: Path) -> None:
+    root = sentence_model(tmp_path / "model", [MEAN], bert=options)
+    found = read_sentence_config(root)
+    assert found is not None and found.texts.max_length is not None
+    assert min(found.texts.max_length, 64) == library(root).max_seq_length  # of 64 positions
+
+
+@pytest.mark.parametrize("mode", ["mean", "max", "cls", "last", "mean-sqrt-len", "weighted-mean", "cls+weighted-mean"])
+def test_before_linear_layers_only_marked_tokens_count_on_either_side(mode: str) -> None:
+    head, ones = SentenceHead(mode, []), torch.ones(2, 5, dtype=torch.int64)
+    tokens = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    alone = head(tokens, ones)
+    assert (alone[0] - alone[1]).abs().min() > 1e-3
+    for left in (0, 1, 4):
+        hidden, mask = torch.full((2, 9, 6), 7.0), torch.zeros(2, 9, dtype=torch.int64)
+        hidden[:, left : left + 5], mask[:, left : left + 5] = tokens, ones
+        torch.testing.assert_close(head(hidden, mask), alone)
+    assert not head(tokens, torch.zeros_like(ones)).any()
 
 
 def test_a_prompt_that_would_have_to_be_left_out_of_the_pooling_is_refused(tmp_path: Path) -> None:

@@ -214,7 +214,8 @@ def _texts(folder: Path, inner: Path) -> tuple[int | None, TextSettings]:
     candidates = (inner / name for name in TRANSFORMER_FILES)
     file, own = next(((p, found) for p in candidates if p.exists() and (found := _object(p))), (inner, {}))
     _check("Transformer", own, file)
-    arguments = {**(own.get("tokenizer_args") or {}), **(own.get("processor_kwargs") or {})}
+    # The old name, where it is there, takes the place of the new one, as a whole.
+    arguments = own.get("tokenizer_args" if "tokenizer_args" in own else "processor_kwargs") or {}
     unknown = sorted(set(arguments) - {"model_max_length", "trust_remote_code"})
     if unknown:
         raise UnsupportedModelError(
