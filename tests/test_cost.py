@@ -7,11 +7,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
+import onnx.parser
+import onnx_ir as ir
 import pytest
 
 from qeff_ir.cost import Cost, Storage, cost
 from qeff_ir.errors import CompileError
-from qeff_ir.module import Module
+from qeff_ir.module import Module, Specialization
 from qeff_ir.roofline import Device, read_device, roofline, seconds
 from tests.models import MODELS, VOCAB
 from tests.support import apply, canonical, rest_of
@@ -48,6 +51,48 @@ def test_a_run_costs_what_the_formulas_say(target: str) -> None:
         assert found.resident_bytes == found.state_bytes + 4 * (weights + HIDDEN * VOCAB)
         assert sum(op.multiply_adds for op in found.ops.values()) == found.multiply_adds
         assert sum(op.nodes for op in found.ops.values()) == len(module.graph)
+
+
+def test_values_of_another_width_are_counted_as_wide_as_they_are() -> None:
+    config, module = MODELS["deepseek-v3"].config, canonical("deepseek-v3")
+    apply(module, rest_of("onnxruntime"))
+    widths = config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"]
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    for item in module.specializations:
+        batch, seq, slots = (item.symbols[name] for name in ("batch_size", "seq_len", "cache_len"))
+        attention = cost(module, item).ops["Attention"]
+        assert attention.nodes == layers
+        assert attention.multiply_adds == layers * batch * heads * seq * slots * widths
+
+
+PRODUCTS = """
+<ir_version: 11, opset_import: ["" : 24]>
+products (
+    float[batch_size, 6, seq_len] x, float[12, 3, 4] filters, float[5, batch_size] a, float[5, 7] b,
+    float[batch_size, 4, seq_len, 8] q, float[batch_size, 2, 9, 8] k, float[batch_size, 2, 9, 3] v,
+    float[batch_size, 2, seq_len, 9] m
+) => (float[batch_size, 12, seq_len] c, float[batch_size, 7] g, float[batch_size, 4, seq_len, 3] o,
+      float[batch_size, 2, seq_len, 8] p, float[batch_size, 6, seq_len] r) {
+    c = Conv <group = 2, pads = [3, 0]> (x, filters)
+    g = Gemm <transA = 1> (a, b)
+    o = Attention (q, k, v)
+    p = MatMul (m, k)
+    r = Relu (x)
+}
+"""
+
+
+def test_every_product_is_counted_by_what_it_sums_over() -> None:
+    module = Module(ir.from_proto(onnx.parser.parse_model(PRODUCTS)), "Products")
+    found = cost(module, Specialization("Run", {"batch_size": 3, "seq_len": 5}))
+    assert {name: op.multiply_adds for name, op in found.ops.items()} == {
+        "Conv": 3 * 12 * 5 * (3 * 4),  # of each group's own channels
+        "Gemm": 3 * 7 * 5,
+        "Attention": 3 * 4 * 5 * 9 * (8 + 3),
+        "MatMul": 3 * 2 * 5 * 8 * 9,
+        "Relu": 0,
+    }
+    assert (found.tokens, found.weight_bytes, found.state_bytes, found.resident_bytes) == (15, 0, 0, 0)
 
 
 def test_a_target_that_stores_less_reads_less() -> None:

@@ -31,10 +31,11 @@ def test_a_foreign_model_is_refused() -> None:
         Module.with_facts(module.model)
 
 
-def test_another_version_is_refused() -> None:
+@pytest.mark.parametrize("version", [1, 3, 99])
+def test_another_version_is_refused(version: int) -> None:
     module = support.lowered("llama")
-    module.model.metadata_props[METADATA_KEY] = json.dumps({**module.facts(), "version": 99})
-    with pytest.raises(VerificationError, match="version 99, this qeff-ir reads 2: lower the model again"):
+    module.model.metadata_props[METADATA_KEY] = json.dumps({**module.facts(), "version": version})
+    with pytest.raises(VerificationError, match=f"version {version}, this qeff-ir reads 2: lower the model again"):
         Module.with_facts(module.model)
 
 

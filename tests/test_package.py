@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qeff_ir.errors import PackageError
-from qeff_ir.package import MANIFEST, Manifest, building, open_package, opened, seal
+from qeff_ir.package import FORMAT_VERSION, MANIFEST, Manifest, building, open_package, opened, seal
 
 
 def fill(folder: Path, text: str = "content") -> None:
@@ -60,10 +60,11 @@ def test_a_copied_package_opens(package: Path) -> None:
     open_package(package)
 
 
-def test_another_version_is_told(package: Path) -> None:
+@pytest.mark.parametrize("version", [99, FORMAT_VERSION - 1, FORMAT_VERSION + 1, 0])
+def test_another_version_is_told(version: int, package: Path) -> None:
     path = package / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
-    with pytest.raises(PackageError, match="version 99, this qeff-ir reads version 2: compile the model again"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}))
+    with pytest.raises(PackageError, match=f"version {version}, this qeff-ir reads version 2: compile the model again"):
         open_package(package)
 
 

@@ -56,9 +56,10 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
         "runs": 3,
         "better": "higher",
     }
-    (tmp_path / "a.json").write_text(json.dumps({**data, "schema": SCHEMA + 1}))
-    with pytest.raises(ValueError, match="is of schema"):
-        Result.read(tmp_path / "a.json")
+    for other in (SCHEMA + 1, SCHEMA - 1):
+        (tmp_path / "a.json").write_text(json.dumps({**data, "schema": other}))
+        with pytest.raises(ValueError, match=f"is of schema {other}, "):
+            Result.read(tmp_path / "a.json")
 
 
 def test_a_figure_of_no_runs_is_refused() -> None:

@@ -55,6 +55,23 @@ def test_a_result_is_the_next_input_in_its_own_place(name: str, mine: Path, qeff
     assert onnx.load(result).graph.initializer[0].raw_data == (mine.parent / "m.data").read_bytes()
 
 
+def test_folders_of_the_users_beside_a_result_stay(mine: Path, qeff: Qeff, tmp_path: Path) -> None:
+    """What is removed has the very names that builds give: eight digits of a hexadecimal number at the end."""
+    ours = ["out.weights-01234567", ".out.onnx.partial-89abcdef"]
+    theirs = [
+        "out.weights", "out.weights-backup", "out.weights-0123456", "out.weights-012345678", "out.weights-0123456G",
+        "out2.weights-01234567", "our.out.weights-01234567", ".out.onnx.partial-mine", ".out.onnx.partial-89abcdef2",
+        ".out.partial-89abcdef",
+    ]  # fmt: skip
+    for name in (*ours, *theirs):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").write_text(name)
+    for _ in range(2):
+        assert qeff("opt", mine, "-p", "canonicalize", "-o", tmp_path / "out.onnx").code == 0
+    assert not any((tmp_path / name).exists() for name in ours)
+    assert all((tmp_path / name / "data").read_text() == name for name in theirs)
+
+
 @pytest.mark.parametrize("what", ["another onnx", "a file beside it", "a weight file beside it", "a folder", "a file"])
 def test_what_opt_did_not_write_is_not_replaced(what: str, mine: Path, qeff: Qeff, tmp_path: Path) -> None:
     out = tmp_path / "out"

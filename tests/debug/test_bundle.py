@@ -134,6 +134,7 @@ def test_damaged_and_foreign_bundles_are_refused(tmp_path: Path) -> None:
     good = json.loads(path.read_text())
     for change, message in (
         ({"version": 99}, r"bundle has schema version 99, this qeff-ir reads 1$"),
+        ({"version": 0}, r"bundle has schema version 0, this qeff-ir reads 1$"),
         ({"check": "1"}, r"metadata\.json is damaged \(a field is of the wrong type\)$"),
         ({"extra": 1}, r"metadata\.json is damaged \(.*unexpected keyword argument 'extra'\)$"),
     ):

@@ -244,10 +244,12 @@ def test_a_damaged_folder_is_told(damage: Callable[[Path], None], message: str, 
     assert message in str(error.value)
 
 
-def test_code_that_may_run_is_part_of_what_a_folder_is(llama: Path) -> None:
+@pytest.mark.parametrize("name", ["modeling_own.py", "own/layers/modeling.py"])
+def test_code_that_may_run_is_part_of_what_a_folder_is(name: str, llama: Path) -> None:
+    (llama / name).parent.mkdir(parents=True, exist_ok=True)
     found: list[tuple[Any, Any]] = []
     for text in ("WIDTH = 1", "WIDTH = 2"):
-        (llama / "modeling_own.py").write_text(text)
+        (llama / name).write_text(text)
         trusted, plain = (FolderSource(llama, trust_remote_code=trust).identity() for trust in (True, False))
         found.append((trusted, plain))
     (one, same), (other, again) = found

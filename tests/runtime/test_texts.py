@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria, Stop
 from qeff_ir import QEffAutoPeftModelForCausalLM
 from qeff_ir.demo import ADAPTERS_FOLDER, MODEL_FOLDER, TASKS, problems
 from qeff_ir.errors import RuntimeInputError
+from qeff_ir.runtime.decoder import Timings
+from qeff_ir.runtime.texts import GenerationResult
 
 CTX = 96
 TOKENIZER: Any = AutoTokenizer.from_pretrained(MODEL_FOLDER)
@@ -34,6 +36,16 @@ def test_any_number_of_prompts_is_answered_in_order(model: QEffAutoPeftModelForC
     assert result.time_to_first_token > 0.0
     assert result.tokens_per_second > 0.0
     assert "5 prompts" in str(result)
+
+
+def test_times_are_of_batches_and_rates_of_all_rows() -> None:
+    timings = [Timings(0.5, [0.25, 0.25], 6), Timings(0.25, [0.5], 1), Timings(0.75)]
+    result = GenerationResult(["a"] * 7, [[1]] * 7, timings)
+    assert result.time_to_first_token == 0.5  # three batches of seven prompts
+    assert result.tokens_per_second == 7.0
+    assert [t.decode_rate for t in timings] == [12.0, 2.0, 0.0]
+    assert str(result) == "7 prompts, time to first token 500.0 ms, 7.0 tokens/s"
+    assert GenerationResult(["a"], [[1]], timings[2:]).tokens_per_second == 0.0
 
 
 def test_every_prompt_has_its_adapter_in_whichever_batch_it_runs(model: QEffAutoPeftModelForCausalLM) -> None:

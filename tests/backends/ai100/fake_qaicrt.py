@@ -30,12 +30,15 @@ class Binding(SimpleNamespace):
     """One of ``iodesc.selected_set.bindings``."""
 
 
-def descriptor(shapes: list[tuple[int, int]], prefix: str = "") -> bytes:
-    """A serialized `IoDesc` for input shapes ``[batch, seq]``; one shape is described by the bindings alone."""
+def descriptor(shapes: list[tuple[int, int]], prefix: str = "", *, half: bool = False) -> bytes:
+    """A serialized `IoDesc` for input shapes ``[batch, seq]``; one shape is described by the bindings alone.
+
+    With `half`, the logits are float16, as a program may give them.
+    """
     rows = [
         [[b, s], [b, s], [b, 2, 16, 4], [b, 2, 16, 4], [b, 1, VOCAB], [b, 2, 16, 4], [b, 2, 16, 4]] for b, s in shapes
     ]
-    return json.dumps({"rows": rows, "prefix": prefix, "names": NAMES}).encode()
+    return json.dumps({"rows": rows, "prefix": prefix, "names": NAMES, "half": half}).encode()
 
 
 def adapter_descriptor(
@@ -72,6 +75,7 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
     states = [i for i, name in enumerate(names) if "past_" in name or name.endswith("_RetainedState")]
     adapters = [i for i, name in enumerate(names) if ".lora_" in name and i not in states]
     out = next(i for i, name in enumerate(names) if name in ("logits", "output"))
+    given = np.dtype(np.float16 if json.loads(serialized).get("half") else np.float32)
 
     def status(call: str) -> str:
         log.append(call)
@@ -126,7 +130,7 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
             assert isinstance(dims, Dims) and len(buffers) == len(dims) == len(names)
             for index in states:
                 assert bytes(buffers[index]) == b"" and dims[index][1] == [0], "states stay on the device"
-            assert dims[0][0] == 8 and dims[out][0] == 4
+            assert dims[0][0] == 8 and dims[out][0] == given.itemsize
             for index in adapters:
                 if dims[index][1] != [0]:
                     assert dims[index] == (2, json.loads(serialized)["rows"][0][index]), "whole adapters, in fp16"
@@ -156,7 +160,8 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
             if len(self.shape) == 3 and self.shape[1] > 1:
                 answer = np.repeat(answer[:, None], self.shape[1], axis=1)
             self.state = "idle"
-            return status("getData"), [*self.buffers[:out], QBuffer(answer.tobytes()), *self.buffers[out + 1 :]]
+            result = QBuffer(answer.astype(given).tobytes())
+            return status("getData"), [*self.buffers[:out], result, *self.buffers[out + 1 :]]
 
     class Queue:
         def __init__(self, context: Any, device: int) -> None:
@@ -171,7 +176,8 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
     class IoDesc:
         def ParseFromString(self, data: bytes) -> None:  # noqa: N802
             read = json.loads(data)
-            types = [1 if i in (*states, *adapters) else 32 if i == out else 64 for i in range(len(names))]
+            number = 1 if given.itemsize == 2 else 32
+            types = [1 if i in (*states, *adapters) else number if i == out else 64 for i in range(len(names))]
             self.selected_set = SimpleNamespace(
                 bindings=[
                     Binding(name=read["prefix"] + n, index=i, dir=int(i >= out), type=types[i], dims=read["rows"][0][i])

@@ -70,6 +70,17 @@ def test_names_lose_the_graphs_prefix(compiled: Path, monkeypatch: pytest.Monkey
     assert Decoder(DeviceSession(compiled)).prefill([[1], [2]]).shape == (2, fake_qaicrt.VOCAB)
 
 
+def test_logits_are_float32_whatever_the_program_gives(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for half in (False, True):
+        put(monkeypatch, fake_qaicrt.descriptor(SHAPES, half=half))
+        decoder = Decoder(DeviceSession(compiled))
+        answers.append((decoder.prefill([[3, 4, 5], list(range(10))]), decoder.decode([7, 8])))
+    for one, two in zip(*answers, strict=True):
+        assert one.dtype == two.dtype == np.float32 and two.flags.writeable and one.any()
+        np.testing.assert_array_equal(one, two)
+
+
 def test_devices_come_from_the_partition(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = install(monkeypatch, SHAPES)
     (compiled / "mdp_ts_4.json").write_text(json.dumps(emit.tensor_slicing(4, 16)))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.ai100 import flags, sdk
+from backends.ai100 import emit, flags, sdk
 from backends.base import CompileOptions
 from qeff_ir.errors import CompileError
 
@@ -87,6 +87,22 @@ def test_hardware_by_sdk() -> None:
     assert resolve(aic_hw_version="ai200").hardware == "ai200"
     with pytest.raises(CompileError, match=r"SDK 1\.20 compiles for ai100, not"):
         flags.resolve(CompileOptions(flags={"aic_hw_version": "ai200"}), OLD)
+
+
+@pytest.mark.parametrize(
+    ("version", "wish", "card", "given"),
+    [
+        ("1.22", None, "ai100", "ai100"), ("1.22", None, "ai200", "ai200"), ("1.22", "ai200", "ai100", "ai200"),
+        ("1.22", "ai100", "ai200", "ai100"), ("1.20", None, "ai100", "2.0"), ("1.20", "ai100", "ai100", "2.0"),
+    ],
+)  # fmt: skip
+def test_the_command_is_for_the_hardware_that_is_asked_for_else_for_the_card(
+    version: str, wish: str | None, card: str, given: str
+) -> None:
+    target = sdk.description(version)
+    options = CompileOptions(flags={} if wish is None else {"aic_hw_version": wish})
+    argv = emit.command("m.onnx", options, target, flags.resolve(options, target), card, None)
+    assert [a for a in argv if a.startswith("-aic-hw-version")] == [f"-aic-hw-version={given}"]
 
 
 def test_compile_only_is_dropped_with_a_warning() -> None:

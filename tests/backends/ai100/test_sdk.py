@@ -14,8 +14,11 @@ from qeff_ir.errors import CompileError
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [("1.19.8", "1.20"), ("1.20.0.5", "1.20"), ("1.21.6", "1.20"), ("1.22", "1.22"), ("2.0", "1.22")],
-)
+    [
+        ("1.19.8", "1.20"), ("1.20.0.5", "1.20"), ("1.21.6", "1.20"), ("1.22", "1.22"), ("2.0", "1.22"),
+        ("1.9", "1.20"), ("1.3.99", "1.20"), ("1.100", "1.22"), ("10.0", "1.22"),
+    ],
+)  # fmt: skip
 def test_the_newest_description_that_is_not_newer(version: str, expected: str) -> None:
     assert sdk.description(version).version == expected
 
