@@ -147,12 +147,20 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             self._active = adapter_name
 
     def disable_adapter(self) -> contextlib.ExitStack:
-        """Answer as the base model from now on; as a context manager, until the end of the block (as in PEFT)."""
-        before = self._active
-        self._active = None
+        """Answer as the base model from now on; as a context manager, until the end of the block.
+
+        As in PEFT, an adapter that the block sets stays the active one.
+        """
+        with self._lock:
+            before, self._active = self._active, None
         stack = contextlib.ExitStack()
-        stack.callback(setattr, self, "_active", before)
+        stack.callback(self._enable, before)
         return stack
+
+    def _enable(self, name: str | None) -> None:
+        with self._lock:
+            if self._active is None and name in self._adapters:  # it may have been deleted since
+                self._active = name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter, and free its slot; when it was the active one, the base model answers.

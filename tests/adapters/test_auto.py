@@ -16,6 +16,7 @@ from passes.merge_lora import adapter_digest
 from qeff_ir import QEffAutoLoraModelForCausalLM, QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM
 from qeff_ir.adapters.folder import CONFIG_FILE, read_adapter
 from qeff_ir.adapters.layers import find_layers
+from qeff_ir.adapters.step import lora_step
 from qeff_ir.adapters.targets import regex, select, selection
 from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource
@@ -78,6 +79,49 @@ def test_switching_needs_no_compilation(one: tuple[Path, PeftModel], two: tuple[
     with pytest.raises(RuntimeInputError, match="1 adapters for 2 rows"):
         ours(adapters=["two"])
     assert model.package is package and model.runner().decoder.session is session
+
+
+def test_what_a_block_without_adapters_changes_stays_as_in_peft(
+    one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]
+) -> None:
+    model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
+    reference = PeftModel.from_pretrained(copy.deepcopy(base(NAME)), one[0], "one")
+    reference.load_adapter(two[0], "two")
+    for name, (folder, _) in (("one", one), ("two", two)):
+        model.load_adapter(folder, name)
+    for either in (model, reference):
+        either.set_adapter("one")
+        with either.disable_adapter():
+            either.set_adapter("two")
+        assert either.active_adapter == "two"
+    with model.disable_adapter(), model.disable_adapter():
+        assert model.active_adapter is None
+    assert model.active_adapter == "two"
+    with model.disable_adapter():
+        model.delete_adapter("two")
+    assert (model.active_adapter, model.adapters) == (None, ["one"])
+
+
+def test_what_is_left_open_fits_all_that_is_loaded(
+    one: tuple[Path, PeftModel], two: tuple[Path, PeftModel], tmp_path: Path
+) -> None:
+    biased, other = tmp_path / "biased", tmp_path / "other"
+    make(base("bloom"), biased, 0, r=2, target_modules=["query_key_value"], lora_bias=True)
+    make(base("bloom"), other, 0, r=3, target_modules=["query_key_value"], bias="all")
+    loaded = [read_adapter(folder) for folder in (one[0], two[0])]
+
+    def step(adapters: list[Any], **given: Any) -> Any:
+        wanted = {"slots": None, "rank": None, "targets": None, "bias": None, "mode": "slots", "retained": False}
+        return lora_step(adapters, **{**wanted, **given})
+
+    assert [step(loaded * count).n for count in (0, 1, 2, 3)] == [4, 4, 4, 6]
+    assert (step([]).rank, step(loaded).rank, step(loaded[1:]).rank) == (16, 4, 2)
+    assert step([]).targets == "all-linear" and step(loaded).targets == regex([*loaded[0].layers, *loaded[1].layers])
+    biases = [step([*loaded, *map(read_adapter, more)]).bias for more in ([], [biased], [other], [biased, other])]
+    assert biases == ["none", "targets", "all", "all"]
+    asked = step(loaded, slots=1, rank=9, targets="q_proj", bias="targets", mode="single", retained=True)
+    assert (asked.n, asked.rank, asked.targets, asked.bias) == (1, 9, "q_proj", "targets")
+    assert (asked.mode, asked.retained) == ("single", True)
 
 
 def test_a_peft_model_in_memory_stays_as_it_is(two: tuple[Path, PeftModel], one: tuple[Path, PeftModel]) -> None:
