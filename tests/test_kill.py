@@ -30,6 +30,7 @@ def test_there_are_many_faults_everywhere() -> None:
     assert len({f.name for f in FAULTS}) == len(FAULTS)
     folders = {find(ROOT, f.where).file.parent.as_posix() for f in FAULTS}
     assert {"passes", "qeff_ir/frontend", "qeff_ir/runtime", "backends/ai100", "backends/onnxruntime"} <= folders
+    assert {"qeff_ir", "qeff_ir/adapters", "qeff_ir/auto", "qeff_ir/cli"} <= folders
 
 
 _SOURCE = """

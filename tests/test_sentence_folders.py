@@ -179,7 +179,7 @@ def test_the_longest_text_is_the_librarys(options: dict[str, Any], tmp_path: Pat
 
 
 @pytest.mark.parametrize("mode", ["mean", "max", "cls", "last", "mean-sqrt-len", "weighted-mean", "cls+weighted-mean"])
-def test_before_linear_layers_only_marked_tokens_count_on_either_side(mode: str) -> None:
+def test_only_marked_tokens_count_before_linear_layers(mode: str) -> None:
     head, ones = SentenceHead(mode, []), torch.ones(2, 5, dtype=torch.int64)
     tokens = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
     alone = head(tokens, ones)

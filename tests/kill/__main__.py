@@ -31,7 +31,7 @@ def plant(fault: Fault | None, folder: Path) -> None:
     Raises:
         SystemExit: What the fault replaces stands nowhere, or more than once.
     """
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "demo")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     for name in COPIED:
         source = ROOT / name
         shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder / name)

@@ -6,6 +6,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+_MIXED = "adapters/test_matrix.py::test_every_row_of_a_mixed_batch_answers_as_peft_does"
 PROPERTIES = {
     "P2 saved": "properties/test_modules.py::test_p1_p2_saving_and_loading_is_the_identity",
     "P1 text": "properties/test_modules.py::test_p1_every_change_shows_in_the_text",
@@ -40,6 +41,32 @@ PROPERTIES = {
     "reading": "test_reading.py",
     "cost": "test_cost.py",
     "merged adapters": "adapters/test_matrix.py::test_a_merged_adapter_answers_as_peft_does",
+    "adapters of llama": f"{_MIXED}[llama-onnxruntime]",
+    "adapters of bloom": f"{_MIXED}[bloom-onnxruntime]",
+    "adapters that are loaded": "adapters/test_auto.py::test_what_is_left_open_fits_all_that_is_loaded",
+    "adapters in blocks": "adapters/test_auto.py::test_what_a_block_without_adapters_changes_stays_as_in_peft",
+    "AI 100 SDK": "backends/ai100/test_sdk.py",
+    "filled context": "runtime/test_generate.py::test_the_context_can_be_filled_to_the_last_token",
+    "lengths of requests": "runtime/test_request.py::test_a_length_of_the_caller_is_not_cut",
+    "several answers": "runtime/test_generate.py::test_several_answers_to_each_of_several_prompts",
+    "texts": "runtime/test_texts.py",
+    "encoder inputs": "test_auto_forward.py::test_numbers_that_the_model_does_not_know_are_refused",
+    "texts of sentence models": "test_sentence_folders.py::test_texts_are_prepared_as_the_library_does_it[onnxruntime]",
+    "modules of sentence models": "test_sentence_folders.py::test_all_modules_take_part[dense-onnxruntime]",
+    "longest texts": "test_sentence_folders.py::test_the_longest_text_is_the_librarys",
+    "poolings of sentence models": "test_sentence_folders.py::test_only_marked_tokens_count_before_linear_layers",
+    "checkpoints": "frontend/test_loaders.py::test_both_load_the_same_or_refuse",
+    "two tensors": "frontend/test_loaders.py::test_two_tensors_are_compared_up_to_the_first_difference",
+    "code of a folder": "frontend/test_weights.py::test_code_that_may_run_is_part_of_what_a_folder_is",
+    "packages": "test_package.py",
+    "modules": "test_module.py",
+    "sharing": "test_sharing.py::test_holes_are_not_written",
+    "results of qeff opt": "cli/test_opt_writing.py",
+    "files of flags": "test_compiler.py::test_another_file_of_a_flag_is_another_package",
+    "flags of the command line": "cli/test_flags.py",
+    "sampling from the command line": "cli/test_commands.py::test_a_seed_alone_asks_for_samples",
+    "options beside a package": "cli/test_bad_input.py::test_run_refuses",
+    "qeff embed": "cli/test_embed.py",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
 
