@@ -206,10 +206,12 @@ class DeviceSession:
 def _bindings(descriptor: Any, api: Any, names: Sequence[str]) -> dict[str, _Binding]:
     """The bindings by public name: without a graph prefix, and without the mark of a function's state."""
     types = {getattr(api, name): dtype for name, dtype in _DTYPES.items() if hasattr(api, name)}
+    # NumPy has no such numbers: only states, which nobody reads, may be some.
+    wide = getattr(api, "BFLOAT16_TYPE", None)
     found: dict[str, _Binding] = {}
     for binding in descriptor.selected_set.bindings:
         name = binding.name.rpartition("/")[2].replace("_InternalRetainedState", _SUFFIX)
-        if binding.type not in types and name in names:
+        if name in names and (binding.type not in types or binding.type == wide):
             raise PackageError(f"buffer {name} of the program has a type that qeff-ir does not know ({binding.type})")
         # States stay on the device, in whatever type it keeps them.
         dtype = np.dtype(types.get(binding.type, np.uint8))

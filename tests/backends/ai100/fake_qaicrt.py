@@ -22,6 +22,8 @@ NAMES = (
     "past_key.0_RetainedState",
     "past_value.0_RetainedState",
 )
+TYPES = {"FLOAT_TYPE": 32, "FLOAT_16_TYPE": 1, "INT64_I_TYPE": 64, "BFLOAT16_TYPE": 16, "NEW_TYPE": 99}
+"""Types of bindings by name; the last one is of another SDK."""
 FORWARD = ("input_ids", "attention_mask", "output")
 """Of a program that retains nothing."""
 
@@ -30,15 +32,15 @@ class Binding(SimpleNamespace):
     """One of ``iodesc.selected_set.bindings``."""
 
 
-def descriptor(shapes: list[tuple[int, int]], prefix: str = "", *, half: bool = False) -> bytes:
+def descriptor(shapes: list[tuple[int, int]], prefix: str = "", *, logits: str = "FLOAT_TYPE") -> bytes:
     """A serialized `IoDesc` for input shapes ``[batch, seq]``; one shape is described by the bindings alone.
 
-    With `half`, the logits are float16, as a program may give them.
+    The type of the logits may be another one of `TYPES`, as a program may give them.
     """
     rows = [
         [[b, s], [b, s], [b, 2, 16, 4], [b, 2, 16, 4], [b, 1, VOCAB], [b, 2, 16, 4], [b, 2, 16, 4]] for b, s in shapes
     ]
-    return json.dumps({"rows": rows, "prefix": prefix, "names": NAMES, "half": half}).encode()
+    return json.dumps({"rows": rows, "prefix": prefix, "names": NAMES, "logits": logits}).encode()
 
 
 def adapter_descriptor(
@@ -75,7 +77,8 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
     states = [i for i, name in enumerate(names) if "past_" in name or name.endswith("_RetainedState")]
     adapters = [i for i, name in enumerate(names) if ".lora_" in name and i not in states]
     out = next(i for i, name in enumerate(names) if name in ("logits", "output"))
-    given = np.dtype(np.float16 if json.loads(serialized).get("half") else np.float32)
+    kind: str = json.loads(serialized).get("logits", "FLOAT_TYPE")
+    given = np.dtype(np.float32 if kind == "FLOAT_TYPE" else np.float16)
 
     def status(call: str) -> str:
         log.append(call)
@@ -176,7 +179,7 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
     class IoDesc:
         def ParseFromString(self, data: bytes) -> None:  # noqa: N802
             read = json.loads(data)
-            number = 1 if given.itemsize == 2 else 32
+            number = TYPES[kind]
             types = [1 if i in (*states, *adapters) else number if i == out else 64 for i in range(len(names))]
             self.selected_set = SimpleNamespace(
                 bindings=[
@@ -200,5 +203,5 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
         QAicProgramProperties=SimpleNamespace,
         QStatus=SimpleNamespace(QS_SUCCESS=ok),
     )
-    api.__dict__.update(IoDesc=IoDesc, FLOAT_TYPE=32, FLOAT_16_TYPE=1, INT64_I_TYPE=64)
+    api.__dict__.update(IoDesc=IoDesc, **{name: number for name, number in TYPES.items() if name != "NEW_TYPE"})
     return rt, api, log

@@ -72,13 +72,32 @@ def test_names_lose_the_graphs_prefix(compiled: Path, monkeypatch: pytest.Monkey
 
 def test_logits_are_float32_whatever_the_program_gives(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = []
-    for half in (False, True):
-        put(monkeypatch, fake_qaicrt.descriptor(SHAPES, half=half))
+    for kind in ("FLOAT_TYPE", "FLOAT_16_TYPE"):
+        put(monkeypatch, fake_qaicrt.descriptor(SHAPES, logits=kind))
         decoder = Decoder(DeviceSession(compiled))
         answers.append((decoder.prefill([[3, 4, 5], list(range(10))]), decoder.decode([7, 8])))
     for one, two in zip(*answers, strict=True):
         assert one.dtype == two.dtype == np.float32 and two.flags.writeable and one.any()
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("kind", ["BFLOAT16_TYPE", "NEW_TYPE"])
+def test_logits_of_a_type_that_would_be_misread_are_refused(
+    kind: str, compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(monkeypatch, fake_qaicrt.descriptor(SHAPES, logits=kind))
+    with pytest.raises(PackageError, match=f"buffer logits .* does not know .{fake_qaicrt.TYPES[kind]}.$"):
+        DeviceSession(compiled)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "logits"])
+def test_a_program_without_a_buffer_of_the_package_is_refused(
+    name: str, compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = fake_qaicrt.descriptor(SHAPES).replace(f'"{name}"'.encode(), b'"output"')
+    put(monkeypatch, other)
+    with pytest.raises(PackageError, match=f"has no buffer {name}: compile the package again"):
+        DeviceSession(compiled)
 
 
 def test_devices_come_from_the_partition(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
