@@ -296,6 +296,8 @@ def test_all_tokens_and_masks_of_truth_values_are_known(pooled: QEFFAutoModel) -
     cut = pooled.generate(input_ids=ids[:, :2])["output"]
     assert np.abs(pooled.generate(input_ids=ids, attention_mask=mask)["output"] - cut).max() < 1e-5
     assert np.abs(pooled.generate(input_ids=ids)["output"] - cut).max() > 1e-3
+    with pytest.raises(RuntimeInputError, match=f"input_ids has {size}, the model knows 0 to {size - 1}$"):
+        pooled.generate(input_ids=torch.tensor([[0, size, 1]]))
 
 
 def test_a_tensor_of_bfloat16_or_with_a_gradient_is_an_array(vit: QEFFAutoModel) -> None:

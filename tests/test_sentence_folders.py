@@ -144,6 +144,9 @@ def test_texts_are_prepared_as_the_library_does_it(target: str, folder: Any) -> 
     np.testing.assert_allclose(limit[0], lower[0], atol=2e-6)
     with pytest.raises(RuntimeInputError, match="text 1 has 56 tokens, the model reads 12 of a text: shorten it, or"):
         ours.encode(TEXTS, prompt="")
+    np.testing.assert_allclose(ours.encode("x " * 10, prompt=""), theirs.encode("x " * 10, prompt=""), atol=2e-6)
+    with pytest.raises(RuntimeInputError, match="text 0 has 13 tokens, the model reads 12 of a text"):
+        ours.encode("x " * 11, prompt="")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -202,7 +202,7 @@ def test_what_is_not_an_adapter(names: Any, adapted: QEffAutoPeftModelForCausalL
     one_sentence(lambda: adapted.merge_adapter(names), QeffError)
 
 
-@pytest.mark.parametrize("slots", [[0, 99], [0], [0.5, 1.0], [[0, 1]]], ids=str)
+@pytest.mark.parametrize("slots", [[0, 99], [5, 0], [0], [0.5, 1.0], [[0, 1]]], ids=str)
 def test_slots_that_are_not_there(slots: Any, adapted: QEffAutoPeftModelForCausalLM) -> None:
     """Below zero is the base model, as hosts have it of rows that idle."""
     import numpy as np
@@ -216,6 +216,7 @@ def test_slots_that_are_not_there(slots: Any, adapted: QEffAutoPeftModelForCausa
         finally:
             decoder.lora_ids = before
     assert decoder.prefill([[5], [6]]).shape[0] == 2
+    assert decoder.prefill([[5], [6]], np.array([4, -1])).shape[0] == 2  # the last slot, and none
 
 
 def test_a_length_of_the_model_does_not_refuse_prompts(model: QEFFAutoModelForCausalLM) -> None:
