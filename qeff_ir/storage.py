@@ -274,11 +274,14 @@ def _check_numbers(tensor: ir.TensorProtocol, path: Path) -> None:
         PackageError: It has fewer or more, or is of no type.
     """
     try:
-        if not isinstance(tensor, ir.StringTensor):
-            tensor.numpy()  # a view of the file's bytes, wherever these are the numbers as they are
-        elif len(tensor.string_data()) != tensor.size:
-            raise ValueError(f"{len(tensor.string_data())} texts for {tensor.size}")
-    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        if tensor.dtype == ir.DataType.STRING:
+            found, wanted = tensor.numpy().size, tensor.size
+        else:
+            found, wanted = len(tensor.tobytes()), tensor.nbytes  # of no numbers at all, the library makes zeros
+            tensor.numpy()
+        if found != wanted:
+            raise ValueError(f"there are {found} of {wanted} bytes")
+    except Exception as error:  # the library has one for each way in which numbers can lie in a tensor
         raise PackageError(
             f"the tensor '{tensor.name}' of {path} does not have the numbers of its sizes ({error}): write the file "
             "again"

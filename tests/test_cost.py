@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from qeff_ir.cost import Cost, Storage, cost
-from qeff_ir.errors import CompileError
+from qeff_ir.errors import CompileError, VerificationError
 from qeff_ir.module import Module, Specialization
 from qeff_ir.roofline import Device, read_device, roofline, seconds
 from tests.models import MODELS, VOCAB
@@ -144,3 +144,11 @@ def test_what_describes_no_device_is_told(text: str | None, tmp_path: Path) -> N
         file.write_text(json.dumps({**whole, "memory_gb": -1}) if "-1" in text else text)
     with pytest.raises(CompileError, match="is no description of a device"):
         read_device(file)
+
+
+@pytest.mark.parametrize("missing", ["batch_size", "seq_len", "ctx_len"])
+def test_a_symbol_without_a_size_is_told(missing: str) -> None:
+    sizes = {"batch_size": 1, "seq_len": 4, "ctx_len": 16}
+    del sizes[missing]
+    with pytest.raises(VerificationError, match=f"^.cost. .*({missing}|is not known)"):
+        cost(canonical("llama"), Specialization("Decode", sizes))

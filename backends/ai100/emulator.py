@@ -130,7 +130,7 @@ class _Program:
     """
 
     def __init__(self, content: bytes, model: Path, item: Specialization, threads: int | None) -> None:
-        options = ort.SessionOptions()
+        options, self._model = ort.SessionOptions(), model
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -166,7 +166,13 @@ class _Program:
         for name in self.states:
             binding.bind_ortvalue_input(name, states[name])
             binding.bind_ortvalue_output(name + _SUFFIX, spare[name])
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime raises several private types
+            reason = str(error).splitlines()[0]
+            raise PackageError(
+                f"ONNX Runtime fails to run {self._model} ({reason}): compile the model again"
+            ) from error
         values = binding.get_outputs()[: len(self._results)]
         return {name: cast("Array", value.numpy()) for name, value in zip(self._results, values, strict=True)}
 

@@ -37,7 +37,7 @@ class OrtSession:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        module = load_module(model)
+        module, self._model = load_module(model), model
         self._specializations = module.specializations
         fixed = dict(self._specializations[0].symbols)
         del fixed["seq_len"]  # the only symbol that differs between the specializations
@@ -81,7 +81,13 @@ class OrtSession:
             if array.dtype != self._types[name]:  # ONNX Runtime would take the bytes for numbers of the other type
                 raise RuntimeInputError(f"{name} is {array.dtype}: give {np.dtype(self._types[name])}")
             binding.values[name].update_inplace(array)
-        self._session.run_with_iobinding(binding.io)
+        try:
+            self._session.run_with_iobinding(binding.io)
+        except Exception as error:  # ONNX Runtime raises several private types
+            reason = str(error).splitlines()[0]
+            raise PackageError(
+                f"ONNX Runtime fails to run {self._model} ({reason}): compile the model again"
+            ) from error
         return {"logits": binding.values["logits"].numpy().copy()}
 
     @property

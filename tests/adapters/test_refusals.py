@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qeff_ir import QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM
-from qeff_ir.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
+from qeff_ir.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, open_adapter
 from qeff_ir.demo import ADAPTERS_FOLDER
 from qeff_ir.errors import AdapterError, ModelLoadError
 from tests import support
@@ -197,6 +197,12 @@ def test_names_that_are_not_loaded(running: QEffAutoPeftModelForCausalLM) -> Non
     for name in ("base", "", None):  # 'base' and None would be answered by the base model
         with pytest.raises(AdapterError, match="cannot be called"):
             QEffAutoPeftModelForCausalLM.from_pretrained("anywhere", name)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", [None, 5, 0.5, "", b"x", "a\0b", [], {}])
+def test_what_is_no_path_is_no_adapter(name: Any) -> None:
+    with pytest.raises(AdapterError, match="the adapter"):
+        open_adapter(name)
 
 
 def test_sizes_that_are_no_numbers_are_refused(good: Path) -> None:

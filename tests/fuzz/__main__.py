@@ -11,8 +11,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-RECORD = Path(__file__).with_name("record.json")
-
 
 def main() -> int:
     """See the package."""
@@ -23,7 +21,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="families")
     parser.add_argument("--seed", type=int, help="of the first slice; each slice has one of its own")
     parser.add_argument("--replay", metavar="FAMILY:SEED", help="run one slice here, and shrink its first fault")
-    parser.add_argument("--record", type=Path, default=RECORD, help="where the record lies")
+    parser.add_argument("--record", type=Path, help="where the record lies; in the suite's folder by default")
     parser.add_argument("--anew", action="store_true", help="forget what the record knows")
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,7 +31,7 @@ def main() -> int:
         from tests.fuzz import slices
         from tests.fuzz.base import base
         from tests.fuzz.families import FAMILIES
-        from tests.fuzz.record import Record
+        from tests.fuzz.record import RECORD, Record
 
         base()
         if given.replay:
@@ -44,7 +42,8 @@ def main() -> int:
         if unknown:
             parser.error(f"no family is called '{min(unknown)}': there are {', '.join(FAMILIES)}")
         names = given.only or list(FAMILIES)
-        record = Record() if given.anew or not given.record.is_file() else Record.load(given.record)
+        place: Path = given.record or RECORD
+        record = Record() if given.anew or not place.is_file() else Record.load(place)
         share, until = -(-given.inputs // len(names)), time.monotonic() + 60 * (given.minutes or 1e6)
         draw = random.Random(given.seed)
         faulty: Counter[str] = Counter()
@@ -54,11 +53,11 @@ def main() -> int:
             if not todo:
                 break
             family = max(todo, key=left.__getitem__)
-            start = draw.randrange(1 << 32)
+            start = next(n for n in iter(lambda: draw.randrange(1 << 32), None) if n not in record.seeds(family))
             inputs = min(given.slice, left[family])
             outcome = slices.run(family, start, inputs)
             record.add(family, start, outcome)
-            record.save(given.record)
+            record.save(place)
             if outcome.faults:  # not clean, but this run does not stay at the family for it
                 faulty[family] += inputs
             print(

@@ -10,6 +10,8 @@ from typing import Any
 from tests.fuzz.slices import Outcome
 from tests.nightly.__main__ import commit
 
+RECORD = Path(__file__).with_name("record.json")
+
 
 @dataclass
 class Record:
@@ -24,11 +26,15 @@ class Record:
 
     def add(self, family: str, seed: int, outcome: Outcome) -> None:
         """Note a slice."""
-        self.slices.setdefault(family, []).append({"seed": seed, "commit": commit(), **asdict(outcome)})
+        self.slices.setdefault(family, []).append({"seed": seed, "commit": commit(RECORD), **asdict(outcome)})
 
     def inputs(self, family: str) -> int:
         """Inputs of the slices without a fault."""
         return sum(s["accepted"] + s["refused"] for s in self.slices.get(family, []) if not s["faults"])
+
+    def seeds(self, family: str) -> set[int]:
+        """Of all its slices; a run that goes on takes others."""
+        return {s["seed"] for s in self.slices.get(family, [])}
 
     def seconds(self, family: str) -> float:
         """Of processor time."""

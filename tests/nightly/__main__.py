@@ -24,11 +24,11 @@ IMPORTED = (
 """What slices need, imported once before the processes part. None of the tests: their profile is a slice's own."""
 
 
-def commit() -> str:
+def commit(record: Path = RECORD) -> str:
     """Of the source, ``+`` behind it when there are changes besides the record."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    mine = [f":!{RECORD.relative_to(ROOT).with_suffix(end)}" for end in (".json", ".md")]
+    mine = [f":!{record.relative_to(ROOT).with_suffix(end)}" for end in (".json", ".md")]
     changed = subprocess.run([*git, "status", "--porcelain", "--", ".", *mine], capture_output=True, text=True).stdout
     return (head or "unknown") + ("+" if changed.strip() else "")
 

@@ -171,12 +171,20 @@ class Failing:
         return ""
 
 
+class Panicking(Failing):
+    """As a tokenizer in Rust whose file says something impossible: what it raises is no `Exception`."""
+
+    def __call__(self, text: str) -> Any:
+        raise type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})("no entry found for key")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"tokenizer": "model"}, "tokenizer is a str: give a tokenizer"),
         ({"tokenizer": 5}, "tokenizer is a int"),
         ({"tokenizer": Failing()}, "the tokenizer fails on the prompt '1+1=': 'no such piece'"),
+        ({"tokenizer": Panicking()}, "the tokenizer fails on the prompt '1+1=': no entry found for key"),
         ({"generation_config": {}}, "generation_config is a dict"),
         ({"max_new_tokens": "2"}, "max_new_tokens is '2'"),
         ({"output_scores": True}, "prompts cannot be combined with output_scores"),
