@@ -161,13 +161,13 @@ def _check_operators(module: Module) -> None:
                 raise broken(module, "operator", message, node, f"{node.domain}.{node.op_type}", hint=hint)
             continue
         opset = model.opset_imports[node.domain]
-        if not (0 < opset <= _MAX_OPSET and onnx.defs.has(node.op_type, opset, node.domain)):
+        if opset not in _OPSETS or not onnx.defs.has(node.op_type, opset, node.domain):
             message = f"{_place(node)} does not exist in opset {opset}"
             raise broken(module, "operator", message, node, f"{node.op_type}(", hint=_other_operator(node, opset))
 
 
-_MAX_OPSET = 2**31 - 1
-"""What onnx takes for a number of an opset; files have 64 bits for it."""
+_OPSETS = range(2**31)
+"""What onnx takes for the number of an opset; files have 64 bits for it."""
 
 _WITH_BODIES = {
     "qeff": "qeff_ir.dialect",

@@ -4,6 +4,7 @@
     python -m tests.fuzz --minutes 10        as many as fit
     python -m tests.fuzz --only package onnx --inputs 1000
     python -m tests.fuzz --replay onnx:7     one slice again, by its family and seed
+    pytest tests/fuzz                        2,000 inputs, and whether each kind of fault is told
 
 An input is *refused* (a `QeffError`, or exit code 2) or *accepted*, and then what follows must hold: the tensors are
 those that the format's own library reads, the package answers as before, the ONNX file opens in onnx. Everything else

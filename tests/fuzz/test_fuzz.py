@@ -168,6 +168,18 @@ def test_a_slice_is_the_same_each_time_and_other_seeds_are_others(monkeypatch: p
     assert len(runs[0]) > 10
 
 
+def test_a_fault_is_replayed_by_its_family_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def family(draw, folder: Path) -> None:
+        number = draw(st.integers(0, 1 << 60))
+        if number > 1 << 20:
+            raise KeyError(number)
+
+    monkeypatch.setitem(FAMILIES, "planted", family)
+    assert slices.run("planted", 1, 20).faults
+    with pytest.raises(slices.FaultError, match=rf"KeyError .*: {(1 << 20) + 1}\b"):  # the smallest one
+        slices.replay("planted", 1, 20)
+
+
 def test_the_record_counts_clean_slices_only(tmp_path: Path) -> None:
     record = Record()
     record.add("onnx", 1, slices.Outcome(accepted=3, refused=4, seconds=1.0))
