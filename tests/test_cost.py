@@ -14,7 +14,7 @@ import pytest
 
 from qeff_ir.cost import Cost, Storage, cost
 from qeff_ir.errors import CompileError, VerificationError
-from qeff_ir.module import Module, Specialization
+from qeff_ir.module import WEIGHT_KEY, Module, Specialization
 from qeff_ir.roofline import Device, read_device, roofline, seconds
 from tests.models import MODELS, VOCAB
 from tests.support import apply, canonical, rest_of
@@ -93,6 +93,27 @@ def test_every_product_is_counted_by_what_it_sums_over() -> None:
         "Relu": 0,
     }
     assert (found.tokens, found.weight_bytes, found.state_bytes, found.resident_bytes) == (15, 0, 0, 0)
+
+
+SHARED = """
+<ir_version: 11, opset_import: ["" : 24]>
+shared (float[seq_len, 6] x, int64[seq_len] ids, float[6, 6] w) => (float[seq_len, 6] c, float[seq_len, 6] r) {
+    a = MatMul (x, w)
+    b = Add (a, x)
+    c = MatMul (b, w)
+    r = Gather (w, ids)
+}
+"""
+
+
+def test_a_weight_is_read_once_a_run_and_its_rows_as_often_as_they_are_looked_up() -> None:
+    module = Module(ir.from_proto(onnx.parser.parse_model(SHARED)), "Shared")
+    weight = module.input("w")
+    weight.metadata_props[WEIGHT_KEY] = "w"
+    found = cost(module, Specialization("Run", {"batch_size": 1, "seq_len": 5}))
+    assert found.weight_bytes == 4 * (6 * 6 + 5 * 6)
+    assert {n: op.weight_bytes for n, op in found.ops.items()} == {"MatMul": 144, "Add": 0, "Gather": 120}
+    assert found.resident_bytes == 144
 
 
 def test_a_target_that_stores_less_reads_less() -> None:

@@ -249,6 +249,14 @@ def test_a_damaged_custom_io_is_found(folder: Path, old: str, new: str) -> None:
     assert codes(folder) == {"custom-io"}
 
 
+@pytest.mark.parametrize("precision", ["float16", "mxint8"])
+def test_a_tensor_that_custom_io_lists_twice_is_found(folder: Path, precision: str) -> None:
+    """Also in one precision: the compiler counts entries."""
+    path = folder / "custom_io.yaml"
+    path.write_text(path.read_text() + f" - IOName: past_key.0\n   Precision: {precision}\n\n")
+    assert codes(folder) == {"custom-io"}
+
+
 def test_an_adapter_of_another_precision_is_found(adapted: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(adapted, tmp_path / "package"))
     assert codes(folder) == set()

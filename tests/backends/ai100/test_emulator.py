@@ -17,6 +17,7 @@ from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.session import Session
 from qeff_ir.testing.tolerance import bound, depth
 from qeff_ir.testing.trace import Trace, compare, reference_trace, session_trace
+from tests import support
 
 from .conftest import Tiny
 
@@ -57,6 +58,49 @@ def test_reset_forgets(session: Session, prompts: list[list[int]]) -> None:
     np.testing.assert_array_equal(decoder.prefill(prompts), first)
     other = decoder.prefill([prompts[1], prompts[0]])
     assert np.abs(other - first).max() > 1e-3
+
+
+def test_a_reset_sets_states_to_zero(tmp_path: Path) -> None:
+    """Shown by a graph that counts its runs in a state; models do not look at what they have not written."""
+    ids, positions = (
+        helper.make_tensor_value_info(n, TensorProto.INT64, [1, 1]) for n in ("input_ids", "position_ids")
+    )
+    names = ("past_key.0", "past_key.0_RetainedState", "logits")
+    past, retained, logits = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1, 1]) for n in names)
+    one = numpy_helper.from_array(np.ones((1, 1, 1), np.float32), "one")
+    nodes = [helper.make_node("Add", ["past_key.0", "one"], [name]) for name in names[1:]]
+    graph = helper.make_graph(nodes, "g", [ids, positions, past], [logits, retained], [one])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "m.onnx")
+    sizes = Specialization("Decode", {"batch_size": 1, "seq_len": 1})
+    (tmp_path / "specializations.json").write_text(specializations.dumps([sizes], "named"))
+    session = EmulatedSession(tmp_path / "m.onnx", threads=1)
+    feeds = dict.fromkeys(("input_ids", "position_ids"), np.zeros((1, 1), np.int64))
+    counted = []
+    for runs in (3, 2, 1):
+        session.reset()
+        counted += [float(session.run(feeds)["logits"].item()) for _ in range(runs)]
+    assert counted == [1, 2, 3, 1, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "falcon-h1", "qwen3-next"])
+def test_nothing_that_an_earlier_request_has_left_is_read(name: str, prompts: list[list[int]]) -> None:
+    """A device clears no state between requests: NaN in all of them changes no number."""
+    decoder = support.plain_decoder(name, "ai100", batch_size=2, prefill_seq_len=8, ctx_len=40)
+    session = decoder.session
+    assert isinstance(session, EmulatedSession)
+
+    def answer(fill: float) -> list[np.ndarray]:
+        def leave() -> None:
+            for value in (*session._states.values(), *session._spare.values()):
+                value.update_inplace(np.full(value.shape(), fill, np.float32))
+
+        session.reset = leave  # type: ignore[method-assign]
+        return [decoder.prefill(prompts), *(decoder.decode([5 + step, 9]) for step in range(6))]
+
+    clean, left = answer(0.0), answer(np.nan)
+    assert np.abs(clean[0][0] - clean[0][1]).max() > 1e-3
+    np.testing.assert_array_equal(left, clean)
 
 
 def test_padding_changes_nothing(session: Session) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from safetensors import safe_open
@@ -21,6 +22,7 @@ from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
 from qeff_ir.cli.app import app
 from qeff_ir.errors import PackageError
 from qeff_ir.frontend.source import FolderSource
+from qeff_ir.module import WEIGHT_KEY
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.storage import file_range
 from qeff_ir.testing import tolerance
@@ -43,6 +45,24 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options: dict[str, Any] = {"batch_size": 2, "prefill_seq_len": 8, "ctx_len": 48}
     model.compile(target="ai100", emit_only=True, weight_free=True, compile_dir=folder / "package", **options)
     return folder / "package"
+
+
+def test_a_tensor_under_two_names_is_written_once(tmp_path: Path) -> None:
+    table = ir.tensor(np.arange(600, dtype=np.float32).reshape(20, 30))
+    text = """<ir_version: 8, opset_import: ["" : 18]> tied (int64[n] ids, float[20, 30] embed, float[20, 30] head)
+        => (float[n, 20] out) { rows = Gather(embed, ids) t = Transpose(head) out = MatMul(rows, t) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    for value in list(model.graph.inputs)[1:]:
+        value.const_value, value.metadata_props[WEIGHT_KEY] = table, f"{value.name}.weight"
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    weight_free.save(model, tmp_path, "tied.onnx", "Tied")
+    with safe_open(tmp_path / weight_free.PREPARED, framework="np") as file:
+        assert list(file.keys()) == ["embed"]
+        np.testing.assert_array_equal(file.get_tensor("embed"), table.numpy())
+    spec = weight_free.specification(proto_of(tmp_path))
+    assert spec is not None
+    assert [(i["name"], i["location"]["key"]) for i in spec["inputs"]] == [("embed", "embed"), ("head", "embed")]
 
 
 @pytest.fixture
