@@ -1,28 +1,58 @@
-"""The targets: adding a folder with a `BACKEND` adds a backend."""
+"""The targets: a folder here with a module ``backend``, or an entry point of another distribution, adds one."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import pkgutil
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from backends.base import Backend
 
+GROUP = "qeff_ir.backends"
+"""Entry points of this group name a module with a `BACKEND`."""
+
 
 def backend_names() -> list[str]:
     """Names of all backends."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
+    return sorted({*_folders(), *_entry_points(tuple(sys.path))})
 
 
 def find_backend(name: str) -> Backend:
-    """The backend of that name.
+    """The backend of that name; a folder here is taken before an entry point.
 
     Raises:
-        CompileError: There is none.
+        CompileError: There is none, or the module of an entry point cannot be imported.
     """
     from qeff_ir.errors import CompileError
 
     if name not in backend_names():
         raise CompileError(f"there is no target '{name}': use auto, {', '.join(backend_names())}")
-    return importlib.import_module(f"{__name__}.{name}").BACKEND
+    if name in _folders():
+        return importlib.import_module(f"{__name__}.{name}.backend").BACKEND
+    point = _entry_points(tuple(sys.path))[name]
+    try:
+        return point.load().BACKEND
+    except Exception as error:  # whatever another package's code raises
+        raise CompileError(
+            f"the target '{name}' cannot be imported ({type(error).__name__}: {error}): repair or remove the package "
+            f"with the entry point '{name} = {point.value}'"
+        ) from error
+
+
+def preferred() -> list[str]:
+    """Names of all backends, in the order in which ``auto`` tries them."""
+    return sorted(backend_names(), key=lambda name: -find_backend(name).priority)
+
+
+def _folders() -> list[str]:
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.ispkg]
+
+
+@functools.cache
+def _entry_points(_path: tuple[str, ...]) -> dict[str, importlib.metadata.EntryPoint]:
+    """The entry points on a search path: looking them up reads many small files."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}

@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qeff_ir.module import Module
 from qeff_ir.runtime.session import ForwardSession, Session
+
+if TYPE_CHECKING:
+    from qeff_ir.cost import Storage
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,29 @@ def default_prefill(ctx_len: object) -> int:
 
 
 class Backend(ABC):
-    """One target. A backend package exposes an instance as `BACKEND`."""
+    """One target. The module ``backend`` of its folder has an instance called `BACKEND`.
+
+    Attributes:
+        name: The name of the folder.
+        pipeline: Stock pipeline as text.
+        title: What a package is for, after "Target NAME:" (``this CPU``).
+        runner: What runs a package where the target's device is not (``ONNX Runtime``).
+        priority: ``auto`` takes the target with the highest priority that nothing is missing for.
+        ahead_of_time: Whether there is a compiler to run over what was emitted, and flags for it.
+        emitted: What to do with a package that was emitted but not compiled, as a clause.
+        retains_adapters: Whether the factors of a single adapter are kept between runs as retained states.
+        names_hidden_states: Whether a host reads the hidden states of a text encoder by one name (`passes.embedding`).
+    """
 
     name: ClassVar[str]
     pipeline: ClassVar[str]
-    """Stock pipeline as text."""
+    title: ClassVar[str]
+    runner: ClassVar[str]
+    priority: ClassVar[int] = 0
+    ahead_of_time: ClassVar[bool] = False
+    emitted: ClassVar[str] = ""
+    retains_adapters: ClassVar[bool] = False
+    names_hidden_states: ClassVar[bool] = False
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -105,6 +126,20 @@ class Backend(ABC):
     @abstractmethod
     def open_forward(self, folder: Path, *, threads: int | None = None) -> ForwardSession:
         """Open a session on the verified package folder of a model that retains nothing; arguments as for `open`."""
+
+    def storage(self, options: Mapping[str, Any]) -> Storage:
+        """How many bytes the target needs for a number.
+
+        Args:
+            options: The compile options of a package, as its manifest has them.
+        """
+        from qeff_ir.cost import Storage
+
+        return Storage()
+
+    def devices(self) -> dict[str, Path]:
+        """The files that describe the target's devices (`qeff_ir.roofline.read_device`), by name."""
+        return {}
 
     def versions(self) -> dict[str, str]:
         """Whatever of the target's own can change the artefact, by name: part of the cache key."""

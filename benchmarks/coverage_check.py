@@ -19,6 +19,8 @@ from backends import backend_names, find_backend
 from backends.base import CompileOptions
 from benchmarks.coverage_models import build, data, shrink, small_config
 from benchmarks.coverage_row import PASSED, Job, Row
+from qeff_ir import numerics
+from qeff_ir.arrays import Array
 from qeff_ir.compiler import specialize
 from qeff_ir.errors import QeffError
 from qeff_ir.frontend.config import read_config
@@ -27,8 +29,6 @@ from qeff_ir.frontend.versions import next_cache
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.runtime.session import Array
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.trace import compare, reference_trace, session_trace
 
 OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=48, batch_size=2)
@@ -82,7 +82,7 @@ def _check(job: Job, row: Row, folder: Path) -> None:
     reference = reference_trace(model, prompts, STEPS)
     module = MemorySource(model).lower()
     row.nodes, row.states = len(module.graph), len(module.states)
-    row.bound = tolerance.bound(tolerance.depth(module))
+    row.bound = numerics.bound(numerics.depth(module))
     own = _ROUNDINGS * _rounding(model, prompts, reference.tokens)
     row.limit = min(max(row.bound, own), _WORST * row.bound)
     failures: list[str] = []
@@ -141,7 +141,7 @@ def _difference(single: list[Array], other: Callable[[], list[Array]]) -> float:
         pairs = list(zip(other(), single, strict=True))
     except Exception:
         return 0.0
-    return max(tolerance.error_over_rms(a[step], b[step]) for a, b in pairs for step in range(STEPS))
+    return max(numerics.error_over_rms(a[step], b[step]) for a, b in pairs for step in range(STEPS))
 
 
 def _import(file: Path) -> None:

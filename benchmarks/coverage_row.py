@@ -18,7 +18,7 @@ class Row:
         model: The model's class.
         result: `PASSED`, ``absent`` (it cannot be a decoder with retained states) or ``fail``.
         error: The largest ``max|error| / rms`` of the logits by backend.
-        bound: What the tests allow that to be (`qeff_ir.testing.tolerance.bound`).
+        bound: What the tests allow that to be (`qeff_ir.numerics.bound`).
         limit: What is allowed here: the bound, or more where transformers differs from itself by more.
         nodes: Nodes of the lowered graph.
         states: Retained tensors.

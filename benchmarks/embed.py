@@ -18,7 +18,7 @@ from benchmarks.options import Json, Peers, Plot, Quick
 from benchmarks.race import Rounds, Threads
 from benchmarks.result import Result, Row, figure, publish
 from qeff_ir import QEFFAutoModel
-from qeff_ir.runtime.session import Array
+from qeff_ir.arrays import Array
 
 Contender = Callable[[list[str]], Array]
 

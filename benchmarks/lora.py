@@ -12,7 +12,7 @@ import typer
 from peft import LoraConfig, get_peft_model
 
 from backends.base import CompileOptions
-from backends.onnxruntime import BACKEND
+from backends.onnxruntime.backend import BACKEND
 from benchmarks.contenders import Ours
 from benchmarks.options import Json, Peers, Plot, Quick
 from benchmarks.peers.contender import Entrant

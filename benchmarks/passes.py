@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from backends.base import CompileOptions
-from backends.onnxruntime import BACKEND
+from backends.onnxruntime.backend import BACKEND
 from benchmarks.prepare import lowered
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend.weights import memory_weights

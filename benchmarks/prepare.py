@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from backends.base import CompileOptions
-from backends.onnxruntime import BACKEND
+from backends.onnxruntime.backend import BACKEND
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend.lower import lower
 from qeff_ir.frontend.weights import Weights

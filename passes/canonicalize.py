@@ -17,11 +17,11 @@ from onnxscript.rewriter.rules import common as rules
 from qeff_ir import device_ops, dialect
 from qeff_ir.errors import PassError
 from qeff_ir.module import Module
+from qeff_ir.numerics import Exact, Numeric
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.hiding import LARGE
 from qeff_ir.passing.matching import same_size
 from qeff_ir.passing.rooted import rooted
-from qeff_ir.testing.tolerance import Exact, Numeric
 
 # Not `optimizer.optimize_ir`: its default rules contain one with two results, which looks at every pair of slices and
 # walks the graph for each node, so that its time grows with the square of the model; most others are for convolutions.

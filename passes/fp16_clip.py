@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
+from qeff_ir.numerics import Approximates, Numeric
 from qeff_ir.passing.base import Pass, Rewriter, register
-from qeff_ir.testing.tolerance import Approximates, Numeric
 
 FP16_MAX = 65504.0
 

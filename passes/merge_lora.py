@@ -14,12 +14,12 @@ import onnx_ir as ir
 from qeff_ir.adapters.fit import numbers
 from qeff_ir.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, Adapter, Factors, read_adapter
 from qeff_ir.adapters.layers import Layer, find_layers
+from qeff_ir.arrays import Array
 from qeff_ir.errors import AdapterError, PassError
 from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 from qeff_ir.passing.matching import made_by
-from qeff_ir.runtime.session import Array
 
 
 @register

@@ -1,19 +1,12 @@
-"""qeff-ir: compiles unmodified Hugging Face causal LMs for Qualcomm Cloud AI 100, and runs them on any CPU."""
+"""qeff-ir: compiles unmodified Hugging Face models for Qualcomm Cloud AI 100, and runs them on any CPU.
+
+The public names are imported on first use (``import qeff_ir`` is fast); ``__init__.pyi`` tells type checkers of them.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from qeff_ir.auto.adapters import QEffAutoPeftModelForCausalLM as QEffAutoPeftModelForCausalLM
-    from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM as QEFFAutoModelForCausalLM
-    from qeff_ir.auto.embedding import QEFFAutoModel as QEFFAutoModel
-    from qeff_ir.auto.finite_adapters import QEffAutoLoraModelForCausalLM as QEffAutoLoraModelForCausalLM
-    from qeff_ir.auto.heads import QEFFAutoModelForCTC as QEFFAutoModelForCTC
-    from qeff_ir.auto.heads import QEFFAutoModelForSequenceClassification as QEFFAutoModelForSequenceClassification
-    from qeff_ir.auto.heads import QEFFAutoModelForTokenClassification as QEFFAutoModelForTokenClassification
-    from qeff_ir.auto.peft_model import QEffPeftModelForCausalLM as QEffPeftModelForCausalLM
+from typing import Any
 
 __version__ = "0.1.0"
 _HOMES = {

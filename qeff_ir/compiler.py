@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from backends import find_backend
+from backends import find_backend, preferred
 from backends.base import Backend, CompileOptions
 from qeff_ir.digests import digest_file
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError
@@ -56,17 +56,20 @@ class Compiled:
 
 
 def choose_target(target: str) -> tuple[str, str]:
-    """Resolve ``auto``: AI 100 when its SDK is here, else ONNX Runtime.
+    """Resolve ``auto``: the target with the highest priority that nothing is missing for.
 
     Returns:
         The target's name, and a sentence that says why.
     """
     if target != "auto":
         return target, f"target {target}, as asked"
-    missing = find_backend("ai100").missing()
-    if missing is None:
-        return "ai100", "target ai100: the SDK is installed"
-    return "onnxruntime", f"target onnxruntime: {missing}"
+    reasons: list[str] = []
+    for name in preferred():
+        missing = find_backend(name).missing()
+        if missing is None:
+            return name, f"target {name}: {'; '.join(reasons) or 'its compiler is installed'}"
+        reasons.append(missing)
+    raise CompileError(f"there is no target that can compile here: {'; '.join(reasons)}")
 
 
 def compile_model(

@@ -24,12 +24,12 @@ from qeff_ir import (
     QEFFAutoModelForCTC,
     QEFFAutoModelForSequenceClassification,
     QEFFAutoModelForTokenClassification,
+    numerics,
 )
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError, UnsupportedModelError
 from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
 from qeff_ir.frontend.sentence import read_sentence_config
 from qeff_ir.runtime.interface import read_interface
-from qeff_ir.testing import tolerance
 from tests.encoders import ENCODERS, build, example
 
 PAIR = dict.fromkeys(("input_ids", "attention_mask"), ("batch_size", "seq_len"))
@@ -83,7 +83,7 @@ def test_a_pooling_of_the_users(target: str) -> None:
             reference("distilbert", **IDS).last_hidden_state, torch.tensor(IDS["attention_mask"])
         )
     expected = torch.nn.functional.normalize(pooled).numpy()
-    assert tolerance.error_over_rms(model.generate(IDS)["output"], expected) <= tolerance.bound(8)
+    assert numerics.error_over_rms(model.generate(IDS)["output"], expected) <= numerics.bound(8)
 
 
 def test_a_sentence_transformers_folder_brings_its_pooling(tmp_path: Path) -> None:
@@ -236,9 +236,9 @@ def test_heads_and_pairs_of_texts(target: str) -> None:
         expected = exact(theirs, {**IDS, "token_type_ids": kinds}).logits
         other = exact(theirs, IDS).logits
         keep = IDS["attention_mask"] > 0 if found.ndim == 3 else slice(None)
-        limit = tolerance.bound(9)
-        assert tolerance.error_over_rms(found[keep], expected.numpy()[keep]) <= limit
-        assert tolerance.error_over_rms(other.numpy()[keep], expected.numpy()[keep]) > 100 * limit
+        limit = numerics.bound(9)
+        assert numerics.error_over_rms(found[keep], expected.numpy()[keep]) <= limit
+        assert numerics.error_over_rms(other.numpy()[keep], expected.numpy()[keep]) > 100 * limit
         names = [s.name for s in ours.encoder().session.specializations]
         assert names == [f"{ours.task.graph_name}_{i}" for i in range(2)]
     with pytest.raises(RuntimeInputError, match="the input 'token_type_ids' is missing"):
@@ -353,7 +353,7 @@ def test_a_checkpoint_without_a_pooler_has_one_output_less(tmp_path: Path) -> No
     assert list(found) == ["last_hidden_state"]
     expected = reference("bert", **IDS).last_hidden_state.numpy()
     keep = IDS["attention_mask"] > 0
-    assert tolerance.error_over_rms(found["last_hidden_state"][keep], expected[keep]) <= tolerance.bound(6)
+    assert numerics.error_over_rms(found["last_hidden_state"][keep], expected[keep]) <= numerics.bound(6)
     del weights["embeddings.word_embeddings.weight"]
     save_file(weights, file)
     with pytest.raises(
@@ -374,7 +374,7 @@ def test_a_tower_of_two_is_taken_by_its_name(tmp_path: Path) -> None:
     images = example("clip-vision", {"pixel_values": ("batch_size", 3, 16, 16)})
     expected = exact(theirs.vision_model, images).last_hidden_state.numpy()
     found = model.generate(images)["last_hidden_state"]
-    assert tolerance.error_over_rms(found, expected) <= tolerance.bound(7)
+    assert numerics.error_over_rms(found, expected) <= numerics.bound(7)
     with pytest.raises(ModelLoadError, match="CLIPConfig has no part 'audio': there is text, vision"):
         QEFFAutoModel.from_pretrained(tmp_path, part="audio")
 
@@ -412,7 +412,7 @@ def test_a_model_that_is_compiled_again_takes_what_it_is_compiled_for_last() -> 
     model.compile(target="onnxruntime", seq_len=12)
     found, keep = model.generate(IDS)["last_hidden_state"], IDS["attention_mask"] > 0
     expected = reference("distilbert", **IDS).last_hidden_state.numpy()
-    assert tolerance.error_over_rms(found[keep], expected[keep]) <= tolerance.bound(7)
+    assert numerics.error_over_rms(found[keep], expected[keep]) <= numerics.bound(7)
 
 
 def test_a_forward_pass_of_other_inputs_is_another_model_to_the_cache(tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_the_host_may_look_up_the_token_embeddings(tmp_path: Path) -> None:
     found = model.generate(inputs_embeds=vectors, attention_mask=IDS["attention_mask"])["output"]
     hidden, mask = reference("distilbert", **IDS).last_hidden_state.numpy(), IDS["attention_mask"][..., None]
     expected = (hidden * mask).sum(1) / mask.sum(1)
-    assert tolerance.error_over_rms(found, expected) <= tolerance.bound(7)
+    assert numerics.error_over_rms(found, expected) <= numerics.bound(7)
     (file,) = (tmp_path / "package").glob("*.onnx")
     names = {i.name for i in onnx.load(str(file), load_external_data=False).graph.initializer}
     assert "embeddings.position_embeddings.weight" in names and "embeddings.word_embeddings.weight" not in names

@@ -13,6 +13,8 @@ import torch
 
 from backends import find_backend
 from backends.base import CompileOptions
+from qeff_ir import numerics
+from qeff_ir.arrays import Array
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend.forward_source import CTC, EMBEDDING, ForwardMemory, ForwardOptions
 from qeff_ir.frontend.inputs import find_inputs
@@ -21,8 +23,6 @@ from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.encoder import Encoder
 from qeff_ir.runtime.interface import read_interface
-from qeff_ir.runtime.session import Array
-from qeff_ir.testing import tolerance
 from tests import support
 from tests.encoders import ENCODERS, build, example
 
@@ -67,8 +67,8 @@ def test_outputs_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         outputs = compiled(name, target, tmp_path / target).run(inputs)
         assert list(outputs) == [k for k, v in reference.items() if isinstance(v, torch.Tensor)]
         for key, values in outputs.items():
-            error = tolerance.error_over_rms(real(values, inputs), real(reference[key].numpy(), inputs))
-            assert error <= tolerance.bound(max(1, tolerance.depth(module, key))), (target, key)
+            error = numerics.error_over_rms(real(values, inputs), real(reference[key].numpy(), inputs))
+            assert error <= numerics.bound(max(1, numerics.depth(module, key))), (target, key)
 
 
 @pytest.mark.parametrize("name", [n for n, e in ENCODERS.items() if e.kind == "text"])
@@ -88,10 +88,10 @@ def test_a_lost_mask_is_caught(tmp_path: Path) -> None:
     """The comparison above tells when padding takes part."""
     module, inputs, reference = lowered("bert")
     blind = compiled("bert", "onnxruntime", tmp_path).run({**inputs, "attention_mask": np.ones((2, 11), np.int64)})
-    error = tolerance.error_over_rms(
+    error = numerics.error_over_rms(
         real(blind["last_hidden_state"], inputs), real(reference["last_hidden_state"].numpy(), inputs)
     )
-    assert error > 1000 * tolerance.bound(tolerance.depth(module, "last_hidden_state"))
+    assert error > 1000 * numerics.bound(numerics.depth(module, "last_hidden_state"))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
@@ -104,14 +104,14 @@ def test_a_decoder_embeds_texts_that_are_padded_on_the_left(name: str, tmp_path:
     with torch.no_grad():
         hidden = exact(**left).last_hidden_state.numpy()
         alone = exact(input_ids=left["input_ids"][1:, 4:]).last_hidden_state.numpy()[:, -1]
-    limit = tolerance.bound(tolerance.depth(module, "last_hidden_state"))
+    limit = numerics.bound(numerics.depth(module, "last_hidden_state"))
     for target in TARGETS:
         model = compiled(name, target, tmp_path / target, "embedding{pooling=last}")
         found = model.run(left)["output"]
-        assert tolerance.error_over_rms(found, hidden[:, -1]) <= limit, target
+        assert numerics.error_over_rms(found, hidden[:, -1]) <= limit, target
         for column in (0, -2):
-            assert tolerance.error_over_rms(found, hidden[:, column]) > 1000 * limit
+            assert numerics.error_over_rms(found, hidden[:, column]) > 1000 * limit
         if name == "qwen3":  # its positions are relative: padding changes nothing
-            assert tolerance.error_over_rms(found[1:], alone) <= limit, target
+            assert numerics.error_over_rms(found[1:], alone) <= limit, target
         blind = model.run({**left, "attention_mask": torch.ones_like(left["attention_mask"])})["output"]
-        assert tolerance.error_over_rms(blind[1:], hidden[1:, -1]) > 1000 * limit
+        assert numerics.error_over_rms(blind[1:], hidden[1:, -1]) > 1000 * limit

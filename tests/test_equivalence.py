@@ -14,12 +14,11 @@ import onnx_ir as ir
 import pytest
 
 from backends import backend_names
-from qeff_ir import QEFFAutoModelForCausalLM, dialect
+from qeff_ir import QEFFAutoModelForCausalLM, dialect, numerics
 from qeff_ir.errors import PassError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.trace import compare, session_trace
 from tests import support
 from tests.models import MODELS, WINDOW
@@ -30,7 +29,7 @@ KILL_FACTOR = 100.0
 
 
 def limit(module: Module) -> float:
-    return tolerance.bound(tolerance.depth(module))
+    return numerics.bound(numerics.depth(module))
 
 
 @pytest.mark.parametrize("target", backend_names())
@@ -65,19 +64,19 @@ def test_the_windows_are_those_of_the_model(name: str) -> None:
 
 def test_depth_counts_the_products_in_a_row() -> None:
     """q/k/v, two in attention, the output, up and down: six a layer, and the head; a router is one more."""
-    assert tolerance.depth(support.lowered("llama")) == 6 * 2 + 1
-    assert tolerance.depth(support.lowered("bloom")) == 6 * 3 + 1
-    assert tolerance.depth(support.lowered("gemma3")) == 6 * 3 + 1
-    assert tolerance.depth(support.lowered("mixtral")) == 7 * 2 + 1
+    assert numerics.depth(support.lowered("llama")) == 6 * 2 + 1
+    assert numerics.depth(support.lowered("bloom")) == 6 * 3 + 1
+    assert numerics.depth(support.lowered("gemma3")) == 6 * 3 + 1
+    assert numerics.depth(support.lowered("mixtral")) == 7 * 2 + 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-oss", "deepseek-v3"])
 def test_passes_keep_the_depth(name: str) -> None:
     module = support.canonical(name)
-    before = tolerance.depth(support.lowered(name))
-    assert tolerance.depth(module) == before
+    before = numerics.depth(support.lowered(name))
+    assert numerics.depth(module) == before
     support.apply(module, support.rest_of("onnxruntime"))
-    assert tolerance.depth(module) == before
+    assert numerics.depth(module) == before
 
 
 # Planted faults. Each changes a canonical module that, unchanged, passes the matrix above; the trace must tell.
@@ -404,5 +403,5 @@ def test_the_dialect_itself_runs(tmp_path: Path) -> None:
     }
     logits = support.run_graph(module, tmp_path / "a", feeds)["logits"][:, -1]
     decoder = support.open_decoder(module, tmp_path / "b")
-    error = tolerance.error_over_rms(decoder.prefill(ids.tolist()), logits)
+    error = numerics.error_over_rms(decoder.prefill(ids.tolist()), logits)
     assert error <= limit(support.lowered("gpt-oss"))

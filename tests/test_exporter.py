@@ -14,9 +14,9 @@ import torch
 from transformers.exporters import AutoHfExporter
 from transformers.exporters.base import ExportedModel
 
+from qeff_ir import numerics
 from qeff_ir.errors import PackageError
 from qeff_ir.exporter import Ai100Config, Ai100Exporter
-from qeff_ir.testing import tolerance
 from tests.encoders import build, example
 
 
@@ -36,10 +36,10 @@ def test_it_returns_what_the_model_returns_also_after_saving(exported: ExportedM
     for model in (exported, ExportedModel.from_pretrained(tmp_path)):
         outputs = model(**inputs)
         assert type(outputs) is type(reference)
-        error = tolerance.error_over_rms(
+        error = numerics.error_over_rms(
             outputs.last_hidden_state[keep].numpy(), reference.last_hidden_state[keep].numpy()
         )
-        assert error <= tolerance.bound(6)
+        assert error <= numerics.bound(6)
 
 
 def test_a_damaged_file_is_refused(exported: ExportedModel, tmp_path: Path) -> None:

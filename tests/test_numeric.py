@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qeff_ir.numerics import Approximates, Exact, Numeric, Observed, Reassociates, bound, signal_to_noise
 from qeff_ir.passing.base import registered_passes
-from qeff_ir.testing.tolerance import Approximates, Exact, Numeric, Observed, Reassociates, bound, signal_to_noise
 
 EXACT = np.random.default_rng(0).standard_normal((4, 9))
 CLASSES = [Exact(), Reassociates(), Approximates("half precision", 60.0)]

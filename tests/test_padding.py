@@ -11,13 +11,12 @@ import pytest
 import torch
 import transformers
 
-from qeff_ir import QEFFAutoModel, QEFFAutoModelForCTC, QEFFAutoModelForSequenceClassification
+from qeff_ir import QEFFAutoModel, QEFFAutoModelForCTC, QEFFAutoModelForSequenceClassification, numerics
 from qeff_ir.errors import CompileError, RuntimeInputError
 from qeff_ir.frontend.forward_source import CTC, ForwardMemory, ForwardOptions
 from qeff_ir.frontend.inputs import find_inputs
 from qeff_ir.frontend.padding import find_padding
 from qeff_ir.runtime.sizes import evaluate
-from qeff_ir.testing import tolerance
 from tests.encoders import build, example
 
 TARGETS = ["onnxruntime", "ai100"]
@@ -55,7 +54,7 @@ def logits(model: Any, ids: Any, mask: Any) -> Any:
 
 
 def close(found: Any, expected: Any, depth: int = 9) -> bool:
-    return tolerance.error_over_rms(found, expected) <= tolerance.bound(depth)
+    return numerics.error_over_rms(found, expected) <= numerics.bound(depth)
 
 
 @pytest.mark.parametrize(("kind", "eos"), [("qwen2", None), ("gemma", 63)])
@@ -152,7 +151,7 @@ def test_a_recording_that_is_normalized_as_a_whole_is_not_padded() -> None:
     ours = QEFFAutoModelForCTC(theirs)
     ours.compile(target="ai100", seq_len=[700, 1000], emit_only=True)
     expected = exact(theirs, input_values=SOUND).logits.numpy()
-    depth = tolerance.depth(ForwardMemory(theirs, ForwardOptions(CTC)).lower())  # deeper: it normalizes twice
+    depth = numerics.depth(ForwardMemory(theirs, ForwardOptions(CTC)).lower())  # deeper: it normalizes twice
     assert close(ours.generate(input_values=SOUND)["logits"], expected, depth)
     with pytest.raises(RuntimeInputError, match="filling them up to 1000 would change 'logits' of this model"):
         ours.generate(input_values=np.zeros((1, 701), np.float32))

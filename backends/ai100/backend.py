@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from backends.ai100 import checks, compiler, flags, sdk
 from backends.ai100.emit import BINARY, emit
@@ -16,12 +17,23 @@ from qeff_ir.runtime.session import ForwardSession, Session
 
 if TYPE_CHECKING:
     from backends.ai100.emulator import EmulatedSession
+    from qeff_ir.cost import Storage
+
+_MXFP6_BYTES = 25 / 32  # a block of 32 is 24 bytes of codes and one of scale (contract §15.2)
+_DEVICES = Path(__file__).with_name("devices")
 
 
 class Ai100Backend(Backend):
     """Ahead-of-time compilation for Cloud AI 100, by the description of the installed SDK."""
 
     name: ClassVar[str] = "ai100"
+    title: ClassVar[str] = "the package for Qualcomm's compiler"
+    runner: ClassVar[str] = "the AI 100 emulator"
+    priority: ClassVar[int] = 1
+    ahead_of_time: ClassVar[bool] = True
+    emitted: ClassVar[str] = "it runs in the emulator; compile_command.json has the compiler's command"
+    retains_adapters: ClassVar[bool] = True
+    names_hidden_states: ClassVar[bool] = True
     pipeline: ClassVar[str] = (
         "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,"
         "kv-retention{layout=scatter},attention{impl=grouped},fp16-clip,legalize"
@@ -108,6 +120,16 @@ class Ai100Backend(Backend):
         from backends.ai100.emulator import EmulatedSession
 
         return EmulatedSession(models[0], threads=threads)
+
+    def storage(self, options: Mapping[str, Any]) -> Storage:
+        """Halves, compressed as the options say."""
+        from qeff_ir.cost import Storage
+
+        return Storage(2, _MXFP6_BYTES if options["mxfp6_matmul"] else 2, 1 if options["mxint8_kv_cache"] else 2)
+
+    def devices(self) -> dict[str, Path]:
+        """The cards in ``devices/``."""
+        return {path.stem: path for path in sorted(_DEVICES.glob("*.json"))}
 
     def versions(self) -> dict[str, str]:
         """The target description, the installed SDK, and the hardware."""

@@ -14,10 +14,10 @@ import numpy as np
 
 from backends.ai100 import runtime_path, specializations
 from backends.ai100.emit import BINARY_FOLDER, COMMAND
+from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
 from qeff_ir.module import AdapterInput, Specialization
 from qeff_ir.runtime.interface import read_interface, sized
-from qeff_ir.runtime.session import Array
 
 _SUFFIX = "_RetainedState"
 _DTYPES: dict[str, type[np.generic]] = {

@@ -16,6 +16,8 @@ class OnnxRuntimeBackend(Backend):
     """Emits one ONNX file that takes every specialization; there is nothing to compile ahead of time."""
 
     name: ClassVar[str] = "onnxruntime"
+    title: ClassVar[str] = "this CPU"
+    runner: ClassVar[str] = "ONNX Runtime"
     pipeline: ClassVar[str] = (
         "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,"
         "kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-rotary,ort-kernels"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError
 from qeff_ir.module import Module, Specialization
-from qeff_ir.runtime.session import Array
 
 
 class OrtForwardSession:

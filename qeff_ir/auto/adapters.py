@@ -86,7 +86,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         adapter = open_adapter(pretrained_model_name_or_path, **hub)
         base = model_name(base_model) if base_model is not None else base_of(adapter)
         if finite_adapters:
-            from qeff_ir.auto.finite_adapters import QEffAutoLoraModelForCausalLM
+            from qeff_ir import QEffAutoLoraModelForCausalLM
 
             cls = QEffAutoLoraModelForCausalLM
         hub.pop("revision", None)  # the adapter's; the base model's stands in the configuration
@@ -246,7 +246,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
                 targets=lora_targets,
                 bias=lora_bias,
                 mode=lora_mode,
-                retained=target == "ai100",
+                retained=find_backend(target).retains_adapters,
             )
             steps = steps.insert_after("last-logits", step)
         for folder in merged:

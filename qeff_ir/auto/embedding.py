@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.auto.forward import ForwardModel, in_memory
 from qeff_ir.errors import ModelLoadError, PassError, RuntimeInputError
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from passes.embedding import Embedding
+    from qeff_ir.arrays import Array
     from qeff_ir.frontend.inputs import Wanted
     from qeff_ir.frontend.sentence import SentenceConfig
     from qeff_ir.passing.pipeline import Pipeline
-    from qeff_ir.runtime.session import Array
 
 Pooling = Any
 """A mode of the pass `embedding`, or a torch module of the user's (``last_hidden_states, attention_mask``)."""
@@ -142,7 +143,7 @@ class QEFFAutoModel(ForwardModel):
 
         made = super().pipeline_for(target)
         embedding = self._embedding
-        if embedding is None and target == "ai100" and self._takes_tokens():
+        if embedding is None and find_backend(target).names_hidden_states and self._takes_tokens():
             embedding = Embedding("none")
         return made if embedding is None else made.insert_before("fuse-norms", embedding)
 

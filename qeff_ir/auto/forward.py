@@ -20,9 +20,9 @@ from qeff_ir.passing.pipeline import Pipeline
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qeff_ir.arrays import Array
     from qeff_ir.frontend.inputs import Wanted
     from qeff_ir.runtime.encoder import Encoder
-    from qeff_ir.runtime.session import Array
 
 
 class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):

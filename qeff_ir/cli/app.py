@@ -10,9 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
+import qeff_ir.cli.bundles as bundles
+import qeff_ir.cli.compile as compiling
+import qeff_ir.cli.cost as cost
+import qeff_ir.cli.demo as demo
+import qeff_ir.cli.embed as embed
+import qeff_ir.cli.looking as looking
+import qeff_ir.cli.opt as opt
+import qeff_ir.cli.passes as passes
+import qeff_ir.cli.run as run
+import qeff_ir.cli.terminal as terminal
+import qeff_ir.cli.verify as verify
 from qeff_ir import __version__
-from qeff_ir.cli import bundles, cost, demo, embed, looking, opt, passes, run, terminal, verify
-from qeff_ir.cli import compile as compiling
 from qeff_ir.cli.flags import FlagCommand
 from qeff_ir.errors import QeffError
 

@@ -56,10 +56,11 @@ def _say_next(compiled: Compiled, runs: str | None) -> None:
     if linked:
         size = sum(path.stat().st_size for path in linked) / 1e9
         line(f"Weights:  {size:.1f} GB are hard links, which onnx does not read; QEFF_WEIGHTS=copy copies them")
-    if compiled.manifest.target == "ai100" and not compiled.manifest.compiled:
-        line(
-            "          emitted, not compiled: it runs in the emulator; compile_command.json has the compiler's command"
-        )
+    from backends import find_backend
+
+    emitted = find_backend(compiled.manifest.target).emitted
+    if emitted and not compiled.manifest.compiled:
+        line(f"          emitted, not compiled: {emitted}")
     line("Next:     ", (f'qeff run {runs or shlex.quote(str(compiled.folder))} --prompt "…"', "bold"))
 
 

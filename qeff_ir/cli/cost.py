@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from qeff_ir.package import Manifest
     from qeff_ir.roofline import Device
 
-_MXFP6_BYTES = 25 / 32  # a block of 32 is 24 bytes of codes and one of scale (contract §15.2)
-_DEVICES = Path(__file__).parents[2] / "backends" / "ai100" / "devices"
-
 
 def command(
     package: Annotated[Path, typer.Argument(help="A compiled package.", show_default=False)],
@@ -67,21 +64,18 @@ def _module(package: Path) -> Module:
 
 
 def _storage(manifest: Manifest) -> Storage:
-    """The AI 100 stores halves, and compresses what it was told to; ONNX Runtime stores what it is given."""
-    from qeff_ir.cost import Storage
+    from backends import find_backend
 
-    if manifest.target != "ai100":
-        return Storage()
-    options = manifest.options
-    return Storage(2, _MXFP6_BYTES if options["mxfp6_matmul"] else 2, 1 if options["mxint8_kv_cache"] else 2)
+    return find_backend(manifest.target).storage(manifest.options)
 
 
 def _device(name: str) -> Device:
+    from backends import backend_names, find_backend
     from qeff_ir.roofline import read_device
 
-    shipped = sorted(path.stem for path in _DEVICES.glob("*.json"))
+    shipped = {device: path for target in backend_names() for device, path in find_backend(target).devices().items()}
     if name in shipped:
-        return read_device(_DEVICES / f"{name}.json")
+        return read_device(shipped[name])
     if not Path(name).is_file():
         raise CompileError(f"there is no device '{name}': it is {', '.join(shipped)}, or a file that describes one")
     return read_device(Path(name))

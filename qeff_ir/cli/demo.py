@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from qeff_ir.cli.lowered import LoweredOnce
     from qeff_ir.testing.trace import Comparison, Trace
 
-_RUNNERS = {"ai100": "the AI 100 emulator", "onnxruntime": "ONNX Runtime"}
-_TITLES = {
-    "ai100": "Target ai100: the package for Qualcomm's compiler",
-    "onnxruntime": "Target onnxruntime: this CPU",
-}
 _STEPS = 4
 """Tokens that are compared after each question: the longest answer, and its stop token."""
 
@@ -52,12 +47,15 @@ def command(
     lora: Annotated[bool, typer.Option("--lora", help="Switch between adapters of the model instead.")] = False,
 ) -> None:
     """Compile the bundled model, run it, and hold every token and logit against transformers."""
-    if target is not None and target not in _RUNNERS:
-        raise CompileError(f"the demo has no target '{target}': use {' or '.join(_RUNNERS)}, or leave it out for both")
-    if lora:
-        from qeff_ir.cli import demo_lora
+    from backends import backend_names
 
-        demo_lora.command([target] if target else list(_RUNNERS), out)
+    names = backend_names()
+    if target is not None and target not in names:
+        raise CompileError(f"the demo has no target '{target}': use {' or '.join(names)}, or leave it out for all")
+    if lora:
+        import qeff_ir.cli.demo_lora as demo_lora
+
+        demo_lora.command([target] if target else names, out)
         return
     from qeff_ir.demo import MODEL_FOLDER, problems
 
@@ -88,7 +86,7 @@ def command(
     with folders as folder:
         outcomes = [
             _try(name, once, Path(folder) / name, tokenizer, [q for q, _ in questions], reference)
-            for name in ([target] if target else _RUNNERS)
+            for name in ([target] if target else names)
         ]
     if out is not None:
         show()
@@ -122,15 +120,18 @@ def _try(
     reference: Trace,
 ) -> _Outcome:
     """Compile for a target, show what the passes did, ask the questions, and compare."""
+    from backends import find_backend
+
+    backend = find_backend(target)
     show()
-    show(Text(_TITLES[target], style="bold"))
+    show(Text(f"Target {target}: {backend.title}", style="bold"))
     show()
-    request = Request(target=target, emit_only=target == "ai100", batch_size=len(questions))
+    request = Request(target=target, emit_only=backend.ahead_of_time, batch_size=len(questions))
     compiled = compile_source(source, request, folder, announce=False)
     show(pipeline_table(compiled.manifest.report))
     show()
     show(f"Package: {', '.join(_top_files(compiled.folder))}")
-    with working(f"Asking {_RUNNERS[target]}"):
+    with working(f"Asking {backend.runner}"):
         from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
         from qeff_ir.testing.trace import compare, session_trace
 
@@ -138,7 +139,7 @@ def _try(
         result = model.generate(prompts=questions, tokenizer=tokenizer)
         rows = encode(tokenizer, questions)
         comparison = compare(session_trace(model.runner().decoder, rows, reference.tokens), reference)
-    show(f"Ran in {_RUNNERS[target]}: {result}.")
+    show(f"Ran in {backend.runner}: {result}.")
     return _Outcome(target, result.generated_texts, comparison)
 
 

@@ -28,6 +28,7 @@ def command(targets: Sequence[str], out: Path | None) -> None:
     Raises:
         typer.Exit: An answer is wrong, or a switch has compiled again.
     """
+    from backends import find_backend
     from qeff_ir.auto.adapters import QEffAutoPeftModelForCausalLM
     from qeff_ir.demo import ADAPTERS_FOLDER, MODEL_FOLDER, TASKS
 
@@ -53,7 +54,7 @@ def command(targets: Sequence[str], out: Path | None) -> None:
                 model = QEffAutoPeftModelForCausalLM.from_pretrained(ADAPTERS_FOLDER / names[0], names[0])
                 model.compile(
                     target=target,
-                    emit_only=target == "ai100",
+                    emit_only=find_backend(target).ahead_of_time,
                     batch_size=len(names) + 1,
                     compile_dir=Path(folder) / f"{target}-lora",
                     lora_targets="all-linear",

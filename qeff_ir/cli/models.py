@@ -101,11 +101,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[l
 
 
 def _check_flags(target: str, request: Request) -> None:
-    """ONNX Runtime has no compiler: its flags are checked as the AI 100's, and said to do nothing."""
-    if target != "onnxruntime" or not request.flags:
-        return
-    from backends import find_backend
+    """Flags for a target without a compiler are checked as another target's, and said to do nothing."""
+    from backends import find_backend, preferred
 
-    find_backend("ai100").check_options(request.options())
+    if find_backend(target).ahead_of_time or not request.flags:
+        return
+    find_backend(preferred()[0]).check_options(request.options())
     names = ", ".join(f"--{name.replace('_', '-')}" for name in request.flags)
-    complain(f"onnxruntime has no compiler flags: {names} does nothing here", "warning")
+    complain(f"{target} has no compiler flags: {names} does nothing here", "warning")

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qeff_ir.testing.tolerance import bound, depth
+from qeff_ir.numerics import bound, depth
 from qeff_ir.testing.trace import Trace, compare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qeff_ir.arrays import Array
     from qeff_ir.module import Module
-    from qeff_ir.runtime.session import Array
 
 _FACTOR = 4.0
 

@@ -21,9 +21,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.module import EMBEDS, WEIGHT_KEY, Module
-from qeff_ir.runtime.session import Array
 from qeff_ir.runtime.token_table import TokenTable
 from qeff_ir.snapshot import save_module
 

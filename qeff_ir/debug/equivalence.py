@@ -8,15 +8,15 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from qeff_ir.arrays import Array
 from qeff_ir.debug.drive import Answers, Plan, drive, make_plan
 from qeff_ir.errors import EquivalenceError, QeffError
 from qeff_ir.module import WEIGHT_KEY, Module
+from qeff_ir.numerics import bound, depth, error_over_rms
 from qeff_ir.passing.base import Pass
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.report import PassRun, Report
-from qeff_ir.runtime.session import Array
-from qeff_ir.testing.tolerance import bound, depth, error_over_rms
 
 _FACTOR = 4.0
 """How many times its own response to half a unit of rounding in the weights a model may move in one pass."""
@@ -121,7 +121,7 @@ def error_of(values: Array, reference: Array) -> float:
 
 
 def depth_of(module: Module) -> int:
-    """`qeff_ir.testing.tolerance.depth` for any graph: without ``logits``, the number of its nodes bounds it."""
+    """`qeff_ir.numerics.depth` for any graph: without ``logits``, the number of its nodes bounds it."""
     return depth(module) if any(v.name == "logits" for v in module.graph.outputs) else len(module.graph)
 
 

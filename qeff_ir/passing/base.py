@@ -22,11 +22,11 @@ import onnx_ir as ir
 
 from qeff_ir.errors import PipelineError
 from qeff_ir.module import Module
+from qeff_ir.numerics import Numeric, Reassociates
 from qeff_ir.passing import plugins
 from qeff_ir.passing.expect import AnyNumber, Expect
 from qeff_ir.passing.report import Missed, PassStats
 from qeff_ir.passing.rewriter import OpBuilder, Rewriter
-from qeff_ir.testing.tolerance import Numeric, Reassociates
 
 __all__ = [
     "Missed",
@@ -56,7 +56,7 @@ class Pass(ABC):
         changes_weights: Whether it may add, alter or drop weights; they are shared references otherwise.
         folds_constants: Whether it may compute large constants from other constants; weights are none.
         idempotent: Whether a second run changes nothing.
-        numeric: What becomes of the numbers, see `qeff_ir.testing.tolerance.Numeric`; tests hold a pass to it.
+        numeric: What becomes of the numbers, see `qeff_ir.numerics.Numeric`; tests hold a pass to it.
         expect: How often it must fire; any number is fine by default, and what is left over is reported.
     """
 

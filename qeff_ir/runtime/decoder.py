@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
-from qeff_ir.runtime.session import Array, Session
+from qeff_ir.runtime.session import Session
 from qeff_ir.runtime.token_table import TokenTable
 from qeff_ir.runtime.turns import Turns
 

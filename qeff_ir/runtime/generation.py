@@ -18,12 +18,12 @@ from transformers import GenerationConfig, PreTrainedConfig, StoppingCriteriaLis
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.frontend.versions import CACHE
 from qeff_ir.runtime import private
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.request import GenerationRequest, read, refusals, wish
-from qeff_ir.runtime.session import Array
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.runtime.encoder import Encoder
-from qeff_ir.runtime.session import Array
 from qeff_ir.runtime.texts import tokenizing
 
 if TYPE_CHECKING:

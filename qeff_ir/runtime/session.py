@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from numpy.typing import NDArray
-
+from qeff_ir.arrays import Array
 from qeff_ir.module import AdapterInput, Specialization
-
-Array = NDArray[Any]
 
 
 class Session(Protocol):

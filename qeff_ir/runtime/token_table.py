@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qeff_ir.arrays import Array
 from qeff_ir.digests import stamp
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.module import EMBEDS
-from qeff_ir.runtime.session import Array
 from qeff_ir.storage import stored, stored_in
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from qeff_ir.runtime.session import Array
+from qeff_ir.arrays import Array
 
 Rotary = Literal["none", "half", "partial", "interleaved"]
 Activation = Literal["swish", "gelu", "gelu-tanh", "relu"]

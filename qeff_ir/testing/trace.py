@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qeff_ir.arrays import Array
+from qeff_ir.numerics import error_over_rms
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.runtime.session import Array
-from qeff_ir.testing.tolerance import error_over_rms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

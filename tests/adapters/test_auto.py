@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from passes.merge_lora import adapter_digest
-from qeff_ir import QEffAutoLoraModelForCausalLM, QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM
+from qeff_ir import QEffAutoLoraModelForCausalLM, QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM, numerics
 from qeff_ir.adapters.folder import CONFIG_FILE, read_adapter
 from qeff_ir.adapters.layers import find_layers
 from qeff_ir.adapters.step import lora_step
@@ -23,7 +23,6 @@ from qeff_ir.frontend.source import MemorySource
 from qeff_ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.testing import tolerance
 from tests import support
 from tests.adapters.random_adapters import base, make
 from tests.models import VOCAB, build
@@ -271,9 +270,9 @@ def test_what_is_shared_changes_where_the_adapter_says(kind: str, merged: bool, 
     decoder = model.runner(threads=1).decoder
     if not merged:
         model.use_adapters(["it"] * 2)
-    limit = tolerance.bound(tolerance.depth(support.lowered(NAME)))
-    assert tolerance.error_over_rms(decoder.prefill(ids.tolist()), expected) <= limit
-    assert tolerance.error_over_rms(plain, expected) > 100 * limit
+    limit = numerics.bound(numerics.depth(support.lowered(NAME)))
+    assert numerics.error_over_rms(decoder.prefill(ids.tolist()), expected) <= limit
+    assert numerics.error_over_rms(plain, expected) > 100 * limit
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
@@ -335,10 +334,10 @@ def test_a_layer_that_sees_heads_has_the_adapter_of_the_row(tmp_path: Path) -> N
         first, second = (m(input_ids=ids).logits[:, -1].numpy() for m in (adapted, headed()))
     model.use_adapters(["it", None])
     found = model.runner(threads=1).decoder.prefill(ids.tolist())
-    limit = tolerance.bound(tolerance.depth(support.lowered(NAME)))
+    limit = numerics.bound(numerics.depth(support.lowered(NAME)))
     for row, expected, other in ((0, first, second), (1, second, first)):
-        assert tolerance.error_over_rms(found[row], expected[row]) <= limit
-        assert tolerance.error_over_rms(other[row], expected[row]) > 100 * limit
+        assert numerics.error_over_rms(found[row], expected[row]) <= limit
+        assert numerics.error_over_rms(other[row], expected[row]) > 100 * limit
 
 
 def test_every_copy_of_a_row_has_the_adapter_of_the_row(one: tuple[Path, PeftModel]) -> None:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from backends import find_backend
-from qeff_ir import QEffAutoPeftModelForCausalLM
-from qeff_ir.testing import tolerance
+from qeff_ir import QEffAutoPeftModelForCausalLM, numerics
 from qeff_ir.testing.trace import Trace, compare, reference_trace, session_trace
 from tests import support
 from tests.adapters.random_adapters import base, make, rows_reference
@@ -78,7 +77,7 @@ class Case:
             for seed, (path, rank, config) in enumerate(zip(self.folders, RANKS, CONFIGS[name], strict=True))
         ]
         self.mixed = rows_reference([base(name), *self.models], PROMPTS, STEPS)
-        self.bound = tolerance.bound(tolerance.depth(support.lowered(name)))
+        self.bound = numerics.bound(numerics.depth(support.lowered(name)))
 
     def compiled(self, target: str, **options: Any) -> QEffAutoPeftModelForCausalLM:
         model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(self.name))
@@ -97,7 +96,7 @@ def row_errors(found: Trace, wanted: Trace) -> list[float]:
     """The largest error of each row."""
     rows = range(wanted.logits.shape[1])
     return [
-        max(tolerance.error_over_rms(a[row], b[row]) for a, b in zip(found.logits, wanted.logits, strict=True))
+        max(numerics.error_over_rms(a[row], b[row]) for a, b in zip(found.logits, wanted.logits, strict=True))
         for row in rows
     ]
 
@@ -176,7 +175,7 @@ def test_the_bias_of_a_layer_and_that_of_its_branch_add_up(merged: bool, tmp_pat
     if not merged:
         model.use_adapters(["it"] * 4)
     errors = row_errors(session_trace(decoder, PROMPTS, wanted.tokens), wanted)
-    assert max(errors) <= tolerance.bound(tolerance.depth(support.lowered("bloom")))
+    assert max(errors) <= numerics.bound(numerics.depth(support.lowered("bloom")))
 
 
 def test_the_reference_sees_the_adapter(tmp_path: Path) -> None:
@@ -184,4 +183,4 @@ def test_the_reference_sees_the_adapter(tmp_path: Path) -> None:
     with_it = reference_trace(peft_model, PROMPTS[:1], 2)
     with peft_model.disable_adapter():
         without = reference_trace(peft_model, PROMPTS[:1], 2)
-    assert tolerance.error_over_rms(with_it.logits[0], without.logits[0]) > 1e-3
+    assert numerics.error_over_rms(with_it.logits[0], without.logits[0]) > 1e-3

@@ -28,10 +28,9 @@ from hypothesis.stateful import (
 from transformers import DynamicCache
 
 from backends import backend_names
-from qeff_ir import QEffAutoPeftModelForCausalLM
+from qeff_ir import QEffAutoPeftModelForCausalLM, numerics
 from qeff_ir.errors import AdapterError
 from qeff_ir.frontend.versions import CACHE
-from qeff_ir.testing import tolerance
 from tests import support
 from tests.adapters.random_adapters import base, make
 
@@ -119,14 +118,14 @@ class Adapters(RuleBasedStateMachine):
         self.files = self.stamps()
         self.rows: list[Row] = []
         self.using: list[str | None] = [None] * BATCH
-        self.bound = tolerance.bound(tolerance.depth(support.lowered(NAME)))
+        self.bound = numerics.bound(numerics.depth(support.lowered(NAME)))
 
     def stamps(self) -> list[int]:
         return [path.stat().st_mtime_ns for path in sorted(package(self.target).rglob("*"))]
 
     def agrees(self, logits: np.ndarray, expected: list[np.ndarray]) -> None:
         for ours, theirs in zip(logits, expected, strict=True):
-            assert tolerance.error_over_rms(ours, theirs) <= self.bound
+            assert numerics.error_over_rms(ours, theirs) <= self.bound
 
     @rule(name=st.sampled_from(sorted(POOL)))
     def add(self, name: str) -> None:
@@ -195,8 +194,8 @@ def test_a_row_that_keeps_a_removed_adapter_is_caught(monkeypatch: pytest.Monkey
     assert not decoder.lora_ids.any()
     decoder.lora_ids[:] = slot
     tokens = support.prompts([6])[0]
-    error = tolerance.error_over_rms(decoder.prefill([tokens] * BATCH)[0], peft_rows.step(tokens, None))
-    assert error > 100 * tolerance.bound(tolerance.depth(support.lowered(NAME)))
+    error = numerics.error_over_rms(decoder.prefill([tokens] * BATCH)[0], peft_rows.step(tokens, None))
+    assert error > 100 * numerics.bound(numerics.depth(support.lowered(NAME)))
 
 
 def test_a_write_into_the_wrong_slot_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,5 +208,5 @@ def test_a_write_into_the_wrong_slot_is_caught(monkeypatch: pytest.MonkeyPatch) 
     model.load_adapter(FOLDERS["b"], "b")
     model.use_adapters(["a"] * BATCH)
     tokens = support.prompts([6])[0]
-    error = tolerance.error_over_rms(model.runner().decoder.prefill([tokens] * BATCH)[0], Row().step(tokens, "a"))
-    assert error > 100 * tolerance.bound(tolerance.depth(support.lowered(NAME)))
+    error = numerics.error_over_rms(model.runner().decoder.prefill([tokens] * BATCH)[0], Row().step(tokens, "a"))
+    assert error > 100 * numerics.bound(numerics.depth(support.lowered(NAME)))

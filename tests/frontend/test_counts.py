@@ -22,8 +22,8 @@ from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import ops
 from qeff_ir.frontend.positions import give_positions
 from qeff_ir.frontend.source import MemorySource
+from qeff_ir.numerics import error_over_rms
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.testing.tolerance import error_over_rms
 from qeff_ir.testing.trace import reference_trace
 from tests.frontend.test_positions import Run
 

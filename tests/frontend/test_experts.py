@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from qeff_ir import numerics
 from qeff_ir.frontend import experts
-from qeff_ir.testing import tolerance
 
 EXPERTS, CHOSEN, WIDTH, TOKENS = 5, 2, 8, 7
 
@@ -62,8 +62,8 @@ def test_every_expert_is_called_and_the_numbers_stay(seed: int) -> None:
             assert model.experts.called == list(range(EXPERTS))
             wrong = model.experts(state, index.roll(1, dims=0), weights)
         after = model.experts(state, index, weights)
-    assert tolerance.error_over_rms(got.numpy(), expected.numpy()) <= tolerance.bound(1)
-    assert tolerance.error_over_rms(wrong.numpy(), expected.numpy()) > 0.1
+    assert numerics.error_over_rms(got.numpy(), expected.numpy()) <= numerics.bound(1)
+    assert numerics.error_over_rms(wrong.numpy(), expected.numpy()) > 0.1
     assert torch.equal(after, expected)
 
 

@@ -13,12 +13,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qeff_ir import numerics
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend import states
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.frontend.versions import CACHE
 from qeff_ir.module import State
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.trace import compare, reference_trace, session_trace
 from tests import support
 from tests.models import WINDOW, build
@@ -65,7 +65,7 @@ def test_each_run_of_a_layer_has_a_cache_of_its_own(name: str, window: int | Non
     module = MemorySource(model).lower()
     kept = [(state.layer, state.role, state.window) for state in module.states]
     assert kept == [(layer, role, window) for layer in range(2 * LAYERS) for role in ("key", "value")]
-    bound = tolerance.bound(tolerance.depth(module))
+    bound = numerics.bound(numerics.depth(module))
     specialize(module, support.OPTIONS)
     support.apply(module, support.CANONICAL)
     trace = session_trace(support.open_decoder(module, tmp_path), support.PROMPTS, reference.tokens)

@@ -18,13 +18,13 @@ from backends import find_backend
 from passes.fuse_activations import FuseActivations
 from passes.fuse_norms import FuseNorms
 from passes.legalize import Legalize
+from qeff_ir import numerics
 from qeff_ir.errors import PassError
 from qeff_ir.module import SOURCE_KEY, Module
 from qeff_ir.passing.base import OpBuilder, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.matching import made_by
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import module_answers, options, prepare, session_answers
 from qeff_ir.testing.recipe import Layer, Recipe
@@ -228,8 +228,8 @@ def test_a_bent_graph_keeps_its_numbers(bend: Bend) -> None:
         return
     before = module_answers(module, bend.request, start)
     assert fired(module, bend.step) == fired(straight, bend.step) - bend.less
-    error = tolerance.error_over_rms(module_answers(module, bend.request, start), before)
-    assert error <= tolerance.bound(tolerance.depth(start)), f"{error:.2e}"
+    error = numerics.error_over_rms(module_answers(module, bend.request, start), before)
+    assert error <= numerics.bound(numerics.depth(start)), f"{error:.2e}"
 
 
 @pytest.mark.parametrize("bend", [attention.added_mask, attention.no_mask, attention.keys_are_values])
@@ -243,7 +243,7 @@ def test_nothing_is_seen_of_empty_slots(bend: Callable[[Module], None], tmp_path
     support.apply(module, backend.pipeline)
     backend.emit(module, tmp_path, options(EDGE))
     found = session_answers(backend.open(tmp_path, threads=1), EDGE)
-    assert tolerance.error_over_rms(found, before) <= tolerance.bound(tolerance.depth(start))
+    assert numerics.error_over_rms(found, before) <= numerics.bound(numerics.depth(start))
 
 
 def test_a_window_stays_right_when_its_ring_is_all_a_budget_refuses() -> None:
@@ -253,8 +253,8 @@ def test_a_window_stays_right_when_its_ring_is_all_a_budget_refuses() -> None:
     support.apply(module, "canonicalize")
     before = module_answers(module, LONG, start)
     run_pipeline(module, Pipeline.parse("kv-retention{layout=tensor-scatter}"), budgets={"kv-retention": 0})
-    error = tolerance.error_over_rms(module_answers(module, LONG, start), before)
-    assert error <= tolerance.bound(tolerance.depth(start)), f"{error:.2e}"
+    error = numerics.error_over_rms(module_answers(module, LONG, start), before)
+    assert error <= numerics.bound(numerics.depth(start)), f"{error:.2e}"
 
 
 def test_keys_that_a_mask_hides_are_read_as_they_are() -> None:

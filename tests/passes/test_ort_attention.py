@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qeff_ir import numerics
 from qeff_ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.rewriter import Rewriter
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import expected, module_answers, prepare
 from qeff_ir.testing.recipe import Layer, Recipe
@@ -49,8 +49,8 @@ def test_padding_of_the_kernel_reaches_no_token(others: tuple[Layer, ...]) -> No
     start = module.clone()
     run_pipeline(module, Pipeline.parse(PIPELINE))
     assert worst_memory(module) == 1 + others.count(Layer())
-    error = tolerance.error_over_rms(module_answers(module, LONG, start), expected(recipe, LONG))
-    assert error <= tolerance.bound(tolerance.depth(start))
+    error = numerics.error_over_rms(module_answers(module, LONG, start), expected(recipe, LONG))
+    assert error <= numerics.bound(numerics.depth(start))
 
 
 def test_projections_are_read_and_written_as_they_are() -> None:

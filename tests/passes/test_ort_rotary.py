@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qeff_ir import numerics
 from qeff_ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.rewriter import OpBuilder, Rewriter
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import module_answers, prepare
 from qeff_ir.testing.recipe import Layer, Recipe
@@ -119,7 +119,7 @@ def test_what_the_kernel_cannot_do_is_left_alone(
     assert dict(run.stats.fired) == ({} if reason else {"RotaryEmbedding": 1})
     assert [(reason or "?") in missed.reason for missed in run.stats.missed] == [True] * (reason is not None)
     after = module_answers(module, EDGE, start)
-    assert tolerance.error_over_rms(after, before) <= tolerance.bound(tolerance.depth(start))
+    assert numerics.error_over_rms(after, before) <= numerics.bound(numerics.depth(start))
 
 
 def test_padding_is_looked_up_where_there_are_angles(tmp_path: Path) -> None:

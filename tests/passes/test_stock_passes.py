@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from backends import find_backend
+from qeff_ir import numerics
 from qeff_ir.compiler import specialize
 from qeff_ir.errors import PassError
 from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
@@ -18,7 +19,6 @@ from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.printer import to_text
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.snapshot import load_module, save_module
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import prepare
 from tests import support
@@ -94,7 +94,7 @@ def agree(before: dict[str, np.ndarray], after: dict[str, np.ndarray], real: np.
         got = after[name]
         if name == "logits":  # what stands at padding means nothing
             expected, got = expected[real], got[real]
-        error = tolerance.error_over_rms(got, expected)
+        error = numerics.error_over_rms(got, expected)
         assert error <= limit, f"{name}: {error:.2e}"
 
 
@@ -102,7 +102,7 @@ def agree(before: dict[str, np.ndarray], after: dict[str, np.ndarray], real: np.
 def test_every_pass_keeps_the_numbers(name: str, tmp_path: Path) -> None:
     module = support.lowered(name)
     support.apply(module, "canonicalize")
-    limit = tolerance.bound(tolerance.depth(module))
+    limit = numerics.bound(numerics.depth(module))
     feeds = support.random_feeds(module, SIZES)
     real = feeds["position_ids"] >= 0
     before = support.run_graph(module, tmp_path / "canonicalize", feeds)
@@ -120,7 +120,7 @@ def test_canonicalization_keeps_the_numbers(name: str, tmp_path: Path) -> None:
     before = support.run_graph(module, tmp_path / "a", feeds)
     support.apply(module, "canonicalize")
     after = support.run_graph(module, tmp_path / "b", feeds)
-    agree(before, after, feeds["position_ids"] >= 0, tolerance.bound(tolerance.depth(module)))
+    agree(before, after, feeds["position_ids"] >= 0, numerics.bound(numerics.depth(module)))
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "mixtral"])
@@ -172,9 +172,9 @@ def test_the_last_token_is_found_at_any_position(tmp_path: Path) -> None:
     before = support.run_graph(module, tmp_path / "a", feeds)["logits"]
     support.apply(module, "last-logits")
     after = support.run_graph(module, tmp_path / "b", feeds)["logits"]
-    limit = tolerance.bound(tolerance.depth(module))
+    limit = numerics.bound(numerics.depth(module))
     for row, last in enumerate((7, 4)):
-        assert tolerance.error_over_rms(after[row, 0], before[row, last]) <= limit
+        assert numerics.error_over_rms(after[row, 0], before[row, last]) <= limit
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -190,11 +190,11 @@ def test_the_last_logits_are_those_of_each_rows_last_token(name: str, seed: int,
     assert after.shape == (2, 1, 97)
     last = positions.argmax(axis=1)
     assert last[0] != last[1]
-    limit = tolerance.bound(tolerance.depth(module))
+    limit = numerics.bound(numerics.depth(module))
     for row in range(2):
-        assert tolerance.error_over_rms(after[row, 0], before[row, last[row]]) <= limit
+        assert numerics.error_over_rms(after[row, 0], before[row, last[row]]) <= limit
         neighbor = before[row, last[row] - 1]
-        assert tolerance.error_over_rms(after[row, 0], neighbor) > 1e3 * limit
+        assert numerics.error_over_rms(after[row, 0], neighbor) > 1e3 * limit
 
 
 def test_logits_may_be_scaled_by_what_weights_make(tmp_path: Path) -> None:
@@ -212,9 +212,9 @@ def test_logits_may_be_scaled_by_what_weights_make(tmp_path: Path) -> None:
     support.apply(module, "last-logits")
     after = support.run_graph(module, tmp_path / "b", feeds)["logits"]
     assert after.shape == (2, 1, 97)
-    limit = tolerance.bound(tolerance.depth(module))
+    limit = numerics.bound(numerics.depth(module))
     for row, last in enumerate(feeds["position_ids"].argmax(axis=1)):
-        assert tolerance.error_over_rms(after[row, 0], before[row, last]) <= limit
+        assert numerics.error_over_rms(after[row, 0], before[row, last]) <= limit
 
 
 @pytest.mark.parametrize("impl", ["grouped", "standard"])
@@ -224,7 +224,7 @@ def test_both_forms_of_attention_agree(impl: str, tmp_path: Path) -> None:
     before = support.run_graph(module, tmp_path / "a", feeds)
     (run,) = support.apply(module, f"attention{{impl={impl}}}").runs
     assert run.stats.fired == ({"grouped": 2} if impl == "grouped" else {})
-    limit = tolerance.bound(tolerance.depth(module))
+    limit = numerics.bound(numerics.depth(module))
     agree(before, support.run_graph(module, tmp_path / "b", feeds), feeds["position_ids"] >= 0, limit)
 
 
@@ -327,9 +327,9 @@ def _replace_logits(module: Module, op_type: str) -> None:
 
 def assert_answers(decoder: Decoder, name: str, module: Module) -> None:
     """A decoder answers both prompts as transformers does."""
-    limit = tolerance.bound(tolerance.depth(module))
+    limit = numerics.bound(numerics.depth(module))
     for tokens, logits in zip(support.PROMPTS, decoder.prefill(support.PROMPTS), strict=True):
-        assert tolerance.error_over_rms(logits, support.forward(name, tokens)) <= limit
+        assert numerics.error_over_rms(logits, support.forward(name, tokens)) <= limit
 
 
 def test_a_windowed_mask_over_other_positions_gets_no_ring(tmp_path: Path) -> None:

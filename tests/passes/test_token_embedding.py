@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir.arrays import Array
 from qeff_ir.compiler import TokenEmbedding
 from qeff_ir.errors import PackageError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import Source, open_source
@@ -19,7 +20,6 @@ from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.interface import read_interface
-from qeff_ir.runtime.session import Array
 from qeff_ir.runtime.token_table import TokenTable
 from qeff_ir.storage import stored
 from qeff_ir.testing.build import build as draw

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from backends import backend_names, find_backend
 from passes.lora import LORA_IDS
+from qeff_ir import numerics
+from qeff_ir.arrays import Array
 from qeff_ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.runtime.session import Array, Session
-from qeff_ir.testing import tolerance
+from qeff_ir.runtime.session import Session
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import explained, options, prepare, session_answers
 from qeff_ir.testing.recipe import Layer, Recipe, answer
@@ -123,7 +124,7 @@ def added(module: Module, adapters: Adapters, slot: int) -> Mapping[str, Array]:
 def test_p12_rows_answer_with_their_own_adapter(case: tuple[Recipe, Request, Adapters], target: str) -> None:
     recipe, request, adapters = case
     base = prepare(build(recipe).module, request)
-    module, limit = base.clone(), tolerance.bound(tolerance.depth(base))
+    module, limit = base.clone(), numerics.bound(numerics.depth(base))
     with (
         explained("P12 adapters", base, pipeline=str(adapters), recipe=recipe, request=request),
         tempfile.TemporaryDirectory() as folder,
@@ -138,7 +139,7 @@ def test_p12_rows_answer_with_their_own_adapter(case: tuple[Recipe, Request, Ada
             if tokens is not None
         ]
         found = session_answers(session, request, {LORA_IDS: np.array(adapters.rows)[:, None]})
-        error = tolerance.error_over_rms(found, np.stack(exact))
+        error = numerics.error_over_rms(found, np.stack(exact))
         assert error <= limit, f"the error is {error:.2e} of {limit:.2e} allowed"
         none = session_answers(session, request, {LORA_IDS: np.zeros((request.batch, 1), np.int64)})
         alone = session_answers(opened(base, request, target, Path(folder) / "base", None), request)
@@ -152,7 +153,7 @@ def test_the_adapters_of_the_property_change_the_answers() -> None:
     run_pipeline(module, Pipeline.parse(f"canonicalize,unflatten,lora{{n={SLOTS} rank=3}}"))
     tokens = [1, 2, 3, 4]
     one, two, base = (answer(RICH[0], tokens, added(module, adapters, slot)) for slot in (1, 2, 0))
-    limit = 1000 * tolerance.bound(tolerance.depth(module))
+    limit = 1000 * numerics.bound(numerics.depth(module))
     for values, other in ((one, base), (two, base), (one, two)):
-        assert tolerance.error_over_rms(values, other) > limit
+        assert numerics.error_over_rms(values, other) > limit
     assert len(added(module, adapters, 1)) == len({item.layer for item in module.adapters}) >= 7 * len(RICH[0].layers)

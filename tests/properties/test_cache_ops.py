@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 
 from qeff_ir import dialect
-from qeff_ir.runtime.session import Array
+from qeff_ir.arrays import Array
 
 LONGEST = 8
 

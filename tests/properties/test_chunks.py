@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from transformers import PreTrainedModel
 
+from qeff_ir import numerics
+from qeff_ir.arrays import Array
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.runtime.session import Array
-from qeff_ir.testing import tolerance
 from tests import support
 from tests.models import VOCAB
 
@@ -49,7 +49,7 @@ class Chunks(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.session = decoder(self.name).session
-        self.limit = tolerance.bound(tolerance.depth(support.lowered(self.name)))
+        self.limit = numerics.bound(numerics.depth(support.lowered(self.name)))
         self.rows: list[list[int]] = [[] for _ in range(ROWS)]
         self.told: dict[tuple[int, ...], list[Array]] = {}
 
@@ -77,7 +77,7 @@ class Chunks(RuleBasedStateMachine):
             if whole is None:
                 whole, longest[row] = row, one_shot(self.name, row)
             for logits in self.told[row]:
-                error = tolerance.error_over_rms(logits, longest[whole][len(row) - 1])
+                error = numerics.error_over_rms(logits, longest[whole][len(row) - 1])
                 assert error <= self.limit, f"after {len(row)} tokens: {error / self.limit:.2f} x the bound"
 
     @precondition(lambda self: max(map(len, self.rows)) + CHUNK <= CTX)

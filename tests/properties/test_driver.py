@@ -14,12 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from backends import backend_names, find_backend
 from backends.base import CompileOptions
+from qeff_ir import numerics
 from qeff_ir.compiler import specialize
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.recipe import Layer, Recipe, answer
 
@@ -54,7 +54,7 @@ RECIPES = {
 def compiled(name: str, target: str) -> tuple[Decoder, float]:
     """A driver, and the largest error allowed."""
     module = build(RECIPES[name]).module
-    limit = tolerance.bound(tolerance.depth(module))
+    limit = numerics.bound(numerics.depth(module))
     options = CompileOptions(prefill_seq_len=CHUNK, ctx_len=CTX, batch_size=ROWS)
     specialize(module, options)
     backend = find_backend(target)
@@ -84,7 +84,7 @@ class Requests(RuleBasedStateMachine):
     def compare(self, logits: np.ndarray) -> None:
         live = [i for i, row in enumerate(self.rows) if row]
         exact = np.stack([right(self.name, tuple(self.rows[i])) for i in live])
-        error = tolerance.error_over_rms(logits[live], exact)
+        error = numerics.error_over_rms(logits[live], exact)
         assert error <= self.limit, f"{self.name}: {error / self.limit:.2f} x the bound at {list(map(len, self.rows))}"
         assert self.decoder.positions.tolist() == [len(row) or -1 for row in self.rows]
 

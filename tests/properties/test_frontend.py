@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from backends import find_backend
+from qeff_ir import numerics
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.module import WEIGHT_KEY, Module
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.judge import answered, explained, options, session_answers
 from qeff_ir.testing.recipe import BLOCK_SCALE, WEIGHT_SCALE, Recipe
 from qeff_ir.testing.strategies import CONFIGS, Request, configs, requests
@@ -104,8 +104,8 @@ def test_p10_drawn_configurations_answer_as_transformers(model_type: str, target
     stored = [v.const_value for v in module.graph.initializers.values() if WEIGHT_KEY in v.metadata_props]
     assert len(stored) == len({p.data_ptr() for p in model.parameters()})  # tied weights are one
     specialize(module, options(request))
-    limit = tolerance.bound(tolerance.depth(module))
+    limit = numerics.bound(numerics.depth(module))
     with explained("P10 frontend", module, request=request), tempfile.TemporaryDirectory() as folder:
         session = opened(module, request, (target, find_backend(target).pipeline), Path(folder))
-        error = tolerance.error_over_rms(session_answers(session, request), exact(double, request))
+        error = numerics.error_over_rms(session_answers(session, request), exact(double, request))
         assert error <= limit, f"{config}: {error / limit:.2f} x the bound"

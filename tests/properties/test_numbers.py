@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from backends import backend_names, find_backend
 from backends.ai100 import contract
+from qeff_ir import numerics
 from qeff_ir.errors import QeffError
 from qeff_ir.module import Module
 from qeff_ir.passing.base import registered_passes
@@ -20,7 +21,6 @@ from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.printer import to_text
 from qeff_ir.runtime.session import Session
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import expected, explained, module_answers, options, prepare, session_answers
 from qeff_ir.testing.recipe import Layer, Recipe
@@ -41,7 +41,7 @@ def cases(draw: st.DrawFn) -> tuple[Recipe, Request]:
 
 def hold(values: np.ndarray, exact: np.ndarray, module: Module) -> None:
     """Within the bound of the module before any pass."""
-    error, limit = tolerance.error_over_rms(values, exact), tolerance.bound(tolerance.depth(module))
+    error, limit = numerics.error_over_rms(values, exact), numerics.bound(numerics.depth(module))
     assert error <= limit, f"the error is {error:.2e} of {limit:.2e} allowed"
 
 
@@ -52,7 +52,7 @@ def hold(values: np.ndarray, exact: np.ndarray, module: Module) -> None:
 def test_p10_every_pass_keeps_its_numeric_promise(case: tuple[Recipe, Request], stock: tuple[str, str]) -> None:
     recipe, request = case
     module = prepare(build(recipe).module, request)
-    depth, exact = tolerance.depth(module), expected(recipe, request)
+    depth, exact = numerics.depth(module), expected(recipe, request)
     with explained("P10 passes", module, pipeline=stock[1], recipe=recipe, request=request):
         before = module_answers(module, request)
         hold(before, exact, module)
@@ -61,7 +61,7 @@ def test_p10_every_pass_keeps_its_numeric_promise(case: tuple[Recipe, Request], 
             if not run.modified:
                 continue
             after = module_answers(module, request)
-            problem = item.numeric.problem(tolerance.Observed(before, after, exact, depth))
+            problem = item.numeric.problem(numerics.Observed(before, after, exact, depth))
             assert problem is None, f"{item.name}: {problem}"
             before = after
 

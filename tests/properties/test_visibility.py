@@ -16,13 +16,13 @@ import pytest
 from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir import dialect
+from qeff_ir.arrays import Array
 from qeff_ir.compiler import specialize
 from qeff_ir.module import Dim, Module, State
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.runtime.session import Array
 
 CTX = 8
 FLOAT, INT = ir.DataType.FLOAT, ir.DataType.INT64

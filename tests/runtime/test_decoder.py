@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qeff_ir import numerics
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.token_table import TokenTable
-from qeff_ir.testing import tolerance
 from tests import support
 
 
@@ -27,11 +27,11 @@ def test_prefill_answers_every_row(lengths: tuple[int, int], decoder: Decoder) -
     rows = support.prompts(lengths, seed=5)
     logits = decoder.prefill(rows)
     assert decoder.positions.tolist() == [n or -1 for n in lengths]
-    limit = tolerance.bound(tolerance.depth(support.lowered("llama")))
+    limit = numerics.bound(numerics.depth(support.lowered("llama")))
     for row, tokens in enumerate(rows):
         if tokens:
             expected = support.forward("llama", tokens)
-            assert tolerance.error_over_rms(logits[row], expected) <= limit
+            assert numerics.error_over_rms(logits[row], expected) <= limit
 
 
 @pytest.mark.parametrize("nothing", [3, -1, 10**6])
@@ -43,8 +43,8 @@ def test_an_idle_row_stays_idle(nothing: int, decoder: Decoder) -> None:
         logits = decoder.decode([nothing, token])
     assert decoder.positions.tolist() == [-1, 7]
     assert decoder.timings.tokens == 2
-    error = tolerance.error_over_rms(logits[1], support.forward("llama", [*row, 7, 8]))
-    assert error <= tolerance.bound(tolerance.depth(support.lowered("llama")))
+    error = numerics.error_over_rms(logits[1], support.forward("llama", [*row, 7, 8]))
+    assert error <= numerics.bound(numerics.depth(support.lowered("llama")))
 
 
 def test_rows_do_not_see_each_other(decoder: Decoder) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from backends.ai100 import BACKEND, sdk
+from backends.ai100 import sdk
+from backends.ai100.backend import BACKEND
 from backends.base import CompileOptions
 from qeff_ir.module import Module
 

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from backends.ai100 import BACKEND, checks, sdk
+from backends.ai100 import checks, sdk
+from backends.ai100.backend import BACKEND
 from backends.base import CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.module import SOURCE_KEY, Module, Specialization

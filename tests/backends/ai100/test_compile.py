@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from backends.ai100 import BACKEND, emit, sdk
+from backends.ai100 import emit, sdk
+from backends.ai100.backend import BACKEND
 from backends.base import CompileOptions
 from qeff_ir.errors import CompileError
 

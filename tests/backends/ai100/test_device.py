@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backends.ai100 import BACKEND, emit
+from backends.ai100 import emit
+from backends.ai100.backend import BACKEND
 from backends.ai100.device import DeviceError, DeviceSession
 from backends.ai100.emulator import EmulatedSession
 from qeff_ir.errors import PackageError, RuntimeInputError

@@ -8,14 +8,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from backends.ai100 import BACKEND, specializations
+from backends.ai100 import specializations
+from backends.ai100.backend import BACKEND
 from backends.ai100.emulator import EmulatedSession
 from qeff_ir import device_ops
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.module import Specialization
+from qeff_ir.numerics import bound, depth
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.session import Session
-from qeff_ir.testing.tolerance import bound, depth
 from qeff_ir.testing.trace import Trace, compare, reference_trace, session_trace
 from tests import support
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from backends.ai100 import BACKEND, sdk
+from backends.ai100 import sdk
+from backends.ai100.backend import BACKEND
 from qeff_ir import device_ops
 from qeff_ir.errors import CompileError
 

@@ -12,14 +12,15 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
 
-from backends.ai100 import BACKEND, contract, sub_functions
+from backends.ai100 import contract, sub_functions
+from backends.ai100.backend import BACKEND
 from backends.base import CompileOptions
+from qeff_ir import numerics
 from qeff_ir.module import Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.matching import scalar
 from qeff_ir.printer import attribute_text
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.trace import compare, session_trace
 from tests import support
 
@@ -81,7 +82,7 @@ def test_a_package_with_functions_answers_as_transformers_does(name: str, tmp_pa
     assert len([n for n in proto.graph.node if n.domain == sub_functions.DOMAIN]) >= 2
     reference = support.reference(name)
     trace = session_trace(Decoder(BACKEND.open(tmp_path, threads=1)), support.PROMPTS, reference.tokens)
-    assert compare(trace, reference).equal(tolerance.bound(tolerance.depth(support.lowered(name))))
+    assert compare(trace, reference).equal(numerics.bound(numerics.depth(support.lowered(name))))
 
 
 def other_axis(module: Module) -> None:

@@ -16,16 +16,16 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from backends.ai100 import BACKEND, contract, weight_free
+from backends.ai100 import contract, weight_free
+from backends.ai100.backend import BACKEND
 from backends.base import CompileOptions
-from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
+from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM, numerics
 from qeff_ir.cli.app import app
 from qeff_ir.errors import PackageError
 from qeff_ir.frontend.source import FolderSource
 from qeff_ir.module import WEIGHT_KEY
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.storage import file_range
-from qeff_ir.testing import tolerance
 from qeff_ir.testing.trace import compare, session_trace
 from tests import support
 from tests.encoders import build
@@ -95,7 +95,7 @@ def test_it_answers_as_transformers_does(package: Path) -> None:
     decoder = Decoder(BACKEND.open(package, threads=1))
     reference = support.reference(NAME)
     trace = session_trace(decoder, support.PROMPTS, reference.tokens)
-    assert compare(trace, reference).equal(tolerance.bound(tolerance.depth(support.lowered(NAME))))
+    assert compare(trace, reference).equal(numerics.bound(numerics.depth(support.lowered(NAME))))
 
 
 def test_the_graph_has_no_weights_and_the_files_have_all(package: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_file_of_the_checkpoint_that_is_named_like_ours_is_not_written(tmp_pat
     trace = session_trace(
         Decoder(BACKEND.open(tmp_path / "package", threads=1)), support.PROMPTS, support.reference(NAME).tokens
     )
-    assert compare(trace, support.reference(NAME)).equal(tolerance.bound(tolerance.depth(support.lowered(NAME))))
+    assert compare(trace, support.reference(NAME)).equal(numerics.bound(numerics.depth(support.lowered(NAME))))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((32, 32), "INT32"), ((16, 64), "FLOAT")])

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from qeff_ir.testing import tolerance
+from qeff_ir import numerics
 from qeff_ir.testing.trace import Trace, compare
 
 GOOD = np.array([1.0, -2.0, 2.0, 3.0])
@@ -28,36 +28,36 @@ GOOD = np.array([1.0, -2.0, 2.0, 3.0])
 )
 def test_a_reference_that_teaches_nothing_is_refused(reference: np.ndarray) -> None:
     with pytest.raises(ValueError, match="nothing can be learnt"):
-        tolerance.error_over_rms(reference.copy(), reference)
+        numerics.error_over_rms(reference.copy(), reference)
 
 
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="shapes differ"):
-        tolerance.error_over_rms(GOOD[:, None], GOOD)
+        numerics.error_over_rms(GOOD[:, None], GOOD)
 
 
 def test_the_error_is_the_largest_over_the_root_mean_square() -> None:
     values = GOOD + np.array([0.0, 0.3, 0.0, -0.1])
-    assert tolerance.error_over_rms(values, GOOD) == pytest.approx(0.3 / math.sqrt(4.5))
-    assert tolerance.error_over_rms(GOOD, GOOD) == 0.0
+    assert numerics.error_over_rms(values, GOOD) == pytest.approx(0.3 / math.sqrt(4.5))
+    assert numerics.error_over_rms(GOOD, GOOD) == 0.0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_result_that_is_not_finite_is_infinitely_wrong(bad: float) -> None:
     values = GOOD.copy()
     values[2] = bad
-    assert tolerance.error_over_rms(values, GOOD) == math.inf
+    assert numerics.error_over_rms(values, GOOD) == math.inf
 
 
 def test_differences_below_float32_count() -> None:
     """Both sides are taken as float64, so that the measure itself rounds nothing away."""
     values = GOOD + np.array([0.0, 1e-12, 0.0, 0.0])
-    assert 0.0 < tolerance.error_over_rms(values, GOOD) < 1e-12
+    assert 0.0 < numerics.error_over_rms(values, GOOD) < 1e-12
 
 
 def test_the_bound_is_that_of_the_policy() -> None:
-    assert tolerance.bound(64) == pytest.approx(3.8e-6, rel=0.01)  # property_testing.md §2b
-    assert tolerance.bound(4) == 2 * tolerance.bound(1) == 16 * 2.0**-24
+    assert numerics.bound(64) == pytest.approx(3.8e-6, rel=0.01)  # property_testing.md §2b
+    assert numerics.bound(4) == 2 * numerics.bound(1) == 16 * 2.0**-24
 
 
 def test_a_comparison_counts_the_steps_before_the_first_other_token() -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from qeff_ir.arrays import Array
 from qeff_ir.module import Module
-from qeff_ir.runtime.session import Array
 
 UNIT_ROUNDOFF = 2.0**-24
 """Of float32."""

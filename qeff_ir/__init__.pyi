@@ -1,0 +1,10 @@
+from qeff_ir.auto.adapters import QEffAutoPeftModelForCausalLM as QEffAutoPeftModelForCausalLM
+from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM as QEFFAutoModelForCausalLM
+from qeff_ir.auto.embedding import QEFFAutoModel as QEFFAutoModel
+from qeff_ir.auto.finite_adapters import QEffAutoLoraModelForCausalLM as QEffAutoLoraModelForCausalLM
+from qeff_ir.auto.heads import QEFFAutoModelForCTC as QEFFAutoModelForCTC
+from qeff_ir.auto.heads import QEFFAutoModelForSequenceClassification as QEFFAutoModelForSequenceClassification
+from qeff_ir.auto.heads import QEFFAutoModelForTokenClassification as QEFFAutoModelForTokenClassification
+from qeff_ir.auto.peft_model import QEffPeftModelForCausalLM as QEffPeftModelForCausalLM
+
+__version__: str
