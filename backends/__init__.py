@@ -43,6 +43,16 @@ def find_backend(name: str) -> Backend:
         ) from error
 
 
+def load_passes() -> None:
+    """Import the modules of ``passes`` in each folder here, so that all passes are registered; plug-ins load theirs."""
+    for name in _folders():
+        for package in pkgutil.iter_modules([f"{path}/{name}" for path in __path__]):
+            if package.name == "passes":
+                found = importlib.import_module(f"{__name__}.{name}.passes")
+                for module in pkgutil.iter_modules(found.__path__):
+                    importlib.import_module(f"{found.__name__}.{module.name}")
+
+
 def preferred() -> list[str]:
     """Names of all backends, in the order in which ``auto`` tries them."""
     return sorted(backend_names(), key=lambda name: -find_backend(name).priority)

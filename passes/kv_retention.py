@@ -14,9 +14,10 @@ from qeff_ir.module import Dim, Module, Specialization, State
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import depends_on, operand
+from qeff_ir.passing.options import nearest
 
-from ._kv_layouts import LAYOUTS, Slots
 from ._mask_shapes import carry_on
+from .kv_layouts import LAYOUTS, Layout, Slots
 
 
 @register
@@ -40,7 +41,7 @@ class KVRetention(Pass):
     changes_interface: ClassVar[bool] = True
     expect: ClassVar[Expect] = AllSites()
 
-    layout: Literal["scatter", "tensor-scatter"] = field(default="scatter", metadata={"help": "physical form"})
+    layout: str = field(default="scatter", metadata={"help": "physical form", "choices": LAYOUTS})
     ring: Literal["auto", "off"] = field(
         default="auto", metadata={"help": "whether sliding-window layers reuse their slots"}
     )
@@ -62,7 +63,7 @@ class KVRetention(Pass):
         anchor = ir.node("Identity", [module.input("position_ids")])  # keeps the front when `first` is replaced
         anchor.metadata_props.update(first.metadata_props)
         module.graph.insert_before(first, anchor)
-        layout = LAYOUTS[self.layout](module, rewriter)
+        layout = self._layout(module, rewriter)
         states = {s.input: s for s in module.states}
         for node in self.sites(module):
             past = node.inputs[0]
@@ -81,6 +82,12 @@ class KVRetention(Pass):
         module.graph.remove(anchor, safe=True)
         dialect.attach(module.model)
         device_ops.attach(module.model)
+
+    def _layout(self, module: Module, rewriter: Rewriter) -> Layout:
+        try:
+            return LAYOUTS[self.layout](module, rewriter)
+        except KeyError:
+            raise PassError(f"there is no layout '{self.layout}'; {nearest(self.layout, LAYOUTS)}") from None
 
     def sites(self, module: Module) -> list[ir.Node]:
         """Every op of the dialect that writes a cache or looks at its slots."""

@@ -21,16 +21,7 @@ _HOMES = {
 }
 """The module of `qeff_ir.auto` that each public name lives in."""
 
-__all__ = [
-    "QEFFAutoModel",
-    "QEFFAutoModelForCTC",
-    "QEFFAutoModelForCausalLM",
-    "QEFFAutoModelForSequenceClassification",
-    "QEFFAutoModelForTokenClassification",
-    "QEffAutoLoraModelForCausalLM",
-    "QEffAutoPeftModelForCausalLM",
-    "QEffPeftModelForCausalLM",
-]
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ The fields are the options; the pipeline text `scale-fold{limit=10}` sets them.
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from typing import ClassVar, TypeVar
 
@@ -110,11 +111,15 @@ def register(cls: type[P]) -> type[P]:
     return cls
 
 
+def _load_stock() -> None:
+    """Import our own passes: by name, as those of plugins, for they lie above this package."""
+    for package in ("passes", "backends"):
+        importlib.import_module(package).load_passes()
+
+
 def find_pass(name: str) -> type[Pass] | None:
     """The pass of that name; a plugin is imported only when nothing else has the name."""
-    import passes
-
-    passes.load_all()
+    _load_stock()
     if name not in _REGISTRY:
         plugins.load(name)
     if name not in _REGISTRY:
@@ -123,10 +128,8 @@ def find_pass(name: str) -> type[Pass] | None:
 
 
 def registered_passes() -> dict[str, type[Pass]]:
-    """All known passes by name: those of the `passes` package, and those of plugins."""
-    import passes
-
-    passes.load_all()
+    """All known passes by name: those of `passes`, of each target, and of plugins."""
+    _load_stock()
     plugins.load()
     return dict(sorted(_REGISTRY.items()))
 

@@ -26,7 +26,8 @@ class Option:
     Attributes:
         name: Name in pipelines, with dashes.
         field: Name of the field.
-        kinds: What a value may be: types and literal values, `None` included.
+        kinds: What a value may be: types and literal values, `None` included; the field's metadata may name them
+            (``"choices": REGISTRY``), for values that plug-ins add to.
         default: Value when the pipeline says nothing; `dataclasses.MISSING` when it must be given.
         help: One line.
         path: Whether it names a file or folder that the pass reads; the field's metadata say so (``"path": True``).
@@ -63,7 +64,7 @@ def options(cls: type[Pass]) -> dict[str, Option]:
         found[field.name] = Option(
             field.name.replace("_", "-"),
             field.name,
-            _kinds(hints[field.name]),
+            tuple(field.metadata["choices"]) if "choices" in field.metadata else _kinds(hints[field.name]),
             default,
             field.metadata.get("help", ""),
             bool(field.metadata.get("path")),

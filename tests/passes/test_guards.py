@@ -15,9 +15,9 @@ import onnx_ir as ir
 import pytest
 
 from backends import find_backend
+from backends.ai100.passes.legalize import Legalize
 from passes.fuse_activations import FuseActivations
 from passes.fuse_norms import FuseNorms
-from passes.legalize import Legalize
 from qeff_ir import numerics
 from qeff_ir.errors import PassError
 from qeff_ir.module import SOURCE_KEY, Module

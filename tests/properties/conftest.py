@@ -39,7 +39,8 @@ def _tally() -> Iterator[None]:
 def reasons() -> dict[str, str]:
     """Every reason that a stock pass can give, by the text, with its file: the constants that its functions return."""
     found: dict[str, str] = {}
-    for path in sorted((Path(__file__).parents[2] / "passes").glob("[a-z]*.py")):
+    root = Path(__file__).parents[2]
+    for path in sorted([*root.glob("passes/[a-z]*.py"), *root.glob("backends/*/passes/[a-z]*.py")]):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef) and function.returns is not None:
                 if ast.unparse(function.returns) != "str | None":

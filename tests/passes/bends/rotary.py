@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from passes._rows import size
+from backends.onnxruntime.passes._rows import size
 from qeff_ir.module import Module
 from qeff_ir.passing.matching import made_by
 from tests.properties import LONG

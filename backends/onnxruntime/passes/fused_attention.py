@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from passes.attention import does_more
 from qeff_ir.module import Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.matching import constant, made_by, operand
 
 from ._rows import SWAP, flattening, rows, size
-from .attention import does_more
-from .ort_kernels import ORT_DOMAIN
+from .kernels import ORT_DOMAIN
 
 _INT32 = ir.DataType.INT32
 

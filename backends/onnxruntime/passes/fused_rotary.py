@@ -12,7 +12,7 @@ from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.matching import constant, made_by
 
 from ._rows import size
-from .ort_kernels import ORT_DOMAIN
+from .kernels import ORT_DOMAIN
 
 _POINTWISE = {"Cast", "Mul", "Cos", "Sin"}
 """What the angle of one position may be computed with, after positions have got an axis for the frequencies."""

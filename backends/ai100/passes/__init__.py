@@ -1,0 +1,1 @@
+"""Passes that only this target needs: the range of halves, and operators that the compiler takes."""

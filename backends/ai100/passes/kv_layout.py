@@ -1,0 +1,82 @@
+"""The caches of the AI 100: written by a scatter, and read by a gather that skips slots without a token."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from passes.kv_layouts import Layout, Slots, layout
+from qeff_ir.device_ops import CTX_DOMAIN
+from qeff_ir.module import State
+from qeff_ir.passing.base import OpBuilder
+from qeff_ir.passing.matching import operand
+
+DROPPED = 2**31 - 1
+"""Index that the AI 100 neither writes nor reads (contract §2.2)."""
+
+
+@layout("scatter")
+class Scatter(Layout):
+    """The AI 100 form (contract §2 and §3): custom scatter and gather ops that skip indices out of range."""
+
+    op_type: ClassVar[str] = "CtxScatter"
+
+    def write(self, node: ir.Node, slots: Slots, state: State) -> None:
+        """``past -> CtxScatter -> retained``; the layer reads ``CtxGather(retained)``."""
+        past, new = node.inputs[:2]
+        b = self.rewriter.at(node)
+        shape, dtype = ir.Shape(state.shape), node.outputs[0].dtype
+        readers = list(node.outputs[0].consumers())
+        retained = b("CtxScatter", past, self._written(slots), new, domain=CTX_DOMAIN, shape=shape, dtype=dtype)
+        read = b(
+            "CtxGather",
+            retained,
+            self._read(slots),
+            self.shared("count", slots, lambda b: b("Squeeze", self.length(slots))),
+            domain=CTX_DOMAIN,
+            shape=shape,
+            dtype=dtype,
+        )
+        # The mask hides what a key slot without a token gives; anything else must not even see it.
+        masked = state.role == "key" and all(_hides_keys(reader, node.outputs[0]) for reader in readers)
+        if not masked:
+            empty = self.shared("empty rows", slots, lambda b: b("Unsqueeze", self._empty(slots), b.const([1, 3])))
+            read = b("Where", empty, b.const(0.0, np.float32), read, shape=shape, dtype=dtype)
+        for reader in readers:
+            for index, value in enumerate(reader.inputs):
+                if value is node.outputs[0]:
+                    reader.replace_input_with(index, read)
+        self.rewriter.substitute(node, retained)
+
+    def _written(self, slots: Slots) -> ir.Value:
+        """Slot of each token of this run, ``[batch, seq]``, `DROPPED` for padding."""
+
+        def make(b: OpBuilder) -> ir.Value:
+            slot = b("Mod", self.position_ids, self.length(slots)) if slots.ring else self.position_ids
+            return b("Where", self.padded(), b.const(DROPPED), slot)
+
+        return self.shared("written", slots, make)
+
+    def _empty(self, slots: Slots) -> ir.Value:
+        """True for slots that hold no token yet, ``[batch, length]``."""
+        return self.shared("empty", slots, lambda b: b("Greater", self.slot_range(slots), self.last()))
+
+    def _read(self, slots: Slots) -> ir.Value:
+        """Slots to read, ``[batch, 1, length]``, `DROPPED` for empty ones."""
+
+        def make(b: OpBuilder) -> ir.Value:
+            index = b("Where", self._empty(slots), b.const(DROPPED), self.slot_range(slots))
+            return b("Unsqueeze", index, b.const([1]))
+
+        return self.shared("read", slots, make)
+
+
+def _hides_keys(reader: ir.Node, cache: ir.Value) -> bool:
+    """Whether a reader takes a cache for keys alone, and never looks at the score of a hidden one: a mask of floats is
+    added to it, and NaN stays NaN."""
+    attention = reader.op_type in ("Attention", "SinkAttention")
+    mask = operand(reader, 3) if attention else None
+    others = [value for index, value in enumerate(reader.inputs) if index != 1]
+    return mask is not None and mask.dtype is ir.DataType.BOOL and cache not in others

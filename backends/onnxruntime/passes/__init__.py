@@ -1,0 +1,1 @@
+"""Passes that only this target needs: the fused kernels of ONNX Runtime."""

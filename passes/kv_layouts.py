@@ -1,0 +1,122 @@
+"""What a physical layout of the caches is. Each target has its own: a class with a name, `layout("scatter")`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import onnx_ir as ir
+
+from qeff_ir import dialect
+from qeff_ir.errors import PipelineError
+from qeff_ir.module import DimValue, Module, State
+from qeff_ir.passing.base import OpBuilder, Rewriter
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What all caches of one length and kind have in common.
+
+    Attributes:
+        length: Symbol or size of the context axis.
+        ring: Whether slots are reused.
+        past: Any cache of the kind, to read the length from.
+    """
+
+    length: DimValue
+    ring: bool
+    past: ir.Value
+
+    @property
+    def key(self) -> tuple[DimValue, bool]:
+        """Caches with equal keys share their index computations."""
+        return self.length, self.ring
+
+
+class Layout(ABC):
+    """Lowers cache writes and slot positions; index computations are made once for all layers of a kind."""
+
+    def __init__(self, module: Module, rewriter: Rewriter) -> None:
+        self.module = module
+        self.rewriter = rewriter
+        self.position_ids = module.input("position_ids")
+        self._made: dict[tuple[object, ...], ir.Value] = {}
+        # Shared computations stand before the first node, where every layer can read them.
+        self.b: OpBuilder = rewriter.at(next(iter(module.graph)))
+
+    op_type: ClassVar[str]
+    """Operator that writes a cache."""
+
+    @abstractmethod
+    def write(self, node: ir.Node, slots: Slots, state: State) -> None:
+        """Lower one `CacheUpdate`."""
+
+    def finish(self) -> None:
+        """Adjust the interface once all nodes are lowered."""
+
+    def positions(self, node: ir.Node, slots: Slots) -> ir.Value:
+        """Lower one `CachePositions`: ``[1 or batch, length]``."""
+        if slots.ring:
+            made = self.shared("ring positions", slots, lambda b: self._ring_positions(slots, b))
+            made.shape = node.outputs[0].shape
+            return made
+        made = self.shared("row", slots, lambda b: b("Unsqueeze", self.slot_range(slots), b.const([0])))
+        made.shape = ir.Shape([1, slots.length])  # the same for all rows
+        return made
+
+    def _ring_positions(self, slots: Slots, b: OpBuilder) -> ir.Value:
+        last, length, slot = self.last(), self.length(slots), self.slot_range(slots)
+        this_turn = b("Add", slot, b("Mul", b("Div", last, length), length))
+        position = b("Where", b("LessOrEqual", this_turn, last), this_turn, b("Sub", this_turn, length))
+        return b("Where", b("Less", position, b.const(0)), b.const(dialect.UNWRITTEN), position)
+
+    def shared(self, what: str, slots: Slots | None, make: object) -> ir.Value:
+        """The value called `what` for these slots, made on first use."""
+        key = (what, *(slots.key if slots else ()))
+        if key not in self._made:
+            self._made[key] = make(self.b)  # type: ignore[operator]
+        return self._made[key]
+
+    def last(self) -> ir.Value:
+        """The last position of each row in this run, ``[batch, 1]``; -1 for a row of padding."""
+        return self.shared("last", None, lambda b: b("ReduceMax", self.position_ids, b.const([1]), keepdims=1))
+
+    def length(self, slots: Slots) -> ir.Value:
+        """Number of slots, ``[1]``."""
+        return self.shared("length", slots, lambda b: b("Shape", slots.past, start=2, end=3))
+
+    def slot_range(self, slots: Slots) -> ir.Value:
+        """``0 .. length-1``, ``[length]``."""
+        return self.shared(
+            "range",
+            slots,
+            lambda b: b("Range", b.const(0), b("Squeeze", self.length(slots)), b.const(1)),
+        )
+
+    def padded(self) -> ir.Value:
+        """True for padding, ``[batch, seq]``."""
+        return self.shared("padded", None, lambda b: b("Less", self.position_ids, b.const(0)))
+
+
+L = TypeVar("L", bound=type[Layout])
+LAYOUTS: dict[str, type[Layout]] = {}
+"""The layouts by the value of the option ``layout``."""
+
+
+def layout(name: str) -> Callable[[L], L]:
+    """Class decorator that makes a layout known by a name.
+
+    Raises:
+        PipelineError: Another class has that name.
+    """
+
+    def add(cls: L) -> L:
+        known = LAYOUTS.setdefault(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise PipelineError(f"two layouts are named '{name}': {known.__module__} and {cls.__module__}; rename one")
+        LAYOUTS[name] = cls
+        return cls
+
+    return add
