@@ -107,15 +107,18 @@ def building_file(out: Path, ours: Callable[[Path], bool]) -> Generator[tuple[Pa
             end = uuid.uuid4().hex[:8]
             partial, data = _hidden(out, end), out.parent / f"{out.stem}.weights-{end}"
             partial.mkdir()
+            placed = False
             try:
                 yield partial, data.name
                 write_through(partial)
                 if (partial / data.name).exists():
                     (partial / data.name).rename(data)
                 (partial / out.name).replace(out)
+                placed = True  # from here on, the data is what the new file refers to
                 _sync(out.parent)
             except BaseException:
-                shutil.rmtree(data, ignore_errors=True)
+                if not placed:
+                    shutil.rmtree(data, ignore_errors=True)
                 raise
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

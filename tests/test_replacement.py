@@ -260,6 +260,30 @@ def test_a_build_is_on_the_disk_before_it_gets_its_place(tmp_path: Path, monkeyp
     assert set(events[1:3]) == {"a.bin", "package.json"}  # and not what was on the disk already
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_file_in_its_place_keeps_what_it_refers_to_if_the_disk_fails_then(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "out.onnx", os.fsync
+    if there:
+        out.write_text("old")
+
+    def sync(handle: int) -> None:
+        if os.readlink(f"/proc/self/fd/{handle}") == str(tmp_path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with (
+        pytest.raises(PackageError, match="Input/output error"),
+        replacement.building_file(out, lambda _: True) as (partial, data),
+    ):
+        (partial / data).mkdir()
+        (partial / data / "w.bin").write_text("weights")
+        (partial / out.name).write_text(data)
+    assert (tmp_path / out.read_text() / "w.bin").read_text() == "weights"
+
+
 def test_a_running_build_is_left_alone(tmp_path: Path) -> None:
     """Opening the old package meanwhile neither waits nor takes away what is being written."""
     out = tmp_path / "out"
