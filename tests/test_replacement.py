@@ -28,6 +28,13 @@ def build(out: Path, text: str = "old") -> None:
         fill(partial, text)
 
 
+def build_file(out: Path) -> None:
+    with replacement.building_file(out, lambda _: True) as (partial, data):
+        (partial / data).mkdir()
+        (partial / data / "w.bin").write_text("weights")
+        (partial / out.name).write_text(data)
+
+
 def content(out: Path) -> str:
     open_package(out)
     return (out / "a.bin").read_text()
@@ -274,13 +281,8 @@ def test_a_file_in_its_place_keeps_what_it_refers_to_if_the_disk_fails_then(
         real(handle)
 
     monkeypatch.setattr(os, "fsync", sync)
-    with (
-        pytest.raises(PackageError, match="Input/output error"),
-        replacement.building_file(out, lambda _: True) as (partial, data),
-    ):
-        (partial / data).mkdir()
-        (partial / data / "w.bin").write_text("weights")
-        (partial / out.name).write_text(data)
+    with pytest.raises(PackageError, match="Input/output error"):
+        build_file(out)
     assert (tmp_path / out.read_text() / "w.bin").read_text() == "weights"
 
 
