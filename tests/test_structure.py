@@ -1,0 +1,65 @@
+"""The structure of the code: imports have no cycle, and targets are asked for their traits, not for their names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import qeff_ir
+from backends import backend_names
+
+ROOT = Path(__file__).parents[1]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("qeff_ir", "passes", "backends")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Modules of ours that a module imports, inside of functions and for type checkers alone too."""
+    found: set[str] = set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level]) if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return (found & MODULES.keys()) - {name}
+
+
+def graph() -> dict[str, set[str]]:
+    return {name: imports(name, path) for name, path in MODULES.items()}
+
+
+def test_imports_have_no_cycle() -> None:
+    edges = graph()
+    assert len(edges) > 150 and "qeff_ir.module" in edges["qeff_ir.compiler"]
+    tuple(TopologicalSorter(edges).static_order())
+
+
+def test_a_cycle_would_be_told() -> None:
+    edges = graph()
+    edges["qeff_ir.module"].add("qeff_ir.compiler")
+    with pytest.raises(CycleError, match=r"qeff_ir\.compiler"):
+        tuple(TopologicalSorter(edges).static_order())
+
+
+def test_no_file_outside_of_backends_asks_for_a_target_by_name() -> None:
+    asked = re.compile(rf"""(==|!=|\bin)\s*\(?["']({"|".join(backend_names())})["']""")
+    found = [name for name, path in MODULES.items() if asked.search(path.read_text())]
+    assert [name for name in found if not name.startswith("backends.")] == []
+    assert asked.search('if target == "ai100":')
+
+
+def test_the_stub_has_every_public_name() -> None:
+    stub = ast.parse((ROOT / "qeff_ir" / "__init__.pyi").read_text())
+    names = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names == set(qeff_ir.__all__)
+    assert all(getattr(qeff_ir, str(name)).__name__ == name for name in names)
