@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,8 +55,16 @@ def load_passes() -> None:
 
 
 def preferred() -> list[str]:
-    """Names of all backends, in the order in which ``auto`` tries them."""
-    return sorted(backend_names(), key=lambda name: -find_backend(name).priority)
+    """Names of all backends that can be imported, in the order in which ``auto`` tries them; warns of the others."""
+    from qeff_ir.errors import CompileError
+
+    priorities: dict[str, int] = {}
+    for name in backend_names():
+        try:
+            priorities[name] = find_backend(name).priority
+        except CompileError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return sorted(priorities, key=lambda name: -priorities[name])
 
 
 def _folders() -> list[str]:

@@ -70,10 +70,10 @@ def _storage(manifest: Manifest) -> Storage:
 
 
 def _device(name: str) -> Device:
-    from backends import backend_names, find_backend
+    from backends import find_backend, preferred
     from qeff_ir.roofline import read_device
 
-    shipped = {device: path for target in backend_names() for device, path in find_backend(target).devices().items()}
+    shipped = {device: path for target in preferred() for device, path in find_backend(target).devices().items()}
     if name in shipped:
         return read_device(shipped[name])
     if not Path(name).is_file():
