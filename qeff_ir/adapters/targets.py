@@ -72,7 +72,7 @@ def regex(paths: Iterable[str]) -> str:
 
 
 def _alternative(shape: str, found: tuple[tuple[str, ...], ...]) -> str:
-    """One expression for paths of one shape, exact: by its only varying number, or spelled out."""
+    """One expression for paths of one shape, exact: by its only varying number, or written out."""
     fixed = re.escape(shape).replace(re.escape("#"), "#")
     if len(found[0]) == 1:
         numbers = [n for (n,) in found]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from backends import find_backend
-from qeff_ir.adapters.bank import AdapterBank
 from qeff_ir.adapters.base_model import base_of, check_base
 from qeff_ir.adapters.fit import fit, package_weights
 from qeff_ir.adapters.folder import Adapter, check_name, open_adapter
+from qeff_ir.adapters.slots import AdapterSlots
 from qeff_ir.adapters.step import Bias, Mode, lora_step
 from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments, model_name
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
@@ -53,7 +53,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         self._adapters: dict[str, Adapter] = {}
         self._merged: list[Path] = []
         self._active: str | None = None
-        self._bank: AdapterBank | None = None
+        self._held: AdapterSlots | None = None
 
     @classmethod
     def from_pretrained(
@@ -130,8 +130,8 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         if check_base_model and self._source is not None:  # a package only knows its own folder
             check_base(adapter_name, found, self._source)
         with self._between_requests():
-            if self._bank is not None:
-                self._bank.add(adapter_name, found)
+            if self._held is not None:
+                self._held.add(adapter_name, found)
             elif self._compiled is not None:
                 self._check_fits(self._compiled, {**self._adapters, adapter_name: found}, [adapter_name])
             self._adapters[adapter_name] = found
@@ -170,11 +170,11 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """
         with self._between_requests():
             self._known(adapter_name)
-            if self._bank is not None and self._bank.holds(adapter_name):
-                if not self._bank.single:  # what comes into the slot next is not for rows that had this one
+            if self._held is not None and self._held.holds(adapter_name):
+                if not self._held.single:  # what comes into the slot next is not for rows that had this one
                     ids = self.runner().decoder.lora_ids
-                    ids[ids == self._bank.slot(adapter_name)] = 0
-                self._bank.remove(adapter_name)
+                    ids[ids == self._held.slot(adapter_name)] = 0
+                self._held.remove(adapter_name)
             del self._adapters[adapter_name]
             if self._active == adapter_name:
                 self._active = None
@@ -202,7 +202,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
                 self._merged.append(self._adapters.pop(name).folder)
             if self._active in names:
                 self._active = None
-            self._compiled = self._runner = self._bank = None
+            self._compiled = self._runner = self._held = None
 
     def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -257,7 +257,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         result = super().compile(target=target, pipeline=str(steps), **kwargs)
         with self._lock:
             if self._merged != merged:
-                self._compiled = self._runner = self._bank = None
+                self._compiled = self._runner = self._held = None
                 raise AdapterError("another thread merged an adapter while the model was compiled: compile it again")
         return result
 
@@ -269,7 +269,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """
         self._check_fits(made, self._adapters, list(self._adapters))
         super()._accept(made)
-        self._bank = None
+        self._held = None
 
     def generate(
         self,
@@ -297,8 +297,8 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         from qeff_ir.runtime.texts import as_texts
 
         with self._lock:
-            runner, bank, active = self.runner(), self._bank, self._active
-        assert bank is not None
+            runner, held, active = self.runner(), self._held, self._active
+        assert held is not None
         texts = None if prompts is None else as_texts(prompts)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         rows: tuple[int, ...] = getattr(ids, "shape", ()) if texts is None else (len(texts),)
@@ -310,7 +310,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         if len(names) != given:
             raise RuntimeInputError(f"there are {len(names)} adapters for {given} rows: name one for each")
         with runner.decoder.request():
-            slots = self._slots(bank, names)
+            slots = self._slots(held, names)
             if texts is None and slots and runner.decoder.batch_size % len(slots) == 0:  # copies of each row
                 runner.decoder.lora_ids[:] = np.repeat(slots, runner.decoder.batch_size // len(slots))
             return self._answer(runner, inputs, texts, tokenizer, kwargs, slots)
@@ -329,22 +329,22 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             RuntimeInputError: There are not as many names as rows, or `generate` is running in this thread.
         """
         with self._lock:
-            runner, bank = self.runner(), self._bank
-        assert bank is not None
+            runner, held = self.runner(), self._held
+        assert held is not None
         decoder, names = runner.decoder, _names(adapters)
         if len(names) != decoder.batch_size:
             raise RuntimeInputError(f"there are {len(names)} adapters for {decoder.batch_size} rows: name one for each")
         by_hand = decoder.turns.mine and not runner.running
         with decoder.turns.join() if by_hand else decoder.request():
-            decoder.lora_ids[:] = self._slots(bank, names)
+            decoder.lora_ids[:] = self._slots(held, names)
 
     def _open_runner(self, threads: int | None) -> SessionLM:
         """The session, with the loaded adapters in it."""
         runner = super()._open_runner(threads)
-        bank = AdapterBank(runner.decoder.session, package_weights(_onnx(self.package)))
-        for name, adapter in self._adapters.items() if not bank.single else ():
-            bank.add(name, adapter)
-        self._bank = bank
+        held = AdapterSlots(runner.decoder.session, package_weights(_onnx(self.package)))
+        for name, adapter in self._adapters.items() if not held.single else ():
+            held.add(name, adapter)
+        self._held = held
         return runner
 
     @contextlib.contextmanager
@@ -361,21 +361,21 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
                     yield
                     return
 
-    def _slots(self, bank: AdapterBank, names: list[str | None]) -> list[int]:
+    def _slots(self, held: AdapterSlots, names: list[str | None]) -> list[int]:
         """The slot of each row; with one adapter at a time, puts it in. The thread has its turn."""
         names = [None if name == "base" else name for name in names]  # the incumbent's name of the base model
         with self._lock:
             for name in names:
                 if name is not None:
                     self._known(name)
-            if not bank.single:
-                return [0 if name is None else bank.slot(name) for name in names]
+            if not held.single:
+                return [0 if name is None else held.slot(name) for name in names]
             if len(set(names)) > 1:
                 raise AdapterError(
                     "the model is compiled for one adapter at a time: compile with lora_mode='slots' to mix"
                 )
             if names:
-                bank.put(names[0], None if names[0] is None else self._adapters[names[0]])
+                held.put(names[0], None if names[0] is None else self._adapters[names[0]])
             return [0 for _ in names]
 
     def _known(self, name: str) -> None:

@@ -41,8 +41,8 @@ class QEffAutoLoraModelForCausalLM(QEffAutoPeftModelForCausalLM):
     @property
     def active_adapter_to_id(self) -> dict[str, int]:
         """Number of each adapter in ``lora_ids``, from 1 in the order of loading; the base model is 0."""
-        if self._bank is not None and not self._bank.single:
-            return {name: self._bank.slot(name) for name in self.adapters}
+        if self._held is not None and not self._held.single:
+            return {name: self._held.slot(name) for name in self.adapters}
         return {name: number for number, name in enumerate(self.adapters, start=1)}
 
     def unload_adapter(self, adapter_name: str) -> None:

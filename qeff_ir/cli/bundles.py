@@ -32,7 +32,7 @@ def bisect_command(
     check: Annotated[
         str | None,
         typer.Option(
-            metavar="CMD", help="Judge by this command, run as CMD FOLDER on a saved module; not 0 means bad."
+            metavar="CMD", help="Decide by this command, run as CMD FOLDER on a saved module; not 0 means bad."
         ),
     ] = None,
 ) -> None:

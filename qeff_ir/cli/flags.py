@@ -21,7 +21,7 @@ class FlagCommand(TyperCommand):
         """Take the flags out before typer reads the rest.
 
         Raises:
-            BadParameter: An unknown option is spelled almost like one of the command's own.
+            BadParameter: An unknown option is written almost like one of the command's own.
         """
         try:
             flags, rest = split_flags(args, self._options())
@@ -53,7 +53,7 @@ def split_flags(words: list[str], own: Mapping[str, bool]) -> tuple[dict[str, An
         The flags (dashes become underscores, whole numbers are read, a bare flag is `True`), and the other words.
 
     Raises:
-        BadParameter: An unknown option is spelled almost like one of `own`: a mistake would go unnoticed as a flag.
+        BadParameter: An unknown option is written almost like one of `own`: a mistake would go unnoticed as a flag.
     """
     flags: dict[str, Any] = {}
     rest: list[str] = []

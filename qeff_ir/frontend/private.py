@@ -187,7 +187,7 @@ def changes_arguments(operator: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class FakeMold:
+class FakeSpec:
     """Shape, strides, type and device of a fake tensor, to make others like it without asking torch what an op does."""
 
     mode: FakeTensorMode
@@ -195,12 +195,12 @@ class FakeMold:
     device: torch.device
 
     @classmethod
-    def new(cls, mode: FakeTensorMode, shape: torch.Size, dtype: torch.dtype) -> FakeMold:
+    def new(cls, mode: FakeTensorMode, shape: torch.Size, dtype: torch.dtype) -> FakeSpec:
         """Of contiguous tensors on the CPU."""
         return cls(mode, torch.empty(shape, dtype=dtype, device="meta"), torch.device("cpu"))
 
     @classmethod
-    def of(cls, tensor: Any) -> FakeMold | None:
+    def of(cls, tensor: Any) -> FakeSpec | None:
         """Of a fake tensor; `None` for one with known numbers, or with more to it than can be made again."""
         if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.layout is not torch.strided:
             return None

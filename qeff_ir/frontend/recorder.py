@@ -51,7 +51,7 @@ class _Step:
         after: What some layer did next, by what is written down about it.
     """
 
-    made: list[private.FakeMold] | private.FakeMold | None = None
+    made: list[private.FakeSpec] | private.FakeSpec | None = None
     after: dict[Label, _Step] = field(default_factory=dict["Label", "_Step"])
 
 
@@ -150,10 +150,10 @@ class Recorder(TorchDispatchMode):
         known = self.step.after.get(said)
         if known is not None and known.made is not None:
             self.step, made = known, known.made
-            return [mold.fake() for mold in made] if isinstance(made, list) else made.fake()
+            return [spec.fake() for spec in made] if isinstance(made, list) else made.fake()
         out = func(*args, **kwargs)
         if known is None:
-            known = self.step.after[said] = _Step(_molds(func, args, out))
+            known = self.step.after[said] = _Step(_specs(func, args, out))
         self.step = known
         return out
 
@@ -208,15 +208,15 @@ class Recorder(TorchDispatchMode):
         return ("input", name)
 
 
-def _molds(func: Any, args: Any, out: Any) -> list[private.FakeMold] | private.FakeMold | None:
+def _specs(func: Any, args: Any, out: Any) -> list[private.FakeSpec] | private.FakeSpec | None:
     """How to make again what an operation made; `None` for numbers, for what it was given, and for what holds data."""
     tensors = out if isinstance(out, tuple | list) else (out,)
     if private.changes_arguments(func) or any(t is a for t in tensors for a in args):
         return None
-    molds = [private.FakeMold.of(t) for t in tensors]
-    if any(mold is None for mold in molds):
+    specs = [private.FakeSpec.of(t) for t in tensors]
+    if any(spec is None for spec in specs):
         return None
-    return [m for m in molds if m is not None] if isinstance(out, tuple | list) else molds[0]
+    return [m for m in specs if m is not None] if isinstance(out, tuple | list) else specs[0]
 
 
 def _form(tensor: torch.Tensor) -> Label:

@@ -169,7 +169,7 @@ def fake_weights(model: PreTrainedModel) -> Generator[FakeTensorMode]:
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes: dict[int, torch.Tensor] = {}
-    molds: dict[tuple[torch.Size, torch.dtype], private.FakeMold] = {}
+    specs: dict[tuple[torch.Size, torch.dtype], private.FakeSpec] = {}
     saved: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
     try:
         for module in model.modules():
@@ -185,9 +185,9 @@ def fake_weights(model: PreTrainedModel) -> Generator[FakeTensorMode]:
                     if id(tensor) not in fakes:
                         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
                         form = (tensor.shape, dtype)
-                        if form not in molds:
-                            molds[form] = private.FakeMold.new(mode, *form)
-                        fake = molds[form].fake()
+                        if form not in specs:
+                            specs[form] = private.FakeSpec.new(mode, *form)
+                        fake = specs[form].fake()
                         fakes[id(tensor)] = fake if is_buffer else torch.nn.Parameter(fake, requires_grad=False)
                     table[name] = fakes[id(tensor)]
         yield mode

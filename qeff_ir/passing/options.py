@@ -1,4 +1,4 @@
-"""The options of a pass: dataclass fields, how their values are spelled, and what is near a misspelled name."""
+"""The options of a pass: dataclass fields, how their values are written, and what is near a misspelled name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Option:
     @property
     def values(self) -> str:
         """What a value may be, for people: ``scatter|tensor-scatter`` or ``int``."""
-        return "|".join(spelled(k) if not isinstance(k, type) else k.__name__ for k in self.kinds)
+        return "|".join(as_text(k) if not isinstance(k, type) else k.__name__ for k in self.kinds)
 
     def takes(self, value: Any) -> bool:
         """Whether a Python value is one of the option's."""
@@ -92,7 +92,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def spelled(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A value as pipelines write it."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
@@ -121,4 +121,4 @@ def read(word: str, kind: Any) -> Any:
             return MISFIT
     if kind is str:
         return word
-    return kind if word == spelled(kind) else MISFIT
+    return kind if word == as_text(kind) else MISFIT

@@ -21,7 +21,7 @@ from typing import Any
 
 from qeff_ir.errors import PipelineError
 from qeff_ir.passing.base import Pass
-from qeff_ir.passing.options import Option, nearest, options, spelled
+from qeff_ir.passing.options import Option, as_text, nearest, options
 from qeff_ir.passing.parser import Parser
 
 __all__ = ["Option", "Pipeline", "nearest", "options"]
@@ -110,7 +110,7 @@ class Pipeline:
 
 def _print_pass(item: Pass) -> str:
     given = [
-        f"{o.name}={spelled(value)}"
+        f"{o.name}={as_text(value)}"
         for o in options(type(item)).values()
         if (value := getattr(item, o.field)) != o.default or type(value) is not type(o.default)
     ]

@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from qeff_ir import dialect
 from qeff_ir.module import SOURCE_KEY, Dim, Module, Role, State
+from qeff_ir.testing.decomposed import BOOL, FLOAT, INT, ROWS
 from qeff_ir.testing.recipe import KEY_SCALE, Layer, Recipe
 from qeff_ir.testing.rotated import NEAR_MISSES, Rotated
-from qeff_ir.testing.spelled import BOOL, FLOAT, INT, ROWS
 
 HIDDEN = -65504.0
-"""Score of a key that spelled attention hides."""
+"""Score of a key that decomposed attention hides."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class _Builder(Rotated):
             k = self.pair("Mul", k, self.number(KEY_SCALE), shape=k.shape)
         mask, plain = self.mask(r.window(index))
         shape = ["batch_size", r.heads, "seq_len", r.value_dim]
-        if layer.spelled:
-            mixed = self.spelled(index, q, k, v, mask)
+        if layer.decomposed:
+            mixed = self.decomposed(index, q, k, v, mask)
         elif layer.sinks:
             mixed = self.node(
                 "SinkAttention", q, k, v, mask, self.weight(f"{prefix}.sinks", r.heads), domain=dialect.DOMAIN,
@@ -276,7 +276,7 @@ class _Builder(Rotated):
         self.masks[window] = seen, plain
         return self.masks[window]
 
-    def spelled(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value) -> ir.Value:
+    def decomposed(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value) -> ir.Value:
         """Attention written out over repeated heads, the mask added to the scores or choosing among them."""
         r = self.r
         shape = ["batch_size", r.heads, "seq_len", "ctx_len"]

@@ -60,7 +60,7 @@ class Layer:
         shares: Layer whose keys and values it reads instead of making its own.
         sinks: Whether each head has one more logit that takes weight and gives nothing.
         experts: Number of experts, two of which each token goes to; 0 for one dense block.
-        spelled: Whether attention is written out instead of being one op.
+        decomposed: Whether attention is written out instead of being one op.
         linear: A recurrence in the place of attention: its state fades and takes in keys times values (``decay``), or
             what of a value the state does not know yet (``delta``).
         kernel: Tokens that a convolution before the recurrence sees.
@@ -70,7 +70,7 @@ class Layer:
     shares: int | None = None
     sinks: bool = False
     experts: int = 0
-    spelled: bool = False
+    decomposed: bool = False
     linear: Linear = "none"
     kernel: int = 2
 
@@ -88,7 +88,7 @@ class Recipe:
         vocab: Number of tokens.
         rotary: How positions turn queries and keys; ``partial`` turns the first half of each head.
         learned_positions: Whether a table of positions is added to the embedding.
-        alibi: Whether spelled attention adds a slope for each head times the position of the key.
+        alibi: Whether decomposed attention adds a slope for each head times the position of the key.
         norm: Root-mean-square or layer normalization.
         activation: Between the products of a block.
         gated: Whether a second product gates the first.
@@ -268,7 +268,7 @@ class _Reference:
         scores = np.einsum("hqd,hkd->hqk", q, k) * r.score_scale
         at = np.arange(len(x))
         query, key = at[:, None], at[None, :]
-        if layer.spelled and r.alibi and r.window(index) is None:
+        if layer.decomposed and r.alibi and r.window(index) is None:
             scores = scores + r.slopes().astype(np.float64)[:, None, None] * key
         if r.softcap:
             scores = r.softcap * np.tanh(scores / r.softcap)

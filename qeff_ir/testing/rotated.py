@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qeff_ir.testing.decomposed import FLOAT, INT, ROWS, Decomposed
 from qeff_ir.testing.recipe import Recipe
-from qeff_ir.testing.spelled import FLOAT, INT, ROWS, Spelled
 
 NEAR_MISSES = frozenset({"unequal-halves", "same-half", "two-sines", "subtracted", "no-cosine"})
 """What looks like a rotation and is none."""
 
 
-class Rotated(Spelled):
+class Rotated(Decomposed):
     """Makes the cosines and sines of a run once, and rotates by them.
 
     Args:
-        recipe: As for `Spelled`.
+        recipe: As for `Decomposed`.
     """
 
     def __init__(self, recipe: Recipe) -> None:

@@ -36,8 +36,8 @@ def recipes(draw: st.DrawFn, *, most_layers: int = 4, odd: Odd | None = "none") 
     if odd is None:
         odd = draw(st.sampled_from(ODD))
     windows = draw(st.lists(st.integers(1, 6), min_size=0, max_size=2, unique=True))
-    spelled = draw(st.sampled_from(["never", "never", "always", "some"]))
-    sinks, experts = draw(st.booleans()) and spelled == "never", draw(st.booleans())
+    decomposed = draw(st.sampled_from(["never", "never", "always", "some"]))
+    sinks, experts = draw(st.booleans()) and decomposed == "never", draw(st.booleans())
     recurrent = draw(st.sampled_from(["never", "never", "some"]))
     layers: list[Layer] = []
     for index in range(draw(st.integers(1, most_layers))):
@@ -49,7 +49,7 @@ def recipes(draw: st.DrawFn, *, most_layers: int = 4, odd: Odd | None = "none") 
         owners = [i for i, layer in enumerate(layers) if layer.shares is None and layer.linear == "none"]
         shares = draw(st.sampled_from(owners)) if owners and draw(st.integers(0, 4)) == 4 else None
         window = draw(st.sampled_from([None, *windows])) if shares is None else None
-        written = spelled == "always" or (spelled == "some" and draw(st.booleans()))
+        written = decomposed == "always" or (decomposed == "some" and draw(st.booleans()))
         layers.append(Layer(window, shares, sinks and draw(st.booleans()), some_experts, written))
     if odd == "strided-mask":
         layers[0] = replace(layers[0], window=None)
@@ -71,7 +71,7 @@ def recipes(draw: st.DrawFn, *, most_layers: int = 4, odd: Odd | None = "none") 
         vocab=draw(st.integers(8, 20)),
         rotary=rotary,  # pyright: ignore[reportArgumentType]
         learned_positions=draw(st.booleans()) if rotary == "none" else False,
-        alibi=spelled != "never" and rotary == "none" and draw(st.booleans()),
+        alibi=decomposed != "never" and rotary == "none" and draw(st.booleans()),
         norm="rms" if odd == "norm-power" else draw(st.sampled_from(["rms", "layer"])),
         activation=activation,  # pyright: ignore[reportArgumentType]
         gated=draw(st.booleans()),

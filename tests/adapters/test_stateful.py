@@ -179,16 +179,16 @@ def test_adapters_never_disturb_each_other(target: str) -> None:
 
 
 def test_a_row_that_keeps_a_removed_adapter_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qeff_ir.adapters.bank import AdapterBank
+    from qeff_ir.adapters.slots import AdapterSlots
 
-    def forget(self: AdapterBank, name: str) -> None:
+    def forget(self: AdapterSlots, name: str) -> None:
         self._names[self._names.index(name)] = None
 
     model, peft_rows = opened(), Row()
     model.load_adapter(FOLDERS["b"], "b")
     model.use_adapters(["b"] * BATCH)
     slot = model.runner().decoder.lora_ids.copy()
-    monkeypatch.setattr(AdapterBank, "remove", forget)
+    monkeypatch.setattr(AdapterSlots, "remove", forget)
     model.delete_adapter("b")
     decoder = model.runner().decoder
     assert not decoder.lora_ids.any()

@@ -151,10 +151,10 @@ def test_fake_tensors_are_made_again() -> None:
         fake = torch.empty(2, 3, 4, dtype=torch.float16).transpose(1, 2)
         whole = torch.empty(2, 3)
         none = [torch.tensor(5), torch.empty(2, dtype=torch.complex64), torch.nonzero(torch.ones(3)), 5]
-    mold = private.FakeMold.of(fake)
-    assert mold is not None and all(private.FakeMold.of(n) is None for n in (torch.zeros(2), *none))
-    new = private.FakeMold.new(mode, whole.shape, whole.dtype)
-    for made, like in ((mold.fake(), fake), (new.fake(), whole)):
+    spec = private.FakeSpec.of(fake)
+    assert spec is not None and all(private.FakeSpec.of(n) is None for n in (torch.zeros(2), *none))
+    new = private.FakeSpec.new(mode, whole.shape, whole.dtype)
+    for made, like in ((spec.fake(), fake), (new.fake(), whole)):
         assert made is not like and type(made) is FakeTensor and made.fake_mode is mode
         assert all(getattr(made, a) == getattr(like, a) for a in ("shape", "dtype", "device", "layout"))
         assert made.stride() == like.stride()

@@ -36,12 +36,12 @@ def worst_memory(module: Module) -> int:
     "others",
     [
         (Layer(window=2),),
-        (Layer(spelled=True),),
+        (Layer(decomposed=True),),
         (Layer(linear="decay"),),
         (Layer(), Layer(), Layer(), Layer(window=2)),
         (Layer(),),
     ],
-    ids=["ring", "spelled", "state", "ring behind many", "none"],
+    ids=["ring", "decomposed", "state", "ring behind many", "none"],
 )
 def test_padding_of_the_kernel_reaches_no_token(others: tuple[Layer, ...]) -> None:
     recipe = Recipe((Layer(), *others), head_dim=8, value_dim=8, rotary="half")

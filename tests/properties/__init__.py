@@ -37,7 +37,7 @@ RICH = [
         rotary="partial", gated=True, spelling=3,
     ),
     Recipe(
-        (Layer(linear="decay"), Layer(spelled=True), Layer(window=2, spelled=True), Layer()),
+        (Layer(linear="decay"), Layer(decomposed=True), Layer(window=2, decomposed=True), Layer()),
         group=2, head_dim=8, value_dim=8, alibi=True, learned_positions=True, activation="gelu", norm="layer",
         parallel=True,
     ),

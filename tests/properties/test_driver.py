@@ -45,7 +45,11 @@ RECIPES = {
     ),
     "only recurrent states": Recipe((Layer(linear="decay", kernel=4), Layer(linear="delta")), gated=True, tied=True),
     "written out": Recipe(
-        (Layer(window=2, spelled=True), Layer(spelled=True)), group=2, learned_positions=True, norm="layer", gemm=True
+        (Layer(window=2, decomposed=True), Layer(decomposed=True)),
+        group=2,
+        learned_positions=True,
+        norm="layer",
+        gemm=True,
     ),
 }
 

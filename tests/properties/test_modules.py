@@ -272,13 +272,13 @@ def planted(built: Built, request: Request, text: str) -> dict[str, Counter[str]
     """How often each rule of a stock pipeline must fire on a module."""
     p, module, names = built.planted, built.module, [i.partition("{")[0] for i in text.split(",")]
     windows = {s.window for s in module.states if s.window is not None}
-    spelled = {i for i, layer in enumerate(built.recipe.layers) if layer.spelled}
-    spelled |= {0} if built.recipe.odd == "scaled-keys" else set()  # whoever reads the cache is no attention either
+    decomposed = {i for i, layer in enumerate(built.recipe.layers) if layer.decomposed}
+    decomposed |= {0} if built.recipe.odd == "scaled-keys" else set()  # whoever reads the cache is no attention either
     rings = 0
     if "ring=off" not in text:
         for window in windows:
             users = [i for i in range(len(built.recipe.layers)) if built.recipe.window(i) == window]
-            fits = window + request.chunk - 1 < request.ctx_len and not spelled & set(users)
+            fits = window + request.chunk - 1 < request.ctx_len and not decomposed & set(users)
             rings += fits * sum(s.window == window for s in module.states)
     scatter = "CtxScatter" if "layout=scatter" in text else "TensorScatter"
     swish, gelu = p["Swish"], p["Gelu"] + p["Gelu tanh"]

@@ -27,7 +27,7 @@ from qeff_ir.testing.recipe import Layer, Recipe
 from qeff_ir.testing.strategies import Request, orders, recipes, requests, stock_pipelines
 from tests.properties import FULL, LONG, RICH, rich, scaled
 
-TWO_READERS = Recipe((Layer(), Layer(shares=0, spelled=True)), spelling=3)
+TWO_READERS = Recipe((Layer(), Layer(shares=0, decomposed=True)), spelling=3)
 """Attention that chooses by its mask and attention that adds it read one cache."""
 STRIDED = Recipe(head_dim=8, value_dim=8, odd="strided-mask")
 """All that a kernel for causal attention could want, but for keys that are skipped."""

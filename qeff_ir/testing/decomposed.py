@@ -18,11 +18,11 @@ FLOAT, INT, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 ROWS = ("batch_size", "seq_len")
 
 
-class Spelled:
+class Decomposed:
     """A graph that grows by nodes, and the count of what each pass should find in it.
 
     Args:
-        recipe: What is written, and how it is spelled.
+        recipe: What is written, and how it is decomposed.
 
     Attributes:
         planted: Sites by the name that a pass counts them under.

@@ -12,7 +12,7 @@ from qeff_ir.module import AdapterInput
 from qeff_ir.runtime.session import Session
 
 
-class AdapterBank:
+class AdapterSlots:
     """Slots of one session, by adapter name.
 
     With ``lora{mode=single}`` there is one slot, number 0, which holds the adapter of all rows, or the base model.
