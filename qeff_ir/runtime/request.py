@@ -163,6 +163,9 @@ def read(model: GenerationMixin, arguments: dict[str, Any], *, ids_only: bool = 
     wished = frozenset(name for name in fields if wish(arguments, name) is not None)
     for name, least in _NUMBERS.items():
         _check_number(name, wish(arguments, name), least)
+    for name in sorted(wished):
+        if not name.endswith("_token_id"):  # several of these may be a tensor
+            _check_plain(name, wish(arguments, name))
     with refusals():
         config, unknown = private.merge(model, given, rest)
         for name, least in _NUMBERS.items():  # the model's own
@@ -202,6 +205,18 @@ def refusals() -> Generator[None]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         reason = reason.replace(type(error).__name__ + ":", "").replace("SessionLM", "a compiled model")
         raise RuntimeInputError(f"transformers refuses the request: {reason}") from error
+
+
+def _check_plain(name: str, value: object) -> None:
+    """An array of several numbers is neither true nor false, and no setting takes one.
+
+    Raises:
+        RuntimeInputError: It is one.
+    """
+    try:
+        bool(value)
+    except Exception as error:  # torch and NumPy each have their own
+        raise RuntimeInputError(f"{name} is a {type(value).__name__}: give a plain value") from error
 
 
 def _check_callbacks(callbacks: dict[str, Any]) -> None:

@@ -426,3 +426,9 @@ def test_the_cache_that_is_not_returned_is_refused_when_it_is_used(
     assert out.hidden_states is None and out.attentions is None
     assert pickle.loads(pickle.dumps(out))["sequences"].tolist() == out.sequences.tolist()
     assert copy.deepcopy(out)["sequences"].tolist() == out.sequences.tolist()
+
+
+@pytest.mark.parametrize("name", ["return_dict_in_generate", "do_sample", "use_cache", "temperature"])
+def test_a_tensor_in_place_of_a_setting_is_refused(name: str, decoder: Decoder, reference: PreTrainedModel) -> None:
+    with pytest.raises(RuntimeInputError, match=f"^{name} is "):
+        session(decoder, reference).generate(IDS, **{name: torch.ones(1, 2)})
