@@ -11,9 +11,9 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+import qeff_ir.passing.properties as properties
 from qeff_ir.errors import PassError, VerificationError
 from qeff_ir.module import WEIGHT_KEY, Module
-from qeff_ir.passing import properties
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.hiding import LARGE, hidden_weights
 from qeff_ir.passing.report import Missed, site_name

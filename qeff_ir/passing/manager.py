@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
+import qeff_ir.passing.checks as checks
+import qeff_ir.passing.plugins as plugins
 from qeff_ir.errors import PassError, PipelineError, QeffError
 from qeff_ir.garbage import settled
 from qeff_ir.module import Module
-from qeff_ir.passing import checks, plugins
 from qeff_ir.passing.base import Pass, Rewriter, registered_passes
 from qeff_ir.passing.instrument import Instrument, Watch
 from qeff_ir.passing.pipeline import Pipeline
