@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from backends import find_backend
 from backends.base import CompileOptions, default_prefill
 from qeff_ir.auto.arguments import hub_arguments, model_name
+from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.compiler import Compiled, TokenEmbedding, Watch, table_record
 from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
@@ -153,7 +154,7 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             mxfp6_matmul=mxfp6_matmul,
             mxint8_kv_cache=mxint8_kv_cache,
             weight_free=weight_free,
-            flags=compiler_options,
+            flags=compiler_flags(compiler_options),
             force_flags=force_flags,
         )
         return self._compile(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir.auto.arguments import hub_arguments
+from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.compiler import Compiled, Watch, choose_target
 from qeff_ir.errors import ModelLoadError, RuntimeInputError
@@ -125,7 +126,7 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
             num_devices=num_devices,
             mxfp6_matmul=mxfp6_matmul,
             weight_free=weight_free,
-            flags=compiler_options,
+            flags=compiler_flags(compiler_options),
             force_flags=force_flags,
         )
         target, _ = choose_target(target)

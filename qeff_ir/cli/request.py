@@ -95,12 +95,13 @@ class Request:
     def options(self) -> CompileOptions:
         """The part that a backend sees."""
         from backends.base import CompileOptions, default_prefill
+        from qeff_ir.auto.compile_arguments import compiler_flags
 
         own = {f.name for f in fields(self)}
         shared = {f.name: getattr(self, f.name) for f in fields(CompileOptions) if f.name in own}
         if "prefill_seq_len" not in self.given:
             shared["prefill_seq_len"] = default_prefill(self.ctx_len)
-        return CompileOptions(**shared)
+        return CompileOptions(**{**shared, "flags": compiler_flags(self.flags)})
 
 
 _HIDDEN = ("flags", "given")

@@ -1,0 +1,53 @@
+"""Arguments of the incumbent's ``compile`` that are not flags of a compiler (AI 100 contract §4.6 and §4.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qeff_ir.errors import CompileError
+
+_ANY = object()
+_CB = "continuous batching"
+_QNN = "compiling through QNN"
+_KNOWN: dict[str, tuple[tuple[Any, ...], str]] = {
+    # how the incumbent exports; the result is the same here
+    "dynamo": ((_ANY,), ""),
+    "layerwise": ((_ANY,), ""),
+    "layerwise_window_size": ((_ANY,), ""),
+    "offload_pt_weights": ((_ANY,), ""),
+    "use_onnx_subfunctions": ((False, None), "layers as functions (sub_functions=True does)"),
+    "onnx_path": ((None,), "a graph of another exporter"),
+    # what a compiled model cannot do yet
+    "comp_ctx_lengths_decode": ((None,), "compute context lengths"),
+    "comp_ctx_lengths_prefill": ((None,), "compute context lengths"),
+    "enable_chunking": ((False, None), "prefill on devices of its own"),
+    "enable_qnn": ((False, None), _QNN),
+    "full_batch_size": ((None,), _CB),
+    "kv_cache_batch_size": ((None,), _CB),
+    "kv_cache_prefix": ((None,), "names of caches for another host"),
+    "moe_prefill_packed_chunk_size": ((256, None), "packed prefill of experts"),
+    "num_speculative_tokens": ((None,), "speculative decoding"),
+    "prefill_only": ((False, None), "prefill on devices of its own"),
+    "qaic_config": ((None,), "settings of the incumbent's rewritten models"),
+    "qnn_config": ((None,), _QNN),
+    "retain_full_kv": ((False, None), "prefill on devices of its own"),
+}
+"""Each argument with the values that ask for what happens anyway, and what any other value asks for."""
+
+
+def compiler_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``compile`` that are flags of the target's compiler; those that change nothing are dropped.
+
+    Raises:
+        CompileError: One asks for something that a compiled model cannot do.
+    """
+    flags: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name not in _KNOWN:
+            flags[name] = value
+            continue
+        anyway, what = _KNOWN[name]
+        if _ANY not in anyway and not any(value is item or (item == value and type(item) is int) for item in anyway):
+            raise CompileError(f"{name}={value!r} asks for {what}, which is not supported: leave {name} out")
+    return flags
