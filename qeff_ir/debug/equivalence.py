@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +36,8 @@ class Equivalence(Instrument):
     Args:
         seed: Of the trace.
     """
+
+    numeric: ClassVar[bool] = True
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, ClassVar, Literal, TextIO
 
 from qeff_ir.passing.report import PassRun, Report
 from qeff_ir.printer import to_text
@@ -23,7 +23,13 @@ Moment = Literal["before", "after", "changed", "failed"]
 
 
 class Instrument:
-    """Hooks of a pipeline's run; each does nothing unless overridden, and none may change the module."""
+    """Hooks of a pipeline's run; each does nothing unless overridden, and none may change the module.
+
+    Attributes:
+        numeric: Whether it holds the numbers of every pass, which is check level 4.
+    """
+
+    numeric: ClassVar[bool] = False
 
     def before_pipeline(self, module: Module, pipeline: Pipeline) -> None:
         """Nothing has run yet, and the order of the passes has been checked."""

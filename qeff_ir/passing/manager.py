@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -17,6 +18,9 @@ from qeff_ir.passing.instrument import Instrument, Watch
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.report import REPORT_VERSION, PassRun, Report
 from qeff_ir.printer import fingerprint, structure
+
+LEVELS = 5
+"""Check levels, 0 to 4."""
 
 __all__ = ["REPORT_VERSION", "PassRun", "Report", "check_order", "run_pipeline"]
 
@@ -61,19 +65,24 @@ def run_pipeline(
         pipeline: What to run.
         watch: Called with ``(id, None)`` before a pass and ``(id, run)`` after it.
         instruments: Told of everything, as a stack.
-        check: How much is checked after each pass, see `qeff_ir.passing.checks.check`; 0 is nothing.
+        check: How much is checked after each pass, see `qeff_ir.passing.checks.check`; 0 is nothing, and 4 also drives
+            prefill and decode after each pass, and fails the first that changes the numbers.
         budgets: Most rewrites that a pass may make, by instance id.
 
     Raises:
-        PipelineError: The order of the passes cannot work; nothing ran.
+        PipelineError: The order of the passes cannot work, or there is no such check level; nothing ran.
         PassError: A pass failed; the message names it.
     """
+    if check not in range(LEVELS):
+        raise PipelineError(f"there is no check level {check!r}: give a number from 0 to {LEVELS - 1}")
     check_order(pipeline, module.properties)
     unknown = sorted(set(budgets or ()) - {id for id, _ in pipeline})
     if unknown:
         raise PipelineError(f"there is a budget for '{unknown[0]}', but no such pass in the pipeline")
     report = Report(str(pipeline), warnings=[f"plugin '{n}': {why}" for n, why in plugins.BROKEN.items()])
     stack = [*([Watch(watch)] if watch is not None else ()), *instruments]
+    if check == LEVELS - 1 and not any(instrument.numeric for instrument in stack):
+        stack.append(_numeric())
     for instrument in stack:
         instrument.before_pipeline(module, pipeline)
     before, forms = fingerprint(module), {structure(module): "the beginning"} if check >= 2 else {}
@@ -87,6 +96,11 @@ def run_pipeline(
     for instrument in reversed(stack):
         instrument.after_pipeline(report, module)
     return report
+
+
+def _numeric() -> Instrument:
+    """The check of the numbers, imported by name: it drives modules, and lies above the passes."""
+    return importlib.import_module("qeff_ir.debug.equivalence").Equivalence()
 
 
 def _run(

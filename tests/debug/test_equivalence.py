@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,7 @@ import pytest
 from backends import backend_names
 from qeff_ir.debug.drive import drive, make_plan
 from qeff_ir.debug.equivalence import Equivalence, error_of
-from qeff_ir.errors import PassError, QeffError, RuntimeInputError
+from qeff_ir.errors import PassError, PipelineError, QeffError, RuntimeInputError
 from qeff_ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
@@ -42,6 +43,19 @@ def test_a_module_without_specializations_gets_small_sizes() -> None:
     assert [run["input_ids"].shape for run in plan.runs] == [(2, 4), (2, 4), (2, 1), (2, 1), (2, 1)]
     assert (plan.runs[0]["position_ids"][1] == -1).all()  # the shorter prompt idles in the first chunk
     assert set(check(module, "canonicalize,fuse-norms").errors) == {"canonicalize", "fuse-norms"}
+
+
+def test_level_4_drives_from_python_too() -> None:
+    module = support.canonical("llama")
+    with pytest.raises(PassError, match=r"pass flipped-sign: .*it changed behavior"):
+        run_pipeline(module, Pipeline.parse("fuse-norms,flipped-sign"), check=4)
+    assert run_pipeline(support.canonical("llama"), Pipeline.parse("fuse-norms"), check=4).runs[0].modified
+
+
+@pytest.mark.parametrize("level", [-1, 5, 99, 1.5, "2", None])
+def test_there_are_five_levels(level: Any) -> None:
+    with pytest.raises(PipelineError, match=r"there is no check level .*: give a number from 0 to 4"):
+        run_pipeline(support.canonical("llama"), Pipeline.parse("fuse-norms"), check=level)
 
 
 def test_the_guilty_pass_is_named_and_undone() -> None:
