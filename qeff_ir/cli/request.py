@@ -101,7 +101,8 @@ class Request:
         shared = {f.name: getattr(self, f.name) for f in fields(CompileOptions) if f.name in own}
         if "prefill_seq_len" not in self.given:
             shared["prefill_seq_len"] = default_prefill(self.ctx_len)
-        return CompileOptions(**{**shared, "flags": compiler_flags(self.flags)})
+        shared["flags"] = compiler_flags(self.flags)
+        return CompileOptions(**shared)
 
 
 _HIDDEN = ("flags", "given")
