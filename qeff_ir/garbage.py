@@ -25,13 +25,18 @@ def settled() -> Generator[None]:
     """
     global _left
     enabled = gc.isenabled()
-    _left += sum(len(gc.get_objects(generation=young)) for young in (0, 1))  # freezing makes them old too
+    young, middle, _ = gc.get_count()  # objects, and collections of as many as the threshold says
+    _left += young + middle * gc.get_threshold()[0]  # freezing makes them old too
     gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        _left += len(gc.get_objects())  # not those that are frozen
+        # Counted by freezing them: a list of them (`gc.get_objects`) holds tuples that other threads still fill, and
+        # Python's tuple(...) then raises SystemError there.
+        frozen = gc.get_freeze_count()
+        gc.freeze()
+        _left += gc.get_freeze_count() - frozen
         gc.unfreeze()
         if _left > MANY:
             _left = 0

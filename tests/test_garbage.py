@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -52,3 +54,30 @@ def test_the_collector_is_on_or_off_as_before() -> None:
         assert gc.isenabled() is enabled
         assert gc.get_freeze_count() == 0
     gc.enable()
+
+
+def test_other_threads_make_tuples_meanwhile() -> None:
+    """A list of all objects holds tuples that another thread still fills, which Python then cannot give their size."""
+    failed: list[BaseException] = []
+    done = threading.Event()
+
+    def fill() -> None:
+        try:
+            while not done.is_set():
+                assert len(tuple(n for n in range(2_001))) == 2_001
+        except BaseException as error:
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=fill)
+    try:
+        thread.start()
+        for _ in range(300):
+            with garbage.settled():
+                pass
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    assert failed == []
