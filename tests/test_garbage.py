@@ -7,6 +7,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -59,25 +61,47 @@ def test_the_collector_is_on_or_off_as_before() -> None:
 def test_other_threads_make_tuples_meanwhile() -> None:
     """A list of all objects holds tuples that another thread still fills, which Python then cannot give their size."""
     failed: list[BaseException] = []
-    done = threading.Event()
+    filling, go, done = threading.Event(), threading.Event(), threading.Event()
+
+    def numbers() -> Iterator[int]:
+        yield from range(5)
+        filling.set()
+        assert go.wait(60)
+        yield from range(2_000)
 
     def fill() -> None:
         try:
-            while not done.is_set():
-                assert len(tuple(n for n in range(2_001))) == 2_001
+            assert len(tuple(numbers())) == 2_005
         except BaseException as error:
             failed.append(error)
-
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    thread = threading.Thread(target=fill)
-    try:
-        thread.start()
-        for _ in range(300):
-            with garbage.settled():
-                pass
-    finally:
         done.set()
+
+    def let_the_other_thread_run(frame: FrameType, event: str, function: Any) -> None:
+        """While the objects that a function of the collector has returned are still held."""
+        if event == "c_return" and function in (gc.get_objects, gc.get_referrers, gc.get_referents):
+            go.set()
+            assert done.wait(60)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    assert filling.wait(60)
+    sys.setprofile(let_the_other_thread_run)
+    try:
+        with garbage.settled():
+            pass
+    finally:
+        sys.setprofile(None)
+        go.set()
         thread.join()
-        sys.setswitchinterval(before)
     assert failed == []
+
+
+def test_a_list_of_all_objects_would_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kill test: this is how objects were counted."""
+
+    def count() -> tuple[int, int, int]:
+        return len(gc.get_objects()), 0, 0
+
+    monkeypatch.setattr(gc, "get_count", count)
+    with pytest.raises(AssertionError, match="SystemError"):
+        test_other_threads_make_tuples_meanwhile()
