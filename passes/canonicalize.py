@@ -15,7 +15,7 @@ from onnxscript.rewriter import RewriteRuleSet, pattern
 from onnxscript.rewriter.rules import common as rules
 
 from qeff_ir import device_ops, dialect
-from qeff_ir.errors import PassError
+from qeff_ir.errors import PassError, QeffError
 from qeff_ir.module import Module
 from qeff_ir.numerics import Exact, Numeric
 from qeff_ir.passing.base import Pass, Rewriter, register
@@ -116,7 +116,9 @@ def _taking(verb: str) -> Generator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except QeffError:
+        raise
+    except Exception as error:  # each of their passes raises types of its own
         said = " ".join(str(error).split())[:300]
         raise PassError(
             f"onnx_ir cannot {verb} this graph ({type(error).__name__}: {said}): export it again"

@@ -72,11 +72,11 @@ class Layout(ABC):
         position = b("Where", b("LessOrEqual", this_turn, last), this_turn, b("Sub", this_turn, length))
         return b("Where", b("Less", position, b.const(0)), b.const(dialect.UNWRITTEN), position)
 
-    def shared(self, what: str, slots: Slots | None, make: object) -> ir.Value:
+    def shared(self, what: str, slots: Slots | None, make: Callable[[OpBuilder], ir.Value]) -> ir.Value:
         """The value called `what` for these slots, made on first use."""
         key = (what, *(slots.key if slots else ()))
         if key not in self._made:
-            self._made[key] = make(self.b)  # type: ignore[operator]
+            self._made[key] = make(self.b)
         return self._made[key]
 
     def last(self) -> ir.Value:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qeff_ir import device_ops, dialect
 from qeff_ir.errors import PassError
 from qeff_ir.module import Dim, Module, Specialization, State
-from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.base import Pass, Rewriter, register, registered_passes
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import depends_on, operand
 from qeff_ir.passing.options import nearest
@@ -84,10 +84,10 @@ class KVRetention(Pass):
         device_ops.attach(module.model)
 
     def _layout(self, module: Module, rewriter: Rewriter) -> Layout:
-        try:
-            return LAYOUTS[self.layout](module, rewriter)
-        except KeyError:
-            raise PassError(f"there is no layout '{self.layout}'; {nearest(self.layout, LAYOUTS)}") from None
+        registered_passes()  # imports the targets' passes, and their layouts with them
+        if self.layout not in LAYOUTS:
+            raise PassError(f"there is no layout '{self.layout}'; {nearest(self.layout, LAYOUTS)}")
+        return LAYOUTS[self.layout](module, rewriter)
 
     def sites(self, module: Module) -> list[ir.Node]:
         """Every op of the dialect that writes a cache or looks at its slots."""

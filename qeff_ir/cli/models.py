@@ -106,6 +106,7 @@ def _check_flags(target: str, request: Request) -> None:
 
     if find_backend(target).ahead_of_time or not request.flags:
         return
-    find_backend(preferred()[0]).check_options(request.options())
+    for other in (name for name in preferred() if find_backend(name).ahead_of_time):
+        find_backend(other).check_options(request.options())
     names = ", ".join(f"--{name.replace('_', '-')}" for name in request.flags)
     complain(f"{target} has no compiler flags: {names} does nothing here", "warning")

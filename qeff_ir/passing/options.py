@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qeff_ir.passing.base import Pass
+from qeff_ir.passing.base import Pass, registered_passes
 
 WORD = re.compile(r'[^\s{},="]+')
 """A value that needs no quotes."""
@@ -56,6 +56,8 @@ class Option:
 def options(cls: type[Pass]) -> dict[str, Option]:
     """The options of a pass by field name."""
     hints = typing.get_type_hints(cls)
+    if any("choices" in field.metadata for field in dataclasses.fields(cls)):  # pyright: ignore[reportArgumentType]
+        registered_passes()  # which may add to them
     found: dict[str, Option] = {}
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
         default = field.default
