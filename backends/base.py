@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.runtime.session import ForwardSession, Session
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from qeff_ir.cost import cost
-from qeff_ir.module import Module, Specialization
+from qeff_ir.ir.module import Module, Specialization
 
 _ROWS, _COLUMNS = 16384, 4096
 """Of the matrix that is read, float32: 256 MB, far more than caches hold."""

@@ -19,7 +19,7 @@ from benchmarks.peers.genai import GenAI
 from benchmarks.peers.onnx_export import OnnxExport
 from benchmarks.peers.openvino_export import OpenVinoExport
 from benchmarks.prepare import prepare
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.runtime.decoder import Decoder
 
 

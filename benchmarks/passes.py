@@ -20,7 +20,7 @@ from backends.onnxruntime.backend import BACKEND
 from benchmarks.prepare import lowered
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend.weights import memory_weights
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 

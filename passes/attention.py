@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir import dialect
 from qeff_ir.errors import PassError
-from qeff_ir.module import Module
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import operand

@@ -14,9 +14,10 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewriteRuleSet, pattern
 from onnxscript.rewriter.rules import common as rules
 
-from qeff_ir import device_ops, dialect
+from qeff_ir import device_ops
 from qeff_ir.errors import PassError, QeffError
-from qeff_ir.module import Module
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import Module
 from qeff_ir.numerics import Exact, Numeric
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.hiding import LARGE

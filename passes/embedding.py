@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import DimValue, Module, OutputSizes
+from qeff_ir.ir.module import DimValue, Module, OutputSizes
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 

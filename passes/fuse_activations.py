@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule
 
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import register
 from qeff_ir.passing.matching import scalar
 from qeff_ir.passing.rules import RulePass

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRule
 from onnxscript.rewriter.rules.fusion import _rms_normalization as rules
 
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import register
 from qeff_ir.passing.rules import RulePass
 

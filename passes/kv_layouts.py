@@ -9,9 +9,9 @@ from typing import ClassVar, TypeVar
 
 import onnx_ir as ir
 
-from qeff_ir import dialect
 from qeff_ir.errors import PipelineError
-from qeff_ir.module import DimValue, Module, State
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import DimValue, Module, State
 from qeff_ir.passing.base import OpBuilder, Rewriter
 
 

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from qeff_ir import device_ops, dialect
+from qeff_ir import device_ops
 from qeff_ir.errors import PassError
-from qeff_ir.module import Dim, Module, Specialization, State
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import Dim, Module, Specialization, State
 from qeff_ir.passing.base import Pass, Rewriter, register, registered_passes
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import depends_on, operand

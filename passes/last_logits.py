@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import Exactly, Expect
 from qeff_ir.passing.matching import depends_on

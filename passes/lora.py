@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qeff_ir.adapters.layers import Layer, bias_name, find_layers, output_layer
 from qeff_ir.adapters.targets import select, selection
 from qeff_ir.errors import PassError
-from qeff_ir.module import AdapterInput, Module
+from qeff_ir.ir.module import AdapterInput, Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 

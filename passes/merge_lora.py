@@ -16,7 +16,7 @@ from qeff_ir.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, Adapter, Factors,
 from qeff_ir.adapters.layers import Layer, find_layers
 from qeff_ir.arrays import Array
 from qeff_ir.errors import AdapterError, PassError
-from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 from qeff_ir.passing.matching import made_by

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import CHANGED_KEY, EMBEDS, WEIGHT_KEY, Module
+from qeff_ir.ir.module import CHANGED_KEY, EMBEDS, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 
@@ -22,8 +22,8 @@ class TokenEmbedding(Pass):
 
     ``input_ids`` stays, behind the other, only where something else reads the tokens. The table leaves the graph unless
     something else reads it, as a tied LM head does, which then has it alone. The new input carries the name of the
-    parameter (`qeff_ir.module.WEIGHT_KEY`), by which the runtime finds the rows in the checkpoint. Whatever follows the
-    look-up (a scale, a norm) stays in the graph. ``side=graph`` leaves everything as it is.
+    parameter (`qeff_ir.ir.module.WEIGHT_KEY`), by which the runtime finds the rows in the checkpoint. Whatever follows
+    the look-up (a scale, a norm) stays in the graph. ``side=graph`` leaves everything as it is.
     """
 
     name: ClassVar[str] = "token-embedding"

@@ -21,11 +21,11 @@ from qeff_ir.digests import digest_file
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError
 from qeff_ir.frontend.source import Source
 from qeff_ir.home import cache_root
-from qeff_ir.module import EMBEDS, WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.module import EMBEDS, WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.printer import fingerprint
 from qeff_ir.package import SIDE_FOLDER, Manifest, TableRecord, building, is_package, open_package, read_manifest, seal
 from qeff_ir.passing.manager import PassRun, Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.printer import fingerprint
 from qeff_ir.reading import files_below, plain_name
 from qeff_ir.replacement import disk_errors, put_right
 from qeff_ir.sharing import choice

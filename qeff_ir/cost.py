@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
-from qeff_ir.module import EMBEDS, WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.module import EMBEDS, WEIGHT_KEY, Module, Specialization
 from qeff_ir.passing.hiding import hidden_weights
 
 _Shapes = Mapping[str, tuple[int, ...]]

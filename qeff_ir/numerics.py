@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.arrays import Array
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 
 UNIT_ROUNDOFF = 2.0**-24
 """Of float32."""

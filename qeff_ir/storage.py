@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from qeff_ir.digests import digest_file
 from qeff_ir.errors import PackageError
-from qeff_ir.module import WEIGHT_KEY
+from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.reading import regular_file
 from qeff_ir.sharing import share
 

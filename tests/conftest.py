@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from tests import support
 
 if TYPE_CHECKING:

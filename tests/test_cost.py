@@ -14,7 +14,7 @@ import pytest
 
 from qeff_ir.cost import Cost, Storage, cost
 from qeff_ir.errors import CompileError, VerificationError
-from qeff_ir.module import WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
 from qeff_ir.roofline import Device, read_device, roofline, seconds
 from tests.models import MODELS, VOCAB
 from tests.support import apply, canonical, rest_of

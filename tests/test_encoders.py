@@ -18,7 +18,7 @@ from qeff_ir.arrays import Array
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend.forward_source import CTC, EMBEDDING, ForwardMemory, ForwardOptions
 from qeff_ir.frontend.inputs import find_inputs
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.encoder import Encoder

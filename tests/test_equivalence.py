@@ -14,9 +14,10 @@ import onnx_ir as ir
 import pytest
 
 from backends import backend_names
-from qeff_ir import QEFFAutoModelForCausalLM, dialect, numerics
+from qeff_ir import QEFFAutoModelForCausalLM, numerics
 from qeff_ir.errors import PassError
-from qeff_ir.module import Module
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.testing.trace import compare, session_trace

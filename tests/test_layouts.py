@@ -16,7 +16,7 @@ from qeff_ir.errors import PackageError
 from qeff_ir.frontend.checkpoint import open_checkpoint
 from qeff_ir.frontend.skeleton import build_skeleton
 from qeff_ir.frontend.weights import checkpoint_weights
-from qeff_ir.module import WEIGHT_KEY
+from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.storage import load_model, save_model
 from tests.models import build
 

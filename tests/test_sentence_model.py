@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from qeff_ir import QEFFAutoModel
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 
 TARGETS = ["onnxruntime", "ai100"]
 LENGTHS = [8, 32, 128, 256]

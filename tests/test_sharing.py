@@ -20,8 +20,8 @@ from qeff_ir import sharing
 from qeff_ir.debug.plain import load_onnx
 from qeff_ir.errors import PackageError
 from qeff_ir.frontend.checkpoint import read_header
-from qeff_ir.module import WEIGHT_KEY
-from qeff_ir.snapshot import save_module
+from qeff_ir.ir.module import WEIGHT_KEY
+from qeff_ir.ir.snapshot import save_module
 from qeff_ir.storage import save_model
 
 N = 64

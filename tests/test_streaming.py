@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from backends.ai100 import weight_free
-from qeff_ir.module import WEIGHT_KEY
+from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.storage import save_model
 
 COUNT, SIZE = 12, 1 << 20

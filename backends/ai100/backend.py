@@ -12,7 +12,7 @@ from backends.ai100.emit import BINARY, emit
 from backends.ai100.violation import refuse_first
 from backends.base import Backend, CompileOptions
 from qeff_ir.errors import CompileError, PackageError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.runtime.session import ForwardSession, Session
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from backends.ai100.sdk import Sdk
 from backends.ai100.violation import Violation
 from backends.base import CompileOptions
-from qeff_ir.module import EMBEDS, SOURCE_KEY, WEIGHT_KEY, Module, all_values
+from qeff_ir.ir.module import EMBEDS, SOURCE_KEY, WEIGHT_KEY, Module, all_values
 
 _FP16_MAX = 65504.0
 _LOWERED = {"states-lowered": "kv-retention", "attention-lowered": "attention", "legal": "legalize"}

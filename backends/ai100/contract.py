@@ -21,7 +21,7 @@ from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.sdk import Sdk, description
 from backends.ai100.violation import Violation, refuse_first
 from qeff_ir.errors import PackageError
-from qeff_ir.module import EMBEDS
+from qeff_ir.ir.module import EMBEDS
 from qeff_ir.reading import read_bytes, read_json
 
 _SUFFIX = "_RetainedState"

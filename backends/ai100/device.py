@@ -16,7 +16,7 @@ from backends.ai100 import runtime_path, specializations
 from backends.ai100.emit import BINARY_FOLDER, COMMAND
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
-from qeff_ir.module import AdapterInput, Specialization
+from qeff_ir.ir.module import AdapterInput, Specialization
 from qeff_ir.runtime.interface import read_interface, sized
 
 _SUFFIX = "_RetainedState"

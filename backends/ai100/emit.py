@@ -13,7 +13,7 @@ import onnx_ir as ir
 from backends.ai100 import flags, specializations, sub_functions, weight_free
 from backends.ai100.sdk import Sdk
 from backends.base import CompileOptions
-from qeff_ir.module import AdapterInput, Module, State
+from qeff_ir.ir.module import AdapterInput, Module, State
 from qeff_ir.storage import save_model
 
 CUSTOM_IO = "custom_io.yaml"

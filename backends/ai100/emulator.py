@@ -21,7 +21,7 @@ import onnxruntime as ort
 from backends.ai100 import device_rules, specializations, weight_free
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.module import METADATA_KEY, AdapterInput, Specialization, read_facts
+from qeff_ir.ir.module import METADATA_KEY, AdapterInput, Specialization, read_facts
 
 _SUFFIX = "_RetainedState"
 _DTYPES: dict[str, np.dtype[Any]] = {

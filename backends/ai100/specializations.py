@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qeff_ir.errors import PackageError
-from qeff_ir.module import Specialization
+from qeff_ir.ir.module import Specialization
 from qeff_ir.reading import read_json
 
 FILE = "specializations.json"

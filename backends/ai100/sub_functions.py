@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY
+from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY
 from qeff_ir.storage import INLINE_BYTES
 
 DOMAIN = "qeff.layers"

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from backends.base import Backend, CompileOptions
 from qeff_ir.errors import CompileError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.snapshot import MODEL_FILE, load_module, save_module
 from qeff_ir.runtime.session import ForwardSession, Session
-from qeff_ir.snapshot import MODEL_FILE, load_module, save_module
 
 
 class OnnxRuntimeBackend(Backend):

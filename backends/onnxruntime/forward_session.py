@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError
-from qeff_ir.module import Module, Specialization
+from qeff_ir.ir.module import Module, Specialization
 
 
 class OrtForwardSession:

@@ -10,8 +10,8 @@ import onnxruntime as ort
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.module import AdapterInput, DimValue, Specialization
-from qeff_ir.snapshot import load_module
+from qeff_ir.ir.module import AdapterInput, DimValue, Specialization
+from qeff_ir.ir.snapshot import load_module
 
 _TYPES: dict[str, type[np.generic]] = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
 """Types of the inputs of a run, by ONNX Runtime's names."""

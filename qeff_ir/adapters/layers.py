@@ -8,7 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.matching import made_by
 
 Kind = Literal["linear", "embedding", "parameter"]

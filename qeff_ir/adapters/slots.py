@@ -8,7 +8,7 @@ from qeff_ir.adapters.fit import Base, fit
 from qeff_ir.adapters.folder import Adapter
 from qeff_ir.arrays import Array
 from qeff_ir.errors import AdapterError
-from qeff_ir.module import AdapterInput
+from qeff_ir.ir.module import AdapterInput
 from qeff_ir.runtime.session import Session
 
 

@@ -385,7 +385,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
 
     def _check_fits(self, package: Compiled, adapters: dict[str, Adapter], names: list[str]) -> None:
         """Refuse adapters that the compiled package cannot take, without opening it."""
-        from qeff_ir.snapshot import load_module
+        from qeff_ir.ir.snapshot import load_module
 
         model = _onnx(package)
         inputs = load_module(model).adapters

@@ -14,7 +14,7 @@ from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.compiler import Compiled, TokenEmbedding, Watch, table_record
 from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
-from qeff_ir.module import EMBEDS
+from qeff_ir.ir.module import EMBEDS
 from qeff_ir.package import SIDE_FOLDER, opened
 from qeff_ir.side_files import read_generation_config
 

@@ -15,7 +15,7 @@ from qeff_ir.errors import CompileError, PackageError
 
 if TYPE_CHECKING:
     from qeff_ir.cost import Cost, Storage
-    from qeff_ir.module import Module
+    from qeff_ir.ir.module import Module
     from qeff_ir.package import Manifest
     from qeff_ir.roofline import Device
 
@@ -49,8 +49,9 @@ def command(
 def _module(package: Path) -> Module:
     from onnx_ir.passes.common import InlinePass
 
-    from qeff_ir import device_ops, dialect
-    from qeff_ir.snapshot import load_module
+    from qeff_ir import device_ops
+    from qeff_ir.ir import dialect
+    from qeff_ir.ir.snapshot import load_module
 
     files = sorted(package.glob("*.onnx"))
     if len(files) != 1:

@@ -12,7 +12,7 @@ from qeff_ir.cli.terminal import line, working
 from qeff_ir.errors import ModelLoadError, PackageError
 
 if TYPE_CHECKING:
-    from qeff_ir.module import Module
+    from qeff_ir.ir.module import Module
 
 _STYLES = {"+": "green", "-": "red", "~": "yellow"}
 _File = Annotated[str, typer.Argument(help="A saved module or an ONNX file.", show_default=False)]

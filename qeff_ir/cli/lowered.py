@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_ir.frontend.source import Source
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ from qeff_ir.cli.terminal import line, show, working
 from qeff_ir.errors import CompileError, PackageError, PassError, PipelineError
 
 if TYPE_CHECKING:
-    from qeff_ir.module import Module
+    from qeff_ir.ir.module import Module
     from qeff_ir.passing.instrument import Instrument, Moment
     from qeff_ir.passing.pipeline import Pipeline
 
@@ -95,7 +95,7 @@ def command(
             raise PassError(f"{what}{more}: qeff bisect {shlex.quote(str(capture.written))}") from error
     show(pipeline_table(recorder.data))
     if out is not None:
-        from qeff_ir.snapshot import write_module
+        from qeff_ir.ir.snapshot import write_module
 
         line("Result:  ", (str(write_module(module, out)), "bold"))
     if report is not None:

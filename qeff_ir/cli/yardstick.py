@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qeff_ir.arrays import Array
-    from qeff_ir.module import Module
+    from qeff_ir.ir.module import Module
 
 _FACTOR = 4.0
 

@@ -22,11 +22,11 @@ from qeff_ir.debug.diff import ModuleDiff, diff
 from qeff_ir.debug.equivalence import EndToEnd
 from qeff_ir.debug.replay import NUMERIC, Failure, attempt, failing_pass, recorded
 from qeff_ir.errors import BundleError, EquivalenceError, PassError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.snapshot import save_module
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.report import Report
-from qeff_ir.snapshot import save_module
 
 Say = Callable[[str], None]
 _MOST = 1 << 20

@@ -28,11 +28,11 @@ import onnx_ir as ir
 from qeff_ir.arrays import Array
 from qeff_ir.debug.drive import Answers
 from qeff_ir.errors import BundleError, PipelineError, QeffError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.snapshot import MODEL_FILE, load_module, save_module
 from qeff_ir.passing.options import options
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.reading import list_folder, parse_json, read_bytes, regular_file
-from qeff_ir.snapshot import MODEL_FILE, load_module, save_module
 
 SCHEMA_VERSION = 1
 """Version of ``metadata.json`` and of the folder; a bundle of another version is refused."""

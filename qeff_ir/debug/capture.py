@@ -8,7 +8,7 @@ from pathlib import Path
 from qeff_ir.debug.bundle import Metadata, describe, versions, write_bundle
 from qeff_ir.debug.drive import Answers, drive, make_plan
 from qeff_ir.errors import QeffError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Pass
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
-from qeff_ir.printer import attribute_text, type_text
+from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.printer import attribute_text, type_text
 
 Kind = Literal["added", "removed", "rewired"]
 MARKS: dict[Kind, str] = {"added": "+", "removed": "-", "rewired": "~"}

@@ -23,9 +23,9 @@ import onnxruntime as ort
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
-from qeff_ir.module import EMBEDS, WEIGHT_KEY, Module
+from qeff_ir.ir.module import EMBEDS, WEIGHT_KEY, Module
+from qeff_ir.ir.snapshot import save_module
 from qeff_ir.runtime.token_table import TokenTable
-from qeff_ir.snapshot import save_module
 
 SMALL = {"batch_size": 2, "seq_len": 4, "ctx_len": 24}
 """Sizes of the dims of a module without specializations."""

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from qeff_ir.arrays import Array
 from qeff_ir.debug.drive import Answers, Plan, drive, make_plan
 from qeff_ir.errors import EquivalenceError, QeffError
-from qeff_ir.module import WEIGHT_KEY, Module
+from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.numerics import bound, depth, error_over_rms
 from qeff_ir.passing.base import Pass
 from qeff_ir.passing.instrument import Instrument

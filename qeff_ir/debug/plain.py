@@ -9,12 +9,12 @@ import onnx
 import onnx_ir as ir
 
 from qeff_ir.errors import ModelLoadError, QeffError
-from qeff_ir.module import METADATA_KEY, WEIGHT_KEY, Dim, Module
+from qeff_ir.ir.module import METADATA_KEY, WEIGHT_KEY, Dim, Module
+from qeff_ir.ir.snapshot import MODEL_FILE
+from qeff_ir.ir.verifier import check_order
 from qeff_ir.passing.hiding import hidden_weights
 from qeff_ir.reading import MAX_NAME_LENGTH
-from qeff_ir.snapshot import MODEL_FILE
 from qeff_ir.storage import load_model
-from qeff_ir.verifier import check_order
 
 _CONSTANT = 64
 """Initializers of up to this many elements are constants that passes may read; larger ones are weights."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from qeff_ir.debug.bundle import describe
 from qeff_ir.debug.diff import diff
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, Module
+from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, Module
 from qeff_ir.passing.base import Pass
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline

@@ -16,13 +16,14 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qeff_ir import device_ops, dialect
+from qeff_ir import device_ops
 from qeff_ir.debug.bundle import Bundle, write_bundle
 from qeff_ir.debug.drive import drive, make_plan
 from qeff_ir.debug.replay import attempt, failing_pass, recorded
 from qeff_ir.errors import BundleError, QeffError
-from qeff_ir.module import Dim, Module
-from qeff_ir.snapshot import save_module
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import Dim, Module
+from qeff_ir.ir.snapshot import save_module
 
 PASSING = "passing"
 """Folder of the nearest module that passes, inside the reduced bundle."""

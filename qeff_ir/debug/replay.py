@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qeff_ir.debug.bundle import Bundle, describe
 from qeff_ir.debug.equivalence import Equivalence
 from qeff_ir.errors import BundleError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
 
-from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.forward_capture import captured_forward
 from qeff_ir.frontend.forward_step import ForwardStep
@@ -22,7 +21,8 @@ from qeff_ir.frontend.private import export_patches
 from qeff_ir.frontend.quiet import quiet
 from qeff_ir.frontend.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.weights import Weights
-from qeff_ir.module import Dim, Module, OutputSizes, Padding, rename_symbols
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import Dim, Module, OutputSizes, Padding, rename_symbols
 from qeff_ir.runtime.sizes import evaluate
 
 _BATCH, _TOKENS, _SAMPLES = 2, 7, 2003

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend.source import FolderSource, MemorySource
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.runtime.text_settings import TextSettings
 
 if TYPE_CHECKING:

@@ -27,7 +27,6 @@ from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes
 from transformers.exporters.utils import apply_fx_node_fixes
 from transformers.pytorch_utils import Conv1D
 
-from qeff_ir import dialect
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
 from qeff_ir.frontend import ops
 from qeff_ir.frontend.capture import captured, tracing
@@ -46,7 +45,18 @@ from qeff_ir.frontend.states import CapturingCache
 from qeff_ir.frontend.versions import cache_argument
 from qeff_ir.frontend.weights import Weights
 from qeff_ir.garbage import settled
-from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, DimValue, Module, State, all_values, rename_symbols
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import (
+    LAYER_KEY,
+    SOURCE_KEY,
+    WEIGHT_KEY,
+    Dim,
+    DimValue,
+    Module,
+    State,
+    all_values,
+    rename_symbols,
+)
 
 # Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
 _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from onnxscript import values
 
-from qeff_ir import dialect
+from qeff_ir.ir import dialect
 
 Tensor = torch.Tensor
 

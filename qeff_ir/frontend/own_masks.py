@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.module import SOURCE_KEY
+from qeff_ir.ir.module import SOURCE_KEY
 
 _PLACED = ("CachePositions", "StateWindow", "LinearAttention")
 """Ops that look at the positions in a state."""

@@ -25,7 +25,7 @@ from qeff_ir.frontend.layers import cut, layer_lists, members
 from qeff_ir.frontend.probing import structure
 from qeff_ir.frontend.quiet import quiet
 from qeff_ir.frontend.skeleton import evaluating
-from qeff_ir.module import EMBEDS
+from qeff_ir.ir.module import EMBEDS
 
 _TOKENS, _FRAMES, _SAMPLES = (7, 12, 15), (29, 43), (2003, 2512)
 """Lengths of the runs, by what an input has along its length: the first one alone, then filled up to the others."""

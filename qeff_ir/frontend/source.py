@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError, first_line
 from qeff_ir.frontend.folder_files import PATTERNS, read_side_files, write_side_files
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.reading import files_below, read_bytes
 
 if TYPE_CHECKING:

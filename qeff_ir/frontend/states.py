@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.module import DimValue, Role, State
+from qeff_ir.ir.module import DimValue, Role, State
 
 Tensor = torch.Tensor
 Key = tuple[Role, int]

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 import qeff_ir.passing.plugins as plugins
 from qeff_ir.errors import PipelineError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.numerics import Numeric, Reassociates
 from qeff_ir.passing.expect import AnyNumber, Expect
 from qeff_ir.passing.report import Missed, PassStats

@@ -13,13 +13,13 @@ from onnx_ir.passes import common
 
 import qeff_ir.passing.properties as properties
 from qeff_ir.errors import PassError, VerificationError
-from qeff_ir.module import WEIGHT_KEY, Module
+from qeff_ir.ir.module import WEIGHT_KEY, Module
+from qeff_ir.ir.printer import bodies, interface, output_line, structure, to_text
+from qeff_ir.ir.verifier import broken, verify
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.hiding import LARGE, hidden_weights
 from qeff_ir.passing.report import Missed, site_name
-from qeff_ir.printer import bodies, interface, output_line, structure, to_text
 from qeff_ir.storage import file_range
-from qeff_ir.verifier import broken, verify
 
 if TYPE_CHECKING:
     from onnx_ir import TensorProtocol

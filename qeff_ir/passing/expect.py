@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 
 COUNTS: dict[str, Callable[[Module], int]] = {
     "num_layers": lambda module: len({s.layer for s in module.states}),

@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 import onnx_ir as ir
 
-from qeff_ir.module import WEIGHT_KEY
+from qeff_ir.ir.module import WEIGHT_KEY
 
 LARGE = 1024
 """Constants of more bytes count as weights; up to this size they are arithmetic: a pass may add and drop them."""

@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, TextIO
 
+from qeff_ir.ir.printer import to_text
 from qeff_ir.passing.report import PassRun, Report
-from qeff_ir.printer import to_text
 
 if TYPE_CHECKING:
-    from qeff_ir.module import Module
+    from qeff_ir.ir.module import Module
     from qeff_ir.passing.base import Pass
     from qeff_ir.passing.pipeline import Pipeline
 
@@ -126,7 +126,7 @@ class Dump(Instrument):
         (self._folder / f"{self._number:02}-{id}.failed.txt").write_text(f"{error}\n")
 
     def _write(self, id: str, module: Module) -> None:
-        from qeff_ir.snapshot import save_module
+        from qeff_ir.ir.snapshot import save_module
 
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = self._folder / f"{self._number:02}-{id}"

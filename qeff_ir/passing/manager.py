@@ -12,12 +12,12 @@ import qeff_ir.passing.checks as checks
 import qeff_ir.passing.plugins as plugins
 from qeff_ir.errors import PassError, PipelineError, QeffError
 from qeff_ir.garbage import settled
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.printer import fingerprint, structure
 from qeff_ir.passing.base import Pass, Rewriter, registered_passes
 from qeff_ir.passing.instrument import Instrument, Watch
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.report import REPORT_VERSION, PassRun, Report
-from qeff_ir.printer import fingerprint, structure
 
 LEVELS = 5
 """Check levels, 0 to 4."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qeff_ir.module import WEIGHT_KEY
+from qeff_ir.ir.module import WEIGHT_KEY
 
 
 def made_by(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node | None:

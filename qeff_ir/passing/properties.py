@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qeff_ir import dialect
 from qeff_ir.errors import PipelineError
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
 
 FP16_MAX = 65504.0
 

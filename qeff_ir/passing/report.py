@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qeff_ir.module import SOURCE_KEY
+from qeff_ir.ir.module import SOURCE_KEY
 
 REPORT_VERSION = 1
 """Version of `Report.to_json`."""

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, Module
+from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, Module
 from qeff_ir.passing.hiding import hidden_weights
 from qeff_ir.passing.report import Missed, PassStats
 

@@ -10,10 +10,10 @@ import onnx_ir as ir
 from onnxscript.rewriter import MatchingTracer, MatchStatus
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.printer import structure
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.report import Missed
-from qeff_ir.printer import structure
 
 if TYPE_CHECKING:
     from onnxscript.rewriter import RewriteRule

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, Module
+from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter
 
 if TYPE_CHECKING:

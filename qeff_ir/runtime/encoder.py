@@ -9,7 +9,7 @@ import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
-from qeff_ir.module import DimValue, Specialization
+from qeff_ir.ir.module import DimValue, Specialization
 from qeff_ir.runtime.interface import BATCH, LENGTH, Interface, Tensor
 from qeff_ir.runtime.session import ForwardSession
 from qeff_ir.runtime.sizes import evaluate

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from qeff_ir.errors import PackageError, VerificationError
-from qeff_ir.module import EMBEDS, METADATA_KEY, WEIGHT_KEY, DimValue, Padding, read_facts
+from qeff_ir.ir.module import EMBEDS, METADATA_KEY, WEIGHT_KEY, DimValue, Padding, read_facts
 from qeff_ir.runtime.sizes import evaluate
 
 BATCH, LENGTH = "batch_size", "seq_len"

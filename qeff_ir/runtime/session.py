@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from qeff_ir.arrays import Array
-from qeff_ir.module import AdapterInput, Specialization
+from qeff_ir.ir.module import AdapterInput, Specialization
 
 
 class Session(Protocol):

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir import dialect
-from qeff_ir.module import SOURCE_KEY, Dim, Module, Role, State
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import SOURCE_KEY, Dim, Module, Role, State
 from qeff_ir.testing.decomposed import BOOL, FLOAT, INT, ROWS
 from qeff_ir.testing.recipe import KEY_SCALE, Layer, Recipe
 from qeff_ir.testing.rotated import NEAR_MISSES, Rotated

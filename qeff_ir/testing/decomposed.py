@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir import dialect
 from qeff_ir.arrays import Array
-from qeff_ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY
 from qeff_ir.testing.recipe import Recipe
 
 FLOAT, INT, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL

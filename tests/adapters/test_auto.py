@@ -20,7 +20,7 @@ from qeff_ir.adapters.step import lora_step
 from qeff_ir.adapters.targets import regex, select, selection
 from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource
-from qeff_ir.module import WEIGHT_KEY, Module
+from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from tests import support

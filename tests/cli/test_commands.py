@@ -15,7 +15,7 @@ import pytest
 from backends import find_backend
 from qeff_ir import __version__
 from qeff_ir.demo import MODEL_FOLDER, problems
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing import base
 from qeff_ir.passing.base import Pass, Rewriter, registered_passes
 from qeff_ir.passing.pipeline import Pipeline, options

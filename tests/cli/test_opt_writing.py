@@ -9,9 +9,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from qeff_ir import snapshot
 from qeff_ir.demo import MODEL_FOLDER
-from qeff_ir.snapshot import load_module
+from qeff_ir.ir import snapshot
+from qeff_ir.ir.snapshot import load_module
 from tests.test_sharing import one_product
 
 from .conftest import Qeff

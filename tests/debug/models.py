@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qeff_ir.debug.plain import load_onnx
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 
 
 def write_plain(path: Path, width: int = 16) -> Path:

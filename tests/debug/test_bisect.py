@@ -12,7 +12,7 @@ from qeff_ir.debug.bundle import Bundle, read_bundle
 from qeff_ir.debug.capture import Capture
 from qeff_ir.debug.equivalence import Equivalence
 from qeff_ir.errors import BundleError, EquivalenceError, PassError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.manager import run_pipeline

@@ -20,10 +20,10 @@ from qeff_ir.debug.plain import load_onnx
 from qeff_ir.debug.reduce import reduce
 from qeff_ir.debug.replay import replay
 from qeff_ir.errors import BundleError, QeffError, VerificationError
+from qeff_ir.ir.printer import to_text
+from qeff_ir.ir.snapshot import save_module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.printer import to_text
-from qeff_ir.snapshot import save_module
 from tests import support
 from tests.adapters.random_adapters import base, make
 

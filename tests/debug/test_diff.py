@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.debug.diff import diff, render
-from qeff_ir.module import WEIGHT_KEY
+from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.passing.base import Rewriter
 from tests import support
 

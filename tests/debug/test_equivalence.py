@@ -13,7 +13,7 @@ from backends import backend_names
 from qeff_ir.debug.drive import drive, make_plan
 from qeff_ir.debug.equivalence import Equivalence, error_of
 from qeff_ir.errors import PassError, PipelineError, QeffError, RuntimeInputError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from tests import support

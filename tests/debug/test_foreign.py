@@ -17,11 +17,11 @@ from qeff_ir.debug.drive import is_decoder, make_plan
 from qeff_ir.debug.equivalence import Equivalence
 from qeff_ir.debug.plain import load_onnx
 from qeff_ir.errors import ModelLoadError, PassError, QeffError, RuntimeInputError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.snapshot import save_module
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.snapshot import save_module
 from tests import support
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64

@@ -11,11 +11,11 @@ from onnx import AttributeProto, ModelProto, TensorProto, helper
 
 from qeff_ir.debug.plain import load_onnx, onnx_file
 from qeff_ir.errors import ModelLoadError, PassError, QeffError
-from qeff_ir.module import WEIGHT_KEY
+from qeff_ir.ir.module import WEIGHT_KEY
+from qeff_ir.ir.snapshot import save_module
+from qeff_ir.ir.verifier import verify
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.snapshot import save_module
-from qeff_ir.verifier import verify
 from tests import support
 
 from .models import plain, write_plain

@@ -11,7 +11,7 @@ from qeff_ir.debug.bundle import read_bundle
 from qeff_ir.debug.reduce import PASSING, reduce, write_reduction
 from qeff_ir.debug.replay import replay
 from qeff_ir.errors import BundleError
-from qeff_ir.snapshot import load_module
+from qeff_ir.ir.snapshot import load_module
 
 from .test_bisect import FUSIONS, fail
 from .wrong_passes import FlippedSign, residuals

@@ -13,7 +13,7 @@ from qeff_ir.debug.equivalence import Equivalence
 from qeff_ir.debug.recorder import Recorder
 from qeff_ir.debug.report_html import to_html
 from qeff_ir.errors import PassError
-from qeff_ir.module import SOURCE_KEY, Module
+from qeff_ir.ir.module import SOURCE_KEY, Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from tests import support

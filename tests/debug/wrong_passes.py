@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 import pytest
 
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing import base
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.expect import AllSites, Expect

@@ -16,8 +16,8 @@ from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import layers, lower, stamp, states
 from qeff_ir.frontend.versions import CACHE
 from qeff_ir.frontend.weights import memory_weights
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Module
-from qeff_ir.printer import attribute_text, type_text
+from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.printer import attribute_text, type_text
 from tests.models import MODELS, build
 from tests.support import CANONICAL, apply
 

@@ -28,7 +28,7 @@ from qeff_ir.frontend.forward_source import (
 )
 from qeff_ir.frontend.source import FolderSource
 from qeff_ir.frontend.ties import same_numbers
-from qeff_ir.module import WEIGHT_KEY
+from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.storage import FileRange
 
 Tensors = dict[str, torch.Tensor]

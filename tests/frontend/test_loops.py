@@ -18,7 +18,7 @@ from qeff_ir.compiler import specialize
 from qeff_ir.frontend import states
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.frontend.versions import CACHE
-from qeff_ir.module import State
+from qeff_ir.ir.module import State
 from qeff_ir.testing.trace import compare, reference_trace, session_trace
 from tests import support
 from tests.models import WINDOW, build

@@ -22,8 +22,8 @@ from qeff_ir.frontend.lower import lower
 from qeff_ir.frontend.skeleton import build_skeleton
 from qeff_ir.frontend.source import FolderSource, open_source
 from qeff_ir.frontend.weights import Weights, checkpoint_weights, memory_weights
-from qeff_ir.module import WEIGHT_KEY, Module
-from qeff_ir.printer import fingerprint
+from qeff_ir.ir.module import WEIGHT_KEY, Module
+from qeff_ir.ir.printer import fingerprint
 from qeff_ir.storage import file_range
 from tests import support
 from tests.models import MODELS, build

@@ -214,10 +214,10 @@ def _reseal(package: Path) -> None:
 def _onnx(draw: Draw, folder: Path) -> None:
     """An ONNX file of somebody else, through ``qeff opt``: what is written opens in onnx."""
     from qeff_ir.debug.plain import load_onnx
+    from qeff_ir.ir.printer import fingerprint
+    from qeff_ir.ir.snapshot import save_module
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
-    from qeff_ir.printer import fingerprint
-    from qeff_ir.snapshot import save_module
 
     source = draw(st.sampled_from(base().onnx))
     path = copied(source.parent, folder / "in") / "model.onnx"
@@ -237,8 +237,8 @@ def _onnx(draw: Draw, folder: Path) -> None:
 def _facts(draw: Draw, folder: Path) -> None:
     """What a saved module says of itself, in the metadata of its ONNX file."""
     from qeff_ir.cost import cost
-    from qeff_ir.printer import to_text
-    from qeff_ir.snapshot import load_module
+    from qeff_ir.ir.printer import to_text
+    from qeff_ir.ir.snapshot import load_module
 
     source = base().packages[draw(st.sampled_from(sorted(base().packages)))]
     path = next(source.glob("*.onnx"))

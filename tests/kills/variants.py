@@ -22,12 +22,12 @@ from qeff_ir import compiler
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import TokenEmbedding, compile_model
 from qeff_ir.frontend.source import FolderSource
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.printer import fingerprint
+from qeff_ir.ir.snapshot import load_module, write_module
 from qeff_ir.package import open_package
 from qeff_ir.passing.manager import Report
-from qeff_ir.printer import fingerprint
 from qeff_ir.replacement import put_right
-from qeff_ir.snapshot import load_module, write_module
 from qeff_ir.storage import file_range
 from tests import support
 

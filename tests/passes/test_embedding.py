@@ -9,13 +9,13 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from qeff_ir import dialect
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PassError
-from qeff_ir.module import Dim, Module, Specialization
+from qeff_ir.ir import dialect
+from qeff_ir.ir.module import Dim, Module, Specialization
+from qeff_ir.ir.printer import to_text
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.printer import to_text
 from tests import support
 
 ROWS, TOKENS, WIDTH = 7, 6, 8

@@ -20,7 +20,7 @@ from passes.fuse_activations import FuseActivations
 from passes.fuse_norms import FuseNorms
 from qeff_ir import numerics
 from qeff_ir.errors import PassError
-from qeff_ir.module import SOURCE_KEY, Module
+from qeff_ir.ir.module import SOURCE_KEY, Module
 from qeff_ir.passing.base import OpBuilder, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.matching import made_by

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qeff_ir import numerics
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.rewriter import Rewriter

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from qeff_ir import numerics
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.rewriter import OpBuilder, Rewriter

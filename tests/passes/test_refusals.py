@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qeff_ir.adapters.folder import WEIGHTS_FILE
 from qeff_ir.errors import PassError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from tests import support
 from tests.adapters.random_adapters import base, make
 from tests.passes.bends.editing import like, nodes, replace_logits

@@ -12,13 +12,13 @@ from backends import find_backend
 from qeff_ir import numerics
 from qeff_ir.compiler import specialize
 from qeff_ir.errors import PassError
-from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.printer import to_text
+from qeff_ir.ir.snapshot import load_module, save_module
 from qeff_ir.passing.base import OpBuilder, Rewriter
 from qeff_ir.passing.manager import Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.printer import to_text
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.snapshot import load_module, save_module
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import prepare
 from tests import support

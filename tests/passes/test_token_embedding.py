@@ -16,7 +16,7 @@ from qeff_ir.arrays import Array
 from qeff_ir.compiler import TokenEmbedding
 from qeff_ir.errors import PackageError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import Source, open_source
-from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.interface import read_interface

@@ -14,12 +14,12 @@ import onnx_ir as ir
 import pytest
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import WEIGHT_KEY, Dim, Module
+from qeff_ir.ir.module import WEIGHT_KEY, Dim, Module
+from qeff_ir.ir.printer import to_text
 from qeff_ir.passing import checks, properties
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.printer import to_text
 from tests import support
 
 Run = Callable[[Module, Rewriter], None]

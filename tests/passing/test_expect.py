@@ -11,7 +11,7 @@ import pytest
 from onnxscript.rewriter import MatchResult, RewriteRule
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.expect import AllSites, AnyNumber, AtLeast, Exactly, Expect
 from qeff_ir.passing.manager import run_pipeline

@@ -10,14 +10,14 @@ from typing import ClassVar
 import pytest
 
 from qeff_ir.errors import PassError, VerificationError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.printer import to_text
+from qeff_ir.ir.snapshot import load_module
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.instrument import Dump, Instrument, PrintIR
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.report import PassRun, Report
-from qeff_ir.printer import to_text
-from qeff_ir.snapshot import load_module
 from tests import support
 
 

@@ -10,13 +10,13 @@ import onnx_ir as ir
 import pytest
 
 from qeff_ir.errors import PassError, PipelineError
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, Dim, Module, all_values
+from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, Dim, Module, all_values
+from qeff_ir.ir.printer import to_text
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.expect import AllSites
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.manager import PassRun, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.printer import to_text
 from tests import support
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 
 from qeff_ir.errors import PipelineError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Pass, Rewriter, register, registered_passes
 from qeff_ir.passing.options import options
 from qeff_ir.passing.properties import define

@@ -12,7 +12,7 @@ import pytest
 from onnxscript.rewriter import pattern
 
 from qeff_ir.errors import PassError, PipelineError
-from qeff_ir.module import CHANGED_KEY, PASS_KEY, Module
+from qeff_ir.ir.module import CHANGED_KEY, PASS_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline

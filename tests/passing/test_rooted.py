@@ -6,12 +6,12 @@ import pytest
 from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 
 from passes import canonicalize
+from qeff_ir.ir.printer import to_text
 from qeff_ir.passing.base import registered_passes
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.rooted import Rooted, root_operator, rooted
 from qeff_ir.passing.rules import RulePass
-from qeff_ir.printer import to_text
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import prepare
 from tests.properties import LONG, RICH

@@ -13,13 +13,13 @@ import pytest
 from onnxscript.rewriter import RewriteRule
 
 from qeff_ir.errors import PassError
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.printer import structure, to_text
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.rules import RulePass
 from qeff_ir.passing.surgeon import SurgeonPass
-from qeff_ir.printer import structure, to_text
 from tests import support
 
 

@@ -15,7 +15,7 @@ from backends import backend_names, find_backend
 from passes.lora import LORA_IDS
 from qeff_ir import numerics
 from qeff_ir.arrays import Array
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.session import Session

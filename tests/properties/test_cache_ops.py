@@ -9,8 +9,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from qeff_ir import dialect
 from qeff_ir.arrays import Array
+from qeff_ir.ir import dialect
 
 LONGEST = 8
 

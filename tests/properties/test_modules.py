@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 
 from backends import find_backend
 from qeff_ir.errors import PassError, VerificationError
-from qeff_ir.module import WEIGHT_KEY, Module, State
+from qeff_ir.ir.module import WEIGHT_KEY, Module, State
+from qeff_ir.ir.printer import fingerprint, structure, to_text
+from qeff_ir.ir.snapshot import load_module, save_module
+from qeff_ir.ir.verifier import verify
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.manager import PassRun, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.printer import fingerprint, structure, to_text
-from qeff_ir.snapshot import load_module, save_module
 from qeff_ir.testing.build import Built, build
 from qeff_ir.testing.judge import explained, prepare
 from qeff_ir.testing.recipe import Layer, Recipe
 from qeff_ir.testing.strategies import ODD, Request, recipes, requests, stock_pipelines
-from qeff_ir.verifier import verify
 from tests.properties import EDGE, RICH, rich, scaled
 
 

@@ -15,11 +15,11 @@ from backends import backend_names, find_backend
 from backends.ai100 import contract
 from qeff_ir import numerics
 from qeff_ir.errors import QeffError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.printer import to_text
 from qeff_ir.passing.base import registered_passes
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.printer import to_text
 from qeff_ir.runtime.session import Session
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import expected, explained, module_answers, options, prepare, session_answers

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backends import backend_names, find_backend
 from qeff_ir.errors import PipelineError
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing import base
 from qeff_ir.passing.base import Pass, Rewriter, registered_passes
 from qeff_ir.passing.pipeline import Option, Pipeline, options

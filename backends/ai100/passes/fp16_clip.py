@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir.module import CHANGED_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.numerics import Approximates, Numeric
 from qeff_ir.passing.base import Pass, Rewriter, register
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from passes.kv_layouts import Layout, Slots, layout
 from qeff_ir.device_ops import CTX_DOMAIN
-from qeff_ir.module import State
+from qeff_ir.ir.module import State
 from qeff_ir.passing.base import OpBuilder
 from qeff_ir.passing.matching import operand
 

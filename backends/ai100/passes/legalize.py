@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qeff_ir import device_ops
 from qeff_ir.errors import PassError
-from qeff_ir.module import SOURCE_KEY, Module
+from qeff_ir.ir.module import SOURCE_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
 

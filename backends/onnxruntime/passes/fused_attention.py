@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.attention import does_more
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.matching import constant, made_by, operand
 

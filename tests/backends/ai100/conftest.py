@@ -11,7 +11,7 @@ import pytest
 from backends.ai100 import sdk
 from backends.ai100.backend import BACKEND
 from backends.base import CompileOptions
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 
 OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=40, batch_size=2)
 

@@ -13,7 +13,7 @@ from backends.ai100 import checks, sdk
 from backends.ai100.backend import BACKEND
 from backends.base import CompileOptions
 from qeff_ir.errors import CompileError
-from qeff_ir.module import SOURCE_KEY, Module, Specialization
+from qeff_ir.ir.module import SOURCE_KEY, Module, Specialization
 
 from .conftest import OPTIONS, Tiny
 

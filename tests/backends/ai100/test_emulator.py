@@ -13,7 +13,7 @@ from backends.ai100.backend import BACKEND
 from backends.ai100.emulator import EmulatedSession
 from qeff_ir import device_ops
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.module import Specialization
+from qeff_ir.ir.module import Specialization
 from qeff_ir.numerics import bound, depth
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.session import Session

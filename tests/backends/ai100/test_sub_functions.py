@@ -16,10 +16,10 @@ from backends.ai100 import contract, sub_functions
 from backends.ai100.backend import BACKEND
 from backends.base import CompileOptions
 from qeff_ir import numerics
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.printer import attribute_text
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.matching import scalar
-from qeff_ir.printer import attribute_text
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.testing.trace import compare, session_trace
 from tests import support

@@ -23,7 +23,7 @@ from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM, numerics
 from qeff_ir.cli.app import app
 from qeff_ir.errors import PackageError
 from qeff_ir.frontend.source import FolderSource
-from qeff_ir.module import WEIGHT_KEY
+from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.storage import file_range
 from qeff_ir.testing.trace import compare, session_trace

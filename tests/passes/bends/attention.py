@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.matching import made_by
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from backends.onnxruntime.passes._rows import size
-from qeff_ir.module import Module
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.matching import made_by
 from tests.properties import LONG
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
 
 _INLINE = 8
 _AROUND = 2

@@ -9,10 +9,10 @@ import onnxruntime as ort
 import pytest
 
 from qeff_ir.errors import VerificationError
-from qeff_ir.module import METADATA_KEY, WEIGHT_KEY
-from qeff_ir.printer import to_text
-from qeff_ir.snapshot import load_module, save_module
-from qeff_ir.verifier import verify
+from qeff_ir.ir.module import METADATA_KEY, WEIGHT_KEY
+from qeff_ir.ir.printer import to_text
+from qeff_ir.ir.snapshot import load_module, save_module
+from qeff_ir.ir.verifier import verify
 from tests import support
 
 

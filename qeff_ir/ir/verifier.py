@@ -28,8 +28,8 @@ import onnx
 import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
-from qeff_ir.module import SOURCE_KEY, WEIGHT_KEY, Module, State
-from qeff_ir.printer import excerpt
+from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module, State
+from qeff_ir.ir.printer import excerpt
 
 
 def verify(module: Module) -> None:
@@ -51,7 +51,7 @@ def verify(module: Module) -> None:
 def broken(
     module: Module, code: str, message: str, at: ir.Node | str, word: str = "", *, hint: str = ""
 ) -> VerificationError:
-    """A `VerificationError` that shows its place; `at` and `word` are those of `qeff_ir.printer.excerpt`."""
+    """A `VerificationError` that shows its place; `at` and `word` are those of `qeff_ir.ir.printer.excerpt`."""
     return VerificationError(code, message, lines=excerpt(module, at, word), hint=hint)
 
 
@@ -170,7 +170,7 @@ _OPSETS = range(2**31)
 """What onnx takes for the number of an opset; files have 64 bits for it."""
 
 _WITH_BODIES = {
-    "qeff": "qeff_ir.dialect",
+    "qeff": "qeff_ir.ir.dialect",
     "com.qualcomm.cloud": "qeff_ir.device_ops",
     "com.qti.aisw.onnx": "qeff_ir.device_ops",
 }

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from qeff_ir.frontend.source import MemorySource
-from qeff_ir.module import Dim, Module, Specialization
-from qeff_ir.printer import fingerprint, to_text
+from qeff_ir.ir.module import Dim, Module, Specialization
+from qeff_ir.ir.printer import fingerprint, to_text
 from tests import support
 from tests.models import build
 

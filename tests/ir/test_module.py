@@ -7,9 +7,9 @@ import json
 import pytest
 
 from qeff_ir.errors import VerificationError
-from qeff_ir.module import METADATA_KEY, Module
-from qeff_ir.printer import to_text
-from qeff_ir.verifier import verify
+from qeff_ir.ir.module import METADATA_KEY, Module
+from qeff_ir.ir.printer import to_text
+from qeff_ir.ir.verifier import verify
 from tests import support
 
 

@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir import facts
 from qeff_ir.errors import ModelLoadError, VerificationError
+from qeff_ir.ir import facts
 from qeff_ir.reading import parse_json, plain_name
 
 FORMAT_VERSION = 2

@@ -8,11 +8,11 @@ import onnx
 import onnx_ir as ir
 
 from qeff_ir.errors import PackageError, QeffError
-from qeff_ir.module import METADATA_KEY, Module
+from qeff_ir.ir.module import METADATA_KEY, Module
+from qeff_ir.ir.verifier import check_order
 from qeff_ir.reading import files_below
 from qeff_ir.replacement import building, building_file, real_place
 from qeff_ir.storage import WEIGHTS, load_model, save_model, tensors
-from qeff_ir.verifier import check_order
 
 MODEL_FILE = "model.onnx"
 

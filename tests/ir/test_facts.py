@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from qeff_ir.errors import QeffError, VerificationError
-from qeff_ir.module import AdapterInput, Dim, Facts, OutputSizes, Padding, Specialization, State, read_facts
+from qeff_ir.ir.module import AdapterInput, Dim, Facts, OutputSizes, Padding, Specialization, State, read_facts
 from tests import support
 
 VALUES: list[Any] = [
