@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qeff_ir.ir.module import Module
-from qeff_ir.runtime.session import ForwardSession, Session
+from qeff_ir.runtime.session import Session
 
 if TYPE_CHECKING:
     from qeff_ir.cost import Storage
@@ -121,11 +121,18 @@ class Backend(ABC):
         Args:
             folder: The package.
             threads: Threads of a runtime on the CPU; its own choice by default.
+
+        Raises:
+            PackageError: The package has no ONNX file, or cannot be loaded.
         """
 
     @abstractmethod
-    def open_forward(self, folder: Path, *, threads: int | None = None) -> ForwardSession:
-        """Open a session on the verified package folder of a model that retains nothing; arguments as for `open`."""
+    def model_file(self, folder: Path) -> Path:
+        """The ONNX file of an emitted folder.
+
+        Raises:
+            PackageError: There is none, or more than one.
+        """
 
     def storage(self, options: Mapping[str, Any]) -> Storage:
         """How many bytes the target needs for a number.

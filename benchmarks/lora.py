@@ -88,7 +88,7 @@ def _open(module: Module, options: CompileOptions, step: Lora | None, folder: Pa
 def _fill(decoder: Decoder, count: int) -> None:
     """Write random adapters into the slots from 1 on, and give each row the next one."""
     rng = np.random.default_rng(0)
-    for item in decoder.session.adapters:
+    for item in decoder.session.interface.adapters:
         for slot in range(1, count + 1):
             decoder.session.write(item.name, rng.standard_normal(item.shape[1:], dtype=np.float32) * 0.01, slot)
     if count:

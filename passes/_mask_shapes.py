@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qeff_ir.ir.module import DimValue
+from qeff_ir.ir.residents import DimValue
 
 
 def carry_on(graph: ir.Graph, positions: ir.Value, old: DimValue, new: DimValue) -> None:

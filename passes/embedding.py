@@ -10,7 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import PassError
-from qeff_ir.ir.module import DimValue, Module, OutputSizes
+from qeff_ir.ir.module import Module, OutputSizes
+from qeff_ir.ir.ports import MASK
+from qeff_ir.ir.residents import DimValue
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 
@@ -118,7 +120,7 @@ def check_pooling(pooling: str) -> list[str]:
 
 def _mask(module: Module, hidden: ir.Value) -> ir.Value | None:
     """The mask of the tokens that the hidden states are of; none where the model makes other tokens of its inputs."""
-    mask = next((v for v in module.graph.inputs if v.name == "attention_mask"), None)
+    mask = module.find(MASK)
     if mask is None or mask.shape is None or hidden.shape is None or len(hidden.shape) != 3:
         return None
     return mask if mask.shape[1] == hidden.shape[1] else None

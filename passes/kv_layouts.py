@@ -11,7 +11,9 @@ import onnx_ir as ir
 
 from qeff_ir.errors import PipelineError
 from qeff_ir.ir import dialect
-from qeff_ir.ir.module import DimValue, Module, State
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import POSITIONS
+from qeff_ir.ir.residents import DimValue, State
 from qeff_ir.passing.base import OpBuilder, Rewriter
 
 
@@ -41,7 +43,7 @@ class Layout(ABC):
     def __init__(self, module: Module, rewriter: Rewriter) -> None:
         self.module = module
         self.rewriter = rewriter
-        self.position_ids = module.input("position_ids")
+        self.position_ids = module.port(POSITIONS)
         self._made: dict[tuple[object, ...], ir.Value] = {}
         # Shared computations stand before the first node, where every layer can read them.
         self.b: OpBuilder = rewriter.at(next(iter(module.graph)))

@@ -11,7 +11,9 @@ import onnx_ir as ir
 from qeff_ir import device_ops
 from qeff_ir.errors import PassError
 from qeff_ir.ir import dialect
-from qeff_ir.ir.module import Dim, Module, Specialization, State
+from qeff_ir.ir.module import Dim, Module, Specialization
+from qeff_ir.ir.ports import POSITIONS
+from qeff_ir.ir.residents import State
 from qeff_ir.passing.base import Pass, Rewriter, register, registered_passes
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import depends_on, operand
@@ -61,7 +63,7 @@ class KVRetention(Pass):
             if self.ring == "auto" and _ring_fits(module, window):
                 _make_ring(module, window)
         first = next(iter(module.graph))
-        anchor = ir.node("Identity", [module.input("position_ids")])  # keeps the front when `first` is replaced
+        anchor = ir.node("Identity", [module.port(POSITIONS)])  # keeps the front when `first` is replaced
         anchor.metadata_props.update(first.metadata_props)
         module.graph.insert_before(first, anchor)
         layout = self._layout(module, rewriter)

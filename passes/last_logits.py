@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import LOGITS, POSITIONS
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import Exactly, Expect
 from qeff_ir.passing.matching import depends_on
@@ -37,7 +38,7 @@ class LastLogits(Pass):
         Raises:
             PassError: ``logits`` do not come from a matrix product over the tokens, or are of one token already.
         """
-        logits = module.output("logits")
+        logits = module.port(LOGITS)
         if logits.shape is not None and logits.shape[1] == 1:
             raise PassError("the logits are those of one token of each row already: last-logits has run before")
         tail = _row_wise_tail(logits, set(module.graph.inputs))
@@ -52,7 +53,7 @@ class LastLogits(Pass):
         hidden = head.inputs[0]
         assert hidden is not None and hidden.shape is not None
         b = rewriter.at(head)
-        positions = b("Cast", module.input("position_ids"), to=ir.DataType.INT32)
+        positions = b("Cast", module.port(POSITIONS), to=ir.DataType.INT32)
         column = b("ArgMax", positions, axis=1, keepdims=1)
         index = b("Unsqueeze", column, b.const([2]))
         shape = ir.Shape([hidden.shape[0], 1, hidden.shape[2]])

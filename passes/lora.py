@@ -11,11 +11,12 @@ import onnx_ir as ir
 from qeff_ir.adapters.layers import Layer, bias_name, find_layers, output_layer
 from qeff_ir.adapters.targets import select, selection
 from qeff_ir.errors import PassError
-from qeff_ir.ir.module import AdapterInput, Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import ADAPTER_ROW, POSITIONS, name_of
+from qeff_ir.ir.residents import AdapterInput
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 
-LORA_IDS = "lora_ids"
 """Input that selects each row's slot, int64 ``[batch_size, 1]``; 0 and less is the base model."""
 
 Part = Literal["a", "b", "bias"]
@@ -109,7 +110,8 @@ class _Branches:
         self.rewriter = rewriter
         self.inputs: dict[str, ir.Value] = {}
         if self.slots:
-            self.ids = ir.Value(name=LORA_IDS, shape=ir.Shape(["batch_size", 1]), type=ir.TensorType(ir.DataType.INT64))
+            ids = ir.val(name_of(ADAPTER_ROW), shape=ir.Shape(["batch_size", 1]), dtype=ir.DataType.INT64)
+            self.ids = module.declare(ids, ADAPTER_ROW)
             module.graph.inputs.append(self.ids)
             b = rewriter.at(next(iter(module.graph)))
             # Idle rows have -1, which is no slot.
@@ -171,7 +173,7 @@ class _Branches:
         """``x A``: ``[batch, seq, rank]``, or without slots of the rank that ``x`` has."""
         x = layer.node.inputs[0]
         if self._is_flat(layer):
-            rows = b("Shape", self.module.input("position_ids"), start=0, end=1)
+            rows = b("Shape", self.module.port(POSITIONS), start=0, end=1)
             x = b("Reshape", x, b("Concat", rows, b.const([-1, layer.features[0]]), axis=0))
         return b("MatMul", x, self._of_row(factor, layer, b))
 
@@ -206,7 +208,7 @@ class _Branches:
             between = list(range(1, max(_rank(last), 3) - 1))
             bias = b("Unsqueeze", b("Gather", bias, self.rows, axis=0), b.const(between))
             if flat:  # as many tokens of each row as there are in a run
-                tokens = b("Shape", self.module.input("position_ids"))
+                tokens = b("Shape", self.module.port(POSITIONS))
                 full = b("Concat", tokens, b.const([width]), axis=0)
                 bias = b("Reshape", b("Expand", bias, full), b.const([-1, width]))
         return b("Sum", total, bias, shape=old.shape, dtype=old.dtype)

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from qeff_ir.errors import PassError
-from qeff_ir.ir.module import CHANGED_KEY, EMBEDS, WEIGHT_KEY, Module
+from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.ports import EMBEDDINGS, POSITIONS, TOKENS, name_of
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 
@@ -42,7 +43,7 @@ class TokenEmbedding(Pass):
         """
         if self.side == "graph":
             return
-        ids = module.input("input_ids")
+        ids = module.port(TOKENS)
         found = [node for node in module.graph if _is_lookup(node, ids)]
         tables = {node.inputs[0] for node in found}
         if len(tables) != 1:
@@ -60,14 +61,15 @@ class TokenEmbedding(Pass):
         if not rewriter.rewrite("look-up"):
             return
         like = found[0].outputs[0]
-        embeds = ir.Value(name=EMBEDS, shape=like.shape, type=ir.TensorType(ir.DataType.FLOAT))
+        embeds = ir.val(name_of(EMBEDDINGS), shape=like.shape, dtype=ir.DataType.FLOAT)
+        module.declare(embeds, EMBEDDINGS)
         embeds.metadata_props[WEIGHT_KEY] = table.metadata_props[WEIGHT_KEY]
         inputs = module.graph.inputs
         inputs.insert(inputs.index(ids), embeds)
         for node in found:
             rewriter.substitute(node, embeds)
         for node in [n for n in ids.consumers() if n.op_type == "Shape"]:
-            node.replace_input_with(0, module.input("position_ids"))  # of the same shape
+            node.replace_input_with(0, module.port(POSITIONS))  # of the same shape
         rewriter.sweep()
         if not ids.consumers():
             inputs.remove(ids)

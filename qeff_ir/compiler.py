@@ -21,7 +21,8 @@ from qeff_ir.digests import digest_file
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError
 from qeff_ir.frontend.source import Source
 from qeff_ir.home import cache_root
-from qeff_ir.ir.module import EMBEDS, WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.ports import EMBEDDINGS
 from qeff_ir.ir.printer import fingerprint
 from qeff_ir.package import SIDE_FOLDER, Manifest, TableRecord, building, is_package, open_package, read_manifest, seal
 from qeff_ir.passing.manager import PassRun, Report, run_pipeline
@@ -212,7 +213,7 @@ def _tables(module: Module, source: Source) -> dict[str, TableRecord]:
     """What is known of the table that the graph leaves in the checkpoint, where an input stands for its rows."""
     found: dict[str, TableRecord] = {}
     for value in module.graph.inputs:
-        if value.name == EMBEDS and (name := value.metadata_props.get(WEIGHT_KEY)) is not None:
+        if module.role_of(value) is EMBEDDINGS and (name := value.metadata_props.get(WEIGHT_KEY)) is not None:
             table = source.weights().get(name)
             if table is not None:
                 found[name] = table_record(table)

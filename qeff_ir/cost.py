@@ -16,7 +16,8 @@ import onnx
 import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
-from qeff_ir.ir.module import EMBEDS, WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.ports import EMBEDDINGS
 from qeff_ir.passing.hiding import hidden_weights
 
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -98,7 +99,7 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
         item.multiply_adds += _multiply_adds(node, shapes)
         for value in node.inputs:
             name = value.name if value is not None else None
-            if value is None or name is None or not _is_weight(value):
+            if value is None or name is None or not _is_weight(module, value):
                 continue
             rows = node.op_type == "Gather" and value is node.inputs[0]
             if not rows and name in read:
@@ -108,7 +109,7 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
             if not rows:
                 read.add(name)
     for value in (*module.graph.initializers.values(), *module.graph.inputs):
-        if _is_weight(value):
+        if _is_weight(module, value):
             resident += _elements(shapes, value) * _width(value, stored, multiplied)
     state_bytes = written = 0.0
     for state in module.states:
@@ -135,9 +136,9 @@ class _Sizes(dict[str, int]):
         raise VerificationError("cost", f"no specialization gives a size to '{name}', so the cost cannot be counted")
 
 
-def _is_weight(value: ir.Value) -> bool:
+def _is_weight(module: Module, value: ir.Value) -> bool:
     """Whether a value is a weight, in the graph or bound from outside; the host's embeddings only name theirs."""
-    return WEIGHT_KEY in value.metadata_props and value.name != EMBEDS
+    return WEIGHT_KEY in value.metadata_props and module.role_of(value) is not EMBEDDINGS
 
 
 def _multiply_adds(node: ir.Node, shapes: _Shapes) -> int:
@@ -170,7 +171,7 @@ def _multiplied(module: Module) -> set[ir.Value]:
             for value in node.inputs[:2]:
                 maker = value.producer() if value is not None else None
                 source = maker.inputs[0] if maker is not None and maker.op_type == "Transpose" else value
-                if source is not None and (source.is_initializer() or _is_weight(source)):
+                if source is not None and (source.is_initializer() or _is_weight(module, source)):
                     found.add(source)
     return found
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from qeff_ir.arrays import Array
 from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import LOGITS
 
 UNIT_ROUNDOFF = 2.0**-24
 """Of float32."""
@@ -136,11 +137,11 @@ class Approximates(Numeric):
         return None if ratio >= self.decibels else f"{ratio:.1f} dB of {self.decibels:.1f} dB are left ({self.reason})"
 
 
-def depth(module: Module, output: str = "logits") -> int:
-    """The largest number of matrix products on a way from the inputs to an output."""
+def depth(module: Module, output: str | None = None) -> int:
+    """The largest number of matrix products on a way from the inputs to an output, the logits by default."""
     longest: dict[ir.Value, int] = {}
     for node in module.graph:
         before = max((longest.get(v, 0) for v in node.inputs if v is not None), default=0)
         for out in node.outputs:
             longest[out] = before + _PRODUCTS.get(node.op_type, 0)
-    return longest.get(module.output(output), 0)
+    return longest.get(module.port(LOGITS) if output is None else module.output(output), 0)

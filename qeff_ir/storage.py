@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from qeff_ir.digests import digest_file
@@ -114,14 +115,39 @@ def numbers_digest(tensor: ir.TensorProtocol) -> str:
     return digest_file(where.file, where.offset, where.length, (f"{where.dtype.name} as float32", widen))
 
 
+def load_proto(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file as it is; no weight file is looked at.
+
+    Raises:
+        PackageError: A name or another text in it is no text.
+    """
+    proto = onnx.load(path, load_external_data=False)
+    strange = _no_text(proto)
+    if strange is not None:  # protobuf hands it out as bytes, which no library expects
+        raise PackageError(f"{path} has a text that is not UTF-8, {ascii(strange)[1:60]}: export it again")
+    return proto
+
+
+def _no_text(message: Any) -> bytes | None:
+    """The first text of a protobuf message, and of those in it, that is not UTF-8."""
+    for kind, value in message.ListFields():
+        if kind.type not in (kind.TYPE_STRING, kind.TYPE_MESSAGE):
+            continue
+        for part in (value,) if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value:
+            found = _no_text(part) if kind.type == kind.TYPE_MESSAGE else part if isinstance(part, bytes) else None
+            if found is not None:
+                return found
+    return None
+
+
 def load_model(path: Path) -> ir.Model:
     """Read an ONNX file whose weights stay where they are, as `save_model` wrote it.
 
     Raises:
         PackageError: A tensor lies outside the file's own folder, or its file is missing or too short, or the tensor
-            cannot be as long as is said; or an attribute has no type.
+            cannot be as long as is said; or an attribute has no type, or a text is none.
     """
-    model = ir.load(path)
+    model = ir.from_proto(load_proto(path))
     for graph in _all_graphs(model):
         for node in graph:
             untyped = (a.name for a in node.attributes.values() if a.type == ir.AttributeType.UNDEFINED)

@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from backends import find_backend
 from backends.ai100 import device_rules
 from backends.base import CompileOptions
-from passes.lora import LORA_IDS
 from qeff_ir.arrays import Array
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend.source import MemorySource
@@ -169,7 +168,7 @@ def random_feeds(module: Module, sizes: Mapping[str, int], seed: int = 0) -> dic
     for item in module.adapters:
         feeds[item.name] = rng.standard_normal(item.shape).astype(np.float32)
         if item.slots:
-            feeds[LORA_IDS] = np.arange(batch)[:, None] - 1
+            feeds["lora_ids"] = np.arange(batch)[:, None] - 1
     return feeds
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import (
@@ -26,10 +27,11 @@ from qeff_ir import (
     QEFFAutoModelForTokenClassification,
     numerics,
 )
+from qeff_ir.debug.plain import plain_module
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError, UnsupportedModelError
 from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
 from qeff_ir.frontend.sentence import read_sentence_config
-from qeff_ir.runtime.interface import read_interface
+from qeff_ir.runtime.interface import interface_of
 from tests.encoders import ENCODERS, build, example
 
 PAIR = dict.fromkeys(("input_ids", "attention_mask"), ("batch_size", "seq_len"))
@@ -285,8 +287,8 @@ def test_a_token_must_be_in_every_table_that_it_selects_from(sizes: tuple[int, i
     tables = [onnx.numpy_helper.from_array(np.zeros((n, 2), np.float32), f"table{n}") for n in sizes]
     nodes = [onnx.helper.make_node("Gather", [t.name, "input_ids"], [f"{t.name}_rows"]) for t in tables]
     graph = onnx.helper.make_graph(nodes, "tables", [ids], [], tables)
-    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
-    assert [t.rows for t in read_interface(tmp_path).inputs] == [10]
+    module = plain_module(ir.from_proto(onnx.helper.make_model(graph)), "tables")
+    assert [port.rows for port in interface_of(module, tmp_path).inputs] == [10]
 
 
 def test_all_tokens_and_masks_of_truth_values_are_known(pooled: QEFFAutoModel) -> None:

@@ -22,7 +22,6 @@ from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.encoder import Encoder
-from qeff_ir.runtime.interface import read_interface
 from tests import support
 from tests.encoders import ENCODERS, build, example
 
@@ -51,7 +50,7 @@ def compiled(name: str, target: str, folder: Path, embedding: str = "") -> Encod
     backend = find_backend(target)
     backend.check(module, options)
     backend.emit(module, folder, options)
-    return Encoder(backend.open_forward(folder, threads=1), read_interface(folder))
+    return Encoder(backend.open(folder, threads=1))
 
 
 def real(values: Array, inputs: dict[str, torch.Tensor]) -> Array:

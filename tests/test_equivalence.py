@@ -185,7 +185,7 @@ def sinks_dropped(module: Module) -> None:
 
 def state_not_written(module: Module) -> None:
     """Layer 1 attends to this run's tokens, but hands the old keys on."""
-    state = next(s for s in module.states if s.layer == 1 and s.role == "key")
+    state = next(s for s in module.states if s.layer == 1 and s.kind == "key")
     index = next(i for i, v in enumerate(module.graph.outputs) if v.name == state.output)
     old = module.graph.outputs[index]
     node = old.producer()

@@ -249,9 +249,9 @@ def test_a_table_that_changes_under_an_open_model_is_told(harm: str, tmp_path: P
     path = tmp_path / "model.safetensors"
     save_file({"t": torch.arange(4096.0).reshape(1024, 4)}, path)
     table, ids = TokenTable(read_header(path)["t"].tensor("t")), np.array([[1023]])
-    assert table.inputs(ids)["inputs_embeds"].tolist() == [[[4092.0, 4093.0, 4094.0, 4095.0]]]
+    assert table.vectors(ids).tolist() == [[[4092.0, 4093.0, 4094.0, 4095.0]]]
     os.link(path, tmp_path / "another")  # as other packages do
-    table.inputs(ids)
+    table.vectors(ids)
     if harm == "rewritten":
         data = path.read_bytes()
         path.write_bytes(bytes(len(data)))
@@ -263,7 +263,7 @@ def test_a_table_that_changes_under_an_open_model_is_told(harm: str, tmp_path: P
     with pytest.raises(
         PackageError, match=r"model\.safetensors was changed since the model was opened: open the model"
     ):
-        table.inputs(ids)
+        table.vectors(ids)
 
 
 @pytest.mark.parametrize("gone", [False, True])

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backends.ai100 import checks, compiler, flags, sdk
-from backends.ai100.emit import BINARY, emit
+from backends.ai100.emit import BINARY, emit, model_file
 from backends.ai100.violation import refuse_first
 from backends.base import Backend, CompileOptions
-from qeff_ir.errors import CompileError, PackageError
+from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module
-from qeff_ir.runtime.session import ForwardSession, Session
+from qeff_ir.runtime.session import Session
 
 if TYPE_CHECKING:
-    from backends.ai100.emulator import EmulatedSession
     from qeff_ir.cost import Storage
 
 _MXFP6_BYTES = 25 / 32  # a block of 32 is 24 bytes of codes and one of scale (contract §15.2)
@@ -103,23 +102,13 @@ class Ai100Backend(Backend):
             from backends.ai100.device import DeviceSession
 
             return DeviceSession(folder)
-        return self._emulate(folder, threads)
-
-    def open_forward(self, folder: Path, *, threads: int | None = None) -> ForwardSession:
-        """See `open`."""
-        if (folder / BINARY).is_file() and _has_runtime():
-            from backends.ai100.device import DeviceSession
-
-            return DeviceSession(folder)
-        return self._emulate(folder, threads)
-
-    def _emulate(self, folder: Path, threads: int | None) -> EmulatedSession:
-        models = list(folder.glob("*.onnx"))
-        if len(models) != 1:
-            raise PackageError(f"{folder} has {len(models)} ONNX files, not one: compile again")
         from backends.ai100.emulator import EmulatedSession
 
-        return EmulatedSession(models[0], threads=threads)
+        return EmulatedSession(self.model_file(folder), threads=threads)
+
+    def model_file(self, folder: Path) -> Path:
+        """The ONNX file, which is named after the model."""
+        return model_file(folder)
 
     def storage(self, options: Mapping[str, Any]) -> Storage:
         """Halves, compressed as the options say."""

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from backends.ai100.sdk import Sdk
 from backends.ai100.violation import Violation
 from backends.base import CompileOptions
-from qeff_ir.ir.module import EMBEDS, SOURCE_KEY, WEIGHT_KEY, Module, all_values
+from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module, all_values
+from qeff_ir.ir.ports import ADAPTER_ROW, EMBEDDINGS, LOGITS, POSITIONS, TOKENS, name_of
 
 _FP16_MAX = 65504.0
 _LOWERED = {"states-lowered": "kv-retention", "attention-lowered": "attention", "legal": "legalize"}
@@ -94,15 +95,16 @@ def _states(module: Module) -> Iterator[Violation]:
                 yield Violation("state-pair", f"layer {state.layer} has no {kind} named {name}: keep both of a state")
     if not module.states:  # a forward pass: its inputs and outputs are the model's own
         return
-    ids = ["lora_ids"] if any(a.slots for a in module.adapters) else []
+    roles = [module.role_of(v) for v in module.graph.inputs]
+    tokens = [name_of(role) for role in (EMBEDDINGS, TOKENS) if role in roles] or [name_of(TOKENS)]
+    rows = [name_of(ADAPTER_ROW)] if any(a.slots for a in module.adapters) else []
     adapters = [a.name for a in module.adapters]
-    tokens = [n for n in (EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
-    expected = [*tokens, "position_ids", *(s.input for s in module.states), *ids, *adapters]
+    expected = [*tokens, name_of(POSITIONS), *(s.input for s in module.states), *rows, *adapters]
     if not all(a.retained for a in module.adapters):
         yield Violation("state-pair", "adapters must be retained: put lora{retained=true} into the pipeline")
     elif [v.name for v in module.graph.inputs] != expected:
         yield Violation("inputs", f"the inputs must be {', '.join(expected[:4])}, ... in this order")
-    expected = ["logits", *(s.output for s in module.states), *(a.output for a in module.adapters)]
+    expected = [name_of(LOGITS), *(s.output for s in module.states), *(a.output for a in module.adapters)]
     if [v.name for v in module.graph.outputs] != expected:
         yield Violation("outputs", f"the outputs must be {', '.join(expected[:3])}, ... in this order")
 

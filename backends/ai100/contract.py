@@ -21,10 +21,10 @@ from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.sdk import Sdk, description
 from backends.ai100.violation import Violation, refuse_first
 from qeff_ir.errors import PackageError
-from qeff_ir.ir.module import EMBEDS
 from qeff_ir.reading import read_bytes, read_json
 
 _SUFFIX = "_RetainedState"
+_EMBEDS = "inputs_embeds"
 _ROLES = ("past_key", "past_value", "past_indexer", "conv_state", "recurrent_state")
 """Kinds of retained state (contract §1.1 and §1.6), in the order that they have in a layer."""
 _STATE = re.compile(rf"({'|'.join(_ROLES)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
@@ -175,7 +175,7 @@ def _forward_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
 def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
     for name in sorted(n for n in outputs if n.endswith(_SUFFIX) and n.removesuffix(_SUFFIX) not in inputs):
         yield Violation("state-pair", f"output {name} has no input {name.removesuffix(_SUFFIX)}")
-    retained = [n for n in inputs if n not in (EMBEDS, "input_ids", "position_ids", "lora_ids")]
+    retained = [n for n in inputs if n not in (_EMBEDS, "input_ids", "position_ids", "lora_ids")]
     adapters = [n for n in retained if _ADAPTER.search(n)]
     states = [n for n in retained if n not in adapters]
     for name in retained:
@@ -191,16 +191,16 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         if other not in pairs:
             yield Violation("inputs", f"input {name} has no {other} beside it")
     expected += (["lora_ids"] if "lora_ids" in inputs else []) + adapters
-    tokens = [n for n in (EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
+    tokens = [n for n in (_EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
     if list(inputs) != [*tokens, "position_ids", *expected]:
         first = ", ".join(tokens)
         yield Violation("inputs", f"the inputs must be {first}, position_ids, past_key.0, past_value.0, ... in order")
-    embeds = inputs.get(EMBEDS)
+    embeds = inputs.get(_EMBEDS)
     if embeds is not None:
         shape = list(embeds.shape or [])
         if embeds.dtype != np.float32 or shape[:2] != ["batch_size", "seq_len"] or len(shape) != 3:
             found = f"{embeds.dtype} {shape}"
-            yield Violation("dtype-shape", f"{EMBEDS} is {found}, not float32 [batch_size, seq_len, hidden]")
+            yield Violation("dtype-shape", f"{_EMBEDS} is {found}, not float32 [batch_size, seq_len, hidden]")
     returned = [n.removesuffix(_SUFFIX) for n in outputs if n.endswith(_SUFFIX)]
     returned = [
         *sorted((n for n in returned if _STATE.fullmatch(n) is not None), key=_order),

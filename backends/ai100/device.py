@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from backends.ai100 import runtime_path, specializations
-from backends.ai100.emit import BINARY_FOLDER, COMMAND
+from backends.ai100.emit import BINARY_FOLDER, COMMAND, model_file
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
-from qeff_ir.ir.module import AdapterInput, Specialization
-from qeff_ir.runtime.interface import read_interface, sized
+from qeff_ir.ir.module import Specialization
+from qeff_ir.ir.residents import State
+from qeff_ir.ir.snapshot import load_module
+from qeff_ir.runtime.interface import interface_of, sized
 
-_SUFFIX = "_RetainedState"
 _DTYPES: dict[str, type[np.generic]] = {
     "FLOAT_TYPE": np.float32,
     "FLOAT_16_TYPE": np.float16,
@@ -71,10 +72,11 @@ class DeviceSession:
         self._rt: Any = importlib.import_module("qaicrt")
         api: Any = importlib.import_module("QAicApi_pb2")
         self._specializations = specializations.load(folder / specializations.FILE)
-        interface = read_interface(folder)
-        retained = {t.name.removesuffix(_SUFFIX) for t in interface.outputs if t.name.endswith(_SUFFIX)}
-        self._inputs = [t for t in interface.inputs if t.name not in retained]
-        self._outputs = [t.name for t in interface.outputs if not t.name.endswith(_SUFFIX)]
+        model = model_file(folder)
+        self.interface = interface_of(load_module(model), model)
+        self._inputs = self.interface.inputs
+        self._outputs = [port.name for port in self.interface.outputs]
+        adapters = {item.name: item for item in self.interface.adapters}
         ids = list(devices) if devices is not None else list(range(_device_count(folder)))
 
         context = self._rt.Context(self._rt.QIDList(ids))
@@ -84,8 +86,7 @@ class DeviceSession:
         self._expect(status, "read the program's description")
         descriptor = api.IoDesc()
         descriptor.ParseFromString(bytes(described))
-        self._adapters = _adapters(folder)
-        names = [*(t.name for t in self._inputs), *self._adapters, *self._outputs]
+        names = [*(port.name for port in self._inputs), *adapters, *self._outputs]
         self._bindings = _bindings(descriptor, api, names)
         for name in names:
             if name not in self._bindings:
@@ -103,8 +104,8 @@ class DeviceSession:
         self._lock = threading.Lock()
         # Every buffer starts out empty, those of the states for good; adapters are passed with the run after a change.
         self._buffers: list[Any] = [self._rt.QBuffer(b"") for _ in self._bindings]
-        self._contents = {n: np.zeros(a.shape, self._bindings[n].dtype) for n, a in self._adapters.items()}
-        self._changed = set(self._adapters)
+        self._contents = {n: np.zeros(a.shape, self._bindings[n].dtype) for n, a in adapters.items()}
+        self._changed = set(adapters)
         sizes = [(b.dtype.itemsize, [0]) for b in sorted(self._bindings.values(), key=lambda b: b.index)]
         self._dims: Any = self._rt.BufferDimensionsVecRef(sizes)
 
@@ -158,11 +159,6 @@ class DeviceSession:
         data = np.frombuffer(bytes(results[binding.index]), dtype=binding.dtype).reshape(binding.shapes[choice])
         return data.astype(np.float32) if np.issubdtype(binding.dtype, np.floating) else data
 
-    @property
-    def adapters(self) -> Sequence[AdapterInput]:
-        """The inputs that hold adapters."""
-        return list(self._adapters.values())
-
     def write(self, name: str, data: Array, slot: int | None = None) -> None:
         """See `qeff_ir.runtime.session.Session.write`; the next run takes it to the device (contract §5.3)."""
         self._contents[name][... if slot is None else slot] = data
@@ -210,7 +206,7 @@ def _bindings(descriptor: Any, api: Any, names: Sequence[str]) -> dict[str, _Bin
     wide = getattr(api, "BFLOAT16_TYPE", None)
     found: dict[str, _Binding] = {}
     for binding in descriptor.selected_set.bindings:
-        name = binding.name.rpartition("/")[2].replace("_InternalRetainedState", _SUFFIX)
+        name = binding.name.rpartition("/")[2].replace("_InternalRetainedState", State.SUFFIX)
         if name in names and (binding.type not in types or binding.type == wide):
             raise PackageError(f"buffer {name} of the program has a type that qeff-ir does not know ({binding.type})")
         # States stay on the device, in whatever type it keeps them.
@@ -219,16 +215,6 @@ def _bindings(descriptor: Any, api: Any, names: Sequence[str]) -> dict[str, _Bin
         shapes = [tuple(shapes.shapes[binding.index].dims) for shapes in descriptor.allowed_shapes]
         found[name] = _Binding(binding.index, dtype, tuple(shapes or [tuple(binding.dims)]))
     return found
-
-
-def _adapters(folder: Path) -> dict[str, AdapterInput]:
-    """The adapter inputs, as the package's ONNX file has them."""
-    import onnx
-
-    from backends.ai100.emulator import adapter_inputs
-
-    models = list(folder.glob("*.onnx"))
-    return adapter_inputs(onnx.load(str(models[0]), load_external_data=False)) if models else {}
 
 
 def _device_count(folder: Path) -> int:

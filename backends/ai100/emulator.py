@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 
 from backends.ai100 import device_rules, specializations, weight_free
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.module import METADATA_KEY, AdapterInput, Specialization, read_facts
+from qeff_ir.ir.module import Module, Specialization
+from qeff_ir.ir.residents import State
+from qeff_ir.ir.verifier import check_order
+from qeff_ir.runtime.interface import interface_of
+from qeff_ir.storage import load_proto
 
-_SUFFIX = "_RetainedState"
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(int64)": np.dtype(np.int64),
     "tensor(int32)": np.dtype(np.int32),
@@ -52,7 +55,10 @@ class EmulatedSession:
 
     def __init__(self, model: Path, *, threads: int | None = None) -> None:
         self._specializations = specializations.load(model.parent / specializations.FILE)
-        proto = onnx.load(str(model), load_external_data=False)
+        proto = load_proto(model)
+        module = Module.with_facts(ir.from_proto(proto))
+        check_order(module)
+        self.interface = interface_of(module, model)
         weight_free.bind(proto, model.parent)
         device_rules.apply(proto, unread=math.nan)
         content = proto.SerializeToString()
@@ -60,7 +66,7 @@ class EmulatedSession:
         shapes = self._programs[0].states
         if any(p.states != shapes for p in self._programs):
             raise PackageError(f"the states of {model} differ in size between its specializations: compile again")
-        self._adapters = adapter_inputs(proto)
+        self._adapters = {item.name for item in self.interface.adapters}
         self._states = {name: _zeros(shape) for name, shape in shapes.items()}
         self._spare = {name: _zeros(shape) for name, shape in shapes.items()}
         self._lock = threading.Lock()
@@ -89,11 +95,6 @@ class EmulatedSession:
             self._states, self._spare = self._spare, self._states
         return outputs
 
-    @property
-    def adapters(self) -> Sequence[AdapterInput]:
-        """The inputs that hold adapters."""
-        return list(self._adapters.values())
-
     def write(self, name: str, data: Array, slot: int | None = None) -> None:
         """See `qeff_ir.runtime.session.Session.write`."""
         contents = np.array(data, dtype=np.float32)
@@ -107,12 +108,6 @@ class EmulatedSession:
         for name, value in self._states.items():
             if name not in self._adapters:
                 value.update_inplace(np.zeros(value.shape(), dtype=np.float32))
-
-
-def adapter_inputs(proto: onnx.ModelProto) -> dict[str, AdapterInput]:
-    """The inputs of an artefact that hold adapters, by name, as its facts have them."""
-    text = next((p.value for p in proto.metadata_props if p.key == METADATA_KEY), None)
-    return {} if text is None else {item.name: item for item in read_facts(text).adapters}
 
 
 _FUSE_BIASES = ["MatMulAddFusion", "SkipLayerNormFusion"]
@@ -147,8 +142,8 @@ class _Program:
             reason = str(error).splitlines()[0]
             raise PackageError(f"ONNX Runtime cannot load {model} as {item.name}: {reason}") from error
         outputs = [o.name for o in self._session.get_outputs()]
-        self._results = [name for name in outputs if not name.endswith(_SUFFIX)]
-        retained = {name.removesuffix(_SUFFIX) for name in outputs if name.endswith(_SUFFIX)}
+        self._results = [name for name in outputs if not name.endswith(State.SUFFIX)]
+        retained = {name.removesuffix(State.SUFFIX) for name in outputs if name.endswith(State.SUFFIX)}
         shapes = {i.name: _static(model, item, i.name, i.shape) for i in self._session.get_inputs()}
         self.types = {i.name: _DTYPES[i.type] for i in self._session.get_inputs() if i.name not in retained}
         self.inputs = {name: shape for name, shape in shapes.items() if name not in retained}
@@ -165,7 +160,7 @@ class _Program:
             binding.bind_output(name)
         for name in self.states:
             binding.bind_ortvalue_input(name, states[name])
-            binding.bind_ortvalue_output(name + _SUFFIX, spare[name])
+            binding.bind_ortvalue_output(name + State.SUFFIX, spare[name])
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises several private types

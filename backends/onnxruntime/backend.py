@@ -9,7 +9,7 @@ from backends.base import Backend, CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.snapshot import MODEL_FILE, load_module, save_module
-from qeff_ir.runtime.session import ForwardSession, Session
+from qeff_ir.runtime.session import Session
 
 
 class OnnxRuntimeBackend(Backend):
@@ -44,17 +44,21 @@ class OnnxRuntimeBackend(Backend):
         """Nothing: the runtime compiles when a session opens."""
 
     def open(self, folder: Path, *, threads: int | None = None) -> Session:
-        """Open a session on a package."""
+        """Open a session on a package.
+
+        Raises:
+            PackageError: ONNX Runtime cannot load the model.
+        """
+        from backends.onnxruntime.forward_session import OrtForwardSession
         from backends.onnxruntime.session import OrtSession
 
-        return OrtSession(folder / MODEL_FILE, threads=threads)
+        model = self.model_file(folder)
+        module = load_module(model)
+        return (OrtSession if module.states else OrtForwardSession)(model, module, threads=threads)
 
-    def open_forward(self, folder: Path, *, threads: int | None = None) -> ForwardSession:
-        """Open a session on the package of a model that retains nothing."""
-        from backends.onnxruntime.forward_session import OrtForwardSession
-
-        model = folder / MODEL_FILE
-        return OrtForwardSession(model, load_module(model), threads=threads)
+    def model_file(self, folder: Path) -> Path:
+        """``model.onnx``."""
+        return folder / MODEL_FILE
 
 
 BACKEND = OnnxRuntimeBackend()

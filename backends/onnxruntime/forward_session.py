@@ -8,8 +8,9 @@ from pathlib import Path
 import onnxruntime as ort
 
 from qeff_ir.arrays import Array
-from qeff_ir.errors import PackageError
+from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.module import Module, Specialization
+from qeff_ir.runtime.interface import interface_of
 
 
 class OrtForwardSession:
@@ -32,14 +33,26 @@ class OrtForwardSession:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises several private types
             raise PackageError(f"ONNX Runtime cannot load {model}: {str(error).splitlines()[0]}") from error
+        self.interface = interface_of(module, model)
         self._specializations = module.specializations
-        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._outputs = [port.name for port in self.interface.outputs]
 
     @property
     def specializations(self) -> Sequence[Specialization]:
-        """See `qeff_ir.runtime.session.ForwardSession`."""
+        """See `qeff_ir.runtime.session.Session`."""
         return self._specializations
 
+    def write(self, name: str, data: Array, slot: int | None = None) -> None:
+        """Nothing is kept that could be written.
+
+        Raises:
+            RuntimeInputError: Always.
+        """
+        raise RuntimeInputError(f"the session keeps no {name}: the model was compiled without adapters")
+
+    def reset(self) -> None:
+        """Nothing is kept."""
+
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `qeff_ir.runtime.session.ForwardSession.run`."""
+        """See `qeff_ir.runtime.session.Session.run`."""
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))  # pyright: ignore[reportReturnType]

@@ -10,11 +10,10 @@ import onnxruntime as ort
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.module import AdapterInput, DimValue, Specialization
-from qeff_ir.ir.snapshot import load_module
+from qeff_ir.ir.module import Module, Specialization
+from qeff_ir.ir.residents import AdapterInput, DimValue
+from qeff_ir.runtime.interface import interface_of, sized
 
-_TYPES: dict[str, type[np.generic]] = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
-"""Types of the inputs of a run, by ONNX Runtime's names."""
 _FUSE_BIASES = ["SkipLayerNormFusion"]
 """What the runtime must leave: it adds a layer's bias to the residual, in another order than where an adapter's branch
 stands between product and bias, and the base model's slot would not answer as the base model alone."""
@@ -29,16 +28,22 @@ class OrtSession:
 
     Args:
         model: The ONNX file.
+        module: What it holds.
         threads: Threads of the runtime; its own choice by default.
+
+    Raises:
+        PackageError: ONNX Runtime cannot load the file, or an output has no size before it is computed.
     """
 
-    def __init__(self, model: Path, *, threads: int | None = None) -> None:
+    free = False
+
+    def __init__(self, model: Path, module: Module, *, threads: int | None = None) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        module, self._model = load_module(model), model
-        self._specializations = module.specializations
+        self._model, self._specializations = model, module.specializations
+        self.interface = interface_of(module, model)
         fixed = dict(self._specializations[0].symbols)
         del fixed["seq_len"]  # the only symbol that differs between the specializations
         for symbol, size in fixed.items():
@@ -53,14 +58,9 @@ class OrtSession:
             s.output: (s.input, ort.OrtValue.ortvalue_from_numpy(_zeros(s.shape, fixed))) for s in module.states
         }
         self._adapters = {a.name: _Adapter(a) for a in module.adapters}
-        kept = {s.input for s in module.states} | set(self._adapters)
-        given = [v for v in self._session.get_inputs() if v.name not in kept]
-        self._shapes = {v.name: list(v.shape) for v in given}
-        self._types = {v.name: _TYPES[v.type] for v in given}
-        vocab = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
         self._bindings = {
-            tuple(shape): self._bind(shape, vocab)
-            for shape in ([s.symbols["batch_size"], s.symbols["seq_len"]] for s in self._specializations)
+            tuple(sized(port, s.symbols) for port in self.interface.inputs): self._bind(s.symbols)
+            for s in self._specializations
         }
 
     @property
@@ -70,17 +70,20 @@ class OrtSession:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `qeff_ir.runtime.session.Session.run`."""
-        if set(inputs) != set(self._shapes):
-            raise RuntimeInputError(f"the inputs are {' and '.join(self._shapes)}, not {', '.join(sorted(inputs))}")
-        binding = self._bindings.get(inputs["position_ids"].shape)
-        if binding is None or any(inputs[n].shape != tuple(binding.values[n].shape()) for n in self._shapes):
+        ports = self.interface.inputs
+        names = [port.name for port in ports]
+        if set(inputs) != set(names):
+            raise RuntimeInputError(f"the inputs are {' and '.join(names)}, not {', '.join(sorted(inputs))}")
+        binding = self._bindings.get(tuple(inputs[name].shape for name in names))
+        if binding is None:
             given = " and ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
-            allowed = " or ".join(str(list(shape)) for shape in self._bindings)
+            allowed = " or ".join(str(list(first)) for first, *_ in self._bindings)
             raise RuntimeInputError(f"{given} are not of a compiled shape: {allowed}")
-        for name, array in inputs.items():
-            if array.dtype != self._types[name]:  # ONNX Runtime would take the bytes for numbers of the other type
-                raise RuntimeInputError(f"{name} is {array.dtype}: give {np.dtype(self._types[name])}")
-            binding.values[name].update_inplace(array)
+        for port in ports:
+            array = inputs[port.name]
+            if array.dtype != port.dtype:  # ONNX Runtime would take the bytes for numbers of the other type
+                raise RuntimeInputError(f"{port.name} is {array.dtype}: give {port.dtype}")
+            binding.values[port.name].update_inplace(array)
         try:
             self._session.run_with_iobinding(binding.io)
         except Exception as error:  # ONNX Runtime raises several private types
@@ -88,12 +91,7 @@ class OrtSession:
             raise PackageError(
                 f"ONNX Runtime fails to run {self._model} ({reason}): compile the model again"
             ) from error
-        return {"logits": binding.values["logits"].numpy().copy()}
-
-    @property
-    def adapters(self) -> Sequence[AdapterInput]:
-        """The inputs that hold adapters."""
-        return [a.item for a in self._adapters.values()]
+        return {port.name: binding.values[port.name].numpy().copy() for port in self.interface.outputs}
 
     def write(self, name: str, data: Array, slot: int | None = None) -> None:
         """See `qeff_ir.runtime.session.Session.write`."""
@@ -104,21 +102,18 @@ class OrtSession:
         for _, value in self._states.values():
             value.numpy().fill(0)  # the buffer itself: a cache of zeros to copy from would cost as much again
 
-    def _bind(self, shape: list[int], vocab: int) -> _Binding:
+    def _bind(self, symbols: Mapping[str, int]) -> _Binding:
         io = self._session.io_binding()
-        sizes: dict[str, int] = {"batch_size": shape[0], "seq_len": shape[1]}
         values = {
-            **{
-                name: ort.OrtValue.ortvalue_from_numpy(_zeros(dims, sizes, self._types[name]))
-                for name, dims in self._shapes.items()
-            },
-            "logits": ort.OrtValue.ortvalue_from_numpy(np.zeros((shape[0], 1, vocab), dtype=np.float32)),
+            port.name: ort.OrtValue.ortvalue_from_numpy(np.zeros(sized(port, symbols), dtype=port.dtype))
+            for port in (*self.interface.inputs, *self.interface.outputs)
         }
-        for name in self._shapes:
-            io.bind_ortvalue_input(name, values[name])
+        for port in self.interface.inputs:
+            io.bind_ortvalue_input(port.name, values[port.name])
         for name, adapter in self._adapters.items():
             io.bind_ortvalue_input(name, adapter.value)
-        io.bind_ortvalue_output("logits", values["logits"])
+        for port in self.interface.outputs:
+            io.bind_ortvalue_output(port.name, values[port.name])
         for output, (name, value) in self._states.items():
             io.bind_ortvalue_input(name, value)
             io.bind_ortvalue_output(output, value)
@@ -142,5 +137,5 @@ class _Adapter:
         self.value = ort.OrtValue.ortvalue_from_numpy(self.data)
 
 
-def _zeros(dims: Sequence[DimValue], sizes: Mapping[str, int], dtype: type[np.generic] = np.float32) -> Array:
-    return np.zeros([sizes[d] if isinstance(d, str) else d for d in dims], dtype=dtype)
+def _zeros(dims: Sequence[DimValue], sizes: Mapping[str, int]) -> Array:
+    return np.zeros([sizes[d] if isinstance(d, str) else d for d in dims], dtype=np.float32)

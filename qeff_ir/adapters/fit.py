@@ -13,7 +13,8 @@ import onnx_ir as ir
 from qeff_ir.adapters.folder import Adapter, Factors
 from qeff_ir.arrays import Array
 from qeff_ir.errors import AdapterError
-from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, AdapterInput
+from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY
+from qeff_ir.ir.residents import AdapterInput
 from qeff_ir.storage import FileRange, load_model
 
 Base = Callable[[str], Array | None]

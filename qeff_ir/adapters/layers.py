@@ -9,6 +9,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.ports import LOGITS
 from qeff_ir.passing.matching import made_by
 
 Kind = Literal["linear", "embedding", "parameter"]
@@ -46,7 +47,7 @@ def find_layers(module: Module) -> list[Layer]:
 def output_layer(module: Module, layers: Iterable[Layer]) -> str | None:
     """Path of the layer that makes the logits."""
     products = {layer.node: layer.path for layer in layers}
-    value: ir.Value | None = module.output("logits")
+    value: ir.Value | None = module.port(LOGITS)
     while value is not None and (node := value.producer()) is not None:
         if node in products:
             return products[node]

@@ -8,7 +8,7 @@ from qeff_ir.adapters.fit import Base, fit
 from qeff_ir.adapters.folder import Adapter
 from qeff_ir.arrays import Array
 from qeff_ir.errors import AdapterError
-from qeff_ir.ir.module import AdapterInput
+from qeff_ir.ir.residents import AdapterInput
 from qeff_ir.runtime.session import Session
 
 
@@ -24,7 +24,7 @@ class AdapterSlots:
 
     def __init__(self, session: Session, base: Base) -> None:
         self.session = session
-        self.inputs = list(session.adapters)
+        self.inputs = list(session.interface.adapters)
         self.base = base
         self.single = not any(item.slots for item in self.inputs)
         sizes = [item.shape[0] - 1 for item in self.inputs if item.slots]

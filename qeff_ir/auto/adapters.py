@@ -341,7 +341,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
     def _open_runner(self, threads: int | None) -> SessionLM:
         """The session, with the loaded adapters in it."""
         runner = super()._open_runner(threads)
-        held = AdapterSlots(runner.decoder.session, package_weights(_onnx(self.package)))
+        held = AdapterSlots(runner.decoder.session, package_weights(_model_file(self.package)))
         for name, adapter in self._adapters.items() if not held.single else ():
             held.add(name, adapter)
         self._held = held
@@ -387,7 +387,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """Refuse adapters that the compiled package cannot take, without opening it."""
         from qeff_ir.ir.snapshot import load_module
 
-        model = _onnx(package)
+        model = _model_file(package)
         inputs = load_module(model).adapters
         slots = [item.shape[0] - 1 for item in inputs if item.slots]
         if slots and len(adapters) > slots[0]:
@@ -399,8 +399,8 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
             fit(name, adapters[name], inputs, package_weights(model))
 
 
-def _onnx(package: Compiled) -> Path:
-    return next(iter(sorted(package.folder.glob("*.onnx"))))
+def _model_file(package: Compiled) -> Path:
+    return find_backend(package.manifest.target).model_file(package.folder)
 
 
 def _names(adapters: object) -> list[Any]:

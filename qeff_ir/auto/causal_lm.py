@@ -14,7 +14,7 @@ from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.compiler import Compiled, TokenEmbedding, Watch, table_record
 from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
-from qeff_ir.ir.module import EMBEDS
+from qeff_ir.ir.ports import EMBEDDINGS
 from qeff_ir.package import SIDE_FOLDER, opened
 from qeff_ir.side_files import read_generation_config
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qeff_ir.runtime.generation import SessionLM
+    from qeff_ir.runtime.interface import Interface
     from qeff_ir.runtime.token_table import TokenTable
 
 
@@ -245,31 +246,29 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             if not isinstance(getattr(config.get_text_config(decoder=True), "vocab_size", None), int):
                 raise PackageError(f"the configuration in {package.folder} has no vocab_size: compile the model again")
             session = find_backend(package.manifest.target).open(package.folder, threads=threads)
-            found = SessionLM(Decoder(session, self._table(package.folder)), config, defaults)
+            found = SessionLM(Decoder(session, self._table(session.interface)), config, defaults)
         return found
 
-    def _table(self, folder: Path) -> TokenTable | None:
-        """The table of a package that takes ``inputs_embeds``; its rows stay in the checkpoint."""
-        from qeff_ir.runtime.interface import read_interface
+    def _table(self, interface: Interface) -> TokenTable | None:
+        """The table of a package that takes vectors; its rows stay in the checkpoint."""
         from qeff_ir.runtime.token_table import TokenTable
 
-        inputs = {t.name: t for t in read_interface(folder).inputs}
-        name = inputs[EMBEDS].weight if EMBEDS in inputs else None
-        if name is None:
+        vectors, folder = interface.input(EMBEDDINGS), self.package.folder
+        if vectors is None or (name := vectors.weight) is None:
             return None
         if self._checkpoint is None:
             raise PackageError(
                 f"the token embeddings of {folder} stay in the model's checkpoint: open the package with "
                 "from_package(…, checkpoint=…), or compile the model itself again, which finds the package"
             )
-        table, wanted = self._checkpoint.weights().get(name), inputs[EMBEDS].shape[-1]
+        table, wanted = self._checkpoint.weights().get(name), vectors.shape[-1]
         found = None if table is None else list(table.shape)
         if table is None or len(table.shape) != 2 or table.shape[1] != wanted:
             raise PackageError(
                 f"{folder} wants the table {name} of [tokens, {wanted}], and the checkpoint's is {found}: give the "
                 "model that the package was made from"
             )
-        rows = TokenTable(table, keeps_ids="input_ids" in inputs)
+        rows = TokenTable(table)
         if self.package.manifest.tables.get(name) != table_record(table):
             raise PackageError(
                 f"the table {name} of the checkpoint has other numbers than the one that {folder} was compiled with: "

@@ -174,12 +174,10 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
         with self._lock:
             if self._encoder is None:
                 from qeff_ir.runtime.encoder import Encoder
-                from qeff_ir.runtime.interface import read_interface
 
                 package = self.package
                 with opened(package.folder, package.manifest.key):
-                    session = find_backend(package.manifest.target).open_forward(package.folder, threads=threads)
-                    encoder = Encoder(session, read_interface(package.folder))
+                    encoder = Encoder(find_backend(package.manifest.target).open(package.folder, threads=threads))
                 self._encoder = encoder
             return self._encoder
 

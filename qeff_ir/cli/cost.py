@@ -11,7 +11,7 @@ import typer
 
 from qeff_ir.cli.tables import grid
 from qeff_ir.cli.terminal import line, show, working
-from qeff_ir.errors import CompileError, PackageError
+from qeff_ir.errors import CompileError
 
 if TYPE_CHECKING:
     from qeff_ir.cost import Cost, Storage
@@ -35,7 +35,7 @@ def command(
 
         described = None if device is None else _device(device)
         with opened(package) as manifest:
-            module = _module(package)
+            module = _module(package, manifest)
             storage = _storage(manifest)
             costs = [cost(module, item, storage) for item in module.specializations]
     if as_json:
@@ -46,17 +46,15 @@ def command(
         _show_roofline(costs, described, manifest, prompt)
 
 
-def _module(package: Path) -> Module:
+def _module(package: Path, manifest: Manifest) -> Module:
     from onnx_ir.passes.common import InlinePass
 
+    from backends import find_backend
     from qeff_ir import device_ops
     from qeff_ir.ir import dialect
     from qeff_ir.ir.snapshot import load_module
 
-    files = sorted(package.glob("*.onnx"))
-    if len(files) != 1:
-        raise PackageError(f"{package} holds {len(files)} ONNX files, so it is not clear what to count")
-    module = load_module(files[0])
+    module = load_module(find_backend(manifest.target).model_file(package))
     own = (dialect.DOMAIN, *device_ops.DOMAINS)
     for key in [key for key in module.model.functions if key[0] in own]:
         del module.model.functions[key]

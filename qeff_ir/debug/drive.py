@@ -7,11 +7,12 @@ is run once on random inputs.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import onnxruntime as ort
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
-from qeff_ir.ir.module import EMBEDS, WEIGHT_KEY, Module
+from qeff_ir.ir.module import WEIGHT_KEY, Module
+from qeff_ir.ir.ports import EMBEDDINGS, LOGITS, POSITIONS, TOKENS, Run
 from qeff_ir.ir.snapshot import save_module
 from qeff_ir.runtime.token_table import TokenTable
 
@@ -43,16 +45,18 @@ class Plan:
 
     Attributes:
         sizes: A size for each symbol that was known when the plan was made.
-        runs: ``input_ids`` and ``position_ids`` of each run; for a graph that is no decoder, its inputs for one run.
-        decoder: Whether the runs are those of a decoder.
+        runs: Of a decoder; its ports tell what each of them is given.
+        inputs: Of a graph that is no decoder, by name, for one run.
         tables: Weights of the module that the plan was made for, by parameter: a pass may leave the look-up of the
             tokens to the host.
+        vectors: Of each token, ``[vocab, hidden]``, for a module that took vectors when the plan was made.
     """
 
     sizes: Mapping[str, int]
-    runs: Sequence[Mapping[str, Array]]
-    decoder: bool
+    runs: Sequence[Run] = ()
+    inputs: Mapping[str, Array] = field(default_factory=dict[str, Array])
     tables: Mapping[str, ir.TensorProtocol] = field(default_factory=dict[str, ir.TensorProtocol])
+    vectors: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -83,24 +87,23 @@ def make_plan(module: Module, seed: int = 0) -> Plan:
     sizes, random = sizes_of(module), np.random.default_rng(seed)
     if not is_decoder(module):
         feeds = {v.name or "": _random(v, sizes, random) for v in module.graph.inputs}
-        return Plan(sizes, [feeds], decoder=False)
-    vocabulary = module.output("logits").shape
+        return Plan(sizes, inputs=feeds)
+    vocabulary = module.port(LOGITS).shape
     last = vocabulary[-1] if vocabulary is not None else None
     if not isinstance(last, int):
         raise RuntimeInputError(f"the logits of {module.name} have no fixed width: no token can be drawn")
-    (batch, chunk), room = _dims(module.input("position_ids"), sizes), _room(module, sizes)
+    (batch, chunk), room = _dims(module.port(POSITIONS), sizes), _room(module, sizes)
     steps = min(_DECODE_STEPS, room - 1)
     wanted = itertools.cycle((chunk + chunk // 2 + 1, max(1, chunk // 3), 2 * chunk))
     prompts = [random.integers(0, last, min(n, room - steps)) for n in itertools.islice(wanted, batch)]
-    runs: list[dict[str, Array]] = list(_prefill(prompts, chunk))
+    runs = _prefill(prompts, chunk)
     for step in range(steps):
         positions = np.array([[len(p) + step] for p in prompts], dtype=np.int64)
-        runs.append({"input_ids": random.integers(0, last, (batch, 1)), "position_ids": positions})
-    embeds = next((v for v in module.graph.inputs if v.name == EMBEDS), None)
+        runs.append(Run(random.integers(0, last, (batch, 1)), positions))
+    embeds, vectors = module.find(EMBEDDINGS), None
     if embeds is not None:
-        table = random.standard_normal((last, _dims(embeds, sizes)[-1])).astype(np.float32)
-        runs = [{**run, EMBEDS: table[run["input_ids"]]} for run in runs]
-    return Plan(sizes, runs, decoder=True, tables=tables_of(module))
+        vectors = random.standard_normal((last, _dims(embeds, sizes)[-1])).astype(np.float32)
+    return Plan(sizes, runs, tables=tables_of(module), vectors=vectors)
 
 
 def tables_of(module: Module) -> dict[str, ir.TensorProtocol]:
@@ -113,10 +116,13 @@ def tables_of(module: Module) -> dict[str, ir.TensorProtocol]:
 
 
 def is_decoder(module: Module) -> bool:
-    """Whether a module is a decoder with its inputs and its output: names alone, without states, make no decoder."""
-    inputs = {v.name: len(v.shape or ()) for v in module.graph.inputs}
-    takes_tokens = inputs.get("position_ids") == 2 and not inputs.keys().isdisjoint({"input_ids", EMBEDS})
-    return bool(module.states) and takes_tokens and any(v.name == "logits" for v in module.graph.outputs)
+    """Whether a module is a decoder with its inputs and its output: ports alone, without states, make no decoder."""
+    roles = [module.role_of(v) for v in module.graph.inputs]
+    positions = module.find(POSITIONS)
+    takes_tokens = (
+        positions is not None and len(positions.shape or ()) == 2 and (TOKENS in roles or EMBEDDINGS in roles)
+    )
+    return bool(module.states) and takes_tokens and module.find(LOGITS) is not None
 
 
 def _room(module: Module, sizes: Mapping[str, int]) -> int:
@@ -131,7 +137,7 @@ def drive(module: Module, plan: Plan) -> Answers:
     Raises:
         RuntimeInputError: ONNX Runtime cannot load or run the graph.
     """
-    sizes = {**plan.sizes, **sizes_of(module)} if plan.decoder else plan.sizes
+    sizes = {**plan.sizes, **sizes_of(module)} if plan.runs else plan.sizes
     with tempfile.TemporaryDirectory(prefix="qeff-drive-") as folder:
         session = _open(module, Path(folder))
         states = {s.input: _zeros(s.shape, sizes, s.dtype) for s in module.states}
@@ -142,9 +148,9 @@ def drive(module: Module, plan: Plan) -> Answers:
             raise RuntimeInputError(f"{module.name} has a state without its output '{lost}': it cannot be run")
         outputs: list[dict[str, Array]] = []
         first: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
-        table = _table(others.get(EMBEDS), plan)
-        for run in plan.runs:
-            feeds = run if table is None else {**run, **table.inputs(run["input_ids"])}
+        embed = _embed(module, plan)
+        for run in plan.runs or [None]:
+            feeds = plan.inputs if run is None else _fed(module, dataclasses.replace(run, embed=embed))
             own = {name: feeds[name] if name in feeds else _zeros_of(v, sizes) for name, v in others.items()}
             all_feeds = {**own, **states}
             try:
@@ -162,26 +168,36 @@ def drive(module: Module, plan: Plan) -> Answers:
                 )
             first = first if first[0] else (all_feeds, result)
             states = {s.input: result[s.output] for s in module.states}
-            outputs.append(_answers(result, feeds["position_ids"]) if plan.decoder else result)
+            outputs.append(result if run is None else _answers(module, result, run.positions))
     return Answers(outputs, *first)
 
 
-def _table(embeds: ir.Value | None, plan: Plan) -> TokenTable | None:
-    """Where to look up the tokens of a plan that has no vectors for `embeds`."""
-    if embeds is None or EMBEDS in plan.runs[0] or WEIGHT_KEY not in embeds.metadata_props:
+def _fed(module: Module, run: Run) -> dict[str, Array]:
+    """What each input whose role tells it is given at a run."""
+    roles = ((str(value.name), module.role_of(value)) for value in module.graph.inputs)
+    return {name: role.feed(run) for name, role in roles if role is not None and role.feed is not None}
+
+
+def _embed(module: Module, plan: Plan) -> Callable[[Array], Array] | None:
+    """Where to look up the vectors of tokens, for a graph that takes them."""
+    vectors, embeds = plan.vectors, module.find(EMBEDDINGS)
+    if vectors is not None:
+        return lambda ids: vectors[ids]
+    if embeds is None or WEIGHT_KEY not in embeds.metadata_props:
         return None
-    return TokenTable(plan.tables[embeds.metadata_props[WEIGHT_KEY]])
+    return TokenTable(plan.tables[embeds.metadata_props[WEIGHT_KEY]]).vectors
 
 
-def _answers(result: Mapping[str, Array], positions: Array) -> dict[str, Array]:
+def _answers(module: Module, result: Mapping[str, Array], positions: Array) -> dict[str, Array]:
     """The logits of the last real token of each row that has one; a graph may give those of all tokens or only them."""
-    logits = result["logits"]
+    name = str(module.port(LOGITS).name)
+    logits = result[name]
     rows = np.flatnonzero((positions >= 0).any(axis=1))
     last = positions.argmax(axis=1) if logits.shape[1] > 1 else np.zeros(len(positions), dtype=np.int64)
-    return {"logits": logits[rows, last[rows]]}
+    return {name: logits[rows, last[rows]]}
 
 
-def _prefill(prompts: Sequence[Array], chunk: int) -> list[dict[str, Array]]:
+def _prefill(prompts: Sequence[Array], chunk: int) -> list[Run]:
     """Runs of one chunk each; all rows end in the last, shorter ones are padding before (position -1)."""
     chunks = -(-max(map(len, prompts)) // chunk)
     ids = np.zeros((len(prompts), chunks * chunk), dtype=np.int64)
@@ -190,10 +206,8 @@ def _prefill(prompts: Sequence[Array], chunk: int) -> list[dict[str, Array]]:
         start = (chunks - -(-len(tokens) // chunk)) * chunk
         ids[row, start : start + len(tokens)] = tokens
         positions[row, start : start + len(tokens)] = np.arange(len(tokens))
-    return [
-        {"input_ids": ids[:, start : start + chunk], "position_ids": positions[:, start : start + chunk]}
-        for start in range(0, chunks * chunk, chunk)
-    ]
+    starts = range(0, chunks * chunk, chunk)
+    return [Run(ids[:, start : start + chunk], positions[:, start : start + chunk]) for start in starts]
 
 
 def _open(module: Module, folder: Path) -> ort.InferenceSession:

@@ -13,6 +13,7 @@ from qeff_ir.arrays import Array
 from qeff_ir.debug.drive import Answers, Plan, drive, make_plan
 from qeff_ir.errors import EquivalenceError, QeffError
 from qeff_ir.ir.module import WEIGHT_KEY, Module
+from qeff_ir.ir.ports import LOGITS
 from qeff_ir.numerics import bound, depth, error_over_rms
 from qeff_ir.passing.base import Pass
 from qeff_ir.passing.instrument import Instrument
@@ -125,7 +126,7 @@ def error_of(values: Array, reference: Array) -> float:
 
 def depth_of(module: Module) -> int:
     """`qeff_ir.numerics.depth` for any graph: without ``logits``, the number of its nodes bounds it."""
-    return depth(module) if any(v.name == "logits" for v in module.graph.outputs) else len(module.graph)
+    return depth(module) if module.find(LOGITS) is not None else len(module.graph)
 
 
 def _worst_error(values: Mapping[str, Array], reference: Mapping[str, Array]) -> float:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
-from qeff_ir.ir.module import DimValue
+from qeff_ir.ir.residents import DimValue
 
 BATCH, LENGTH = "batch_size", "seq_len"
 """Symbols of the two axes that a specialization sizes."""

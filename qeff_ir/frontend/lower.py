@@ -46,17 +46,9 @@ from qeff_ir.frontend.versions import cache_argument
 from qeff_ir.frontend.weights import Weights
 from qeff_ir.garbage import settled
 from qeff_ir.ir import dialect
-from qeff_ir.ir.module import (
-    LAYER_KEY,
-    SOURCE_KEY,
-    WEIGHT_KEY,
-    Dim,
-    DimValue,
-    Module,
-    State,
-    all_values,
-    rename_symbols,
-)
+from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, Module, all_values, rename_symbols
+from qeff_ir.ir.ports import LOGITS, POSITIONS, TOKENS, name_of
+from qeff_ir.ir.residents import DimValue, State
 
 # Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
 _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
@@ -159,7 +151,7 @@ class _Step(torch.nn.Module):
         cache = CapturingCache(self.hf, position_ids, dict(zip(self.states, past, strict=True)), count=counted.shape[0])
         out = self.run(input_ids, position_ids, cache)
         for state in cache.found():
-            raise UnsupportedModelError(f"layer {state.layer} keeps a {state.role} state in one run and not in another")
+            raise UnsupportedModelError(f"layer {state.layer} keeps a {state.kind} state in one run and not in another")
         return (out.logits, *(cache.result(state) for state in self.states))
 
     def run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: CapturingCache) -> Any:
@@ -215,7 +207,7 @@ def _prepared(
     ids, past = _inputs(states, fake)
     with fake:
         positions = ids.clone()
-    inputs = {"input_ids": ids, "position_ids": positions, **dict(zip(states, past, strict=True))}
+    inputs = {name_of(TOKENS): ids, name_of(POSITIONS): positions, **dict(zip(states, past, strict=True))}
 
     def work() -> Sequence[torch.Tensor]:
         with export_patches(), reset_model_state(model), fake:
@@ -252,8 +244,8 @@ def _trace(
         _, limit = give_positions(exported, "input_ids", "position_ids", "counted", type(model).__name__)
         program = convert(
             exported,
-            ["input_ids", "position_ids", *(s.input for s in states), "counted"],
-            ["logits", *(s.output for s in states)],
+            [name_of(TOKENS), name_of(POSITIONS), *(s.input for s in states), "counted"],
+            [name_of(LOGITS), *(s.output for s in states)],
         )
     program.model.graph.inputs.pop()  # what counted is not read any more
     return program, limit
@@ -344,8 +336,8 @@ def _mark_layers(graph: ir.Graph, model: PreTrainedModel) -> None:
 def _name_dims(module: Module, model: PreTrainedModel, limit: int | None) -> None:
     """Replace the exporter's symbols by ours, on the inputs and everywhere else; `limit` is the longest context."""
     renames: dict[str, str] = {}
-    for name in ("input_ids", "position_ids"):
-        shape = module.input(name).shape
+    for role in (TOKENS, POSITIONS):
+        shape = module.port(role).shape
         assert shape is not None
         renames |= {str(shape[0]): "batch_size", str(shape[1]): "seq_len"}
     for state in module.states:

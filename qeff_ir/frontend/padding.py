@@ -25,7 +25,7 @@ from qeff_ir.frontend.layers import cut, layer_lists, members
 from qeff_ir.frontend.probing import structure
 from qeff_ir.frontend.quiet import quiet
 from qeff_ir.frontend.skeleton import evaluating
-from qeff_ir.ir.module import EMBEDS
+from qeff_ir.ir.ports import EMBEDDINGS, name_of
 
 _TOKENS, _FRAMES, _SAMPLES = (7, 12, 15), (29, 43), (2003, 2512)
 """Lengths of the runs, by what an input has along its length: the first one alone, then filled up to the others."""
@@ -177,7 +177,8 @@ class _Trial:
 
 
 def _lengths(model: PreTrainedModel, inputs: Sequence[InputSpec]) -> tuple[int, ...]:
-    floats = [len(i.shape) for i in inputs if LENGTH in i.shape and i.dtype.is_floating_point and i.name != EMBEDS]
+    vectors = name_of(EMBEDDINGS)
+    floats = [len(i.shape) for i in inputs if LENGTH in i.shape and i.dtype.is_floating_point and i.name != vectors]
     if floats:
         return _SAMPLES if 2 in floats else _FRAMES
     limit = positions(model)

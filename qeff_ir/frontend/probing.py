@@ -15,7 +15,7 @@ from transformers.cache_utils import DummyLayer
 
 from qeff_ir.frontend.layers import cut, layer_lists, members
 from qeff_ir.frontend.states import CapturingCache
-from qeff_ir.ir.module import State
+from qeff_ir.ir.residents import State
 
 Run = Callable[[CapturingCache], Any]
 """Runs the model on fake tensors with a cache."""

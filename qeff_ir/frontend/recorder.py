@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from qeff_ir.frontend import private
-from qeff_ir.ir.module import State
+from qeff_ir.ir.residents import State
 
 Label = tuple[Any, ...]
 """What a tensor is, told without its name in this run."""

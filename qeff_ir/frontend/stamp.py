@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend.layers import INPUT, OUTPUT, Fold
-from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module, State
+from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.residents import State
 
 Tensors = Mapping[str, ir.TensorProtocol]
 

@@ -24,11 +24,11 @@ from transformers.cache_utils import (
 )
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.ir.module import DimValue, Role, State
+from qeff_ir.ir.residents import DimValue, State
 
 Tensor = torch.Tensor
-Key = tuple[Role, int]
-"""Role and index of a tensor in its layer."""
+Key = tuple[str, int]
+"""Kind and index of a tensor in its layer."""
 
 
 class _Held:
@@ -236,10 +236,10 @@ class CapturingCache(Cache):
     def found(self) -> list[State]:
         """What was stored, after a probing run, in the order of `State.order`."""
         states = [
-            State(index, role, shape, ir.DataType.FLOAT, _window(layer) if "ctx_len" in shape else None, index=number)
+            State(index, kind, shape, ir.DataType.FLOAT, _window(layer) if "ctx_len" in shape else None, index=number)
             for index, layer in enumerate(self.captured)
             if not isinstance(layer, DummyLayer)
-            for (role, number), shape in layer.held.seen.items()
+            for (kind, number), shape in layer.held.seen.items()
         ]
         return sorted(states, key=lambda s: s.order)
 
@@ -247,7 +247,7 @@ class CapturingCache(Cache):
         """The tensor of one state after a traced run."""
         layer = self.captured[state.layer]
         assert not isinstance(layer, DummyLayer)
-        return layer.held.now[state.role, state.index]
+        return layer.held.now[state.kind, state.index]
 
 
 def _window(layer: Layer) -> int | None:
@@ -287,13 +287,13 @@ def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, T
 
 
 def _held(position_ids: Tensor, past: Mapping[State, Tensor], count: int) -> _Held:
-    return _Held(position_ids, {(state.role, state.index): tensor for state, tensor in past.items()}, count)
+    return _Held(position_ids, {(state.kind, state.index): tensor for state, tensor in past.items()}, count)
 
 
 def _added(position_ids: Tensor, past: Mapping[State, Tensor], count: int) -> Layer:
     """A layer of the kind that keeps these states."""
     held, window = _held(position_ids, past, count), next((s.window for s in past if s.window is not None), None)
-    recurrent = [state.index for state in past if state.role in ("conv", "recurrent")]
+    recurrent = [state.index for state in past if not state.has_slots]
     if len(recurrent) == len(past):
         return RecurrentLayer(held, 1 + max(recurrent, default=0))
     return HybridLayer(window, held, 1 + max(recurrent)) if recurrent else AttentionLayer(window, held)

@@ -44,7 +44,7 @@ def read(cls: type[T], data: object, what: str) -> T:
 
     Args:
         cls: A dataclass whose fields are whole numbers, texts, truth values, element types, literals, unions of them,
-            mappings of sizes, other such dataclasses, or tuples of any of these.
+            mappings of texts to such, other such dataclasses, or tuples of any of these.
         data: The data.
         what: What they are, for the message.
 
@@ -80,7 +80,9 @@ def _value(hint: Any, data: object, what: str, least: int) -> Any:
         return tuple(_value(parts[0], item, f"number {i} of the {what}", least) for i, item in items)
     if origin is Mapping and isinstance(data, dict):
         pairs = cast("dict[str, object]", data).items()
-        return {_value(str, k, f"key of the {what}", 0): _value(int, v, f"{k} of the {what}", least) for k, v in pairs}
+        return {
+            _value(str, k, f"key of the {what}", 0): _value(parts[1], v, f"{k} of the {what}", least) for k, v in pairs
+        }
     if hint is ir.DataType and isinstance(data, str) and data in _TYPES:
         return ir.DataType[data]
     if not _is(hint, data, least):

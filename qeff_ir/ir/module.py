@@ -13,16 +13,18 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import ModelLoadError, VerificationError
-from qeff_ir.ir import facts
+from qeff_ir.ir import facts, ports
+from qeff_ir.ir.ports import ROLES, Role
+from qeff_ir.ir.residents import KINDS, AdapterInput, DimValue, State
 from qeff_ir.reading import parse_json, plain_name
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the facts below; a module of another version is refused."""
 
 METADATA_KEY = "qeff.module"
@@ -32,83 +34,15 @@ PASS_KEY = "qeff.pass"
 """Node metadata: the pass instance that created a node; absent on nodes that the frontend made."""
 
 WEIGHT_KEY = "qeff.weight"
-"""Initializer metadata: the parameter's name in the Hugging Face model; absent on constants. On the graph input
-`EMBEDS`: the name of the table."""
+"""Initializer metadata: the parameter's name in the Hugging Face model; absent on constants. On the graph input for
+token embeddings that the host looks up: the name of the table."""
 
 CHANGED_KEY = "qeff.changed"
 """Initializer metadata: set when a pass has changed the numbers, which are then no longer the checkpoint's."""
 
-EMBEDS = "inputs_embeds"
-"""Graph input of token embeddings that the host looks up, float ``[batch_size, seq_len, hidden]``."""
-
 LAYER_KEY = "qeff.layer"
 """Initializer metadata of a matrix: ``linear`` or ``embedding`` when it is the weight of such a layer, ``parameter``
 when another kind of module multiplies by it (a router, say)."""
-
-DimValue = str | int
-Role = Literal["key", "value", "indexer", "conv", "recurrent"]
-
-_NAMES: dict[Role, str] = {
-    "key": "past_key",
-    "value": "past_value",
-    "indexer": "past_indexer",
-    "conv": "conv_state",
-    "recurrent": "recurrent_state",
-}
-"""Names of the graph inputs by role (AI 100 contract §1.1 and §1.6), in the order that states have in a layer."""
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """One tensor that the device keeps between two runs.
-
-    Attributes:
-        layer: Index of the decoder layer.
-        role: What the tensor holds: keys or values of tokens, an indexer's keys, the last inputs of a convolution, or
-            a recurrence's state.
-        shape: Symbols and sizes, for example ``("batch_size", 8, "ctx_len", 64)`` for ``[batch, kv_heads, ctx,
-            head_dim]``.
-        dtype: Element type in the graph; a backend may store another one.
-        window: Tokens that one query sees of this layer, itself included; `None` when it sees all of them.
-        ring: Whether slots are reused modulo the length of the context axis (position ``p`` lives in slot ``p mod
-            length``) instead of slot ``p`` holding position ``p``.
-    """
-
-    layer: int
-    role: Role
-    shape: tuple[DimValue, ...]
-    dtype: ir.DataType
-    window: int | None = None
-    ring: bool = False
-    index: int = 0
-
-    SUFFIX: ClassVar[str] = "_RetainedState"
-    """Ending of an output by which the device pairs it with the input of the same name."""
-
-    @property
-    def input(self) -> str:
-        """Name of the graph input that takes the state (AI 100 naming)."""
-        return f"{_NAMES[self.role]}.{self.layer}" + (f".{self.index}" if self.index else "")
-
-    @property
-    def output(self) -> str:
-        """Name of the graph output that returns it; the device pairs the two by this suffix."""
-        return self.input + self.SUFFIX
-
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """By what the states of a module are sorted: layer, role, index."""
-        return self.layer, list(_NAMES).index(self.role), self.index
-
-    @property
-    def has_slots(self) -> bool:
-        """Whether it holds one entry a token, on axis 2; others hold what the tokens so far amount to."""
-        return self.role in ("key", "value", "indexer")
-
-    @property
-    def ctx_dim(self) -> DimValue:
-        """Symbol or size of the context axis, axis 2."""
-        return self.shape[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,35 +69,6 @@ class Specialization:
 
     name: str
     symbols: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInput:
-    """One graph input that holds a part of the low-rank adapters; a session keeps it until it is written anew.
-
-    With slots, the first axis counts them; slot 0 is the base model and stays zero.
-
-    Attributes:
-        name: Of the graph input.
-        layer: Path of the adapted layer, as PEFT names it: ``model.layers.0.self_attn.q_proj``.
-        part: ``a`` and ``b`` are the factors, ``bias`` is added to what the layer returns.
-        shape: Sizes. Without slots ``[rank, in]`` (a), ``[out, rank]`` (b), ``[out]`` (bias), as PEFT stores them; with
-            slots ``[slots, in, rank]``, ``[slots, rank, out]``, ``[slots, out]``.
-        slots: Whether the first axis counts slots.
-        retained: Whether an output of the same name and `State.SUFFIX` hands it on to the next run.
-    """
-
-    name: str
-    layer: str
-    part: Literal["a", "b", "bias"]
-    shape: tuple[int, ...]
-    slots: bool
-    retained: bool
-
-    @property
-    def output(self) -> str:
-        """Name of the output that returns it, where it is `retained`."""
-        return self.name + State.SUFFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +117,7 @@ class Facts:
         properties: See `Module`.
         adapters: See `Module`.
         padding: See `Module`.
+        ports: See `Module`.
     """
 
     version: int
@@ -222,6 +128,7 @@ class Facts:
     properties: tuple[str, ...]
     adapters: tuple[AdapterInput, ...] = ()
     padding: Padding | None = None
+    ports: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass
@@ -237,6 +144,8 @@ class Module:
         properties: Names of the properties that passes have established so far.
         adapters: Graph inputs that hold low-rank adapters, in the order of the graph.
         padding: Of a model without a cache: what padding does to it, where it is known.
+        ports: Roles of the graph inputs and outputs, by name (`qeff_ir.ir.ports.ROLES`); by default those that
+            transformers' names tell.
     """
 
     model: ir.Model
@@ -247,6 +156,10 @@ class Module:
     properties: set[str] = field(default_factory=set[str])
     adapters: list[AdapterInput] = field(default_factory=list[AdapterInput])
     padding: Padding | None = None
+    ports: dict[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        self.ports = self.ports or ports.known(self.graph)
 
     @property
     def graph(self) -> ir.Graph:
@@ -275,6 +188,30 @@ class Module:
                 return value
         raise VerificationError("interface", f"the graph of {self.name} has no output named '{name}'")
 
+    def port(self, role: Role) -> ir.Value:
+        """The graph input or output of a role.
+
+        Raises:
+            VerificationError: There is none (code ``interface``).
+        """
+        found = self.find(role)
+        if found is None:
+            raise VerificationError("interface", f"the graph of {self.name} has no input or output of {role.name}")
+        return found
+
+    def find(self, role: Role) -> ir.Value | None:
+        """The graph input or output of a role; `None` when there is none."""
+        return next((v for v in (*self.graph.inputs, *self.graph.outputs) if self.role_of(v) is role), None)
+
+    def role_of(self, value: ir.Value) -> Role | None:
+        """The role of a graph input or output; `None` where it has none that is known here."""
+        return ROLES.get(self.ports.get(str(value.name), ""))
+
+    def declare(self, value: ir.Value, role: Role) -> ir.Value:
+        """Give a named value, which is to be a graph input or output, its role; returns the value."""
+        self.ports[str(value.name)] = role.name
+        return value
+
     def clone(self) -> Module:
         """A copy whose graph can be changed freely; tensors are shared, never copied, and made read-only for it."""
         model = self.model.clone()
@@ -292,6 +229,7 @@ class Module:
             set(self.properties),
             list(self.adapters),
             self.padding,
+            dict(self.ports),
         )
 
     def rename_dim(self, old: str, new: str) -> None:
@@ -319,6 +257,7 @@ class Module:
             tuple(sorted(self.properties)),
             tuple(self.adapters),
             self.padding,
+            dict(sorted(self.ports.items())),
         )
         return facts.dump(found)
 
@@ -348,6 +287,7 @@ class Module:
             set(found.properties),
             list(found.adapters),
             found.padding,
+            dict(found.ports),
         )
 
 
@@ -373,6 +313,9 @@ def read_facts(text: str) -> Facts:
     twice = next((what for what, known in names.items() if len(set(known)) < len(known)), None)
     if twice is not None:
         raise facts.damaged(f"two {twice} have one name")
+    strange = next((s.kind for s in found.states if s.kind not in KINDS), None)
+    if strange is not None:
+        raise facts.damaged(f"there is no kind of state '{strange}': there are {', '.join(KINDS)}")
     flat = next((s for s in found.states if len(s.shape) < (3 if s.has_slots else 1)), None)
     if flat is not None:
         raise facts.damaged(f"the state {flat.input} has the shape {list(flat.shape)}")

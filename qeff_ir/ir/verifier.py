@@ -11,7 +11,7 @@ Each rule has a stable code, which `VerificationError.code` carries:
                       a size of an output that the model computes has no name, and a shape of its own making is open
 ``state-pair``        every state has its input and its output, of the state's type and shape
 ``state-flow``        every state's output is made of its own input
-``state-roles``       no two states share layer and role; key before value, layers ascending
+``state-kinds``       no two states share layer, kind and index; key before value, layers ascending
 ``dims``              every specialization gives a size of at least 1 to every dim of the interface; its name is unique
 ``bounds``            no specialization exceeds the maximum of a dim
 ``adapter``           every adapter input is a graph input of its shape, and has its output where it is retained
@@ -28,8 +28,9 @@ import onnx
 import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
-from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module, State
+from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.ir.printer import excerpt
+from qeff_ir.ir.residents import State
 
 
 def verify(module: Module) -> None:
@@ -214,7 +215,7 @@ def _check_states(module: Module) -> None:
         for kind, name, values in (("input", state.input, inputs), ("output", state.output, outputs)):
             value = values.get(name)
             if value is None:
-                message = f"the {state.role} state of layer {state.layer} has no {kind} '{name}'"
+                message = f"the {state.kind} state of layer {state.layer} has no {kind} '{name}'"
                 hint = f"keep the graph {kind}, or drop the state from module.states with both"
                 raise broken(module, "state-pair", message, line, hint=hint)
             if value.dtype != state.dtype or _dims(value) != state.shape:
@@ -229,7 +230,7 @@ def _check_states(module: Module) -> None:
         at = next(i for i in range(len(order)) if i and order[i] <= order[i - 1])
         names = [s.input for s in module.states]
         message = f"the states are not ordered by layer, key before value, each once: {names}"
-        raise broken(module, "state-roles", message, f"state {names[at]}", hint="sort module.states by State.order")
+        raise broken(module, "state-kinds", message, f"state {names[at]}", hint="sort module.states by State.order")
     paired = {s.output for s in module.states} | {a.output for a in module.adapters if a.retained}
     stray = [n for n in outputs if n and n.endswith(State.SUFFIX) and n not in paired]
     if stray:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qeff_ir.errors import PipelineError
 from qeff_ir.ir import dialect
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.ports import LOGITS
 
 FP16_MAX = 65504.0
 
@@ -86,7 +87,7 @@ def _attention_lowered(module: Module) -> str | None:
 @define("last-logits")
 def _last_logits(module: Module) -> str | None:
     """``logits`` are ``[batch, 1, vocab]``, for the last real token of each row."""
-    shape = module.output("logits").shape
+    shape = module.port(LOGITS).shape
     return None if shape is not None and shape[1] == 1 else f"the logits have the shape {shape}"
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qeff_ir.arrays import Array
-from qeff_ir.errors import RuntimeInputError
+from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.ir.ports import ADAPTER_ROW, LOGITS, Run
 from qeff_ir.runtime.session import Session
 from qeff_ir.runtime.token_table import TokenTable
 from qeff_ir.runtime.turns import Turns
@@ -49,7 +50,10 @@ class Decoder:
 
     Args:
         session: The session.
-        table: Where to look up the tokens of a session that takes ``inputs_embeds``.
+        table: Where to look up the tokens of a session that takes vectors.
+
+    Raises:
+        PackageError: The session has an input that no run of a decoder tells, or returns no logits.
 
     Attributes:
         batch_size: Rows of every run.
@@ -63,8 +67,14 @@ class Decoder:
     """
 
     def __init__(self, session: Session, table: TokenTable | None = None) -> None:
+        interface = session.interface
+        unknown = next((port.name for port in interface.inputs if not port.is_fed), None)
+        logits = interface.output(LOGITS)
+        if unknown is not None or logits is None:
+            what = "it returns no logits" if unknown is None else f"nothing tells what its input {unknown} is given"
+            raise PackageError(f"the package is not that of a decoder, {what}: compile the model again")
         self.session = session
-        self._table = table
+        self._table, self._logits = table, logits.name
         specializations = session.specializations
         self.batch_size = specializations[0].symbols["batch_size"]
         self.prefill_len = max(s.symbols["seq_len"] for s in specializations)
@@ -72,8 +82,8 @@ class Decoder:
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)
         self.timings = Timings()
         self.lora_ids = np.zeros(self.batch_size, dtype=np.int64)
-        self._slots = max((a.shape[0] - 1 for a in session.adapters if a.slots), default=0)
-        self._takes_ids = self._slots > 0
+        self._slots = max((a.shape[0] - 1 for a in interface.adapters if a.slots), default=0)
+        self._takes_adapters = interface.input(ADAPTER_ROW) is not None
         self.turns = Turns()
         self._thread = 0
 
@@ -174,9 +184,8 @@ class Decoder:
 
     def _run(self, ids: Array, positions: Array, lora_ids: Array | None) -> Array:
         ids = np.where(positions < 0, 0, ids)  # whatever stands at padding: a look-up would still have to find it
-        tokens = {"input_ids": ids} if self._table is None else self._table.inputs(ids)
-        inputs = {**tokens, "position_ids": np.ascontiguousarray(positions)}
-        if self._takes_ids:
+        slots = np.zeros(self.batch_size, dtype=np.int64)
+        if self._takes_adapters:
             slots = np.asarray(self.lora_ids if lora_ids is None else lora_ids)
             fits = slots.shape == (self.batch_size,) and np.issubdtype(slots.dtype, np.integer)
             if not fits or int(slots.max()) > self._slots:
@@ -184,6 +193,9 @@ class Decoder:
                     f"lora_ids is {slots.tolist()}: give {self.batch_size} numbers of at most {self._slots}, 0 "
                     "or less for the base model"
                 )
-            inputs["lora_ids"] = slots.astype(np.int64)[:, None]  # a copy: another thread may write meanwhile
+            slots = slots.astype(np.int64)  # a copy: another thread may write meanwhile
+        embed = None if self._table is None else self._table.vectors
+        run = Run(ids, np.ascontiguousarray(positions), slots, embed=embed)
+        inputs = {port.name: port.feed(run) for port in self.session.interface.inputs}
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue
-        return self.session.run(inputs)["logits"][:, 0]
+        return self.session.run(inputs)[self._logits][:, 0]

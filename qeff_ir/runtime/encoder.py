@@ -9,9 +9,11 @@ import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
-from qeff_ir.ir.module import DimValue, Specialization
-from qeff_ir.runtime.interface import BATCH, LENGTH, Interface, Tensor
-from qeff_ir.runtime.session import ForwardSession
+from qeff_ir.ir.module import Specialization
+from qeff_ir.ir.ports import MASK, TOKEN_TYPES, TOKENS, Port, name_of
+from qeff_ir.ir.residents import DimValue
+from qeff_ir.runtime.interface import BATCH, LENGTH
+from qeff_ir.runtime.session import Session
 from qeff_ir.runtime.sizes import evaluate
 
 
@@ -25,12 +27,13 @@ class Encoder:
         fill: The token that fills them up.
     """
 
-    def __init__(self, session: ForwardSession, interface: Interface) -> None:
-        self.session, self.interface = session, interface
+    def __init__(self, session: Session) -> None:
+        self.session, self.interface = session, session.interface
         sizes = [s.symbols for s in session.specializations]
         self.batch_size = max(s[BATCH] for s in sizes)
         lengths = [s[LENGTH] for s in sizes if LENGTH in s]
         self.longest = max(lengths) if lengths else None
+        interface = self.interface
         self.pads = all(interface.padding.sizes(output.name) is not None for output in interface.outputs)
         self.fill = interface.padding.fill
 
@@ -84,14 +87,16 @@ class Encoder:
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         known = {t.name: t for t in self.interface.inputs}
         arrays = {n: _array(n, v) for n, v in inputs.items() if v is not None}
-        if "token_type_ids" in arrays and "token_type_ids" not in known and not arrays["token_type_ids"].any():
-            del arrays["token_type_ids"]  # tokenizers add them
-        if "attention_mask" in known and "attention_mask" not in arrays:  # all of it is real
+        types = name_of(TOKEN_TYPES)
+        if types in arrays and types not in known and not arrays[types].any():
+            del arrays[types]  # tokenizers add them
+        mask = self.interface.input(MASK)
+        if mask is not None and mask.name not in arrays:  # all of it is real
             given = [dict(zip(t.shape, arrays[n].shape, strict=False)) for n, t in known.items() if n in arrays]
             sizes = {dim: size for found in given for dim, size in found.items() if isinstance(dim, str)}
-            shape = [sizes.get(d) if isinstance(d, str) else d for d in known["attention_mask"].shape]
+            shape = [sizes.get(d) if isinstance(d, str) else d for d in mask.shape]
             if None not in shape:
-                arrays["attention_mask"] = np.ones([int(size or 0) for size in shape], dtype=np.int64)
+                arrays[mask.name] = np.ones([int(size or 0) for size in shape], dtype=np.int64)
         if not set(known) & set(arrays):
             raise RuntimeInputError(f"there is no input: give {_and(known)}")
         for name in arrays:
@@ -153,14 +158,14 @@ class Encoder:
             )
         return best.symbols[BATCH], padded
 
-    def _padded(self, array: Array, tensor: Tensor, rows: int, length: int | None) -> Array:
+    def _padded(self, array: Array, tensor: Port, rows: int, length: int | None) -> Array:
         """The array filled up to the compiled length, and its last row repeated up to the compiled batch."""
         widths = [(0, 0)] * array.ndim
         for axis, dim in enumerate(tensor.shape):
             if dim == LENGTH and length is not None:
                 widths[axis] = (0, length - array.shape[axis])
         if any(after for _, after in widths):
-            array = np.pad(array, widths, constant_values=self.fill if tensor.name == "input_ids" else 0)
+            array = np.pad(array, widths, constant_values=self.fill if tensor.role is TOKENS else 0)
         missing = rows - len(array) if BATCH in tensor.shape else 0
         array = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
         return np.ascontiguousarray(array)
@@ -188,7 +193,7 @@ def _array(name: str, value: Any) -> Array:
     return array
 
 
-def _typed(array: Array, tensor: Tensor) -> Array:
+def _typed(array: Array, tensor: Port) -> Array:
     """The array in the input's type.
 
     Raises:
@@ -201,12 +206,12 @@ def _typed(array: Array, tensor: Tensor) -> Array:
     if array.size and tensor.rows is not None and not 0 <= int(array.min()) <= int(array.max()) < tensor.rows:
         wrong = int(array.min()) if array.min() < 0 else int(array.max())
         raise RuntimeInputError(f"{tensor.name} has {wrong}, the model knows 0 to {tensor.rows - 1}")
-    if tensor.name == "attention_mask" and not floats and not np.isin(array, (0, 1)).all():
-        raise RuntimeInputError("attention_mask has other numbers than 0 and 1")
+    if tensor.role is MASK and not floats and not np.isin(array, (0, 1)).all():
+        raise RuntimeInputError(f"{tensor.name} has other numbers than 0 and 1")
     return array.astype(tensor.dtype, copy=False)
 
 
-def _rows(results: list[Array], tensor: Tensor, counts: list[int], size: int) -> Array:
+def _rows(results: list[Array], tensor: Port, counts: list[int], size: int) -> Array:
     """An output of several runs as one, without the rows that fill up a run.
 
     Raises:

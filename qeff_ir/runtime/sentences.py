@@ -11,6 +11,7 @@ import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
+from qeff_ir.ir.ports import MASK, TOKENS, name_of
 from qeff_ir.runtime.encoder import Encoder
 from qeff_ir.runtime.texts import tokenizing
 
@@ -124,8 +125,8 @@ def _batch(rows: list[list[int]], encoder: Encoder) -> dict[str, Array]:
     for index, row in enumerate(rows):
         ids[index, : len(row)] = row
         mask[index, : len(row)] = 1
-    names = {t.name for t in encoder.interface.inputs}
-    return {"input_ids": ids} | ({"attention_mask": mask} if "attention_mask" in names else {})
+    marks = encoder.interface.input(MASK)
+    return {name_of(TOKENS): ids} | ({} if marks is None else {marks.name: mask})
 
 
 class _Progress:

@@ -6,31 +6,42 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from qeff_ir.arrays import Array
-from qeff_ir.ir.module import AdapterInput, Specialization
+from qeff_ir.ir.module import Specialization
+from qeff_ir.runtime.interface import Interface
 
 
 class Session(Protocol):
-    """A compiled decoder with its retained states.
+    """A compiled model with what it retains.
 
-    One thread at a time drives it, see `qeff_ir.runtime.decoder.Decoder`: what a run leaves in the states is the next
-    run's.
+    One thread at a time drives a model that retains states, see `qeff_ir.runtime.decoder.Decoder`: what a run leaves in
+    them is the next run's. Of a model without states, any number of threads may call `run` at a time.
 
     A token whose position is -1 is padding: nothing of it is stored, and nothing may depend on it. In one run the real
     tokens of a row come first and their positions are consecutive.
     """
 
     @property
+    def free(self) -> bool:
+        """Whether inputs of any batch, and of any length up to the largest, run as they are.
+
+        Otherwise only those of the specializations do.
+        """
+        ...
+
+    @property
+    def interface(self) -> Interface:
+        """What `run` takes and returns, and what the session keeps."""
+        ...
+
+    @property
     def specializations(self) -> Sequence[Specialization]:
         """The static shapes that `run` takes."""
         ...
 
-    @property
-    def adapters(self) -> Sequence[AdapterInput]:
-        """The inputs that hold adapters; zero, which is the base model, until they are written."""
-        ...
-
     def write(self, name: str, data: Array, slot: int | None = None) -> None:
         """Replace what an adapter input holds, from the next run on; nothing else changes.
+
+        Adapters are zero, which is the base model, until they are written.
 
         Args:
             name: The input.
@@ -43,12 +54,12 @@ class Session(Protocol):
         """Run the specialization that the input shapes select; states are kept for the next run.
 
         Args:
-            inputs: ``input_ids`` and ``position_ids``, int64 ``[batch, seq]``; of a model with adapter slots also
-                ``lora_ids``, int64 ``[batch, 1]``. Of a model whose tokens the host looks up, ``inputs_embeds``,
-                float32 ``[batch, seq, hidden]``, in place of ``input_ids``.
+            inputs: All inputs of the interface by name, in their types. A decoder's ports tell them from a
+                `qeff_ir.ir.ports.Run`.
 
         Returns:
-            ``logits``, float32 ``[batch, 1, vocab]``: those of each row's last real token.
+            All outputs of the interface by name, float32; of a decoder ``logits`` ``[batch, 1, vocab]``, those of each
+            row's last real token.
 
         Raises:
             RuntimeInputError: No specialization has these shapes, or an input is missing, unknown or of another type.
@@ -57,34 +68,4 @@ class Session(Protocol):
 
     def reset(self) -> None:
         """Forget all states (set them to zero); adapters stay."""
-        ...
-
-
-class ForwardSession(Protocol):
-    """A compiled forward pass that retains nothing; any number of threads may call `run` at a time.
-
-    Attributes:
-        free: Whether inputs of any batch, and of any length up to the largest, run as they are; otherwise only those of
-            the specializations do.
-    """
-
-    free: bool
-
-    @property
-    def specializations(self) -> Sequence[Specialization]:
-        """The static shapes, by symbol."""
-        ...
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once.
-
-        Args:
-            inputs: All inputs by name, in their types, of one specialization's shapes (see `free`).
-
-        Returns:
-            All outputs by name, float32.
-
-        Raises:
-            RuntimeInputError: The inputs are of no compiled shape.
-        """
         ...

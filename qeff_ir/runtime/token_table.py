@@ -7,7 +7,6 @@ import onnx_ir as ir
 from qeff_ir.arrays import Array
 from qeff_ir.digests import stamp
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.module import EMBEDS
 from qeff_ir.storage import stored, stored_in
 
 
@@ -16,25 +15,23 @@ class TokenTable:
 
     Args:
         table: The table, in memory or in a file of the checkpoint.
-        keeps_ids: Whether the graph takes ``input_ids`` too.
     """
 
-    def __init__(self, table: ir.TensorProtocol, *, keeps_ids: bool = False) -> None:
+    def __init__(self, table: ir.TensorProtocol) -> None:
         self._table = table
-        self._keeps_ids = keeps_ids
         self._rows: Array | None = None
         where = stored_in(table)
         self._file = None if where is None else where.file
         self._stamp = self._changes()
 
-    def inputs(self, ids: Array) -> dict[str, Array]:
+    def vectors(self, ids: Array) -> Array:
         """What the graph takes in place of tokens.
 
         Args:
             ids: int64 ``[batch, seq]``.
 
         Returns:
-            ``inputs_embeds``, float32 ``[batch, seq, hidden]``, and ``input_ids`` where the graph takes them.
+            Their rows, float32 ``[batch, seq, hidden]``.
 
         Raises:
             RuntimeInputError: A token is outside the table.
@@ -46,8 +43,7 @@ class TokenTable:
             self._rows = stored(self._table)
         if ids.min() < 0 or ids.max() >= len(self._rows):
             raise RuntimeInputError(f"a token is outside the table of {len(self._rows)}: use the model's tokenizer")
-        vectors = self._rows[ids].astype("float32")
-        return {EMBEDS: vectors, "input_ids": ids} if self._keeps_ids else {EMBEDS: vectors}
+        return self._rows[ids].astype("float32")
 
     def _changes(self) -> object:
         """Inode, size and time of the table's file; its ctime changes with every hard link too."""

@@ -11,7 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.ir import dialect
-from qeff_ir.ir.module import SOURCE_KEY, Dim, Module, Role, State
+from qeff_ir.ir.module import SOURCE_KEY, Dim, Module
+from qeff_ir.ir.ports import LOGITS, name_of
+from qeff_ir.ir.residents import State
 from qeff_ir.testing.decomposed import BOOL, FLOAT, INT, ROWS
 from qeff_ir.testing.recipe import KEY_SCALE, Layer, Recipe
 from qeff_ir.testing.rotated import NEAR_MISSES, Rotated
@@ -47,7 +49,7 @@ class _Builder(Rotated):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.kept: dict[int, dict[Role, ir.Value]] = {}
+        self.kept: dict[int, dict[str, ir.Value]] = {}
         self.masks: dict[int | None, tuple[ir.Value, bool]] = {}
         self.slots: dict[int | None, ir.Value] = {}
 
@@ -56,12 +58,12 @@ class _Builder(Rotated):
         states = [state for index in range(len(r.layers)) for state in _states(r, index)]
         pasts = [ir.val(s.input, dtype=FLOAT, shape=ir.Shape(s.shape)) for s in states]
         self.graph.inputs.extend(pasts)
-        self.pasts = {(s.layer, s.role): p for s, p in zip(states, pasts, strict=True)}
+        self.pasts = {(s.layer, s.kind): p for s, p in zip(states, pasts, strict=True)}
         logits = self.decoder()
-        logits.name = "logits"
+        logits.name = name_of(LOGITS)
         self.graph.outputs.append(logits)
         for state in states:
-            value = self.kept[state.layer][state.role]
+            value = self.kept[state.layer][state.kind]
             value.name = state.output
             self.graph.outputs.append(value)
         module = Module(ir.Model(self.graph, ir_version=11), "Drawn", states)
@@ -168,8 +170,8 @@ class _Builder(Rotated):
             f"{prefix}.o", self.node("Reshape", rows, self.target([width]), shape=[*ROWS, width]), r.HIDDEN
         )
 
-    def update(self, index: int, role: Role, new: ir.Value) -> ir.Value:
-        past = self.pasts[index, role]
+    def update(self, index: int, kind: str, new: ir.Value) -> ir.Value:
+        past = self.pasts[index, kind]
         node = ir.node("CacheUpdate", [past, new, self.positions], domain=dialect.DOMAIN)
         node.metadata_props[SOURCE_KEY] = self.source
         node.outputs[0].shape, node.outputs[0].dtype = past.shape, FLOAT
@@ -395,11 +397,11 @@ class _Builder(Rotated):
 
 def _states(r: Recipe, index: int) -> list[State]:
     """What a layer keeps."""
-    layer, shapes = r.layers[index], dict[Role, tuple[str | int, ...]]()
+    layer, shapes = r.layers[index], dict[str, tuple[str | int, ...]]()
     if layer.linear != "none":
         shapes["conv"] = "batch_size", r.HIDDEN, layer.kernel
         shapes["recurrent"] = "batch_size", r.heads, r.head_dim, r.value_dim
     elif layer.shares is None:
         shapes["key"] = "batch_size", r.kv_heads, "ctx_len", r.head_dim
         shapes["value"] = "batch_size", r.kv_heads, "ctx_len", r.value_dim
-    return [State(index, role, shape, FLOAT, layer.window) for role, shape in shapes.items()]
+    return [State(index, kind, shape, FLOAT, layer.window) for kind, shape in shapes.items()]

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qeff_ir.arrays import Array
 from qeff_ir.ir import dialect
 from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY
+from qeff_ir.ir.ports import POSITIONS, TOKENS, name_of
 from qeff_ir.testing.recipe import Recipe
 
 FLOAT, INT, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
@@ -38,8 +39,8 @@ class Decomposed:
         self.planted: Counter[str] = Counter()
         self.missed: Counter[str] = Counter()
         self.source = "model"
-        self.ids = ir.val("input_ids", dtype=INT, shape=ir.Shape(ROWS))
-        self.positions = ir.val("position_ids", dtype=INT, shape=ir.Shape(ROWS))
+        self.ids = ir.val(name_of(TOKENS), dtype=INT, shape=ir.Shape(ROWS))
+        self.positions = ir.val(name_of(POSITIONS), dtype=INT, shape=ir.Shape(ROWS))
         self.graph = ir.Graph([self.ids, self.positions], [], nodes=[], opset_imports={"": dialect.OPSET, "qeff": 1})
         self.names = 0
 

@@ -7,8 +7,9 @@ comparison covers all of a request: chunks, padding, rows that idle, rows that s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from qeff_ir.compiler import specialize
 from qeff_ir.debug.bundle import Metadata, describe, versions, write_bundle
 from qeff_ir.debug.drive import Plan, drive, tables_of
 from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import LOGITS, name_of
 from qeff_ir.ir.printer import to_text
 from qeff_ir.runtime.session import Session
 from qeff_ir.testing.recipe import Recipe, answer
@@ -66,19 +68,20 @@ def module_answers(module: Module, request: Request, start: Module | None = None
     Raises:
         RuntimeInputError: ONNX Runtime cannot load or run the graph.
     """
-    feeds = [f for f, _, _ in request.feeds()]
-    given = drive(module, Plan({}, feeds, decoder=True, tables=tables_of(start or module)))
-    return np.concatenate([run["logits"] for run in given.outputs])
+    runs = [run for run, _, _ in request.feeds()]
+    given = drive(module, Plan({}, runs, tables=tables_of(start or module)))
+    return np.concatenate([run[name_of(LOGITS)] for run in given.outputs])
 
 
-def session_answers(session: Session, request: Request, more: Mapping[str, Array] | None = None) -> Array:
-    """The answers of an open session, which is reset first; `more` are inputs that every run takes besides."""
+def session_answers(session: Session, request: Request, **fields: Array) -> Array:
+    """The answers of an open session, which is reset first; `fields` are those of every `qeff_ir.ir.ports.Run`."""
     session.reset()
     found: list[Array] = []
-    for feeds, rows, reset in request.feeds():
+    for run, rows, reset in request.feeds():
         if reset:
             session.reset()
-        logits = session.run({**feeds, **(more or {})})["logits"]
+        given = dataclasses.replace(run, **fields)
+        logits = session.run({port.name: port.feed(given) for port in session.interface.inputs})[name_of(LOGITS)]
         found += [logits[i, 0] for i, row in enumerate(rows) if row is not None]
     return np.stack(found)
 

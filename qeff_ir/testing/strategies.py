@@ -14,8 +14,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from backends import backend_names, find_backend
-from qeff_ir.arrays import Array
 from qeff_ir.errors import PipelineError
+from qeff_ir.ir import ports
 from qeff_ir.passing.manager import check_order
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.testing.recipe import Layer, Linear, Odd, Recipe
@@ -146,11 +146,11 @@ class Request:
         """Rows."""
         return len(self.runs[0].counts)
 
-    def feeds(self) -> list[tuple[dict[str, Array], list[list[int] | None], bool]]:
-        """For each run: its inputs, all tokens of each row so far (`None` where it gets none), and whether to reset."""
+    def feeds(self) -> list[tuple[ports.Run, list[list[int] | None], bool]]:
+        """For each run: it, all tokens of each row so far (`None` where it gets none), and whether to reset."""
         random = np.random.default_rng(self.seed)
         rows: list[list[int]] = [[] for _ in range(self.batch)]
-        found: list[tuple[dict[str, Array], list[list[int] | None], bool]] = []
+        found: list[tuple[ports.Run, list[list[int] | None], bool]] = []
         for run in self.runs:
             ids = random.integers(0, self.vocab, (self.batch, run.length))
             positions = np.full_like(ids, -1)
@@ -160,7 +160,7 @@ class Request:
                 positions[row, :count] = np.arange(count) + len(rows[row])
                 rows[row] = [*rows[row], *ids[row, :count].tolist()]
             told = [list(r) if count else None for r, count in zip(rows, run.counts, strict=True)]
-            found.append(({"input_ids": ids, "position_ids": positions}, told, run.reset))
+            found.append((ports.Run(ids, positions), told, run.reset))
         return found
 
 

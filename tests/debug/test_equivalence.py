@@ -40,8 +40,8 @@ def test_a_module_without_specializations_gets_small_sizes() -> None:
     module = support.lowered("mistral")
     assert not module.specializations
     plan = make_plan(module)
-    assert [run["input_ids"].shape for run in plan.runs] == [(2, 4), (2, 4), (2, 1), (2, 1), (2, 1)]
-    assert (plan.runs[0]["position_ids"][1] == -1).all()  # the shorter prompt idles in the first chunk
+    assert [run.tokens.shape for run in plan.runs] == [(2, 4), (2, 4), (2, 1), (2, 1), (2, 1)]
+    assert (plan.runs[0].positions[1] == -1).all()  # the shorter prompt idles in the first chunk
     assert set(check(module, "canonicalize,fuse-norms").errors) == {"canonicalize", "fuse-norms"}
 
 
@@ -106,7 +106,7 @@ def test_a_cache_that_forgets_shows_in_the_steps_after() -> None:
 def test_a_plain_graph_is_run_on_random_inputs(tmp_path: Path) -> None:
     module = plain(tmp_path)
     plan = make_plan(module)
-    assert not plan.decoder
+    assert not plan.runs
     assert drive(module, plan).outputs[0]["y"].shape == (3, 3, 16)
     assert check(module, "canonicalize").errors["canonicalize"] <= 1e-6
 
@@ -129,7 +129,7 @@ def test_a_graph_that_cannot_run_is_said_to_be_one(tmp_path: Path) -> None:
         drive(module, make_plan(module))
     module = plain(tmp_path)
     plan = make_plan(module)
-    plan.runs[0]["x"] = np.zeros((2, 2, 5), np.float32)  # pyright: ignore[reportIndexIssue]
+    plan.inputs["x"] = np.zeros((2, 2, 5), np.float32)  # pyright: ignore[reportIndexIssue]
     with pytest.raises(RuntimeInputError, match=r"^ONNX Runtime cannot run plain: .*x.*"):
         drive(module, plan)
 

@@ -127,3 +127,17 @@ def test_what_the_optimizer_cannot_take_is_told(tmp_path: Path) -> None:
     module = load_onnx(_changed(tmp_path / "odd.onnx", call_a_function_of_another_opset))
     with pytest.raises(PassError, match=r"^pass canonicalize: onnx_ir cannot inline a function of this graph"):
         run_pipeline(module, Pipeline.parse("canonicalize"))
+
+
+@pytest.mark.parametrize("text", ["Relu", "plain_graph", "note", "rows"])
+def test_a_text_that_is_none_is_told_wherever_it_stands(text: str, tmp_path: Path) -> None:
+    """protobuf reads such a text as bytes: an operator, the graph's name, metadata and a dim here."""
+    path = write_plain(tmp_path / "plain.onnx")
+    model = onnx.load(path)
+    model.graph.name = "plain_graph"
+    model.graph.node[0].metadata_props.add(key="about", value="note")
+    data = model.SerializeToString()
+    assert text.encode() in data
+    path.write_bytes(data.replace(text.encode(), b"\xe3" + text.encode()[1:]))
+    with pytest.raises(QeffError, match=rf"plain.onnx has a text that is not UTF-8, '\\xe3{text[1:]}'"):
+        load_onnx(path)

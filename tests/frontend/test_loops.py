@@ -18,7 +18,7 @@ from qeff_ir.compiler import specialize
 from qeff_ir.frontend import states
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.frontend.versions import CACHE
-from qeff_ir.ir.module import State
+from qeff_ir.ir.residents import State
 from qeff_ir.testing.trace import compare, reference_trace, session_trace
 from tests import support
 from tests.models import WINDOW, build
@@ -63,7 +63,7 @@ def test_each_run_of_a_layer_has_a_cache_of_its_own(name: str, window: int | Non
     model = looped(name)
     reference = reference_trace(model, support.PROMPTS, support.STEPS)
     module = MemorySource(model).lower()
-    kept = [(state.layer, state.role, state.window) for state in module.states]
+    kept = [(state.layer, state.kind, state.window) for state in module.states]
     assert kept == [(layer, role, window) for layer in range(2 * LAYERS) for role in ("key", "value")]
     bound = numerics.bound(numerics.depth(module))
     specialize(module, support.OPTIONS)

@@ -9,11 +9,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import onnx
 import pytest
 
 from qeff_ir.errors import QeffError, VerificationError
-from qeff_ir.ir.module import AdapterInput, Dim, Facts, OutputSizes, Padding, Specialization, State, read_facts
+from qeff_ir.ir.module import Dim, Facts, OutputSizes, Padding, Specialization, read_facts
+from qeff_ir.ir.residents import AdapterInput, State
 from tests import support
 
 VALUES: list[Any] = [
@@ -69,8 +69,8 @@ SPOILED: dict[str, tuple[str, str]] = {
     "size of an output": (spoiled(lambda d: d["padding"]["outputs"][0].update(sizes=[0])), "number 0 of the sizes of"),
     "layer below 0": (spoiled(lambda d: d["states"][0].update(layer=-1)), "the layer of number 0 of the states of"),
     "layer as truth": (spoiled(lambda d: d["states"][0].update(layer=True)), "the layer of number 0"),
-    "role": (spoiled(lambda d: d["states"][0].update(role="keys")), "the role of number 0"),
-    "role as a list": (spoiled(lambda d: d["states"][0].update(role=["key"])), "the role of number 0"),
+    "kind": (spoiled(lambda d: d["states"][0].update(kind="keys")), "there is no kind of state 'keys'"),
+    "kind as a list": (spoiled(lambda d: d["states"][0].update(kind=["key"])), "the kind of number 0"),
     "size 0": (spoiled(lambda d: d["states"][0].update(shape=["b", 0, 1, 1])), "number 1 of the shape of number 0"),
     "size too large": (spoiled(lambda d: d["states"][0].update(shape=["b", 2**32, 1, 1])), "is 4294967296"),
     "few axes": (spoiled(lambda d: d["states"][0].update(shape=["b", 1])), "past_key.0 has the shape ['b', 1]"),
@@ -137,20 +137,3 @@ def mutate(data: Any, draw: random.Random) -> None:
             case _:
                 data[key] = copy.deepcopy(draw.choice(VALUES))
         return
-
-
-def test_facts_of_a_package_are_read_by_the_same_reader() -> None:
-    """What runs an AI 100 package reads the metadata itself."""
-    from backends.ai100.emulator import adapter_inputs
-
-    module = support.lowered("llama")
-    module.adapters = [AdapterInput("lora_a", "layer", "a", (2, 16, 4), True, True)]
-    module.write_facts()
-    proto = onnx.ModelProto()
-    for key, value in module.model.metadata_props.items():
-        proto.metadata_props.add(key=key, value=value)
-    assert adapter_inputs(proto) == {"lora_a": module.adapters[0]}
-    proto.metadata_props[0].value = "{"
-    with pytest.raises(QeffError, match="facts are damaged"):
-        adapter_inputs(proto)
-    assert adapter_inputs(onnx.ModelProto()) == {}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qeff_ir.errors import VerificationError
-from qeff_ir.ir.module import METADATA_KEY, Module
+from qeff_ir.ir.module import FORMAT_VERSION, METADATA_KEY, Module
 from qeff_ir.ir.printer import to_text
 from qeff_ir.ir.verifier import verify
 from tests import support
@@ -31,11 +31,11 @@ def test_a_foreign_model_is_refused() -> None:
         Module.with_facts(module.model)
 
 
-@pytest.mark.parametrize("version", [1, 3, 99])
+@pytest.mark.parametrize("version", [1, FORMAT_VERSION - 1, FORMAT_VERSION + 1, 99])
 def test_another_version_is_refused(version: int) -> None:
     module = support.lowered("llama")
     module.model.metadata_props[METADATA_KEY] = json.dumps({**module.facts(), "version": version})
-    with pytest.raises(VerificationError, match=f"version {version}, this qeff-ir reads 2: lower the model again"):
+    with pytest.raises(VerificationError, match=f"version {version}, this qeff-ir reads {FORMAT_VERSION}: lower"):
         Module.with_facts(module.model)
 
 
@@ -58,6 +58,6 @@ def test_names_that_are_not_there_are_errors() -> None:
 
 def test_state_names_are_those_of_the_contract() -> None:
     state = support.lowered("llama").states[3]
-    assert (state.layer, state.role) == (1, "value")
+    assert (state.layer, state.kind) == (1, "value")
     assert (state.input, state.output) == ("past_value.1", "past_value.1_RetainedState")
     assert state.ctx_dim == "ctx_len"

@@ -14,8 +14,9 @@ import pytest
 
 from qeff_ir.errors import VerificationError
 from qeff_ir.ir import verifier
-from qeff_ir.ir.module import AdapterInput, Dim, Module, Specialization
+from qeff_ir.ir.module import Dim, Module, Specialization
 from qeff_ir.ir.printer import excerpt
+from qeff_ir.ir.residents import AdapterInput
 from qeff_ir.ir.verifier import verify
 from tests import support
 from tests.models import MODELS
@@ -198,7 +199,7 @@ def adapter_without_input(module: Module) -> None:
 
 
 @fault(
-    "state-roles",
+    "state-kinds",
     "the states are not ordered by layer, key before value, each once: ['past_value.0', 'past_key.0', 'past_key.1', "
     "'past_value.1']",
 )
@@ -207,7 +208,7 @@ def values_before_keys(module: Module) -> None:
 
 
 @fault(
-    "state-roles",
+    "state-kinds",
     "the states are not ordered by layer, key before value, each once: ['past_key.0', 'past_value.0', 'past_key.1', "
     "'past_value.1', 'past_value.1']",
 )

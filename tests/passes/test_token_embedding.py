@@ -19,7 +19,6 @@ from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.runtime.interface import read_interface
 from qeff_ir.runtime.token_table import TokenTable
 from qeff_ir.storage import stored
 from qeff_ir.testing.build import build as draw
@@ -77,7 +76,7 @@ def test_the_numbers_are_those_of_the_graph(name: str, target: str, tmp_path: Pa
     for ours, theirs in zip(logits(host), logits(graph), strict=True):
         assert np.ptp(theirs) > 0
         np.testing.assert_array_equal(ours, theirs)
-    inputs = read_interface(host.package.folder).inputs
+    inputs = host.runner().decoder.session.interface.inputs
     assert [(t.name, t.dtype) for t in inputs[:2]] == [("inputs_embeds", np.float32), ("position_ids", np.int64)]
     assert inputs[0].shape == ("batch_size", "seq_len", 32)
     assert not any(t.name == "input_ids" for t in inputs)
@@ -123,7 +122,7 @@ def test_rows_of_a_narrow_checkpoint_are_mapped_not_loaded(tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     weight = open_source(tmp_path).weights()["model.embed_tokens.weight"]
     ids = np.array([[5, 96, 5], [0, 1, 2]])
-    rows = TokenTable(weight).inputs(ids)["inputs_embeds"]
+    rows = TokenTable(weight).vectors(ids)
     assert rows.dtype == np.float32
     np.testing.assert_array_equal(rows, model.get_input_embeddings().weight.detach().float().numpy()[ids])  # pyright: ignore
     data = stored(weight)

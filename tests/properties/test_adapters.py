@@ -12,7 +12,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backends import backend_names, find_backend
-from passes.lora import LORA_IDS
 from qeff_ir import numerics
 from qeff_ir.arrays import Array
 from qeff_ir.ir.module import Module
@@ -138,10 +137,10 @@ def test_p12_rows_answer_with_their_own_adapter(case: tuple[Recipe, Request, Ada
             for row, tokens in enumerate(rows)
             if tokens is not None
         ]
-        found = session_answers(session, request, {LORA_IDS: np.array(adapters.rows)[:, None]})
+        found = session_answers(session, request, adapters=np.array(adapters.rows))
         error = numerics.error_over_rms(found, np.stack(exact))
         assert error <= limit, f"the error is {error:.2e} of {limit:.2e} allowed"
-        none = session_answers(session, request, {LORA_IDS: np.zeros((request.batch, 1), np.int64)})
+        none = session_answers(session, request, adapters=np.zeros(request.batch, np.int64))
         alone = session_answers(opened(base, request, target, Path(folder) / "base", None), request)
         np.testing.assert_array_equal(none, alone)
 

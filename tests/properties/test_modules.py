@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from backends import find_backend
 from qeff_ir.errors import PassError, VerificationError
-from qeff_ir.ir.module import WEIGHT_KEY, Module, State
+from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import fingerprint, structure, to_text
+from qeff_ir.ir.residents import State
 from qeff_ir.ir.snapshot import load_module, save_module
 from qeff_ir.ir.verifier import verify
 from qeff_ir.passing.base import Rewriter
@@ -182,7 +183,7 @@ def _stray_state(module: Module) -> None:
 
 DAMAGE: dict[Callable[[Module], None], str] = {
     _reads_early: "order", _name_twice: "names", _no_such_operator: "operator", _body_gone: "operator",
-    _state_of_other_shape: "state-pair", _state_without_output: "state-pair", _states_out_of_order: "state-roles",
+    _state_of_other_shape: "state-pair", _state_without_output: "state-pair", _states_out_of_order: "state-kinds",
     _undeclared_dim: "interface", _specialization_without_size: "dims", _untyped_input: "interface",
     _stray_state: "state-pair",
 }  # fmt: skip

@@ -114,12 +114,12 @@ def test_p12_rows_do_not_know_of_each_other(case: tuple[Recipe, Request], stock:
         for row in set(owners):
             session.reset()
             alone = []
-            for feeds, told, reset in request.feeds():
+            for run, told, reset in request.feeds():
                 if reset:
                     session.reset()
-                positions = np.full_like(feeds["position_ids"], -1)
-                positions[row] = feeds["position_ids"][row]
-                logits = session.run({"input_ids": feeds["input_ids"], "position_ids": positions})["logits"]
+                positions = np.full_like(run.positions, -1)
+                positions[row] = run.positions[row]
+                logits = session.run({"input_ids": run.tokens, "position_ids": positions})["logits"]
                 if told[row] is not None:
                     alone.append(logits[row, 0])
             mine = together[[i for i, owner in enumerate(owners) if owner == row]]

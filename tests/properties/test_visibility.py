@@ -18,7 +18,8 @@ from backends.base import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.compiler import specialize
 from qeff_ir.ir import dialect
-from qeff_ir.ir.module import Dim, Module, State
+from qeff_ir.ir.module import Dim, Module
+from qeff_ir.ir.residents import State
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline

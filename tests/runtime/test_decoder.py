@@ -96,7 +96,7 @@ def test_a_slot_without_an_adapter_is_refused(tmp_path: Path) -> None:
 def test_a_token_outside_the_table_of_the_host_is_refused(token: int) -> None:
     table = TokenTable(ir.tensor(np.arange(6, dtype=np.float32).reshape(3, 2)))
     with pytest.raises(RuntimeInputError, match="a token is outside the table of 3: use the model's tokenizer"):
-        table.inputs(np.array([[0, token]]))
+        table.vectors(np.array([[0, token]]))
 
 
 @pytest.mark.parametrize(

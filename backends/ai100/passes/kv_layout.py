@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from passes.kv_layouts import Layout, Slots, layout
 from qeff_ir.device_ops import CTX_DOMAIN
-from qeff_ir.ir.module import State
+from qeff_ir.ir.residents import State
 from qeff_ir.passing.base import OpBuilder
 from qeff_ir.passing.matching import operand
 
@@ -40,7 +40,7 @@ class Scatter(Layout):
             dtype=dtype,
         )
         # The mask hides what a key slot without a token gives; anything else must not even see it.
-        masked = state.role == "key" and all(_hides_keys(reader, node.outputs[0]) for reader in readers)
+        masked = state.kind == "key" and all(_hides_keys(reader, node.outputs[0]) for reader in readers)
         if not masked:
             empty = self.shared("empty rows", slots, lambda b: b("Unsqueeze", self._empty(slots), b.const([1, 3])))
             read = b("Where", empty, b.const(0.0, np.float32), read, shape=shape, dtype=dtype)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from passes.attention import does_more
 from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import POSITIONS
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.matching import constant, made_by, operand
 
@@ -41,7 +42,7 @@ class OrtAttention(Pass):
         if not module.states:
             return
         lengths: dict[object, list[ir.Value]] = {}
-        position_ids = module.input("position_ids")
+        position_ids = module.port(POSITIONS)
         problems = {node: _problem(node, position_ids) for node in self.sites(module)}
         real = None
         if 2 * list(problems.values()).count(None) < len(module.states):

@@ -8,6 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import POSITIONS
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.matching import constant, made_by
 
@@ -39,7 +40,7 @@ class OrtRotary(Pass):
         """Fuse what can be; report why the rest cannot."""
         if not module.states:
             return
-        positions = module.input("position_ids")
+        positions = module.port(POSITIONS)
         shared: dict[object, ir.Value] = {}
         for node in self.sites(module):
             problem = _problem(node, positions)

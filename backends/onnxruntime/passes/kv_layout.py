@@ -7,7 +7,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from passes.kv_layouts import Layout, Slots, layout
-from qeff_ir.ir.module import Dim, Specialization, State
+from qeff_ir.ir.module import Dim, Specialization
+from qeff_ir.ir.residents import State
 from qeff_ir.passing.base import OpBuilder
 
 

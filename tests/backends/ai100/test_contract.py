@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from backends.ai100 import contract, emit, sdk
-from backends.ai100.emulator import adapter_inputs
 from backends.base import CompileOptions
 from qeff_ir.errors import CompileError
+from qeff_ir.ir.snapshot import load_module
 
 from .conftest import OPTIONS, Tiny
 
@@ -269,7 +269,7 @@ def test_an_adapter_of_another_precision_is_found(adapted: Path, tmp_path: Path)
 
 def test_a_compressed_cache_leaves_adapters_as_they_are(tiny: Tiny, adapted: Path) -> None:
     (file,) = adapted.glob("*.onnx")
-    adapters = list(adapter_inputs(onnx.load(file, load_external_data=False)).values())
+    adapters = load_module(file).adapters
     text = emit.custom_io(tiny.module.states, "mxint8", adapters)
     found = dict(re.findall(r"IOName: (\S+)\n   Precision: (\S+)", text))
     assert {found.pop(name) for item in adapters for name in (item.name, item.output)} == {"float16"}

@@ -12,8 +12,8 @@ from backends.ai100.backend import BACKEND
 from backends.ai100.device import DeviceError, DeviceSession
 from backends.ai100.emulator import EmulatedSession
 from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.ir.snapshot import load_module
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.runtime.interface import read_interface, sized
 
 from . import fake_qaicrt
 
@@ -173,15 +173,14 @@ def test_without_a_binary_or_a_runtime_the_emulator_opens(
 
 
 def test_adapters_travel_once_and_stay(adapted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = [t for t in read_interface(adapted).inputs if t.name not in ("input_ids", "position_ids", "lora_ids")]
-    shapes = {t.name: list(sized(t, {"batch_size": 2, "ctx_len": 40})) for t in kept}
-    adapters = {n: s for n, s in shapes.items() if ".lora_" in n}
-    states = {n: s for n, s in shapes.items() if n not in adapters}
+    module, sizes = load_module(BACKEND.model_file(adapted)), {"batch_size": 2, "ctx_len": 40}
+    adapters = {a.name: list(a.shape) for a in module.adapters}
+    states = {s.input: [sizes[d] if isinstance(d, str) else d for d in s.shape] for s in module.states}
     log = put(monkeypatch, fake_qaicrt.adapter_descriptor(SHAPES, states, adapters))
     session = BACKEND.open(adapted)
     assert isinstance(session, DeviceSession)
     decoder = Decoder(session)
-    name, *others = [a.name for a in session.adapters]
+    name, *others = [a.name for a in session.interface.adapters]
     assert {name, *others} == set(adapters) and len(others) == 7  # A and B of two layers' two projections
 
     def sums(rows: list[int]) -> list[float]:
@@ -205,7 +204,7 @@ def test_a_forward_pass_follows_the_protocol(forward: Path, monkeypatch: pytest.
     (forward / "qpc" / "programqpc.bin").touch()
     # The program lists its shapes in another order than the package.
     log = put(monkeypatch, fake_qaicrt.forward_descriptor([(2, 16), (2, 8)]))
-    session = BACKEND.open_forward(forward)
+    session = BACKEND.open(forward)
     assert isinstance(session, DeviceSession) and not session.free
     assert [s.symbols["seq_len"] for s in session.specializations] == [8, 16]
     for run, length in enumerate((16, 8, 16), 1):
@@ -227,7 +226,7 @@ def test_an_output_has_the_length_of_its_own_specialization(forward: Path, monke
     (forward / "qpc").mkdir()
     (forward / "qpc" / "programqpc.bin").touch()
     put(monkeypatch, fake_qaicrt.forward_descriptor([(2, 16), (2, 8)], of_tokens=True))
-    session = BACKEND.open_forward(forward)
+    session = BACKEND.open(forward)
     for length in (8, 16, 8):
         ids = np.arange(2 * length).reshape(2, length)
         output = session.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["output"]
@@ -240,4 +239,4 @@ def test_a_forward_program_of_other_shapes_is_refused(forward: Path, monkeypatch
     (forward / "qpc" / "programqpc.bin").touch()
     put(monkeypatch, fake_qaicrt.forward_descriptor([(2, 16), (2, 4)]))
     with pytest.raises(PackageError, match=r"does not take input_ids \[2, 8\]"):
-        BACKEND.open_forward(forward)
+        BACKEND.open(forward)

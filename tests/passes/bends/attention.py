@@ -67,7 +67,7 @@ def no_mask(module: Module) -> None:
 
 def values_of_the_last_slot(module: Module) -> None:
     """Something that is no attention looks a token up by its slot: a ring would have it elsewhere, or no more."""
-    values = next(module.output(state.output) for state in module.states if state.role == "value")
+    values = next(module.output(state.output) for state in module.states if state.kind == "value")
     made = module.output("logits").producer()
     assert made is not None
     b, hidden = at(made), made.inputs[0]

@@ -1,0 +1,154 @@
+"""Ports: what goes into a run and what comes out, told by a role instead of a name.
+
+The pass that makes an input or output declares its role, once (`qeff_ir.ir.module.Module.declare`). Checks, sessions
+and runners ask for roles; names are the target's and the host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qeff_ir.arrays import Array
+from qeff_ir.errors import PipelineError, RuntimeInputError
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a decoder, whatever inputs its graph has for it.
+
+    Attributes:
+        tokens: Token ids, int64 ``[batch, seq]``; any at padding.
+        positions: Position of each token in the context of its row, int64 ``[batch, seq]``; -1 is padding.
+        adapters: Slot of each row's adapter, int64 ``[batch]``; 0 and less is the base model. The base model for all
+            rows by default.
+        cache_rows: Row of the caches that each row of the run continues, int64 ``[batch]``. Its own by default.
+        embed: Looks up the vectors of tokens, float32 ``[batch, seq, hidden]``, where the host has to.
+    """
+
+    tokens: Array
+    positions: Array
+    adapters: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    cache_rows: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    embed: Callable[[Array], Array] | None = None
+
+    def __post_init__(self) -> None:
+        rows = len(self.tokens)
+        if not len(self.adapters):
+            object.__setattr__(self, "adapters", np.zeros(rows, dtype=np.int64))
+        if not len(self.cache_rows):
+            object.__setattr__(self, "cache_rows", np.arange(rows, dtype=np.int64))
+
+
+Feed = Callable[[Run], Array]
+"""What an input is given at a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A meaning that an input or an output has.
+
+    Attributes:
+        name: As modules have it.
+        meaning: In words, with type and shape.
+        feed: What an input of the role is given at a run; `None` for an output, or an input that only callers know.
+    """
+
+    name: str
+    meaning: str
+    feed: Feed | None = None
+
+
+ROLES: dict[str, Role] = {}
+"""All roles by name; a plug-in adds its own with `define`."""
+
+
+def define(role: Role) -> Role:
+    """Make a role known.
+
+    Raises:
+        PipelineError: The name is taken.
+    """
+    if role.name in ROLES:
+        raise PipelineError(f"two roles have the name '{role.name}'; rename one")
+    ROLES[role.name] = role
+    return role
+
+
+def _embedded(run: Run) -> Array:
+    if run.embed is None:
+        raise RuntimeInputError("the graph takes vectors in place of tokens: give the table of the token embeddings")
+    return run.embed(run.tokens)
+
+
+TOKENS = define(Role("tokens", "token ids, int64 [batch, seq]", lambda run: run.tokens))
+EMBEDDINGS = define(Role("embeddings", "vectors in place of tokens, float32 [batch, seq, hidden]", _embedded))
+POSITIONS = define(Role("positions", "place in the context, -1 is padding, int64 [batch, seq]", lambda r: r.positions))
+ADAPTER_ROW = define(Role("adapter-row", "slot of each row's adapter, int64 [batch, 1]", lambda r: r.adapters[:, None]))
+CACHE_ROW = define(Role("cache-row", "each row's row of the caches, int64 [batch, 1]", lambda r: r.cache_rows[:, None]))
+MASK = define(Role("mask", "1 for tokens and 0 for padding, int64 [batch, seq]"))
+TOKEN_TYPES = define(Role("token-types", "segment of each token, int64 [batch, seq]"))
+LOGITS = define(Role("logits", "scores of the vocabulary, float32 [batch, seq or 1, vocab]"))
+
+_TRANSFORMERS: dict[str, Role] = {
+    "input_ids": TOKENS,
+    "inputs_embeds": EMBEDDINGS,
+    "position_ids": POSITIONS,
+    "attention_mask": MASK,
+    "token_type_ids": TOKEN_TYPES,
+    "lora_ids": ADAPTER_ROW,
+    "batch_index": CACHE_ROW,
+    "logits": LOGITS,
+}
+"""Roles by the names that transformers and the AI 100 contract (§1.1) have for them."""
+
+
+def known(graph: ir.Graph) -> dict[str, str]:
+    """The names of the roles that names tell, of the inputs and outputs of a model that nobody has declared any for."""
+    names = (str(value.name) for value in (*graph.inputs, *graph.outputs))
+    return {name: _TRANSFORMERS[name].name for name in names if name in _TRANSFORMERS}
+
+
+def name_of(role: Role) -> str:
+    """What transformers and the AI 100 call an input or output of a role, for a pass that makes one."""
+    return next(name for name, known in _TRANSFORMERS.items() if known is role)
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input or output of a compiled graph that a caller sees; what stays on the device is none.
+
+    Attributes:
+        name: Its name.
+        role: Its role; `None` where only its name tells what it is.
+        dtype: Its type.
+        shape: Symbols and sizes; `None` for a size that the model computes.
+        weight: Of an input whose rows the host looks up: the parameter that has them.
+        rows: Of an input that selects rows of a table in the graph: how many there are.
+    """
+
+    name: str
+    role: Role | None
+    dtype: np.dtype[Any]
+    shape: tuple[str | int | None, ...]
+    weight: str | None = None
+    rows: int | None = None
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether a run tells what the input is given."""
+        return self.role is not None and self.role.feed is not None
+
+    def feed(self, run: Run) -> Array:
+        """What the input is given at a run.
+
+        Raises:
+            RuntimeInputError: A run does not tell.
+        """
+        if self.role is None or self.role.feed is None:
+            raise RuntimeInputError(f"nothing tells what the input {self.name} is given at a run of the decoder")
+        return self.role.feed(run)

@@ -1,0 +1,147 @@
+"""Residents: what stays on the device between two runs, the states that a run writes and the adapters that a host does.
+
+A kind of state is one row of `KINDS`: its names, its order, where its context axis is and how a run writes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from qeff_ir.errors import PipelineError
+
+DimValue = str | int
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of retained state.
+
+    Attributes:
+        name: What the tensor holds, in a word.
+        stem: Of the graph input, before the number of the layer (AI 100 contract §1.1 and §1.6).
+        update: What a run does: it appends an entry for each token, slides a window of the last ones, or replaces all
+            of the tensor.
+        context_axis: The axis of the tokens, where there is an entry for each; `None` for what the tokens so far
+            amount to.
+    """
+
+    name: str
+    stem: str
+    update: Literal["append", "slide", "replace"]
+    context_axis: int | None = None
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether a request may go back to an earlier position: what it wrote since then is not looked at again."""
+        return self.update == "append"
+
+
+KINDS: dict[str, Kind] = {}
+"""All kinds by name, in the order that their states have in a layer; a plug-in adds its own with `define`."""
+
+
+def define(kind: Kind) -> Kind:
+    """Make a kind known, behind those that are.
+
+    Raises:
+        PipelineError: Its name or its stem is taken.
+    """
+    if any(kind.name == known.name or kind.stem == known.stem for known in KINDS.values()):
+        raise PipelineError(f"two kinds of state are named '{kind.name}' or '{kind.stem}'; rename one")
+    KINDS[kind.name] = kind
+    return kind
+
+
+define(Kind("key", "past_key", "append", context_axis=2))
+define(Kind("value", "past_value", "append", context_axis=2))
+define(Kind("indexer", "past_indexer", "append", context_axis=2))
+define(Kind("conv", "conv_state", "slide"))
+define(Kind("recurrent", "recurrent_state", "replace"))
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One tensor that the device keeps between two runs.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        kind: What the tensor holds, a row of `KINDS`: keys or values of tokens, an indexer's keys, the last inputs of a
+            convolution, or a recurrence's state.
+        shape: Symbols and sizes, for example ``("batch_size", 8, "ctx_len", 64)`` for ``[batch, kv_heads, ctx,
+            head_dim]``.
+        dtype: Element type in the graph; a backend may store another one.
+        window: Tokens that one query sees of this layer, itself included; `None` when it sees all of them.
+        ring: Whether slots are reused modulo the length of the context axis (position ``p`` lives in slot ``p mod
+            length``) instead of slot ``p`` holding position ``p``.
+        index: Number among the states of its kind in the layer.
+    """
+
+    layer: int
+    kind: str
+    shape: tuple[DimValue, ...]
+    dtype: ir.DataType
+    window: int | None = None
+    ring: bool = False
+    index: int = 0
+
+    SUFFIX: ClassVar[str] = "_RetainedState"
+    """Ending of an output by which the device pairs it with the input of the same name."""
+
+    @property
+    def input(self) -> str:
+        """Name of the graph input that takes the state (AI 100 naming)."""
+        return f"{KINDS[self.kind].stem}.{self.layer}" + (f".{self.index}" if self.index else "")
+
+    @property
+    def output(self) -> str:
+        """Name of the graph output that returns it; the device pairs the two by this suffix."""
+        return self.input + self.SUFFIX
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """By what the states of a module are sorted: layer, kind, index."""
+        return self.layer, list(KINDS).index(self.kind), self.index
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether it holds one entry a token, on its context axis; others hold what the tokens so far amount to."""
+        return KINDS[self.kind].context_axis is not None
+
+    @property
+    def ctx_dim(self) -> DimValue:
+        """Symbol or size of the context axis; of a state without one, see `has_slots` first."""
+        axis = KINDS[self.kind].context_axis
+        assert axis is not None
+        return self.shape[axis]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInput:
+    """One graph input that holds a part of the low-rank adapters; a session keeps it until it is written anew.
+
+    With slots, the first axis counts them; slot 0 is the base model and stays zero.
+
+    Attributes:
+        name: Of the graph input.
+        layer: Path of the adapted layer, as PEFT names it: ``model.layers.0.self_attn.q_proj``.
+        part: ``a`` and ``b`` are the factors, ``bias`` is added to what the layer returns.
+        shape: Sizes. Without slots ``[rank, in]`` (a), ``[out, rank]`` (b), ``[out]`` (bias), as PEFT stores them; with
+            slots ``[slots, in, rank]``, ``[slots, rank, out]``, ``[slots, out]``.
+        slots: Whether the first axis counts slots.
+        retained: Whether an output of the same name and `State.SUFFIX` hands it on to the next run.
+    """
+
+    name: str
+    layer: str
+    part: Literal["a", "b", "bias"]
+    shape: tuple[int, ...]
+    slots: bool
+    retained: bool
+
+    @property
+    def output(self) -> str:
+        """Name of the output that returns it, where it is `retained`."""
+        return self.name + State.SUFFIX

@@ -1,0 +1,121 @@
+"""Roles of inputs and outputs: they go where the value goes, and tell what a run gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from backends import find_backend
+from qeff_ir.arrays import Array
+from qeff_ir.errors import PackageError, PipelineError, RuntimeInputError, VerificationError
+from qeff_ir.ir import ports
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import CACHE_ROW, EMBEDDINGS, LOGITS, MASK, POSITIONS, TOKENS, Run
+from qeff_ir.ir.snapshot import load_module, save_module
+from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.interface import interface_of
+from tests import support
+
+RUN = Run(np.array([[5, 6], [7, 0]]), np.array([[0, 1], [0, -1]]))
+
+
+def roles(module: Module) -> list[tuple[str | None, str]]:
+    values = (*module.graph.inputs, *module.graph.outputs)
+    return [(v.name, role.name) for v in values if (role := module.role_of(v)) is not None]
+
+
+def test_roles_are_kept_by_copies_and_by_files(tmp_path: Path) -> None:
+    module = support.lowered("llama")
+    known = [("input_ids", "tokens"), ("position_ids", "positions"), ("logits", "logits")]
+    assert roles(module) == known
+    assert roles(module.clone()) == known
+    assert roles(load_module(save_module(module, tmp_path))) == known
+
+
+def test_a_role_is_asked_for_whatever_the_value_is_called() -> None:
+    module = support.lowered("llama")
+    value = module.port(POSITIONS)
+    value.name = "pos"
+    assert module.find(POSITIONS) is None
+    with pytest.raises(VerificationError, match=r"the graph of LlamaForCausalLM has no input or output of positions$"):
+        module.port(POSITIONS)
+    module.declare(value, POSITIONS)
+    assert module.port(POSITIONS) is value
+    assert module.port(LOGITS) is module.output("logits") and module.find(MASK) is None
+
+
+def test_a_run_tells_what_each_role_is_given() -> None:
+    assert TOKENS.feed is not None and POSITIONS.feed is not None and CACHE_ROW.feed is not None
+    assert TOKENS.feed(RUN) is RUN.tokens and POSITIONS.feed(RUN) is RUN.positions
+    assert ports.ADAPTER_ROW.feed is not None
+    assert ports.ADAPTER_ROW.feed(RUN).tolist() == [[0], [0]]
+    assert CACHE_ROW.feed(RUN).tolist() == [[0], [1]]
+    other = Run(RUN.tokens, RUN.positions, adapters=np.array([2, 1]), cache_rows=np.array([4, 3]))
+    assert ports.ADAPTER_ROW.feed(other).tolist() == [[2], [1]]
+    assert CACHE_ROW.feed(other).tolist() == [[4], [3]]
+    assert EMBEDDINGS.feed is not None
+    with pytest.raises(RuntimeInputError, match="the graph takes vectors in place of tokens: give the table of the"):
+        EMBEDDINGS.feed(RUN)
+
+
+def test_two_roles_of_one_name_are_refused() -> None:
+    with pytest.raises(PipelineError, match="two roles have the name 'tokens'; rename one"):
+        ports.define(ports.Role("tokens", "again"))
+
+
+def test_an_interface_has_what_callers_give_and_not_what_stays() -> None:
+    module = support.canonical("llama")
+    support.apply(module, 'lora{mode=slots n=2 rank=2 targets="q_proj" retained=true}')
+    found = interface_of(module, Path("model.onnx"))
+    assert [port.name for port in found.inputs] == ["input_ids", "position_ids", "lora_ids"]
+    assert [port.name for port in found.outputs] == ["logits"]
+    assert list(found.states) == module.states and list(found.adapters) == module.adapters and module.adapters
+    tokens = found.input(TOKENS)
+    assert tokens is not None and tokens.shape == ("batch_size", "seq_len") and tokens.dtype == np.int64
+    assert found.input(MASK) is None and found.output(TOKENS) is None
+
+
+def test_an_input_of_a_plug_in_is_given_what_its_role_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that adds an input declares it, and no session or runner is touched for it."""
+    bias = ports.Role("bias", "added to the logits, float32 [batch, 1, 1]", _sums)
+    monkeypatch.setitem(ports.ROLES, bias.name, bias)
+
+    def add(module: Module) -> None:
+        value = module.declare(ir.val("bias", shape=ir.Shape(["batch_size", 1, 1]), dtype=ir.DataType.FLOAT), bias)
+        module.graph.inputs.insert(2, value)
+        out = module.port(LOGITS)
+        node = out.producer()
+        assert node is not None
+        plus = ir.node("Add", [out, value])
+        module.graph.insert_after(node, plus)
+        total = plus.outputs[0]
+        total.shape, total.type, total.name, out.name = out.shape, out.type, "logits", "plain_logits"
+        module.graph.outputs[0] = total
+
+    plain, more = support.canonical("llama"), support.canonical("llama")
+    expected = support.open_decoder(plain, tmp_path / "plain").prefill(support.PROMPTS)
+    support.apply(more, support.rest_of("onnxruntime"))
+    add(more)
+    backend = find_backend("onnxruntime")
+    backend.emit(more, tmp_path / "more", support.OPTIONS)
+    found = Decoder(backend.open(tmp_path / "more", threads=1)).prefill(support.PROMPTS)
+    np.testing.assert_allclose(found - expected, [[7.0] * 97, [5.0] * 97], atol=1e-4)
+
+
+def _sums(run: Run) -> Array:
+    return np.array([[[7.0]], [[5.0]]], dtype=np.float32) * (run.tokens[:, :1, None] >= 0)
+
+
+def test_a_session_whose_inputs_nobody_knows_is_no_decoder(tmp_path: Path) -> None:
+    module = support.canonical("llama")
+    support.apply(module, support.rest_of("onnxruntime"))
+    del module.ports["position_ids"]
+    backend = find_backend("onnxruntime")
+    backend.emit(module, tmp_path, support.OPTIONS)
+    session = backend.open(tmp_path, threads=1)
+    message = "not that of a decoder, nothing tells what its input position_ids is given: compile the model again"
+    with pytest.raises(PackageError, match=message):
+        Decoder(session)
