@@ -26,11 +26,12 @@ _NODES_PER_REWRITE = 100
 
 
 class OpBuilder:
-    """Writes nodes before an anchor: ``b("MatMul", x, w)``; each new node inherits the anchor's source."""
+    """Writes nodes before an anchor, or after it: ``b("MatMul", x, w)``; each inherits the anchor's source."""
 
-    def __init__(self, rewriter: Rewriter, anchor: ir.Node) -> None:
+    def __init__(self, rewriter: Rewriter, anchor: ir.Node, *, after: bool = False) -> None:
         self._rewriter = rewriter
         self._anchor = anchor
+        self._after = after
 
     def __call__(
         self,
@@ -43,7 +44,9 @@ class OpBuilder:
     ) -> ir.Value:
         """Insert one node with one output and return that output, typed when `shape` and `dtype` are given."""
         node = ir.node(op_type, inputs, attributes=attributes, domain=domain)
-        self._rewriter.insert(node, self._anchor)
+        self._rewriter.insert(node, self._anchor, after=self._after)
+        if self._after:
+            self._anchor = node
         out = node.outputs[0]
         if shape is not None:
             out.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)
@@ -114,8 +117,8 @@ class Rewriter:
             else f"the last were of {', '.join(repr(r) for r in rules)}"
         )
 
-    def insert(self, node: ir.Node, anchor: ir.Node) -> None:
-        """Put a new node before `anchor`, stamped.
+    def insert(self, node: ir.Node, anchor: ir.Node, *, after: bool = False) -> None:
+        """Put a new node before `anchor`, or after it, stamped.
 
         Raises:
             PassError: The pass has inserted so many nodes that it will not end.
@@ -124,11 +127,18 @@ class Rewriter:
         if self._inserted > _NODES_PER_REWRITE * self._limit:
             raise PassError(f"it has inserted {self._inserted - 1} nodes and does not end; the last was {node.op_type}")
         self.stamp(node, anchor)
-        self.graph.insert_before(anchor, node)
+        if after:
+            self.graph.insert_after(anchor, node)
+        else:
+            self.graph.insert_before(anchor, node)
 
     def at(self, anchor: ir.Node) -> OpBuilder:
         """A builder that inserts before `anchor` and inherits its source."""
         return OpBuilder(self, anchor)
+
+    def after(self, anchor: ir.Node) -> OpBuilder:
+        """A builder that inserts after `anchor`, one node after the other, and inherits its source."""
+        return OpBuilder(self, anchor, after=True)
 
     def stamp(self, node: ir.Node, anchor: ir.Node) -> None:
         """Record on `node` which pass made it and which source it stands for."""

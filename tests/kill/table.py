@@ -28,6 +28,8 @@ PROPERTIES = {
     "slots": "properties/test_cache_ops.py",
     "windows": "properties/test_visibility.py",
     "guards": "passes/test_guards.py",
+    "ports": "ir/test_ports.py",
+    "files of others": "debug/test_plain.py",
     "node counts": "passes/test_node_counts.py",
     "refusals": "passes/test_refusals.py",
     "Auto classes": "adapters/test_auto.py",
