@@ -154,6 +154,18 @@ def test_a_length_of_the_caller_is_not_cut(wish: dict[str, Any], decoder: Decode
         model.generate(IDS, **wish)
 
 
+@pytest.mark.parametrize("wish", [{"min_length": CTX + 1}, {"min_new_tokens": CTX + 1 - 13}], ids=str)
+def test_a_least_length_that_just_fits_is_taken(
+    wish: dict[str, Any], decoder: Decoder, reference: PreTrainedModel
+) -> None:
+    """The least length counts the prompt, the least number of new tokens does not."""
+    model = session(decoder, reference, max_length=4096)
+    found = model.generate(IDS, **wish)
+    assert found.shape[1] == CTX + 1
+    expected = support.generate(reference, input_ids=IDS, max_new_tokens=CTX + 1 - 13, **wish)
+    assert found.tolist() == expected.tolist()
+
+
 def test_a_length_that_the_prompt_has_already_is_refused(decoder: Decoder, reference: PreTrainedModel) -> None:
     with pytest.raises(RuntimeInputError, match="max_length=13 leaves no new token after a prompt of 13"):
         session(decoder, reference, max_length=13).generate(IDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,28 @@ def test_by_hand_a_thread_goes_on_with_its_own_request_alone(target: str) -> Non
     assert together([[request(i)] * 3 for i in range(THREADS)]) == []
     with decoder.request(), pytest.raises(RuntimeInputError, match="running in this thread"):
         decoder.request()
+
+
+def test_a_thread_that_waits_for_its_turn_takes_nothing_from_the_one_that_has_it() -> None:
+    decoder = fresh("llama", "onnxruntime").runner(threads=1).decoder
+    rows, waits, join = [row.tolist() for row in PROMPTS], threading.Event(), decoder.turns.join
+
+    def tell() -> AbstractContextManager[object]:
+        if not decoder.turns.mine:
+            waits.set()
+        return join()
+
+    decoder.turns.join = tell
+    expected = [decoder.prefill(rows[0]), decoder.decode([7])]
+    waits.clear()
+    with decoder.request():
+        found = [decoder.prefill(rows[0])]
+        other = threading.Thread(target=lambda: decoder.prefill(rows[1]))
+        other.start()
+        assert waits.wait(60)
+        found.append(decoder.decode([7]))
+    other.join()
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_run_that_fails_leaves_nothing_to_continue(monkeypatch: pytest.MonkeyPatch) -> None:
