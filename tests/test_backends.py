@@ -60,6 +60,24 @@ def test_a_target_that_cannot_be_imported_is_one_sentence(tmp_path: Path, monkey
         find_backend("referense")
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("BACKEND = = 1", "SyntaxError: invalid syntax"),
+        ("BACKENDS = []", "AttributeError: .* has no attribute 'BACKEND'"),
+        ("raise RuntimeError('the driver is too old')", "RuntimeError: the driver is too old"),
+    ],
+)
+def test_whatever_the_code_of_another_target_raises_is_one_sentence(
+    code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / f"raising{len(code)}", monkeypatch, code)
+    with pytest.raises(CompileError, match=rf"'reference' cannot be imported \({said}"):
+        find_backend("reference")
+    with pytest.warns(UserWarning, match=said):
+        assert choose_target("auto")[0] in ("ai100", "onnxruntime")
+
+
 def test_the_command_line_runs_without_targets_of_others() -> None:
     code = "from backends import backend_names; print(*backend_names())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -173,6 +173,20 @@ def test_a_wrong_place_is_found(change: Callable[[Any], None], damaged: Path) ->
         BACKEND.open(damaged, threads=1)
 
 
+def test_weights_that_an_absolute_path_names_are_outside(damaged: Path, tmp_path: Path) -> None:
+    """They are there, and right: only where they lie is wrong."""
+
+    def move(spec: Any) -> None:
+        own, other = damaged / spec["files"][0]["path"], tmp_path / "elsewhere.safetensors"
+        other.write_bytes(own.read_bytes())
+        spec["files"][0]["path"] = str(other)
+
+    edit_spec(damaged, move)
+    assert "weight-free" in codes(damaged)
+    with pytest.raises(PackageError, match=r"elsewhere.safetensors', outside the folder: refused"):
+        BACKEND.open(damaged, threads=1)
+
+
 def test_a_sidecar_that_says_something_else_is_found(damaged: Path) -> None:
     (damaged / weight_free.SPEC).write_text("{}")
     assert "weight-free" in codes(damaged)
