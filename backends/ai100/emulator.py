@@ -21,7 +21,7 @@ import onnxruntime as ort
 from backends.ai100 import device_rules, specializations, weight_free
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.module import Module, Specialization
+from qeff_ir.ir.module import METADATA_KEY, Module, Specialization
 from qeff_ir.ir.residents import State
 from qeff_ir.ir.verifier import check_order
 from qeff_ir.runtime.interface import interface_of
@@ -56,7 +56,10 @@ class EmulatedSession:
     def __init__(self, model: Path, *, threads: int | None = None) -> None:
         self._specializations = specializations.load(model.parent / specializations.FILE)
         proto = load_proto(model)
-        module = Module.with_facts(ir.from_proto(proto))
+        network = ir.from_proto(proto)
+        # An artefact that somebody else wrote has no facts; its names tell the rest.
+        ours = METADATA_KEY in network.metadata_props
+        module = Module.with_facts(network) if ours else Module(network, model.stem)
         check_order(module)
         self.interface = interface_of(module, model)
         weight_free.bind(proto, model.parent)
