@@ -77,12 +77,19 @@ def test_the_hubs_cache_links_into_its_blobs(tmp_path):
         read_json(snapshot / "other.json")
 
 
-@pytest.mark.parametrize("kind", ["link out", "dangling", "loop", "fifo", "device", "folder", "missing", "NUL", "long"])
+@pytest.mark.parametrize(
+    "kind", ["link out", "link to a neighbor", "dangling", "loop", "fifo", "device", "folder", "missing", "NUL", "long"]
+)
 def test_what_is_not_a_file_of_the_folder_is_refused_without_waiting(folder, kind):
     path = folder / "x.json"
     match kind:
         case "link out":
             path.symlink_to("../secret")
+        case "link to a neighbor":  # whose name begins as the folder's
+            neighbor = folder.with_name(f"{folder.name}-secret")
+            neighbor.mkdir()
+            (neighbor / "x.json").write_text("{}")
+            path.symlink_to(neighbor / "x.json")
         case "dangling":
             path.symlink_to("nothing")
         case "loop":

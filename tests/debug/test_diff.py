@@ -78,6 +78,15 @@ def test_a_renamed_value_is_no_change(tmp_path: Path) -> None:
     assert not diff(before, after)
 
 
+def test_modules_of_other_facts_differ(tmp_path: Path) -> None:
+    before = support.canonical("llama")
+    after = before.clone()
+    after.specializations = after.specializations[:1]
+    found = diff(before, after)
+    assert found and found.facts and not found.nodes and not found.interface
+    assert found.facts == ("- specialization Decode: batch_size=2 ctx_len=48 seq_len=1",)
+
+
 def test_weights_are_counted_in_bytes(tmp_path: Path) -> None:
     before = plain(tmp_path)
     after = before.clone()

@@ -64,6 +64,22 @@ def inner_output_of_nothing(module: Module) -> None:
     module.graph.insert_before(module.graph[0], node)
 
 
+@fault("order", "Identity 'outer' reads 'inner' before it is defined")
+def inner_value_read_outside(module: Module) -> None:
+    """What a branch makes is its own; only what was there before can be read in it."""
+    branches: list[ir.Attr] = []
+    for name in ("then_branch", "else_branch"):
+        made = ir.node("Identity", [module.graph.inputs[0]])
+        made.outputs[0].name = "inner" if name == "then_branch" else "other"
+        branches.append(ir.AttrGraph(name, ir.Graph([], made.outputs, nodes=[made])))
+    node = ir.node("If", [module.graph.inputs[0]], attributes={a.name: a for a in branches})
+    node.outputs[0].name = "chosen"
+    module.graph.insert_before(module.graph[0], node)
+    reader = ir.node("Identity", [branches[0].as_graph().outputs[0]])
+    reader.outputs[0].name = "outer"
+    module.graph.insert_after(node, reader)
+
+
 @fault("order", "graph output 'logits' is made by no node")
 def output_of_nothing(module: Module) -> None:
     old = module.output("logits")
