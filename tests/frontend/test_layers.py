@@ -103,7 +103,13 @@ def digest(module: Module) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+# One of each kind of layer; the others are nightly.
+KINDS = {"llama", "gemma3", "gpt-oss", "bart", "qwen3-next", "inkling"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.nightly) for n in sorted(MODELS)]
+)
 def test_copies_are_what_a_full_trace_makes(name: str, folds: list[layers.Fold | None]) -> None:
     folded, whole = both(build(name, **DEEPER.get(name, {}))[1])
     (fold,) = folds
