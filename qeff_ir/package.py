@@ -28,7 +28,7 @@ from qeff_ir.reading import files_below, read_json, regular_file
 
 MANIFEST = "package.json"
 SIDE_FOLDER = "huggingface"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the manifest and of the folder; a package of another version is refused."""
 
 

@@ -69,7 +69,7 @@ def test_another_version_is_told(version: int, package: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"version": 2}', '{"version": 2, "files": {"a": {}}}', "\x00", "[" * 100_000]
+    "text", ["", "{", "[]", "{}", '{"version": 3}', '{"version": 3, "files": {"a": {}}}', "\x00", "[" * 100_000]
 )
 def test_a_damaged_manifest_is_told(text: str, package: Path) -> None:
     (package / MANIFEST).write_text(text)

@@ -107,9 +107,10 @@ def digest(module: Module) -> dict[str, Any]:
 KINDS = {"llama", "gemma3", "gpt-oss", "bart", "qwen3-next", "inkling"}
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.nightly) for n in sorted(MODELS)]
-)
+CASES = [name if name in KINDS else pytest.param(name, marks=pytest.mark.nightly) for name in sorted(MODELS)]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_copies_are_what_a_full_trace_makes(name: str, folds: list[layers.Fold | None]) -> None:
     folded, whole = both(build(name, **DEEPER.get(name, {}))[1])
     (fold,) = folds
