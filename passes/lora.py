@@ -17,8 +17,6 @@ from qeff_ir.ir.residents import AdapterInput
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 
-"""Input that selects each row's slot, int64 ``[batch_size, 1]``; 0 and less is the base model."""
-
 Part = Literal["a", "b", "bias"]
 _SINGLE: dict[Part, str] = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_bias"}
 _SINGLE_EMBEDDING: dict[Part, str] = {**_SINGLE, "a": "lora_embedding_A", "b": "lora_embedding_B"}

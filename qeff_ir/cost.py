@@ -18,6 +18,7 @@ import onnx_ir as ir
 from qeff_ir.errors import VerificationError
 from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
 from qeff_ir.ir.ports import EMBEDDINGS
+from qeff_ir.ir.residents import KINDS
 from qeff_ir.passing.hiding import hidden_weights
 
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -116,8 +117,9 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
         sizes = [symbols[d] if isinstance(d, str) else d for d in state.shape]
         width = state.dtype.itemsize if stored.states is None else stored.states
         state_bytes += math.prod(sizes) * width
-        if len(sizes) > 2 and isinstance(state.shape[2], str):
-            sizes[2] = min(symbols["seq_len"], sizes[2])
+        axis = KINDS[state.kind].context_axis
+        if axis is not None and isinstance(state.shape[axis], str):
+            sizes[axis] = min(symbols["seq_len"], sizes[axis])
         written += math.prod(sizes) * width
     return Cost(
         specialization.name,

@@ -119,12 +119,12 @@ def load_proto(path: Path) -> onnx.ModelProto:
     """Read an ONNX file as it is; no weight file is looked at.
 
     Raises:
-        PackageError: A name or another text in it is no text.
+        PackageError: A string in it is not UTF-8.
     """
     proto = onnx.load(path, load_external_data=False)
     strange = _no_text(proto)
     if strange is not None:  # protobuf hands it out as bytes, which no library expects
-        raise PackageError(f"{path} has a text that is not UTF-8, {ascii(strange)[1:60]}: export it again")
+        raise PackageError(f"{path} has a string that is not UTF-8, {ascii(strange)[1:60]}: export it again")
     return proto
 
 
@@ -145,7 +145,7 @@ def load_model(path: Path) -> ir.Model:
 
     Raises:
         PackageError: A tensor lies outside the file's own folder, or its file is missing or too short, or the tensor
-            cannot be as long as is said; or an attribute has no type, or a text is none.
+            cannot be as long as is said; or an attribute has no type, or a string is not UTF-8.
     """
     model = ir.from_proto(load_proto(path))
     for graph in _all_graphs(model):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backends.ai100 import checks, compiler, flags, sdk
-from backends.ai100.emit import BINARY, emit, model_file
+from backends.ai100.artifact import model_file
+from backends.ai100.emit import BINARY, emit
 from backends.ai100.violation import refuse_first
 from backends.base import Backend, CompileOptions
 from qeff_ir.errors import CompileError

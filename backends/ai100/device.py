@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from backends.ai100 import runtime_path, specializations
-from backends.ai100.emit import BINARY_FOLDER, COMMAND, model_file
+from backends.ai100.artifact import model_file, read_interface
+from backends.ai100.emit import BINARY_FOLDER, COMMAND
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
 from qeff_ir.ir.module import Specialization
 from qeff_ir.ir.residents import State
-from qeff_ir.ir.snapshot import load_module
-from qeff_ir.runtime.interface import interface_of, sized
+from qeff_ir.runtime.interface import sized
+from qeff_ir.storage import load_proto
 
 _DTYPES: dict[str, type[np.generic]] = {
     "FLOAT_TYPE": np.float32,
@@ -73,7 +74,7 @@ class DeviceSession:
         api: Any = importlib.import_module("QAicApi_pb2")
         self._specializations = specializations.load(folder / specializations.FILE)
         model = model_file(folder)
-        self.interface = interface_of(load_module(model), model)
+        self.interface = read_interface(load_proto(model), model)
         self._inputs = self.interface.inputs
         self._outputs = [port.name for port in self.interface.outputs]
         adapters = {item.name: item for item in self.interface.adapters}

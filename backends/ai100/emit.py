@@ -13,7 +13,6 @@ import onnx_ir as ir
 from backends.ai100 import flags, specializations, sub_functions, weight_free
 from backends.ai100.sdk import Sdk
 from backends.base import CompileOptions
-from qeff_ir.errors import PackageError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.residents import AdapterInput, State
 from qeff_ir.storage import save_model
@@ -62,18 +61,6 @@ def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardwa
         _write_json(folder / partition, tensor_slicing(options.num_devices, options.num_cores))
     argv = command(model, options, sdk, user, hardware, partition, retains=bool(module.states))
     _write_json(folder / COMMAND, {"sdk": sdk.version, "argv": argv})
-
-
-def model_file(folder: Path) -> Path:
-    """The ONNX file of an emitted folder, which is named after the model.
-
-    Raises:
-        PackageError: There is none, or more than one.
-    """
-    models = list(folder.glob("*.onnx"))
-    if len(models) != 1:
-        raise PackageError(f"{folder} has {len(models)} ONNX files, not one: compile again")
-    return models[0]
 
 
 def command(

@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 
 from backends.ai100 import device_rules, specializations, weight_free
+from backends.ai100.artifact import read_interface
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.module import METADATA_KEY, Module, Specialization
+from qeff_ir.ir.module import Specialization
 from qeff_ir.ir.residents import State
-from qeff_ir.ir.verifier import check_order
-from qeff_ir.runtime.interface import interface_of
 from qeff_ir.storage import load_proto
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -56,12 +54,7 @@ class EmulatedSession:
     def __init__(self, model: Path, *, threads: int | None = None) -> None:
         self._specializations = specializations.load(model.parent / specializations.FILE)
         proto = load_proto(model)
-        network = ir.from_proto(proto)
-        # An artefact that somebody else wrote has no facts; its names tell the rest.
-        ours = METADATA_KEY in network.metadata_props
-        module = Module.with_facts(network) if ours else Module(network, model.stem)
-        check_order(module)
-        self.interface = interface_of(module, model)
+        self.interface = read_interface(proto, model)
         weight_free.bind(proto, model.parent)
         device_rules.apply(proto, unread=math.nan)
         content = proto.SerializeToString()

@@ -57,7 +57,7 @@ class OnnxRuntimeBackend(Backend):
         return (OrtSession if module.states else OrtForwardSession)(model, module, threads=threads)
 
     def model_file(self, folder: Path) -> Path:
-        """``model.onnx``."""
+        """``model.onnx``; what is wrong with it, opening says."""
         return folder / MODEL_FILE
 
 

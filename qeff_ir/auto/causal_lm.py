@@ -246,14 +246,14 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             if not isinstance(getattr(config.get_text_config(decoder=True), "vocab_size", None), int):
                 raise PackageError(f"the configuration in {package.folder} has no vocab_size: compile the model again")
             session = find_backend(package.manifest.target).open(package.folder, threads=threads)
-            found = SessionLM(Decoder(session, self._table(session.interface)), config, defaults)
+            found = SessionLM(Decoder(session, self._table(session.interface, package.folder)), config, defaults)
         return found
 
-    def _table(self, interface: Interface) -> TokenTable | None:
+    def _table(self, interface: Interface, folder: Path) -> TokenTable | None:
         """The table of a package that takes vectors; its rows stay in the checkpoint."""
         from qeff_ir.runtime.token_table import TokenTable
 
-        vectors, folder = interface.input(EMBEDDINGS), self.package.folder
+        vectors = interface.input(EMBEDDINGS)
         if vectors is None or (name := vectors.weight) is None:
             return None
         if self._checkpoint is None:

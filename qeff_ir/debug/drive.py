@@ -45,7 +45,7 @@ class Plan:
 
     Attributes:
         sizes: A size for each symbol that was known when the plan was made.
-        runs: Of a decoder; its ports tell what each of them is given.
+        runs: Those of a decoder, in order.
         inputs: Of a graph that is no decoder, by name, for one run.
         tables: Weights of the module that the plan was made for, by parameter: a pass may leave the look-up of the
             tokens to the host.
@@ -116,7 +116,7 @@ def tables_of(module: Module) -> dict[str, ir.TensorProtocol]:
 
 
 def is_decoder(module: Module) -> bool:
-    """Whether a module is a decoder with its inputs and its output: ports alone, without states, make no decoder."""
+    """Whether a module is a decoder with its inputs and its output: ports without states are not enough."""
     roles = [module.role_of(v) for v in module.graph.inputs]
     positions = module.find(POSITIONS)
     takes_tokens = (
@@ -148,7 +148,7 @@ def drive(module: Module, plan: Plan) -> Answers:
             raise RuntimeInputError(f"{module.name} has a state without its output '{lost}': it cannot be run")
         outputs: list[dict[str, Array]] = []
         first: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
-        embed = _embed(module, plan)
+        embed = _embed(module, plan) if plan.runs else None
         for run in plan.runs or [None]:
             feeds = plan.inputs if run is None else _fed(module, dataclasses.replace(run, embed=embed))
             own = {name: feeds[name] if name in feeds else _zeros_of(v, sizes) for name, v in others.items()}
@@ -185,7 +185,10 @@ def _embed(module: Module, plan: Plan) -> Callable[[Array], Array] | None:
         return lambda ids: vectors[ids]
     if embeds is None or WEIGHT_KEY not in embeds.metadata_props:
         return None
-    return TokenTable(plan.tables[embeds.metadata_props[WEIGHT_KEY]]).vectors
+    name = embeds.metadata_props[WEIGHT_KEY]
+    if name not in plan.tables:
+        raise RuntimeInputError(f"{module.name} takes vectors of the table '{name}', which the trace does not have")
+    return TokenTable(plan.tables[name]).vectors
 
 
 def _answers(module: Module, result: Mapping[str, Array], positions: Array) -> dict[str, Array]:

@@ -1,8 +1,8 @@
 """`Module`: an ONNX model plus the typed facts that ONNX has no place for.
 
 A module is an `onnx_ir.Model` (always valid ONNX), the retained states of a decoder, the symbolic dims of its
-interface, and the specializations it will be compiled for. The facts travel inside the model's metadata, so that saving
-and loading is exact and every snapshot opens in any ONNX tool.
+interface, the roles of its inputs and outputs, and the specializations it will be compiled for. The facts travel inside
+the model's metadata, so that saving and loading is exact and every snapshot opens in any ONNX tool.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir.errors import ModelLoadError, VerificationError
+from qeff_ir.errors import ModelLoadError, PipelineError, VerificationError
 from qeff_ir.ir import facts, ports
 from qeff_ir.ir.ports import ROLES, Role
 from qeff_ir.ir.residents import KINDS, AdapterInput, DimValue, State
@@ -196,20 +196,28 @@ class Module:
         """
         found = self.find(role)
         if found is None:
-            raise VerificationError("interface", f"the graph of {self.name} has no input or output of {role.name}")
+            raise VerificationError("interface", f"the graph of {self.name} has no port with the role '{role.name}'")
         return found
 
     def find(self, role: Role) -> ir.Value | None:
         """The graph input or output of a role; `None` when there is none."""
-        return next((v for v in (*self.graph.inputs, *self.graph.outputs) if self.role_of(v) is role), None)
+        values = self.graph.outputs if role.is_output else self.graph.inputs
+        return next((v for v in values if self.role_of(v) is role), None)
 
     def role_of(self, value: ir.Value) -> Role | None:
         """The role of a graph input or output; `None` where it has none that is known here."""
         return ROLES.get(self.ports.get(str(value.name), ""))
 
     def declare(self, value: ir.Value, role: Role) -> ir.Value:
-        """Give a named value, which is to be a graph input or output, its role; returns the value."""
-        self.ports[str(value.name)] = role.name
+        """Give a named value, which is to be a graph input or output, its role; returns the value.
+
+        Raises:
+            PipelineError: The value has no name yet, or the role is not known (see `qeff_ir.ir.ports.define`).
+        """
+        if value.name is None or ROLES.get(role.name) is not role:
+            what = "the value has no name" if value.name is None else f"there is no role '{role.name}'"
+            raise PipelineError(f"a port cannot be declared ({what}): name the value, and define the role, before that")
+        self.ports[value.name] = role.name
         return value
 
     def clone(self) -> Module:
@@ -248,6 +256,7 @@ class Module:
 
     def facts(self) -> dict[str, Any]:
         """The facts as plain JSON data (see `read_facts` for the way back)."""
+        names = {value.name for value in (*self.graph.inputs, *self.graph.outputs)}
         found = Facts(
             FORMAT_VERSION,
             self.name,
@@ -257,7 +266,7 @@ class Module:
             tuple(sorted(self.properties)),
             tuple(self.adapters),
             self.padding,
-            dict(sorted(self.ports.items())),
+            {name: role for name, role in sorted(self.ports.items()) if name in names},
         )
         return facts.dump(found)
 
@@ -316,7 +325,7 @@ def read_facts(text: str) -> Facts:
     strange = next((s.kind for s in found.states if s.kind not in KINDS), None)
     if strange is not None:
         raise facts.damaged(f"there is no kind of state '{strange}': there are {', '.join(KINDS)}")
-    flat = next((s for s in found.states if len(s.shape) < (3 if s.has_slots else 1)), None)
+    flat = next((s for s in found.states if len(s.shape) < (KINDS[s.kind].context_axis or 0) + 1), None)
     if flat is not None:
         raise facts.damaged(f"the state {flat.input} has the shape {list(flat.shape)}")
     return found

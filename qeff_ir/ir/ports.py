@@ -56,11 +56,13 @@ class Role:
         name: As modules have it.
         meaning: In words, with type and shape.
         feed: What an input of the role is given at a run; `None` for an output, or an input that only callers know.
+        is_output: Whether it is the role of an output.
     """
 
     name: str
     meaning: str
     feed: Feed | None = None
+    is_output: bool = False
 
 
 ROLES: dict[str, Role] = {}
@@ -92,7 +94,7 @@ ADAPTER_ROW = define(Role("adapter-row", "slot of each row's adapter, int64 [bat
 CACHE_ROW = define(Role("cache-row", "each row's row of the caches, int64 [batch, 1]", lambda r: r.cache_rows[:, None]))
 MASK = define(Role("mask", "1 for tokens and 0 for padding, int64 [batch, seq]"))
 TOKEN_TYPES = define(Role("token-types", "segment of each token, int64 [batch, seq]"))
-LOGITS = define(Role("logits", "scores of the vocabulary, float32 [batch, seq or 1, vocab]"))
+LOGITS = define(Role("logits", "scores of the vocabulary, float32 [batch, seq or 1, vocab]", is_output=True))
 
 _TRANSFORMERS: dict[str, Role] = {
     "input_ids": TOKENS,
@@ -108,19 +110,27 @@ _TRANSFORMERS: dict[str, Role] = {
 
 
 def known(graph: ir.Graph) -> dict[str, str]:
-    """The names of the roles that names tell, of the inputs and outputs of a model that nobody has declared any for."""
-    names = (str(value.name) for value in (*graph.inputs, *graph.outputs))
-    return {name: _TRANSFORMERS[name].name for name in names if name in _TRANSFORMERS}
+    """Roles of a graph's inputs and outputs by transformers' names, for a model without declared roles."""
+    sides = [(str(v.name), False) for v in graph.inputs] + [(str(v.name), True) for v in graph.outputs]
+    found = ((name, _TRANSFORMERS.get(name), is_output) for name, is_output in sides)
+    return {name: role.name for name, role, is_output in found if role is not None and role.is_output == is_output}
 
 
 def name_of(role: Role) -> str:
-    """What transformers and the AI 100 call an input or output of a role, for a pass that makes one."""
-    return next(name for name, known in _TRANSFORMERS.items() if known is role)
+    """What transformers and the AI 100 call an input or output of a role, for a pass that makes one.
+
+    Raises:
+        PipelineError: They have no name for it.
+    """
+    found = next((name for name, other in _TRANSFORMERS.items() if other is role), None)
+    if found is None:
+        raise PipelineError(f"transformers and the AI 100 contract have no name for the role '{role.name}': choose one")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """One input or output of a compiled graph that a caller sees; what stays on the device is none.
+    """One input or output of a compiled graph that a caller sees; retained states are not ports.
 
     Attributes:
         name: Its name.
@@ -147,8 +157,8 @@ class Port:
         """What the input is given at a run.
 
         Raises:
-            RuntimeInputError: A run does not tell.
+            RuntimeInputError: Its role does not say.
         """
         if self.role is None or self.role.feed is None:
-            raise RuntimeInputError(f"nothing tells what the input {self.name} is given at a run of the decoder")
+            raise RuntimeInputError(f"no role says what to feed to the input {self.name}")
         return self.role.feed(run)

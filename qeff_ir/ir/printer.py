@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from qeff_ir.ir import ports
 from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
 
 _INLINE = 8
@@ -115,6 +116,11 @@ def _lines(module: Module, origins: bool) -> Iterator[tuple[ir.Node | str, str]]
     yield from _facts(module)
     if module.properties:
         yield "properties", f"properties {' '.join(sorted(module.properties))}"
+    told = ports.known(module.graph)  # by their names
+    for value in (*module.graph.inputs, *module.graph.outputs):
+        name = str(value.name)
+        if module.ports.get(name) != told.get(name):
+            yield f"port {name}", f"port {name}: {module.ports.get(name, 'no role')}"
     for value in module.graph.inputs:
         yield f"in {value.name}", f"in  {_typed(value)}"
     for name in sorted(module.graph.initializers):

@@ -1,4 +1,4 @@
-"""Residents: what stays on the device between two runs, the states that a run writes and the adapters that a host does.
+"""Residents: what stays on the device between two runs. A run writes the states, and the host writes the adapters.
 
 A kind of state is one row of `KINDS`: its names, its order, where its context axis is and how a run writes it.
 """
@@ -32,11 +32,6 @@ class Kind:
     stem: str
     update: Literal["append", "slide", "replace"]
     context_axis: int | None = None
-
-    @property
-    def rewindable(self) -> bool:
-        """Whether a request may go back to an earlier position: what it wrote since then is not looked at again."""
-        return self.update == "append"
 
 
 KINDS: dict[str, Kind] = {}
@@ -109,6 +104,11 @@ class State:
     def has_slots(self) -> bool:
         """Whether it holds one entry a token, on its context axis; others hold what the tokens so far amount to."""
         return KINDS[self.kind].context_axis is not None
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether a request may go back to an earlier position: every slot still holds what it held then."""
+        return KINDS[self.kind].update == "append" and not self.ring
 
     @property
     def ctx_dim(self) -> DimValue:

@@ -53,7 +53,7 @@ class Decoder:
         table: Where to look up the tokens of a session that takes vectors.
 
     Raises:
-        PackageError: The session has an input that no run of a decoder tells, or returns no logits.
+        PackageError: No role says what to feed to an input, or there are no logits, or those of all tokens.
 
     Attributes:
         batch_size: Rows of every run.
@@ -69,10 +69,15 @@ class Decoder:
     def __init__(self, session: Session, table: TokenTable | None = None) -> None:
         interface = session.interface
         unknown = next((port.name for port in interface.inputs if not port.is_fed), None)
+        if unknown is not None:
+            raise PackageError(
+                f"no role says what to feed to the input {unknown} of the package: declare one in its pass"
+            )
         logits = interface.output(LOGITS)
-        if unknown is not None or logits is None:
-            what = "it returns no logits" if unknown is None else f"nothing tells what its input {unknown} is given"
-            raise PackageError(f"the package is not that of a decoder, {what}: compile the model again")
+        if logits is None:
+            raise PackageError("the package returns no logits, so that it is not that of a causal LM: compile one")
+        if logits.shape[1:2] != (1,):
+            raise PackageError("the package returns the logits of all tokens: put last-logits into the pipeline")
         self.session = session
         self._table, self._logits = table, logits.name
         specializations = session.specializations

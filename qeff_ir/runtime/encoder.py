@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qeff_ir.arrays import Array
-from qeff_ir.errors import RuntimeInputError
+from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.module import Specialization
 from qeff_ir.ir.ports import MASK, TOKEN_TYPES, TOKENS, Port, name_of
 from qeff_ir.ir.residents import DimValue
@@ -25,17 +25,22 @@ class Encoder:
         longest: The largest length; `None` for a model whose inputs have none.
         pads: Whether inputs may be filled up to another length: no output changes by it.
         fill: The token that fills them up.
+
+    Raises:
+        PackageError: The model retains states.
     """
 
     def __init__(self, session: Session) -> None:
         self.session, self.interface = session, session.interface
+        if self.interface.states:  # they would survive from call to call
+            raise PackageError("the package is that of a causal LM: open it with QEFFAutoModelForCausalLM")
         sizes = [s.symbols for s in session.specializations]
         self.batch_size = max(s[BATCH] for s in sizes)
         lengths = [s[LENGTH] for s in sizes if LENGTH in s]
         self.longest = max(lengths) if lengths else None
-        interface = self.interface
-        self.pads = all(interface.padding.sizes(output.name) is not None for output in interface.outputs)
-        self.fill = interface.padding.fill
+        padding = self.interface.padding
+        self.pads = all(padding.sizes(output.name) is not None for output in self.interface.outputs)
+        self.fill = padding.fill
 
     @property
     def pools(self) -> bool:

@@ -60,10 +60,14 @@ def interface_of(module: Module, file: Path) -> Interface:
     """The interface of a module that was read from a file of a package; no weight is read.
 
     Raises:
-        PackageError: The module says what cannot be of its inputs and outputs.
+        PackageError: An input or output has no type or shape, or the facts give an output sizes that it cannot have.
     """
     kept = {s.input for s in module.states} | {a.name for a in module.adapters}
     returned = {s.output for s in module.states} | {a.output for a in module.adapters if a.retained}
+    # Of a file without facts, names tell what the device pairs (AI 100 contract §1.1).
+    names = {str(v.name) for v in module.graph.outputs}
+    paired = {str(v.name) for v in module.graph.inputs if f"{v.name}{State.SUFFIX}" in names}
+    kept, returned = kept | paired, returned | {name + State.SUFFIX for name in paired}
     rows = _rows(module.graph)
     # A weight may be an input that the target binds by itself; the host's token embeddings only name theirs.
     given = [v for v in module.graph.inputs if WEIGHT_KEY not in v.metadata_props or module.role_of(v) is EMBEDDINGS]
@@ -91,7 +95,7 @@ def _rows(graph: ir.Graph) -> dict[str, int]:
     for node in graph:
         if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
             continue
-        table, index = node.inputs
+        table, index = (*node.inputs, None, None)[:2]
         tensor = table.const_value if table is not None else None
         if tensor is None or index is None or not len(tensor.shape):
             continue

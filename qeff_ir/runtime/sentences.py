@@ -126,7 +126,8 @@ def _batch(rows: list[list[int]], encoder: Encoder) -> dict[str, Array]:
         ids[index, : len(row)] = row
         mask[index, : len(row)] = 1
     marks = encoder.interface.input(MASK)
-    return {name_of(TOKENS): ids} | ({} if marks is None else {marks.name: mask})
+    tokens = encoder.interface.input(TOKENS)
+    return {name_of(TOKENS) if tokens is None else tokens.name: ids} | ({} if marks is None else {marks.name: mask})
 
 
 class _Progress:

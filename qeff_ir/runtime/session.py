@@ -58,8 +58,8 @@ class Session(Protocol):
                 `qeff_ir.ir.ports.Run`.
 
         Returns:
-            All outputs of the interface by name, float32; of a decoder ``logits`` ``[batch, 1, vocab]``, those of each
-            row's last real token.
+            All outputs of the interface by name, floats as float32. Of a decoder: ``logits`` ``[batch, 1, vocab]``,
+            those of each row's last real token.
 
         Raises:
             RuntimeInputError: No specialization has these shapes, or an input is missing, unknown or of another type.

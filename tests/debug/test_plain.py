@@ -130,8 +130,8 @@ def test_what_the_optimizer_cannot_take_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["Relu", "plain_graph", "note", "rows"])
-def test_a_text_that_is_none_is_told_wherever_it_stands(text: str, tmp_path: Path) -> None:
-    """protobuf reads such a text as bytes: an operator, the graph's name, metadata and a dim here."""
+def test_a_string_that_is_not_utf_8_is_refused_wherever_it_stands(text: str, tmp_path: Path) -> None:
+    """protobuf reads such a string as bytes: an operator, the graph's name, metadata and a dim here."""
     path = write_plain(tmp_path / "plain.onnx")
     model = onnx.load(path)
     model.graph.name = "plain_graph"
@@ -139,5 +139,5 @@ def test_a_text_that_is_none_is_told_wherever_it_stands(text: str, tmp_path: Pat
     data = model.SerializeToString()
     assert text.encode() in data
     path.write_bytes(data.replace(text.encode(), b"\xe3" + text.encode()[1:]))
-    with pytest.raises(QeffError, match=rf"plain.onnx has a text that is not UTF-8, '\\xe3{text[1:]}'"):
+    with pytest.raises(QeffError, match=rf"plain.onnx has a string that is not UTF-8, '\\xe3{text[1:]}'"):
         load_onnx(path)

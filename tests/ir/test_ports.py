@@ -10,12 +10,16 @@ import pytest
 
 from backends import find_backend
 from qeff_ir.arrays import Array
+from qeff_ir.debug.drive import drive, make_plan
 from qeff_ir.errors import PackageError, PipelineError, RuntimeInputError, VerificationError
 from qeff_ir.ir import ports
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import CACHE_ROW, EMBEDDINGS, LOGITS, MASK, POSITIONS, TOKENS, Run
+from qeff_ir.ir.printer import fingerprint, to_text
 from qeff_ir.ir.snapshot import load_module, save_module
+from qeff_ir.passing import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.encoder import Encoder
 from qeff_ir.runtime.interface import interface_of
 from tests import support
 
@@ -43,7 +47,7 @@ def test_a_role_is_asked_for_whatever_the_value_is_called() -> None:
     value = module.port(POSITIONS)
     value.name = "pos"
     assert module.find(POSITIONS) is None
-    with pytest.raises(VerificationError, match=r"the graph of LlamaForCausalLM has no input or output of positions$"):
+    with pytest.raises(VerificationError, match=r"LlamaForCausalLM has no port with the role 'positions'$"):
         module.port(POSITIONS)
     module.declare(value, POSITIONS)
     assert module.port(POSITIONS) is value
@@ -119,6 +123,54 @@ def test_a_session_whose_inputs_nobody_knows_is_no_decoder(tmp_path: Path) -> No
     backend = find_backend("onnxruntime")
     backend.emit(module, tmp_path, support.OPTIONS)
     session = backend.open(tmp_path, threads=1)
-    message = "not that of a decoder, nothing tells what its input position_ids is given: compile the model again"
-    with pytest.raises(PackageError, match=message):
+    with pytest.raises(PackageError, match="no role says what to feed to the input position_ids of the package"):
         Decoder(session)
+
+
+def test_a_session_with_the_logits_of_all_tokens_is_refused(tmp_path: Path) -> None:
+    """The first of them would be taken for the last."""
+    module, backend = support.canonical("llama"), find_backend("onnxruntime")
+    support.apply(module, str(Pipeline.parse(support.rest_of("onnxruntime")).without("last-logits")))
+    backend.emit(module, tmp_path, support.OPTIONS)
+    with pytest.raises(PackageError, match="returns the logits of all tokens: put last-logits into the pipeline"):
+        Decoder(backend.open(tmp_path, threads=1))
+
+
+def test_a_causal_lm_is_no_forward_pass(tmp_path: Path) -> None:
+    module, backend = support.canonical("llama"), find_backend("onnxruntime")
+    support.apply(module, support.rest_of("onnxruntime"))
+    backend.emit(module, tmp_path, support.OPTIONS)
+    with pytest.raises(PackageError, match="that of a causal LM: open it with QEFFAutoModelForCausalLM"):
+        Encoder(backend.open(tmp_path, threads=1))
+
+
+def test_another_role_is_another_module() -> None:
+    module = support.lowered("llama")
+    before, text = fingerprint(module), to_text(module)
+    module.declare(module.port(POSITIONS), MASK)
+    assert fingerprint(module) != before
+    assert "port position_ids: mask" in to_text(module).splitlines() and "port " not in text
+
+
+def test_what_cannot_be_declared_is_refused() -> None:
+    module = support.lowered("llama")
+    with pytest.raises(PipelineError, match=r"a port cannot be declared \(the value has no name\)"):
+        module.declare(ir.val(None), MASK)
+    with pytest.raises(PipelineError, match=r"a port cannot be declared \(there is no role 'other'\)"):
+        module.declare(module.port(POSITIONS), ports.Role("other", "of nobody"))
+    with pytest.raises(PipelineError, match="have no name for the role 'other': choose one"):
+        ports.name_of(ports.Role("other", "of nobody"))
+
+
+def test_facts_name_no_port_that_is_gone() -> None:
+    module = support.canonical("llama")
+    support.apply(module, "token-embedding")
+    assert module.find(TOKENS) is None and "input_ids" not in module.facts()["ports"]
+    assert module.facts()["ports"]["inputs_embeds"] == "embeddings"
+
+
+def test_a_part_of_a_graph_that_takes_vectors_is_run_without_their_table() -> None:
+    module = support.canonical("llama")
+    support.apply(module, "token-embedding")
+    module.states = []
+    assert drive(module, make_plan(module)).outputs

@@ -62,7 +62,7 @@ PROPERTIES = {
     "two tensors": "frontend/test_loaders.py::test_two_tensors_are_compared_up_to_the_first_difference",
     "code of a folder": "frontend/test_weights.py::test_code_that_may_run_is_part_of_what_a_folder_is",
     "packages": "test_package.py",
-    "modules": "test_module.py::test_another_version_is_refused",
+    "modules": "ir/test_module.py::test_another_version_is_refused",
     "sharing": "test_sharing.py::test_holes_are_not_written",
     "results of qeff opt": "cli/test_opt_writing.py",
     "files of flags": "test_compiler.py::test_another_file_of_a_flag_is_another_package",

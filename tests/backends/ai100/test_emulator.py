@@ -117,6 +117,18 @@ def test_padding_changes_nothing(session: Session) -> None:
     np.testing.assert_array_equal(*results)
 
 
+def test_an_artifact_without_our_facts_is_driven_too(folder: Path, prompts: list[list[int]], session: Session) -> None:
+    """One that another compiler's front end wrote: names tell tokens, positions, logits and states."""
+    expected = Decoder(session).prefill(prompts)
+    file = next(folder.glob("*.onnx"))
+    model = onnx.load(str(file), load_external_data=False)
+    del model.metadata_props[:]
+    file.write_bytes(model.SerializeToString())
+    bare = EmulatedSession(file, threads=1)
+    assert [port.name for port in bare.interface.inputs] == ["input_ids", "position_ids"]
+    np.testing.assert_array_equal(Decoder(bare).prefill(prompts), expected)
+
+
 def test_it_reads_flat_specializations(folder: Path, prompts: list[list[int]], session: Session) -> None:
     path = folder / "specializations.json"
     entries = json.loads(path.read_text())["specializations"]
