@@ -149,5 +149,5 @@ class Backend(ABC):
         return {}
 
     def versions(self) -> dict[str, str]:
-        """Whatever of the target's own can change the artefact, by name: part of the cache key."""
+        """Whatever of the target's own can change the artifact, by name: part of the cache key."""
         return {}

@@ -25,9 +25,10 @@ from qeff_ir.reading import read_bytes, read_json
 
 _SUFFIX = "_RetainedState"
 _EMBEDS = "inputs_embeds"
-_ROLES = ("past_key", "past_value", "past_indexer", "conv_state", "recurrent_state")
-"""Kinds of retained state (contract §1.1 and §1.6), in the order that they have in a layer."""
-_STATE = re.compile(rf"({'|'.join(_ROLES)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
+# Written out again: this module checks what the others make, and shares no names with them.
+_STEMS = ("past_key", "past_value", "past_indexer", "conv_state", "recurrent_state")
+"""Names of retained states, before the number of the layer, in the order of a layer (contract §1.1 and §1.6)."""
+_STATE = re.compile(rf"({'|'.join(_STEMS)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
 _ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
@@ -183,7 +184,7 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
             yield Violation("state-pair", f"input {name} has no output {name}{_SUFFIX}")
     for name in states:
         if _STATE.fullmatch(name) is None:
-            yield Violation("inputs", f"input {name} is no retained state: name it {_ROLES[0]}.<layer>, say")
+            yield Violation("inputs", f"input {name} is no retained state: name it {_STEMS[0]}.<layer>, say")
     expected = sorted((n for n in states if _STATE.fullmatch(n) is not None), key=_order)
     pairs = {n for n in expected if n.startswith(("past_key", "past_value"))}
     for name in sorted(pairs, key=_order):
@@ -226,7 +227,7 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         if name in adapters:
             if not all(isinstance(size, int) for size in shape):
                 yield Violation("dtype-shape", f"the adapter {name} is {shape}, not of a fixed size")
-        elif name.startswith(_ROLES[3:]):
+        elif name.startswith(_STEMS[3:]):
             if shape[:1] != ["batch_size"] or any(isinstance(d, str) for d in shape[1:]):
                 yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is batch_size")
         elif len(shape) != 4 or shape[0] != "batch_size":
@@ -239,7 +240,7 @@ def _order(name: str) -> tuple[int, int, int]:
     """Layer, role and index of a state's name."""
     found = _STATE.fullmatch(name)
     assert found is not None
-    return int(found[2]), _ROLES.index(found[1]), int(found[3] or 0)
+    return int(found[2]), _STEMS.index(found[1]), int(found[3] or 0)
 
 
 def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Violation]:

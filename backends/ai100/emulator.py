@@ -1,4 +1,4 @@
-"""A session without the device: the emitted artefact itself on ONNX Runtime, under the device's rules.
+"""A session without the device: the emitted artifact itself on ONNX Runtime, under the device's rules.
 
 What is checked is what is shipped: the ONNX file of the package with its weights, the shapes of its
 ``specializations.json``, and states that stay where they are between runs. Only the bodies of the device ops are
@@ -46,7 +46,7 @@ class EmulatedSession:
         threads: Threads of the runtime; its own choice by default.
 
     Raises:
-        PackageError: The artefact cannot be loaded.
+        PackageError: The artifact cannot be loaded.
     """
 
     free = False

@@ -45,11 +45,11 @@ class Plan:
 
     Attributes:
         sizes: A size for each symbol that was known when the plan was made.
-        runs: Those of a decoder, in order.
-        inputs: Of a graph that is no decoder, by name, for one run.
+        runs: The runs of a decoder, in order; none for another graph.
+        inputs: The inputs of another graph, by name, for its one run.
         tables: Weights of the module that the plan was made for, by parameter: a pass may leave the look-up of the
             tokens to the host.
-        vectors: Of each token, ``[vocab, hidden]``, for a module that took vectors when the plan was made.
+        vectors: The vector of each token, ``[vocab, hidden]``, for a module that took vectors when the plan was made.
     """
 
     sizes: Mapping[str, int]

@@ -163,15 +163,15 @@ class Encoder:
             )
         return best.symbols[BATCH], padded
 
-    def _padded(self, array: Array, tensor: Port, rows: int, length: int | None) -> Array:
+    def _padded(self, array: Array, port: Port, rows: int, length: int | None) -> Array:
         """The array filled up to the compiled length, and its last row repeated up to the compiled batch."""
         widths = [(0, 0)] * array.ndim
-        for axis, dim in enumerate(tensor.shape):
+        for axis, dim in enumerate(port.shape):
             if dim == LENGTH and length is not None:
                 widths[axis] = (0, length - array.shape[axis])
         if any(after for _, after in widths):
-            array = np.pad(array, widths, constant_values=self.fill if tensor.role is TOKENS else 0)
-        missing = rows - len(array) if BATCH in tensor.shape else 0
+            array = np.pad(array, widths, constant_values=self.fill if port.role is TOKENS else 0)
+        missing = rows - len(array) if BATCH in port.shape else 0
         array = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
         return np.ascontiguousarray(array)
 
@@ -198,37 +198,37 @@ def _array(name: str, value: Any) -> Array:
     return array
 
 
-def _typed(array: Array, tensor: Port) -> Array:
+def _typed(array: Array, port: Port) -> Array:
     """The array in the input's type.
 
     Raises:
         RuntimeInputError: It holds another kind of numbers; or rows that a table of the model does not have, or neither
             0 nor 1 in a mask, which a session would answer with some other number's result.
     """
-    floats = np.issubdtype(tensor.dtype, np.floating)
+    floats = np.issubdtype(port.dtype, np.floating)
     if floats != np.issubdtype(array.dtype, np.floating):
-        raise RuntimeInputError(f"{tensor.name} is {array.dtype}, the model takes {tensor.dtype}")
-    if array.size and tensor.rows is not None and not 0 <= int(array.min()) <= int(array.max()) < tensor.rows:
+        raise RuntimeInputError(f"{port.name} is {array.dtype}, the model takes {port.dtype}")
+    if array.size and port.rows is not None and not 0 <= int(array.min()) <= int(array.max()) < port.rows:
         wrong = int(array.min()) if array.min() < 0 else int(array.max())
-        raise RuntimeInputError(f"{tensor.name} has {wrong}, the model knows 0 to {tensor.rows - 1}")
-    if tensor.role is MASK and not floats and not np.isin(array, (0, 1)).all():
-        raise RuntimeInputError(f"{tensor.name} has other numbers than 0 and 1")
-    return array.astype(tensor.dtype, copy=False)
+        raise RuntimeInputError(f"{port.name} has {wrong}, the model knows 0 to {port.rows - 1}")
+    if port.role is MASK and not floats and not np.isin(array, (0, 1)).all():
+        raise RuntimeInputError(f"{port.name} has other numbers than 0 and 1")
+    return array.astype(port.dtype, copy=False)
 
 
-def _rows(results: list[Array], tensor: Port, counts: list[int], size: int) -> Array:
+def _rows(results: list[Array], port: Port, counts: list[int], size: int) -> Array:
     """An output of several runs as one, without the rows that fill up a run.
 
     Raises:
         RuntimeInputError: Its rows are spread over an axis, so that they cannot be told apart.
     """
-    if BATCH in tensor.shape:
-        axis = tensor.shape.index(BATCH)
+    if BATCH in port.shape:
+        axis = port.shape.index(BATCH)
         array = np.concatenate([r.take(range(n), axis=axis) for r, n in zip(results, counts, strict=True)], axis=axis)
     else:
-        if (len(results) > 1 or counts[0] < size) and None in tensor.shape:
+        if (len(results) > 1 or counts[0] < size) and None in port.shape:
             raise RuntimeInputError(
-                f"the output '{tensor.name}' has no axis of rows, so it is right for {size} rows at once only: give "
+                f"the output '{port.name}' has no axis of rows, so it is right for {size} rows at once only: give "
                 f"{size}, or compile with another batch_size"
             )
         array = results[0]  # the same for all rows

@@ -147,7 +147,7 @@ class Request:
         return len(self.runs[0].counts)
 
     def feeds(self) -> list[tuple[ports.Run, list[list[int] | None], bool]]:
-        """For each run: it, all tokens of each row so far (`None` where it gets none), and whether to reset."""
+        """Each run with all tokens of each row so far (`None` where it gets none), and whether to reset before it."""
         random = np.random.default_rng(self.seed)
         rows: list[list[int]] = [[] for _ in range(self.batch)]
         found: list[tuple[ports.Run, list[list[int] | None], bool]] = []

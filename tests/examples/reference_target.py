@@ -46,7 +46,10 @@ class ReferenceSession:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `qeff_ir.runtime.session.Session.run`."""
-        shapes = [inputs[port.name].shape for port in self.interface.inputs]
+        names = [port.name for port in self.interface.inputs]
+        if set(inputs) != set(names):
+            raise RuntimeInputError(f"the inputs are {' and '.join(names)}, not {', '.join(sorted(inputs))}")
+        shapes = [inputs[name].shape for name in names]
         known = [[sized(port, s.symbols) for port in self.interface.inputs] for s in self._specializations]
         if not self.free and shapes not in known:
             raise RuntimeInputError(f"{shapes} are not of a compiled shape: {known}")

@@ -163,7 +163,7 @@ def test_states_have_one_size_in_all_specializations(folder: Path) -> None:
         BACKEND.open(folder)
 
 
-def test_it_runs_the_artefact(folder: Path) -> None:
+def test_it_runs_the_artifact(folder: Path) -> None:
     """A symbol without a size, and weights that are gone, are noticed."""
     path = folder / "specializations.json"
     text = path.read_text()
