@@ -64,7 +64,8 @@ def test_a_copied_package_opens(package: Path) -> None:
 def test_another_version_is_told(version: int, package: Path) -> None:
     path = package / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}))
-    with pytest.raises(PackageError, match=f"version {version}, this qeff-ir reads version 2: compile the model again"):
+    message = f"version {version}, this qeff-ir reads version {FORMAT_VERSION}: compile the model again"
+    with pytest.raises(PackageError, match=message):
         open_package(package)
 
 
