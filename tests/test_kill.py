@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,15 @@ def test_every_fault_stands_in_the_source_as_it_is(fault: Fault) -> None:
     text = (ROOT / place.file).read_text()
     assert ast.dump(ast.parse(replaced(text, place.inner, fault.old, fault.new))) != ast.dump(ast.parse(text))
     assert fault.by in PROPERTIES
+
+
+@pytest.mark.parametrize("where", PROPERTIES.values(), ids=PROPERTIES.keys())
+def test_every_property_is_there(where: str) -> None:
+    """One that is not would be no test, and a copy without a result counts as told."""
+    path, _, name = where.partition("::")
+    file, test = ROOT / "tests" / path, name.partition("::")[0].partition("[")[0]
+    assert file.exists()
+    assert not test or re.search(rf"(def|class) {test}\b|\b{test} =", file.read_text())
 
 
 def test_there_are_many_faults_everywhere() -> None:

@@ -172,10 +172,7 @@ class Module:
         Raises:
             VerificationError: There is none (code ``interface``).
         """
-        for value in self.graph.inputs:
-            if value.name == name:
-                return value
-        raise VerificationError("interface", f"the graph of {self.name} has no input named '{name}'")
+        return self._named(self.graph.inputs, "input", name)
 
     def output(self, name: str) -> ir.Value:
         """The graph output of that name.
@@ -183,10 +180,13 @@ class Module:
         Raises:
             VerificationError: There is none (code ``interface``).
         """
-        for value in self.graph.outputs:
-            if value.name == name:
-                return value
-        raise VerificationError("interface", f"the graph of {self.name} has no output named '{name}'")
+        return self._named(self.graph.outputs, "output", name)
+
+    def _named(self, values: Iterable[ir.Value], what: str, name: str) -> ir.Value:
+        found = next((value for value in values if value.name == name), None)
+        if found is None:
+            raise VerificationError("interface", f"the graph of {self.name} has no {what} named '{name}'")
+        return found
 
     def port(self, role: Role) -> ir.Value:
         """The graph input or output of a role.

@@ -12,7 +12,7 @@ import pytest
 from onnxscript.rewriter import pattern
 
 from qeff_ir.errors import PassError, PipelineError
-from qeff_ir.ir.module import CHANGED_KEY, PASS_KEY, Module
+from qeff_ir.ir.module import CHANGED_KEY, PASS_KEY, SOURCE_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
@@ -132,6 +132,18 @@ def test_an_input_in_the_place_of_an_output_keeps_its_name(module: Module) -> No
     assert made is not None
     rewriter.replace(made, given)
     assert module.input("position_ids") is given and module.output("logits").producer() is not None
+
+
+def test_nodes_after_an_anchor_follow_each_other(module: Module) -> None:
+    node = next(n for n in module.graph if n.op_type == "MatMul")
+    b = Rewriter(module, "made").after(node)
+    first = b("Neg", node.outputs[0])
+    second = b("Abs", first)
+    order = list(module.graph)
+    at = order.index(node)
+    assert order[at + 1 : at + 3] == [first.producer(), second.producer()]
+    assert order[at + 1].metadata_props[PASS_KEY] == "made"
+    assert order[at + 2].metadata_props[SOURCE_KEY] == node.metadata_props[SOURCE_KEY] != ""
 
 
 def test_a_budget_for_an_unknown_pass_is_refused(module: Module) -> None:
