@@ -228,7 +228,7 @@ class Module:
                 value.type = _copied(value.type)  # onnx_ir shares it, and changes it in place
                 if isinstance(value.const_value, ir.Tensor) and isinstance(value.const_value.raw, np.ndarray):
                     value.const_value.raw.flags.writeable = False
-        return Module(
+        copied = Module(
             model,
             self.name,
             list(self.states),
@@ -237,8 +237,9 @@ class Module:
             set(self.properties),
             list(self.adapters),
             self.padding,
-            dict(self.ports),
         )
+        copied.ports = dict(self.ports)  # also when there are none: names tell nothing of a copy
+        return copied
 
     def rename_dim(self, old: str, new: str) -> None:
         """Rename a symbol in every shape, state, dim and specialization; two symbols may become one."""
@@ -287,7 +288,7 @@ class Module:
                 "facts", f"the ONNX model has no '{METADATA_KEY}' metadata: it was not saved by qeff-ir"
             )
         found = read_facts(text)
-        return cls(
+        module = cls(
             model,
             found.name,
             list(found.states),
@@ -296,8 +297,9 @@ class Module:
             set(found.properties),
             list(found.adapters),
             found.padding,
-            dict(found.ports),
         )
+        module.ports = dict(found.ports)
+        return module
 
 
 def read_facts(text: str) -> Facts:

@@ -22,6 +22,7 @@ from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.encoder import Encoder
 from qeff_ir.runtime.interface import interface_of
 from tests import support
+from tests.debug.models import plain
 
 RUN = Run(np.array([[5, 6], [7, 0]]), np.array([[0, 1], [0, -1]]))
 
@@ -150,6 +151,15 @@ def test_another_role_is_another_module() -> None:
     module.declare(module.port(POSITIONS), MASK)
     assert fingerprint(module) != before
     assert "port position_ids: mask" in to_text(module).splitlines() and "port " not in text
+
+
+def test_names_tell_no_role_of_what_is_added_later(tmp_path: Path) -> None:
+    """A copy, and what is read again, have the roles of the module that they are of, also when it has none."""
+    module = plain(tmp_path)
+    assert module.ports == {}
+    module.graph.inputs[0].name = "input_ids"
+    saved = load_module(save_module(module, tmp_path / "saved"))
+    assert [m.find(TOKENS) for m in (module, module.clone(), saved)] == [None] * 3
 
 
 def test_what_cannot_be_declared_is_refused() -> None:
