@@ -19,6 +19,7 @@ from qeff_ir.arrays import Array
 from qeff_ir.compiler import specialize
 from qeff_ir.ir import dialect
 from qeff_ir.ir.module import Dim, Module
+from qeff_ir.ir.ports import LOGITS
 from qeff_ir.ir.residents import State
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.manager import run_pipeline
@@ -57,6 +58,7 @@ def teller(window: int | None, shift: int = 0) -> Module:
     logits = b("MatMul", rows, head, shape=["batch_size", "seq_len", CTX], dtype=FLOAT)
     graph.remove(end, safe=True)
     logits.name = "logits"
+    module.declare(logits, LOGITS)
     for state, cache in zip(states, caches, strict=True):
         cache.name = state.output
     graph.outputs.extend([logits, *caches])
