@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.errors import PassError
-from qeff_ir.ir import dialect
+from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
@@ -50,7 +50,7 @@ class Attention(Pass):
             rule = "sinks" if node.op_type == "SinkAttention" else "grouped"
             rewriter.replace(node, _grouped(node, rewriter.at(node)), rule)
         rewriter.sweep()
-        dialect.attach(module.model)
+        operators.attach(module.model)
 
     def sites(self, module: Module) -> list[ir.Node]:
         """Attention with sinks; with ``impl=grouped`` the standard op too."""

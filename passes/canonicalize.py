@@ -14,9 +14,8 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewriteRuleSet, pattern
 from onnxscript.rewriter.rules import common as rules
 
-from qeff_ir import device_ops
 from qeff_ir.errors import PassError, QeffError
-from qeff_ir.ir import dialect
+from qeff_ir.ir import operators
 from qeff_ir.ir.module import Module
 from qeff_ir.numerics import Exact, Numeric
 from qeff_ir.passing.base import Pass, Rewriter, register
@@ -88,8 +87,8 @@ class Canonicalize(Pass):
             return
         before, declared = len(module.graph), [list(v.shape or ()) for v in module.graph.outputs]
         handed_on = _take_out(module.graph)
-        # The optimizer inlines every function it finds; the dialect and the device's ops have to survive.
-        for key in [k for k in module.model.functions if k[0] in (dialect.DOMAIN, *device_ops.DOMAINS)]:
+        # The optimizer inlines every function it finds; operators with a meaning of their own have to survive.
+        for key in [k for k in module.model.functions if k[:2] in operators.known()]:
             del module.model.functions[key]
         with _taking("inline a function of"):
             common.InlinePass()(module.model)
@@ -103,8 +102,7 @@ class Canonicalize(Pass):
         for index, value in handed_on:
             module.graph.outputs.insert(index, value)
         _forget_computed_sizes(module, declared)
-        dialect.attach(module.model)
-        device_ops.attach(module.model)
+        operators.attach(module.model)
         rewriter.stats.fired["removed"] = before - len(module.graph)
 
 

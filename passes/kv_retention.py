@@ -8,9 +8,8 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from qeff_ir import device_ops
 from qeff_ir.errors import PassError
-from qeff_ir.ir import dialect
+from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Dim, Module, Specialization
 from qeff_ir.ir.ports import POSITIONS
 from qeff_ir.ir.residents import State
@@ -83,8 +82,7 @@ class KVRetention(Pass):
                 layout.write(node, slots, state)
         layout.finish()
         module.graph.remove(anchor, safe=True)
-        dialect.attach(module.model)
-        device_ops.attach(module.model)
+        operators.attach(module.model)
 
     def _layout(self, module: Module, rewriter: Rewriter) -> Layout:
         registered_passes()  # imports the targets' passes, and their layouts with them

@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from backends import find_backend
-from backends.ai100 import device_rules
 from backends.base import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.compiler import specialize
 from qeff_ir.frontend.source import MemorySource
+from qeff_ir.ir import operators
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.snapshot import save_module
 from qeff_ir.passing.manager import Report, run_pipeline
@@ -120,7 +120,7 @@ def run_graph(module: Module, folder: Path, feeds: Mapping[str, Array]) -> dict[
     folder.mkdir(parents=True, exist_ok=True)
     path = save_module(module, folder)
     proto = onnx.load(str(path), load_external_data=False)
-    device_rules.apply(proto)
+    operators.give_rules(proto)
     onnx.save(proto, str(path))
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]

@@ -1,19 +1,21 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportInvalidTypeVarUse=false, reportCallIssue=false
 # (onnxscript reads these functions as a language of its own; its stubs describe eager tensors)
-"""The device ops as the device runs them: an index out of range is skipped (AI 100 contract §2).
+"""The cache operators as the device runs them: an index out of range is skipped (AI 100 contract §2).
 
-The bodies in `qeff_ir.device_ops` are what the compiler is shown; ONNX Runtime fails on the indices that the device
+The bodies in `backends.ai100.operators` are shown to the compiler; ONNX Runtime fails on the indices that the device
 skips. The emulator puts these in their place; names and signatures are the same.
 """
 
 from typing import TypeVar, Union
 
-import onnx
 from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT64, script
 from onnxscript.onnx_opset import opset18 as op
 from onnxscript.values import Opset
 
-from qeff_ir.device_ops import CTX_DOMAIN, VERSION
+CTX_DOMAIN = "com.qualcomm.cloud"
+"""Domain of the cache operators."""
+
+VERSION = 1
 
 T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])
 
@@ -65,24 +67,3 @@ def CtxGather(data: T, ctx_indices: INT64, comp_ctx_len: INT64, unread: float = 
     read = op.GatherND(data, index, batch_dims=2)
     nothing = op.CastLike(op.Constant(value_float=unread), data)
     return op.Where(op.Unsqueeze(op.Expand(valid, shape), last), read, nothing)
-
-
-RULES = {(CTX_DOMAIN, f.name): f for f in (CtxScatter, CtxGather)}
-"""The bodies by domain and name."""
-
-
-def apply(model: onnx.ModelProto, *, unread: float = 0.0) -> None:
-    """Give the device ops of a model the device's own behavior, in place.
-
-    Args:
-        model: The model.
-        unread: What a read of a slot out of range gives. The device promises nothing: NaN shows in the logits of a
-            graph that looks at it. Standard attention looks at hidden keys, so that one which is not lowered yet needs
-            a number.
-    """
-    for function in model.functions:
-        rule = RULES.get((function.domain, function.name))
-        if rule is not None:
-            function.CopyFrom(rule.to_function_proto())
-            for default in function.attribute_proto:
-                default.f = unread

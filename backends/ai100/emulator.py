@@ -1,9 +1,9 @@
 """A session without the device: the emitted artifact itself on ONNX Runtime, under the device's rules.
 
 What is checked is what is shipped: the ONNX file of the package with its weights, the shapes of its
-``specializations.json``, and states that stay where they are between runs. Only the bodies of the device ops are
-exchanged (`device_rules`); they give NaN for what they do not read, so that nothing can depend on it. The arithmetic is
-not emulated: it stays in the precision of the ONNX file.
+``specializations.json``, and states that stay where they are between runs. Only the bodies of the device's operators
+are exchanged for its rules (`qeff_ir.ir.operators`), which give NaN for what they do not read, so that nothing can
+depend on it. The arithmetic is not emulated: it stays in the precision of the ONNX file.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
-from backends.ai100 import device_rules, specializations, weight_free
+from backends.ai100 import specializations, sub_functions, weight_free
 from backends.ai100.artifact import read_interface
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Specialization
 from qeff_ir.ir.residents import State
+from qeff_ir.passing.base import registered_passes
 from qeff_ir.storage import load_proto
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -56,7 +59,7 @@ class EmulatedSession:
         proto = load_proto(model)
         self.interface = read_interface(proto, model)
         weight_free.bind(proto, model.parent)
-        device_rules.apply(proto, unread=math.nan)
+        _give_rules(proto, model)
         content = proto.SerializeToString()
         self._programs = [_Program(content, model, s, threads) for s in self._specializations]
         shapes = self._programs[0].states
@@ -104,6 +107,28 @@ class EmulatedSession:
         for name, value in self._states.items():
             if name not in self._adapters:
                 value.update_inplace(np.zeros(value.shape(), dtype=np.float32))
+
+
+_COMPILED = (dialect.DOMAIN, sub_functions.DOMAIN)
+"""Domains of functions that the compiler reads; any other is of operators of the device."""
+
+
+def _give_rules(proto: onnx.ModelProto, model: Path) -> None:
+    """Let the device's operators do what the device does; a read of nothing gives NaN, which shows in the logits.
+
+    Raises:
+        PackageError: There is no rule for one.
+    """
+    native = [(f.domain, f.name) for f in proto.functions if f.domain not in _COMPILED]
+    if any(key not in operators.known() for key in native):
+        registered_passes()  # imports plug-ins, which takes its time
+    for key in native:
+        if key not in operators.known() or operators.known()[key].rule is None:
+            raise PackageError(
+                f"{model} calls {key[0]}::{key[1]}, and nothing says how the device runs it: install the plug-in that "
+                "defines the operator with a rule (qeff_ir.ir.operators.define)"
+            )
+    operators.give_rules(proto, unread=math.nan)
 
 
 _FUSE_BIASES = ["MatMulAddFusion", "SkipLayerNormFusion"]

@@ -49,14 +49,13 @@ def command(
 def _module(package: Path, manifest: Manifest) -> Module:
     from onnx_ir.passes.common import InlinePass
 
-    from backends import find_backend
-    from qeff_ir import device_ops
-    from qeff_ir.ir import dialect
+    from backends import find_backend, load_passes
+    from qeff_ir.ir import operators
     from qeff_ir.ir.snapshot import load_module
 
     module = load_module(find_backend(manifest.target).model_file(package))
-    own = (dialect.DOMAIN, *device_ops.DOMAINS)
-    for key in [key for key in module.model.functions if key[0] in own]:
+    load_passes()  # and the targets' operators with them
+    for key in [key for key in module.model.functions if key[:2] in operators.known()]:
         del module.model.functions[key]
     InlinePass()(module.model)  # layers that are functions
     return module

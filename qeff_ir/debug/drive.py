@@ -24,9 +24,11 @@ import onnxruntime as ort
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
+from qeff_ir.ir import operators
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.ports import EMBEDDINGS, LOGITS, POSITIONS, TOKENS, Run
 from qeff_ir.ir.snapshot import save_module
+from qeff_ir.passing.base import registered_passes
 from qeff_ir.runtime.token_table import TokenTable
 
 SMALL = {"batch_size": 2, "seq_len": 4, "ctx_len": 24}
@@ -214,12 +216,11 @@ def _prefill(prompts: Sequence[Array], chunk: int) -> list[Run]:
 
 
 def _open(module: Module, folder: Path) -> ort.InferenceSession:
-    """A session on a snapshot, device ops under the device's rules for indices out of range."""
-    from backends.ai100 import device_rules
-
+    """A session on a snapshot, operators of devices as the devices run them."""
     path = save_module(module, folder, prefer_links=True)
     proto = onnx.load(str(path), load_external_data=False)
-    device_rules.apply(proto)
+    registered_passes()  # imports the operators of targets and plug-ins
+    operators.give_rules(proto)
     del proto.graph.value_info[
         :
     ]  # a pass may leave the shape of an inner value behind the times; the runtime infers it

@@ -16,12 +16,11 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qeff_ir import device_ops
 from qeff_ir.debug.bundle import Bundle, write_bundle
 from qeff_ir.debug.drive import drive, make_plan
 from qeff_ir.debug.replay import attempt, failing_pass, recorded
 from qeff_ir.errors import BundleError, QeffError
-from qeff_ir.ir import dialect
+from qeff_ir.ir import operators
 from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.snapshot import save_module
 
@@ -206,8 +205,7 @@ def _tidy(module: Module, outputs: Iterable[str]) -> Module:
         value = module.graph.inputs[index]
         if not value.uses() and not value.is_graph_output() and value.name not in needed:
             del module.graph.inputs[index]
-    dialect.attach(module.model)
-    device_ops.attach(module.model)
+    operators.attach(module.model)
     for value in (*module.graph.inputs, *module.graph.outputs):
         for dim in value.shape or ():
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value not in module.dims:

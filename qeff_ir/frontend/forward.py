@@ -21,7 +21,7 @@ from qeff_ir.frontend.private import export_patches
 from qeff_ir.frontend.quiet import quiet
 from qeff_ir.frontend.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.weights import Weights
-from qeff_ir.ir import dialect
+from qeff_ir.ir import operators
 from qeff_ir.ir.module import Dim, Module, OutputSizes, Padding, rename_symbols
 from qeff_ir.runtime.sizes import evaluate
 
@@ -83,7 +83,7 @@ def lower_forward(
     _drop_outputs_without_weights(program.model.graph, weights, model)
     module = Module(clean(program.model, weights, []), type(model).__name__)
     _name_dims(module, inputs, model, padding)
-    dialect.attach(module.model)
+    operators.attach(module.model)
     module.write_facts()
     return module
 

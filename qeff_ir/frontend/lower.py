@@ -45,7 +45,7 @@ from qeff_ir.frontend.states import CapturingCache
 from qeff_ir.frontend.versions import cache_argument
 from qeff_ir.frontend.weights import Weights
 from qeff_ir.garbage import settled
-from qeff_ir.ir import dialect
+from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, Module, all_values, rename_symbols
 from qeff_ir.ir.ports import LOGITS, POSITIONS, TOKENS, name_of
 from qeff_ir.ir.residents import DimValue, State
@@ -97,7 +97,7 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> M
     if original is not None:
         known = module.dims["ctx_len"].maximum
         module.dims["ctx_len"] = Dim("ctx_len", original if known is None else min(known, original))
-    dialect.attach(module.model)
+    operators.attach(module.model)
     module.write_facts()
     return module
 

@@ -8,14 +8,14 @@ the ops to a target's physical form. ``B`` batch, ``H`` key/value heads, ``C`` s
 run, ``D`` head width.
 """
 
-import functools
 from typing import TypeVar, Union
 
 import onnx
-import onnx_ir as ir
 import onnxscript
 from onnxscript import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, script, values
 from onnxscript.onnx_opset import opset24 as op
+
+from qeff_ir.ir.operators import define
 
 DOMAIN = "qeff"
 VERSION = 1
@@ -278,23 +278,5 @@ def _schema(function: onnxscript.OnnxFunction[..., object]) -> onnx.defs.OpSchem
 
 
 for _op in OPS.values():
+    define(_op)
     onnx.defs.register_schema(_schema(_op))
-
-
-@functools.cache
-def _function(name: str) -> ir.Function:
-    return ir.serde.deserialize_function(OPS[name].to_function_proto())
-
-
-def attach(model: ir.Model) -> None:
-    """Give the model the bodies of the dialect ops that it uses, and only those."""
-    used = {n.op_type for n in ir.traversal.RecursiveGraphIterator(model.graph) if n.domain == DOMAIN}
-    for key in [k for k in model.functions if k[0] == DOMAIN and k[1] not in used]:
-        del model.functions[key]
-    for name in sorted(used):
-        body = _function(name)
-        model.functions.setdefault(body.identifier(), body.clone())
-    if used:
-        model.opset_imports[DOMAIN] = VERSION
-    else:
-        model.opset_imports.pop(DOMAIN, None)

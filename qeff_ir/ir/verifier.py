@@ -28,6 +28,7 @@ import onnx
 import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
+from qeff_ir.ir import operators
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.ir.printer import excerpt
 from qeff_ir.ir.residents import State
@@ -156,9 +157,9 @@ def _check_operators(module: Module) -> None:
             hint = f"set module.model.opset_imports['{node.domain}'] to a version"
             raise broken(module, "operator", message, node, f"{node.domain}.{node.op_type}", hint=hint)
         if node.op_identifier() in model.functions or node.domain not in ("", "ai.onnx.ml"):
-            if node.op_identifier() not in model.functions and node.domain in _WITH_BODIES:
+            if node.op_identifier() not in model.functions and (node.domain, node.op_type) in operators.known():
                 message = f"{_place(node)} has no body in the model"
-                hint = f"call {_WITH_BODIES[node.domain]}.attach(module.model) at the end of the pass"
+                hint = "call qeff_ir.ir.operators.attach(module.model) at the end of the pass"
                 raise broken(module, "operator", message, node, f"{node.domain}.{node.op_type}", hint=hint)
             continue
         opset = model.opset_imports[node.domain]
@@ -169,13 +170,6 @@ def _check_operators(module: Module) -> None:
 
 _OPSETS = range(2**31)
 """What onnx takes for the number of an opset; files have 64 bits for it."""
-
-_WITH_BODIES = {
-    "qeff": "qeff_ir.ir.dialect",
-    "com.qualcomm.cloud": "qeff_ir.device_ops",
-    "com.qti.aisw.onnx": "qeff_ir.device_ops",
-}
-"""Domains that no ONNX runtime knows, with where the bodies are that a snapshot needs to load."""
 
 
 def _other_operator(node: ir.Node, opset: int) -> str:

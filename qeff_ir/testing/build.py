@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir.ir import dialect
+from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import SOURCE_KEY, Dim, Module
 from qeff_ir.ir.ports import LOGITS, name_of
 from qeff_ir.ir.residents import State
@@ -69,7 +69,7 @@ class _Builder(Rotated):
         module = Module(ir.Model(self.graph, ir_version=11), "Drawn", states)
         limit = r.POSITIONS if r.learned_positions else None
         module.dims = {n: Dim(n) for n in ROWS} | {"ctx_len": Dim("ctx_len", limit)}
-        dialect.attach(module.model)
+        operators.attach(module.model)
         module.write_facts()
         return Built(r, module, self.planted, self.missed)
 

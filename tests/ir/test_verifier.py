@@ -293,7 +293,7 @@ def test_a_rule_shows_the_lines_around_the_fault_and_what_to_do() -> None:
          "inserts before that node"),
         (unknown_operator, "did you mean 'Mul'?"),
         (operator_of_a_later_opset, "it came with opset 23: raise the opset, or write it with older operators"),
-        (dialect_without_body, "call qeff_ir.ir.dialect.attach(module.model) at the end of the pass"),
+        (dialect_without_body, "call qeff_ir.ir.operators.attach(module.model) at the end of the pass"),
         (undeclared_dim, "use one of batch_size, seq_len, ctx_len, or add it to module.dims"),
         (context_beyond_the_model, "ask for 32 or less"),
     ],

@@ -17,7 +17,7 @@ from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.compiler import specialize
-from qeff_ir.ir import dialect
+from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.ports import LOGITS
 from qeff_ir.ir.residents import State
@@ -62,7 +62,7 @@ def teller(window: int | None, shift: int = 0) -> Module:
     for state, cache in zip(states, caches, strict=True):
         cache.name = state.output
     graph.outputs.extend([logits, *caches])
-    dialect.attach(module.model)
+    operators.attach(module.model)
     return module
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir import device_ops
+from backends.ai100 import operators
 from qeff_ir.passing.base import OpBuilder
 
 
@@ -31,7 +31,7 @@ class Lowering:
 def _rms_normalization(node: ir.Node, b: OpBuilder) -> ir.Value:
     x, scale = node.inputs[:2]
     epsilon = node.attributes.get_float("epsilon", 1e-5)
-    return b("CustomRMSNorm", x, scale, domain=device_ops.QTI_DOMAIN, epsilon=epsilon)
+    return b("CustomRMSNorm", x, scale, domain=operators.QTI_DOMAIN, epsilon=epsilon)
 
 
 def _rotary_embedding(node: ir.Node, b: OpBuilder) -> ir.Value:

@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from backends.ai100.operators import CTX_DOMAIN
 from passes.kv_layouts import Layout, Slots, layout
-from qeff_ir.device_ops import CTX_DOMAIN
 from qeff_ir.ir.residents import State
 from qeff_ir.passing.base import OpBuilder
 from qeff_ir.passing.matching import operand

@@ -8,8 +8,8 @@ from typing import ClassVar
 import onnx
 import onnx_ir as ir
 
-from qeff_ir import device_ops
 from qeff_ir.errors import PassError
+from qeff_ir.ir import operators
 from qeff_ir.ir.module import SOURCE_KEY, Module
 from qeff_ir.passing.base import Pass, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
@@ -52,7 +52,7 @@ class Legalize(Pass):
                 if node.domain == "":
                     _check(node, self.opset)
             module.model.opset_imports[""] = self.opset
-        device_ops.attach(module.model)  # whose bodies are of the opset
+        operators.attach(module.model)  # whose bodies are of the opset
 
     def sites(self, module: Module) -> list[ir.Node]:
         """Operators with a lowering that the opset does not have."""

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.ai100 import device_rules
-from qeff_ir import device_ops
+from backends.ai100 import device_rules, operators
+from qeff_ir.ir.operators import give_rules
 
 B, H, C, S, D = 2, 3, 5, 4, 2
 DROPPED = 2**31 - 1
@@ -43,16 +43,16 @@ def session(function: Any, inputs: dict[str, str], **attributes: Any) -> ort.Inf
 
 
 def unread() -> ort.InferenceSession:
-    """A read whose rule came from `device_rules.apply`, as in the emulator."""
-    proto = model(device_ops.CtxGather, GATHER_INPUTS)
-    device_rules.apply(proto, unread=math.nan)
+    """A read whose rule came from the emulator, as in the emulator."""
+    proto = model(operators.CtxGather, GATHER_INPUTS)
+    give_rules(proto, unread=math.nan)
     return opened(proto)
 
 
 SCATTER_INPUTS = {"data": "f", "position_ids": "i", "updates": "f"}
 GATHER_INPUTS = {"data": "f", "ctx_indices": "i", "comp_ctx_len": "i"}
-SCATTER = {m: session(m.CtxScatter, SCATTER_INPUTS) for m in (device_ops, device_rules)}
-GATHER = {m: session(m.CtxGather, GATHER_INPUTS) for m in (device_ops, device_rules)}
+SCATTER = {m: session(m.CtxScatter, SCATTER_INPUTS) for m in (operators, device_rules)}
+GATHER = {m: session(m.CtxGather, GATHER_INPUTS) for m in (operators, device_rules)}
 UNREAD = unread()
 INDEX = st.one_of(st.integers(-3, C + 3), st.sampled_from([DROPPED, -DROPPED]))
 
@@ -104,12 +104,12 @@ def test_the_shown_body_fails_out_of_range() -> None:
     """So the exchange of the bodies is needed, and a test that ran without it would notice."""
     feed = {"data": numbers(B, H, C, D), "position_ids": np.full((B, S), DROPPED), "updates": numbers(B, H, S, D)}
     with pytest.raises(Exception, match="invalid indice"):
-        SCATTER[device_ops].run(None, feed)
+        SCATTER[operators].run(None, feed)
 
 
 def test_rms_norm() -> None:
     x, weight = numbers(2, 3, 8), np.linspace(-1, 2, 8, dtype=np.float32)
-    norm = session(device_ops.CustomRMSNorm, {"hidden_states": "f", "weight": "f"}, epsilon=0.25)
+    norm = session(operators.CustomRMSNorm, {"hidden_states": "f", "weight": "f"}, epsilon=0.25)
     exact = x.astype(np.float64)
     exact = weight * exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 0.25)
     np.testing.assert_allclose(norm.run(None, {"hidden_states": x, "weight": weight})[0], exact, rtol=1e-6, atol=1e-7)

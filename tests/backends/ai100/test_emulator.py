@@ -8,10 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from backends.ai100 import specializations
+from backends.ai100 import operators, specializations
 from backends.ai100.backend import BACKEND
 from backends.ai100.emulator import EmulatedSession
-from qeff_ir import device_ops
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.module import Specialization
 from qeff_ir.numerics import bound, depth
@@ -179,7 +178,7 @@ def test_it_runs_the_artifact(folder: Path) -> None:
 
 @pytest.mark.parametrize(("slot", "expected"), [(1, 0.0), (4, np.nan), (-1, np.nan)])
 def test_a_graph_that_looks_at_a_slot_that_is_not_read_shows_it(tmp_path: Path, slot: int, expected: float) -> None:
-    gather = device_ops.CtxGather.to_function_proto()
+    gather = operators.CtxGather.to_function_proto()
     constants = {"slots": np.array([[[slot]]]), "count": np.array(1)}
     ids, positions = (
         helper.make_tensor_value_info(n, TensorProto.INT64, [1, 1]) for n in ("input_ids", "position_ids")

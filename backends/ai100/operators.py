@@ -1,36 +1,33 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportInvalidTypeVarUse=false, reportCallIssue=false
 # (onnxscript reads these functions as a language of its own; its stubs describe eager tensors)
-"""The custom ops that the AI 100 compiler takes natively, each with a body that defines its meaning.
+"""The operators that the AI 100 compiler takes natively, each with a body that defines its meaning.
 
-The compiler knows these ops by domain and name and replaces them by its own implementation; the bodies make every
-snapshot a valid ONNX model (AI 100 contract §2). They hold in any standard opset from 18 on. ``B`` batch, ``H``
-key/value heads, ``C`` slots of the cache, ``S`` tokens of this run, ``N`` slots to read, ``D`` head width.
+The compiler knows them by domain and name and replaces them by its own implementation; the bodies make every snapshot a
+valid ONNX model (AI 100 contract §2). They hold in any standard opset from 18 on. ``B`` batch, ``H`` key/value heads,
+``C`` slots of the cache, ``S`` tokens of this run, ``N`` slots to read, ``D`` head width.
 
-The bodies are plain ONNX: an index out of range is an error there, while the device skips it.
+The bodies are plain ONNX: an index out of range is an error there, while the device skips it (`device_rules`).
 """
 
-import functools
 from typing import TypeVar, Union
 
-import onnx_ir as ir
 from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT64, script
 from onnxscript.onnx_opset import opset18 as op
 from onnxscript.values import Opset
 
-CTX_DOMAIN = "com.qualcomm.cloud"
-"""Domain of the cache ops."""
+from backends.ai100 import device_rules
+from qeff_ir.ir import operators
+
+CTX_DOMAIN = device_rules.CTX_DOMAIN
+"""Domain of the cache operators."""
 
 QTI_DOMAIN = "com.qti.aisw.onnx"
 """Domain of the normalization."""
 
-VERSION = 1
-OPSET = 18
-"""Oldest standard opset that the bodies are valid in."""
-
 T = TypeVar("T", bound=Union[FLOAT, FLOAT16, BFLOAT16])
 
-_ctx = Opset(CTX_DOMAIN, VERSION)
-_qti = Opset(QTI_DOMAIN, VERSION)
+_ctx = Opset(CTX_DOMAIN, device_rules.VERSION)
+_qti = Opset(QTI_DOMAIN, 1)
 
 
 @script(_ctx, default_opset=op)
@@ -94,34 +91,6 @@ def CustomRMSNorm(hidden_states: T, weight: T, epsilon: float = 1e-6) -> T:  # n
     return op.CastLike(op.Mul(scale, op.Cast(normal, to=1)), hidden_states)
 
 
-OPS = {(f.function_ir.domain, f.name): f for f in (CtxScatter, CtxGather, CustomRMSNorm)}
-"""The ops by domain and name."""
-
-DOMAINS = frozenset(domain for domain, _ in OPS)
-
-
-@functools.cache
-def _function(domain: str, name: str) -> ir.Function:
-    return ir.serde.deserialize_function(OPS[domain, name].to_function_proto())
-
-
-def attach(model: ir.Model) -> None:
-    """Give the model the bodies of the device ops that it uses, and only those, in the model's own standard opset."""
-    graphs = (model.graph, *(f.graph for f in model.functions.values() if f.domain not in DOMAINS))
-    used = {
-        (node.domain, node.op_type)
-        for graph in graphs
-        for node in ir.traversal.RecursiveGraphIterator(graph)
-        if (node.domain, node.op_type) in OPS
-    }
-    for key in [k for k in model.functions if k[0] in DOMAINS]:
-        del model.functions[key]
-    for domain, name in sorted(used):
-        body = _function(domain, name).clone()
-        body.opset_imports[""] = max(OPSET, model.opset_imports.get("", OPSET))
-        model.functions[body.identifier()] = body
-    for domain in DOMAINS:
-        if any(d == domain for d, _ in used):
-            model.opset_imports[domain] = VERSION
-        else:
-            model.opset_imports.pop(domain, None)
+operators.define(CtxScatter, rule=device_rules.CtxScatter)
+operators.define(CtxGather, rule=device_rules.CtxGather)
+operators.define(CustomRMSNorm, rule=CustomRMSNorm)
