@@ -79,7 +79,7 @@ def main(
 def _open(module: Module, options: CompileOptions, step: Lora | None, folder: Path, threads: int) -> Decoder:
     pipeline = Pipeline.parse(BACKEND.pipeline)
     specialize(module, options)
-    run_pipeline(module, pipeline if step is None else pipeline.insert_after("last-logits", step))
+    run_pipeline(module, pipeline if step is None else pipeline.add(step))
     folder.mkdir()
     BACKEND.emit(module, folder, options)
     return Decoder(BACKEND.open(folder, threads=threads))

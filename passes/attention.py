@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qeff_ir.errors import PassError
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Module
-from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
+from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import operand
 
@@ -33,6 +33,7 @@ class Attention(Pass):
     """
 
     name: ClassVar[str] = "attention"
+    phase: ClassVar[Phase] = "lower"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"attention-lowered"})
     expect: ClassVar[Expect] = AllSites()

@@ -13,7 +13,7 @@ from qeff_ir.errors import PassError
 from qeff_ir.ir.module import Module, OutputSizes
 from qeff_ir.ir.ports import MASK
 from qeff_ir.ir.residents import DimValue
-from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
+from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 
 _LOWEST = -65504.0
@@ -39,6 +39,7 @@ class Embedding(Pass):
     """
 
     name: ClassVar[str] = "embedding"
+    phase: ClassVar[Phase] = "adapt"
     changes_interface: ClassVar[bool] = True
     changes_weights: ClassVar[bool] = True
     expect: ClassVar[Expect] = AtLeast(1)

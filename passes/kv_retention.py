@@ -13,7 +13,7 @@ from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Dim, Module, Specialization
 from qeff_ir.ir.ports import POSITIONS
 from qeff_ir.ir.residents import State
-from qeff_ir.passing.base import Pass, Rewriter, register, registered_passes
+from qeff_ir.passing.base import Pass, Phase, Rewriter, register, registered_passes
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import depends_on, operand
 from qeff_ir.passing.options import nearest
@@ -38,6 +38,7 @@ class KVRetention(Pass):
     """
 
     name: ClassVar[str] = "kv-retention"
+    phase: ClassVar[Phase] = "lower"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"states-lowered"})
     changes_interface: ClassVar[bool] = True

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import LOGITS, POSITIONS
-from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.base import Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import Exactly, Expect
 from qeff_ir.passing.matching import depends_on
 
@@ -23,14 +23,15 @@ class LastLogits(Pass):
     """Keep the hidden state of each row's last real token, before the LM head; ``logits`` become ``[batch, 1, vocab]``.
 
     The last real token is the one with the greatest position, the first such column (AI 100 contract §1.2). A row of
-    padding keeps its first column, whose logits mean nothing.
+    padding keeps its first column, whose logits mean nothing. A model without a cache returns what it returns.
     """
 
     name: ClassVar[str] = "last-logits"
+    phase: ClassVar[Phase] = "adapt"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"last-logits"})
     changes_interface: ClassVar[bool] = True
-    expect: ClassVar[Expect] = Exactly(1)
+    expect: ClassVar[Expect] = Exactly("num_decoders")
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Insert the selection at the LM head's input.
@@ -38,6 +39,8 @@ class LastLogits(Pass):
         Raises:
             PassError: ``logits`` do not come from a matrix product over the tokens, or are of one token already.
         """
+        if not module.states:
+            return
         logits = module.port(LOGITS)
         if logits.shape is not None and logits.shape[1] == 1:
             raise PassError("the logits are those of one token of each row already: last-logits has run before")

@@ -14,7 +14,7 @@ from qeff_ir.errors import PassError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import ADAPTER_ROW, POSITIONS, name_of
 from qeff_ir.ir.residents import AdapterInput
-from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
+from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 
 Part = Literal["a", "b", "bias"]
@@ -42,6 +42,7 @@ class Lora(Pass):
     """
 
     name: ClassVar[str] = "lora"
+    phase: ClassVar[Phase] = "adapt"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     changes_interface: ClassVar[bool] = True
     expect: ClassVar[Expect] = AtLeast(1)

@@ -17,7 +17,7 @@ from qeff_ir.adapters.layers import Layer, find_layers
 from qeff_ir.arrays import Array
 from qeff_ir.errors import AdapterError, PassError
 from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
-from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.base import Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 from qeff_ir.passing.matching import made_by
 
@@ -32,6 +32,7 @@ class MergeLora(Pass):
     """
 
     name: ClassVar[str] = "merge-lora"
+    phase: ClassVar[Phase] = "adapt"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     changes_weights: ClassVar[bool] = True
     expect: ClassVar[Expect] = AtLeast(1)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.ir.ports import EMBEDDINGS, POSITIONS, TOKENS, name_of
-from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.base import Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 
 _RESHAPING = frozenset({"Reshape", "Identity", "Cast"})
@@ -28,6 +28,7 @@ class TokenEmbedding(Pass):
     """
 
     name: ClassVar[str] = "token-embedding"
+    phase: ClassVar[Phase] = "adapt"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     changes_interface: ClassVar[bool] = True
     changes_weights: ClassVar[bool] = True

@@ -73,13 +73,22 @@ def choose_target(target: str) -> tuple[str, str]:
     raise CompileError(f"there is no target that can compile here: {'; '.join(reasons)}")
 
 
+def chosen(given: Pipeline | str | None, own: Pipeline) -> Pipeline:
+    """The pipeline that a caller asks for: another one, or the text of edits, instead of the `own` one.
+
+    Raises:
+        PipelineError: The text cannot be read.
+    """
+    return given if isinstance(given, Pipeline) else Pipeline.parse(given, own) if given else own
+
+
 def compile_model(
     source: Source,
     options: CompileOptions,
     *,
     target: str = "auto",
     out: Path | None = None,
-    pipeline: str | None = None,
+    pipeline: Pipeline | str | None = None,
     token_embedding: TokenEmbedding = "graph",
     emit_only: bool = False,
     watch: Watch | None = None,
@@ -92,9 +101,9 @@ def compile_model(
         target: ``auto``, or the name of a backend.
         out: Folder of the package; one in the cache (`cache_root`) when not given. An equal package that is there
             already is used as it is.
-        pipeline: Text of another pipeline than the target's own.
-        token_embedding: ``host``: the pass ``token-embedding`` is put before ``last-logits``, the graph takes vectors,
-            and their table stays in the checkpoint.
+        pipeline: Another pipeline than the target's own, as a value or a text; a text may be edits of the own one.
+        token_embedding: ``host``: the pass ``token-embedding`` is added, the graph takes vectors, and their table stays
+            in the checkpoint.
         emit_only: Stop before the target's compiler, which then need not be installed.
         watch: Told of every step.
 
@@ -109,9 +118,9 @@ def compile_model(
     missing = None if emit_only else backend.missing()
     if missing is not None:
         raise CompileError(f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without")
-    steps = Pipeline.parse(pipeline or backend.pipeline)
+    steps = chosen(pipeline, Pipeline.parse(backend.pipeline))
     if token_embedding == "host":
-        steps = steps.insert_before("last-logits", "token-embedding")
+        steps = steps.add("token-embedding")
     tell = watch or (lambda _step, _run: None)
     tell("weights", None)
     module = None if source.identity() is not None else source.lower()

@@ -17,7 +17,7 @@ from qeff_ir.adapters.slots import AdapterSlots
 from qeff_ir.adapters.step import Bias, Mode, lora_step
 from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments, model_name
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
-from qeff_ir.compiler import Compiled, choose_target
+from qeff_ir.compiler import Compiled, choose_target, chosen
 from qeff_ir.errors import AdapterError, RuntimeInputError
 from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.passing.pipeline import Pipeline
@@ -213,7 +213,7 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         lora_bias: Bias | None = None,
         lora_mode: Mode = "slots",
         target: str = "auto",
-        pipeline: str | None = None,
+        pipeline: Pipeline | str | None = None,
         **kwargs: Any,
     ) -> str:
         """Compile the base model with branches for adapters; see `QEFFAutoModelForCausalLM.compile` for the rest.
@@ -235,9 +235,13 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """
         check_compile_arguments({"target": target, "pipeline": pipeline, **kwargs})
         target, _ = choose_target(target)
-        steps = Pipeline.parse(pipeline or find_backend(target).pipeline)
+        steps = chosen(pipeline, Pipeline.parse(find_backend(target).pipeline))
         with self._lock:
             adapters, merged = list(self._adapters.values()), list(self._merged)
+        for folder in merged:
+            from passes.merge_lora import MergeLora, adapter_digest
+
+            steps = steps.add(MergeLora(adapter=str(folder.resolve()), digest=adapter_digest(folder)[:16]))
         if not any(item.name == "lora" for item in steps.passes):
             step = lora_step(
                 adapters,
@@ -248,13 +252,8 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
                 mode=lora_mode,
                 retained=find_backend(target).retains_adapters,
             )
-            steps = steps.insert_after("last-logits", step)
-        for folder in merged:
-            from passes.merge_lora import MergeLora, adapter_digest
-
-            merge = MergeLora(adapter=str(folder.resolve()), digest=adapter_digest(folder)[:16])
-            steps = steps.insert_before("last-logits", merge)
-        result = super().compile(target=target, pipeline=str(steps), **kwargs)
+            steps = steps.add(step)
+        result = super().compile(target=target, pipeline=steps, **kwargs)
         with self._lock:
             if self._merged != merged:
                 self._compiled = self._runner = self._held = None

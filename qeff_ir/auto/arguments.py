@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qeff_ir.errors import CompileError, ModelLoadError
+from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.reading import path_of
 
 _HUB = frozenset({"revision", "cache_dir", "token", "local_files_only"})
@@ -70,8 +71,10 @@ def check_compile_arguments(arguments: Mapping[str, Any]) -> None:
             fits, wanted = value is None or callable(value), "a function"
         elif name == "token_embedding":
             fits, wanted = value in ("graph", "host") if isinstance(value, str) else False, "'graph' or 'host'"
-        elif name in ("target", "pipeline"):
-            fits, wanted = isinstance(value, str) or (value is None and name == "pipeline"), "a text"
+        elif name == "target":
+            fits, wanted = isinstance(value, str), "a text"
+        elif name == "pipeline":
+            fits, wanted = value is None or isinstance(value, str | Pipeline), "a text or a Pipeline"
         else:
             continue
         if not fits:

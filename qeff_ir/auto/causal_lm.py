@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.runtime.generation import SessionLM
     from qeff_ir.runtime.interface import Interface
     from qeff_ir.runtime.token_table import TokenTable
@@ -111,7 +112,7 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
         mxint8_kv_cache: bool = False,
         weight_free: bool = False,
         compile_dir: str | Path | None = None,
-        pipeline: str | None = None,
+        pipeline: Pipeline | str | None = None,
         token_embedding: TokenEmbedding = "graph",
         emit_only: bool = False,
         force_flags: bool = False,
@@ -132,7 +133,7 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             mxint8_kv_cache: Compress the KV cache on the device.
             weight_free: Emit the AI 100 graph without weights; its compiler binds them from safetensors by itself.
             compile_dir: Folder of the package; one in the cache when not given.
-            pipeline: Text of another pipeline than the target's own.
+            pipeline: Another pipeline than the target's own, or edits of it (``+my-pass,-fuse-rotary``).
             token_embedding: Who looks up the vectors of the tokens. ``host``: the package leaves their table out, and
                 its rows are read from the checkpoint.
             emit_only: Write the package without running the target's compiler.

@@ -145,7 +145,7 @@ class QEFFAutoModel(ForwardModel):
         embedding = self._embedding
         if embedding is None and find_backend(target).names_hidden_states and self._takes_tokens():
             embedding = Embedding("none")
-        return made if embedding is None else made.insert_before("fuse-norms", embedding)
+        return made if embedding is None else made.add(embedding)
 
     def _takes_tokens(self) -> bool:
         return self._source is not None and self._source.takes_tokens()

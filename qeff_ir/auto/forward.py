@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from backends import find_backend
 from backends.base import CompileOptions
-from qeff_ir.auto.arguments import hub_arguments
+from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
-from qeff_ir.compiler import Compiled, Watch, choose_target
+from qeff_ir.compiler import Compiled, Watch, choose_target, chosen
 from qeff_ir.errors import ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions, Task
 from qeff_ir.frontend.source import find_folder
@@ -88,7 +88,7 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
         mxfp6_matmul: bool = False,
         weight_free: bool = False,
         compile_dir: str | Path | None = None,
-        pipeline: str | None = None,
+        pipeline: Pipeline | str | None = None,
         emit_only: bool = False,
         force_flags: bool = False,
         watch: Watch | None = None,
@@ -105,7 +105,7 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
             mxfp6_matmul: Compress constant matmul weights on the device.
             weight_free: Emit the AI 100 graph without weights; its compiler binds them from safetensors by itself.
             compile_dir: Folder of the package; one in the cache when not given.
-            pipeline: Text of another pipeline than `pipeline_for` makes.
+            pipeline: Another pipeline than `pipeline_for` makes, or edits of it (``+my-pass,-fuse-rotary``).
             emit_only: Write the package without running the target's compiler.
             force_flags: Hand unknown compiler flags on instead of refusing them.
             watch: Told of every step, see `qeff_ir.compiler.Watch`.
@@ -129,12 +129,14 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
             flags=compiler_flags(compiler_options),
             force_flags=force_flags,
         )
+        check_compile_arguments({"target": target, "pipeline": pipeline})
         target, _ = choose_target(target)
+        steps = chosen(pipeline, self.pipeline_for(target))
         return self._compile(
             options,
             compile_dir,
             target=target,
-            pipeline=pipeline or str(self.pipeline_for(target)),
+            pipeline=steps,
             emit_only=emit_only,
             watch=watch,
         )
@@ -144,8 +146,8 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
         self._encoder = None
 
     def pipeline_for(self, target: str) -> Pipeline:
-        """The pipeline that `compile` runs: the target's own, without what only token by token generation needs."""
-        return Pipeline.parse(find_backend(target).pipeline).without("last-logits")
+        """The pipeline that `compile` runs: the target's own."""
+        return Pipeline.parse(find_backend(target).pipeline)
 
     def generate(self, inputs: Any = None, **kwargs: Any) -> dict[str, Array]:
         """Run the forward pass once on a batch of any size.

@@ -81,6 +81,7 @@ def _facts(cls: type[Pass]) -> list[str]:
     facts: list[str] = []
     if cls.sites is not Pass.sites:
         facts.append(f"looks at: {' '.join((inspect.getdoc(cls.sites) or '').split())}")
+    facts.append(f"phase: {cls.phase}")
     facts.append(f"must fire: {cls.expect}")
     claims = {"interface": cls.changes_interface, "weights": cls.changes_weights}
     changed = [name for name, may in claims.items() if may]

@@ -49,7 +49,9 @@ class Request:
     pipeline: Annotated[
         str | None,
         typer.Option(
-            help="Passes to run instead of the target's own, as text.", metavar="TEXT", rich_help_panel=_TARGET
+            help="Passes to run instead of the target's own; +pass and -pass edit those.",
+            metavar="TEXT",
+            rich_help_panel=_TARGET,
         ),
     ] = None
     token_embedding: Annotated[

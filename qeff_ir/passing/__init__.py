@@ -24,6 +24,7 @@ _HOMES = {
     "OpBuilder": "rewriter",
     "Pass": "base",
     "PassRun": "report",
+    "Phase": "base",
     "Pipeline": "pipeline",
     "PrintIR": "instrument",
     "Report": "report",

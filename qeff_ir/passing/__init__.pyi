@@ -1,4 +1,5 @@
 from qeff_ir.passing.base import Pass as Pass
+from qeff_ir.passing.base import Phase as Phase
 from qeff_ir.passing.base import register as register
 from qeff_ir.passing.expect import AllSites as AllSites
 from qeff_ir.passing.expect import AnyNumber as AnyNumber

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar, get_args
 
 import onnx_ir as ir
 
@@ -34,12 +34,20 @@ __all__ = [
     "OpBuilder",
     "Pass",
     "PassStats",
+    "Phase",
     "Rewriter",
     "broken_plugins",
     "find_pass",
     "register",
     "registered_passes",
 ]
+
+
+Phase = Literal["prepare", "adapt", "lower"]
+"""Where in a pipeline a pass belongs: bring a graph into its canonical and fused form; adapt it to the task (adapters,
+embeddings, what is returned); lower it to the target's operators."""
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Pass(ABC):
@@ -50,6 +58,7 @@ class Pass(ABC):
 
     Attributes:
         name: Stable name in pipelines, lower-case with dashes.
+        phase: Where in a pipeline it belongs; `Pipeline.add` puts it there.
         requires: Properties that must hold before the pass.
         establishes: Properties that hold after it.
         invalidates: Properties that it may destroy.
@@ -62,6 +71,7 @@ class Pass(ABC):
     """
 
     name: ClassVar[str]
+    phase: ClassVar[Phase] = "prepare"
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
     invalidates: ClassVar[frozenset[str]] = frozenset()

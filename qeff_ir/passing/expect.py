@@ -11,6 +11,7 @@ from qeff_ir.ir.module import Module
 
 COUNTS: dict[str, Callable[[Module], int]] = {
     "num_layers": lambda module: len({s.layer for s in module.states}),
+    "num_decoders": lambda module: int(bool(module.states)),
     "num_states": lambda module: len(module.states),
 }
 """Properties of a module that `Exactly` can name instead of a number."""

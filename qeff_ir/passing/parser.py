@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from qeff_ir.errors import PipelineError
 from qeff_ir.passing.base import Pass, broken_plugins, find_pass, registered_passes
 from qeff_ir.passing.options import MISFIT, WORD, Option, nearest, options, read
+from qeff_ir.passing.places import end_of_phase, place
 
 _NAME = re.compile(r"[A-Za-z][\w-]*")
+_ID = re.compile(r"[A-Za-z][\w-]*(#[0-9]+)?")
 _NUMBER = re.compile(r"[0-9]+")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
@@ -25,31 +26,57 @@ class Parser:
         self.text = text
         self.at = 0
 
-    def passes(self) -> Iterator[Pass]:
-        """The passes of the text, stock pipelines expanded."""
-        seen: Counter[str] = Counter()
+    def passes(self, start: Sequence[Pass] = ()) -> list[Pass]:
+        """The passes of the text, stock pipelines expanded and edits done; `start` stands before them."""
+        made = [*start]
         self._space()
         while self.at < len(self.text):
-            for item in self._stock() if self._take("@") else (self._pass(seen),):
-                seen[item.name] += 1
-                yield item
+            if self._take("@"):
+                made += self._stock()
+            elif self._take("+"):
+                self._insert(made)
+            elif self._take("-"):
+                del made[self._known(made)]
+            else:
+                made.append(self._pass(made))
             self._space()
             if self.at < len(self.text) and not self._take(","):
                 raise self._error("a ',' is missing between two passes", self.at)
             if self.text[self.at - 1] == "," and not self.text[self.at :].strip():
                 raise self._error("a pass is missing after the ','", self.at)
             self._space()
+        return made
 
-    def _stock(self) -> tuple[Pass, ...]:
+    def _insert(self, made: list[Pass]) -> None:
+        """Put a pass at the end of its phase, or before (``<``) or behind (``>``) another."""
+        item = self._pass(())
+        if self._take("<"):
+            at = self._known(made)
+        elif self._take(">"):
+            at = self._known(made) + 1
+        else:
+            at = end_of_phase(made, item)
+        made.insert(at, item)
+
+    def _known(self, made: list[Pass]) -> int:
+        """The place of the pass whose instance id is next."""
+        start = self.at
+        id = self._match(_ID, "the name of a pass")
+        try:
+            return place(made, id)
+        except PipelineError as error:
+            raise self._error(str(error), start) from error
+
+    def _stock(self) -> list[Pass]:
         from backends import backend_names, find_backend
 
         start = self.at - 1
         name = self._match(_NAME, "the name of a stock pipeline")
         if name not in backend_names():
             raise self._error(f"there is no stock pipeline '@{name}'; {nearest(name, backend_names())}", start)
-        return tuple(Parser(find_backend(name).pipeline).passes())
+        return Parser(find_backend(name).pipeline).passes()
 
-    def _pass(self, seen: Counter[str]) -> Pass:
+    def _pass(self, before: Sequence[Pass]) -> Pass:
         start = self.at
         name = self._match(_NAME, "the name of a pass")
         cls = find_pass(name)
@@ -58,7 +85,7 @@ class Parser:
             why = f"its plugin cannot be imported: {broken}" if broken else nearest(name, registered_passes())
             raise self._error(f"there is no pass '{name}'; {why}", start)
         if self._take("#"):
-            self._check_use(name, seen[name] + 1, start)
+            self._check_use(name, sum(item.name == name for item in before) + 1, start)
         given = self._options(cls) if self._take("{") else {}
         missing = [o.name for o in options(cls).values() if o.default is dataclasses.MISSING and o.field not in given]
         if missing:

@@ -8,6 +8,7 @@ import pytest
 
 from backends import backend_names, find_backend
 from qeff_ir.errors import PipelineError
+from qeff_ir.passing.base import PHASES
 from qeff_ir.passing.pipeline import Pipeline
 
 TWICE = "canonicalize,unflatten,canonicalize#2,legalize{opset=17}"
@@ -27,6 +28,8 @@ def test_a_stock_pipeline_is_expanded_by_printing(name: str) -> None:
         (lambda p: p.insert_after("canonicalize#2", "fuse-norms"), "canonicalize,unflatten,canonicalize,fuse-norms"),
         (lambda p: p.insert_before("canonicalize#2", p.passes[1]), "canonicalize,unflatten,unflatten,canonicalize"),
         (lambda p: p.insert_before("unflatten", Pipeline()), "canonicalize,unflatten,canonicalize"),
+        (lambda p: p.add("fuse-norms,fuse-rotary"), "canonicalize,unflatten,canonicalize,fuse-norms,fuse-rotary"),
+        (lambda p: p.add("token-embedding"), "canonicalize,unflatten,canonicalize,token-embedding"),
         (lambda p: p.without("canonicalize"), "unflatten,canonicalize"),
         (lambda p: p.without("canonicalize#2"), "canonicalize,unflatten"),
     ],
@@ -41,6 +44,38 @@ def test_options_are_changed_one_by_one() -> None:
     pipeline = Pipeline.parse("kv-retention{layout=tensor-scatter},kv-retention#2")
     changed = pipeline.with_options("kv-retention", ring="off").with_options("kv-retention#2", layout="scatter")
     assert str(changed) == "kv-retention{layout=tensor-scatter ring=off},kv-retention"
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_a_stock_pipeline_has_its_phases_in_order(name: str) -> None:
+    """So that `add` puts a pass behind all of its phase: what adapts a model sees it fused, and not yet lowered."""
+    stock = Pipeline.parse(f"@{name}")
+    phases = [PHASES.index(item.phase) for item in stock.passes]
+    assert phases == sorted(phases) and set(phases) == {0, 1, 2}
+    names = [id for id, _ in stock.add("lora,fuse-norms").add(stock.passes[-1])]
+    assert names.index("fuse-norms#2") == phases.index(1) and names.index("lora") == phases.index(2) + 1
+    assert names[-1] == f"{stock.passes[-1].name}#2"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("+lora", "canonicalize,last-logits,lora,kv-retention,canonicalize"),
+        ("+lora<last-logits", "canonicalize,lora,last-logits,kv-retention,canonicalize"),
+        ("+fuse-norms", "canonicalize,fuse-norms,last-logits,kv-retention,canonicalize"),
+        ('+attention{impl="standard"}>canonicalize#2', "canonicalize,last-logits,kv-retention,canonicalize,attention"),
+        ("-canonicalize#2, -last-logits ,legalize", "canonicalize,kv-retention,legalize"),
+        ("canonicalize,+lora,-canonicalize", "lora"),
+    ],
+)
+def test_edits_as_text(text: str, expected: str) -> None:
+    """Behind a pipeline they edit that, alone the one that is meant; printing shows what they make."""
+    own = "canonicalize,last-logits,kv-retention,canonicalize"
+    made = Pipeline.parse(text, Pipeline.parse(own))
+    assert str(made).replace("{impl=standard}", "") == expected and Pipeline.parse(str(made)) == made
+    if text[0] in "+-":
+        assert Pipeline.parse(f"{own},{text}") == made
+        assert str(Pipeline.parse("", Pipeline.parse(own))) == ""
 
 
 @pytest.mark.parametrize(
@@ -73,6 +108,14 @@ def test_what_edits_refuse(edit: Callable[[Pipeline], Pipeline], message: str) -
         ),
         ("canonicalize#", "expected the number of a use\n  canonicalize#\n               ^"),
         ("@ai10", "there is no stock pipeline '@ai10'; did you mean 'ai100'?\n  @ai10\n  ^"),
+        ("-unflatten", "there is no 'unflatten' in the pipeline; there are none\n  -unflatten\n   ^"),
+        (
+            "canonicalize,+unflatten<canonical",
+            "there is no 'canonical' in the pipeline; did you mean 'canonicalize'?\n"
+            "  canonicalize,+unflatten<canonical\n                          ^",
+        ),
+        ("+", "expected the name of a pass\n  +\n   ^"),
+        ("canonicalize,-", "expected the name of a pass\n  canonicalize,-\n                ^"),
         ("@", "expected the name of a stock pipeline\n  @\n   ^"),
     ],
 )

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.numerics import Approximates, Numeric
-from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.base import Pass, Phase, Rewriter, register
 
 FP16_MAX = 65504.0
 
@@ -25,6 +25,7 @@ class Fp16Clip(Pass):
     """
 
     name: ClassVar[str] = "fp16-clip"
+    phase: ClassVar[Phase] = "lower"
     establishes: ClassVar[frozenset[str]] = frozenset({"fp16-range"})
     changes_weights: ClassVar[bool] = True
     numeric: ClassVar[Numeric] = Approximates("what half precision cannot hold is clipped", decibels=60.0)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qeff_ir.errors import PassError
 from qeff_ir.ir import operators
 from qeff_ir.ir.module import SOURCE_KEY, Module
-from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.base import Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
 
 from ._lowerings import LOWERINGS, Lowering
@@ -28,6 +28,7 @@ class Legalize(Pass):
     """
 
     name: ClassVar[str] = "legalize"
+    phase: ClassVar[Phase] = "lower"
     requires: ClassVar[frozenset[str]] = frozenset({"states-lowered", "attention-lowered"})
     establishes: ClassVar[frozenset[str]] = frozenset({"legal"})
     expect: ClassVar[Expect] = AllSites()

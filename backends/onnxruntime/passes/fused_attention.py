@@ -11,7 +11,7 @@ import onnx_ir as ir
 from passes.attention import does_more
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import POSITIONS
-from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
+from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
 from qeff_ir.passing.matching import constant, made_by, operand
 
 from ._rows import SWAP, flattening, rows, size
@@ -34,6 +34,7 @@ class OrtAttention(Pass):
     """
 
     name: ClassVar[str] = "ort-attention"
+    phase: ClassVar[Phase] = "lower"
     requires: ClassVar[frozenset[str]] = frozenset({"states-lowered", "attention-lowered"})
     idempotent: ClassVar[bool] = True
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import POSITIONS
-from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
+from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
 from qeff_ir.passing.matching import constant, made_by
 
 from ._rows import size
@@ -33,6 +33,7 @@ class OrtRotary(Pass):
     """
 
     name: ClassVar[str] = "ort-rotary"
+    phase: ClassVar[Phase] = "lower"
     requires: ClassVar[frozenset[str]] = frozenset({"states-lowered", "attention-lowered"})
     idempotent: ClassVar[bool] = True
 

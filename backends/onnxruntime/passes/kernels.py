@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qeff_ir.ir.module import Module
-from qeff_ir.passing.base import Pass, Rewriter, register
+from qeff_ir.passing.base import Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import made_by
 
@@ -24,6 +24,7 @@ class OrtKernels(Pass):
     """
 
     name: ClassVar[str] = "ort-kernels"
+    phase: ClassVar[Phase] = "lower"
     expect: ClassVar[Expect] = AllSites()
     idempotent: ClassVar[bool] = True
 
