@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     CLIPConfig,
+    ViTConfig,
+    ViTModel,
 )
 
 from qeff_ir import (
@@ -192,6 +194,27 @@ def test_an_image_of_another_size_is_refused(vit: QEFFAutoModel) -> None:
     assert str(error.value) == "pixel_values is [1, 3, 20, 20], the model takes [batch_size, 3, 16, 16]"
     with pytest.raises(RuntimeInputError, match="pixel_values is int64, the model takes float32"):
         vit.generate(pixel_values=np.zeros((1, 3, 16, 16), np.int64))
+
+
+def test_the_height_of_an_image_comes_before_its_width() -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=[8, 16],
+        patch_size=4,
+    )
+    model = ViTModel(config).eval()
+    ours = QEFFAutoModel(model)
+    ours.compile(target="onnxruntime")
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 16)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(images)).last_hidden_state.numpy()
+    np.testing.assert_allclose(ours.generate(pixel_values=images)["last_hidden_state"], expected, atol=1e-5)
+    with pytest.raises(RuntimeInputError, match=r"the model takes \[batch_size, 3, 8, 16\]"):
+        ours.generate(pixel_values=images.transpose(0, 1, 3, 2))
 
 
 def test_inputs_of_different_lengths_are_refused() -> None:
