@@ -8,7 +8,7 @@ import importlib.metadata
 import inspect
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +24,28 @@ from qeff_ir.home import cache_root
 from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
 from qeff_ir.ir.ports import EMBEDDINGS
 from qeff_ir.ir.printer import fingerprint
-from qeff_ir.package import SIDE_FOLDER, Manifest, TableRecord, building, is_package, open_package, read_manifest, seal
+from qeff_ir.package import (
+    MAIN,
+    SIDE_FOLDER,
+    Manifest,
+    ProgramRecord,
+    TableRecord,
+    building,
+    is_package,
+    open_package,
+    program_folder,
+    read_manifest,
+    seal,
+)
 from qeff_ir.passing.manager import PassRun, Report, run_pipeline
-from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.passing.pipeline import Pipeline, nearest
 from qeff_ir.reading import files_below, plain_name
 from qeff_ir.replacement import disk_errors, put_right
-from qeff_ir.sharing import choice
+from qeff_ir.sharing import choice, together
 from qeff_ir.storage import file_range, numbers_digest
+
+Pipelines = Pipeline | str | Mapping[str, Pipeline | str] | None
+"""What a caller may give as a pipeline, see `compile_model`."""
 
 Watch = Callable[[str, PassRun | None], None]
 """Called with the name of each step before it starts, and again with the result when it was a pass."""
@@ -88,12 +103,13 @@ def compile_model(
     *,
     target: str = "auto",
     out: Path | None = None,
-    pipeline: Pipeline | str | None = None,
+    pipeline: Pipelines = None,
     token_embedding: TokenEmbedding = "graph",
     emit_only: bool = False,
     watch: Watch | None = None,
 ) -> Compiled:
-    """Compile a causal LM into a package.
+    """Compile a model into a package: each of its programs (`Source.programs`) is lowered, run through the target's
+    pipeline, checked, emitted and compiled.
 
     Args:
         source: The model.
@@ -101,9 +117,10 @@ def compile_model(
         target: ``auto``, or the name of a backend.
         out: Folder of the package; one in the cache (`cache_root`) when not given. An equal package that is there
             already is used as it is.
-        pipeline: Another pipeline than the target's own, as a value or a text; a text may be edits of the own one.
-        token_embedding: ``host``: the pass ``token-embedding`` is added, the graph takes vectors, and their table stays
-            in the checkpoint.
+        pipeline: Another pipeline than the target's own, as a value or a text; a text may be edits of the own one. A
+            mapping has one for each program that is to have another.
+        token_embedding: ``host``: the pass ``token-embedding`` is added to the main program, whose graph takes vectors,
+            and their table stays in the checkpoint.
         emit_only: Stop before the target's compiler, which then need not be installed.
         watch: Told of every step.
 
@@ -118,16 +135,17 @@ def compile_model(
     missing = None if emit_only else backend.missing()
     if missing is not None:
         raise CompileError(f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without")
-    steps = chosen(pipeline, Pipeline.parse(backend.pipeline))
-    if token_embedding == "host":
-        steps = steps.add("token-embedding")
     tell = watch or (lambda _step, _run: None)
     tell("weights", None)
-    module = None if source.identity() is not None else source.lower()
+    programs = source.programs()
+    steps = _pipelines(pipeline, Pipeline.parse(backend.pipeline), list(programs))
+    if token_embedding == "host":
+        steps[MAIN] = steps[MAIN].add("token-embedding")
+    lowered = {} if source.identity() is not None else {name: lower() for name, lower in programs.items()}
     folder = out or cache_root() / _architecture(source)
     with disk_errors(folder):  # the disk of the model, and the one of temporary files
         before = _inputs(source)
-        key = _key(source, module, backend, options, steps, emit_only, before)
+        key = _key(source, lowered, backend, options, steps, emit_only, before)
         folder = out or folder / f"{_architecture(source)}-{key[:16]}"
         found = _cached(folder, key)
         if found is not None:
@@ -136,14 +154,29 @@ def compile_model(
             found = _cached(folder, key)  # another process may have built it while we waited
             cached = found is not None
             if found is None:
-                if module is None:
-                    tell("lower", None)
-                    module = source.lower()
-                found = _build(module, source, backend, options, steps, emit_only, partial, tell)
-                found.key = key
+                found = Manifest(backend.name, key, not emit_only, asdict(options), {})
+                with together():
+                    for name, lower in programs.items():
+                        if name not in lowered:
+                            tell("lower", None)
+                        module = lowered.pop(name) if name in lowered else lower()
+                        report = _build(module, backend, options, steps[name], emit_only, partial, name, tell)
+                        found.programs[name] = ProgramRecord(module.name, report)
+                        found.tables |= _tables(module, source)
+                _save_side_files(source, partial)
                 seal(partial, found)
                 _refuse_changes(before, _inputs(source))
     return Compiled(folder, found, cached=cached)
+
+
+def _pipelines(given: Pipelines, own: Pipeline, programs: Collection[str]) -> dict[str, Pipeline]:
+    """The pipeline of each program."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(programs, chosen(given, own))
+    unknown = [name for name in given if name not in programs]
+    if unknown:
+        raise CompileError(f"there is a pipeline for the program '{unknown[0]}'; {nearest(unknown[0], programs)}")
+    return {name: chosen(given.get(name), own) for name in programs}
 
 
 def specialize(module: Module, options: CompileOptions) -> None:
@@ -194,28 +227,32 @@ def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
 
 def _build(
     module: Module,
-    source: Source,
     backend: Backend,
     options: CompileOptions,
     steps: Pipeline,
     emit_only: bool,
-    folder: Path,
+    package: Path,
+    program: str,
     tell: Watch,
-) -> Manifest:
+) -> dict[str, Any]:
+    """Make the files of one program; returns what the passes did."""
     specialize(module, options)
     report: Report = run_pipeline(module, steps, tell)
     backend.check(module, options)
     tell("emit", None)
+    folder = program_folder(package, program)
+    folder.mkdir(exist_ok=True)
     backend.emit(module, folder, options)
-    side = folder / SIDE_FOLDER
-    side.mkdir()
-    source.save_side_files(side)
     if not emit_only:
         tell("compile", None)
         backend.compile(folder, options)
-    made = Manifest(backend.name, module.name, "", not emit_only, asdict(options), report.to_json())
-    made.tables = _tables(module, source)
-    return made
+    return report.to_json()
+
+
+def _save_side_files(source: Source, package: Path) -> None:
+    side = package / SIDE_FOLDER
+    side.mkdir()
+    source.save_side_files(side)
 
 
 def _tables(module: Module, source: Source) -> dict[str, TableRecord]:
@@ -305,20 +342,18 @@ def _refuse_changes(before: dict[str, str], after: dict[str, str]) -> None:
 
 def _key(
     source: Source,
-    module: Module | None,
+    lowered: Mapping[str, Module],
     backend: Backend,
     options: CompileOptions,
-    steps: Pipeline,
+    steps: Mapping[str, Pipeline],
     emit_only: bool,
     inputs: dict[str, str],
 ) -> str:
     """SHA-256 of all that can change a package."""
-    if module is None:
-        graph: Any = source.identity()
-        weights: Any = {}
-    else:
-        graph = fingerprint(module)
-        weights = _weight_digests(module)
+    graph: Any = source.identity()
+    if graph is None:
+        graph = {name: fingerprint(module) for name, module in lowered.items()}
+    weights = {name: _weight_digests(module) for name, module in lowered.items()}
     # In their order and by name: a model that was moved is the same one, shards of two folders are not.
     files = [(Path(name).name, digest) for name, digest in inputs.items()]
     facts = {
@@ -328,8 +363,8 @@ def _key(
         "weight files": choice(),
         "options": asdict(options),
         "flag files": {n: digest_file(Path(v)) for n, v in options.flags.items() if _is_file(v)},
-        "pipeline": str(steps),
-        "plugins": _plugin_digests(steps),
+        "programs": {name: str(pipeline) for name, pipeline in steps.items()},
+        "plugins": _plugin_digests([source, *(item for pipeline in steps.values() for item in pipeline.passes)]),
         "compiled": not emit_only,
         "target": backend.name,
         "versions": {
@@ -349,11 +384,11 @@ def _side_digests(source: Source) -> dict[str, str]:
         return {str(path.relative_to(folder)): digest_file(path) for path in files_below(folder)}
 
 
-def _plugin_digests(steps: Pipeline) -> dict[str, str]:
-    """Digest of the file of each pass that is not of this repository, whose code `code_digest` does not see."""
+def _plugin_digests(parts: Iterable[object]) -> dict[str, str]:
+    """Digest of each file of a pass or source that is not of this repository: `code_digest` does not see its code."""
     root = Path(__file__).parent.parent
-    files = {item.name: Path(inspect.getfile(type(item))) for item in steps.passes}
-    return {name: digest_file(path) for name, path in files.items() if not path.is_relative_to(root)}
+    files = {Path(inspect.getfile(type(part))) for part in parts}
+    return {str(path): digest_file(path) for path in files if not path.is_relative_to(root)}
 
 
 def _is_file(value: object) -> bool:

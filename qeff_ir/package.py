@@ -4,6 +4,7 @@
     OUT/huggingface/      configuration and tokenizer
     OUT/weights/          the checkpoint's files (see `qeff_ir.storage`), and tensors that exist nowhere else
     OUT/...               what the target's `emit` and `compile` wrote
+    OUT/PROGRAM/...       the same of each further program; files of weights that it shares are there once (links)
 
 The manifest seals every file. One that it does not name is refused, since whoever reads a folder by the names in it
 (transformers, ONNX Runtime) would take it; hidden files, which nobody reads, may be there. Digests are taken once on a
@@ -24,11 +25,15 @@ from typing import Any
 from qeff_ir import replacement
 from qeff_ir.digests import digest_file, settle, stamp
 from qeff_ir.errors import PackageError, QeffError
-from qeff_ir.reading import files_below, read_json, regular_file
+from qeff_ir.reading import files_below, plain_name, read_json, regular_file
+from qeff_ir.sharing import WEIGHTS
 
 MANIFEST = "package.json"
 SIDE_FOLDER = "huggingface"
-FORMAT_VERSION = 3
+MAIN = "main"
+"""The program that lies in the package's own folder; any other lies in a folder of its name."""
+
+FORMAT_VERSION = 4
 """Version of the manifest and of the folder; a package of another version is refused."""
 
 
@@ -58,37 +63,56 @@ class TableRecord:
     sha256: str
 
 
+@dataclass(frozen=True)
+class ProgramRecord:
+    """What the manifest knows of a program: one graph with its specializations.
+
+    Attributes:
+        model: Name of the module.
+        report: What the passes did, see `qeff_ir.passing.manager.Report`.
+    """
+
+    model: str
+    report: dict[str, Any]
+
+
 @dataclass
 class Manifest:
     """The facts about a package.
 
     Attributes:
         target: Name of the backend.
-        model: Name of the model class.
         key: Digest of all that can change the package.
         compiled: Whether the target's compiler ran; `False` after an emit only.
         options: The compile options as plain data.
-        report: What the passes did, see `qeff_ir.passing.manager.Report`.
+        programs: The programs by name; `MAIN` is one of them.
         files: Every file of the package by path relative to it.
         tables: The parameters whose rows the host looks up in the checkpoint.
         version: Format version.
     """
 
     target: str
-    model: str
     key: str
     compiled: bool
     options: dict[str, Any]
-    report: dict[str, Any]
+    programs: dict[str, ProgramRecord]
     files: dict[str, FileRecord] = field(default_factory=dict[str, FileRecord])
     tables: dict[str, TableRecord] = field(default_factory=dict[str, TableRecord])
     version: int = FORMAT_VERSION
 
+    @property
+    def model(self) -> str:
+        """Name of the main program's module."""
+        return self.programs[MAIN].model
+
 
 _TYPES: Mapping[str, type] = {
-    "target": str, "model": str, "key": str, "compiled": bool, "options": dict, "report": dict, "files": dict,
-    "tables": dict, "version": int,
+    "target": str, "key": str, "compiled": bool, "options": dict, "programs": dict, "files": dict, "tables": dict,
+    "version": int,
 }  # fmt: skip
+
+
+_RESERVED = frozenset({SIDE_FOLDER, WEIGHTS, MANIFEST})
 
 
 def is_package(folder: Path) -> bool:
@@ -119,13 +143,34 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: FileRecord(**record) for name, record in data.pop("files").items()}
         wrong += [n for n, r in files.items() if type(r.bytes) is not int or type(r.sha256) is not str]
         tables = {n: TableRecord(tuple(r["shape"]), r["sha256"]) for n, r in data.pop("tables").items()}
+        records = sorted(data.pop("programs").items(), key=lambda item: item[0] != MAIN)
+        programs = {n: ProgramRecord(**record) for n, record in records}
+        wrong += [n for n, r in programs.items() if type(r.model) is not str or type(r.report) is not dict]
+        if MAIN not in programs:
+            raise ValueError(f"it lists no program '{MAIN}'")
+        for name in programs:
+            program_folder(folder, name)
         if wrong:
             raise TypeError(f"{wrong[0]} is of the wrong type")
         if not files:
             raise ValueError("it lists no files")
-        return Manifest(files=files, tables=tables, **data)
+        return Manifest(programs=programs, files=files, tables=tables, **data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackageError(f"{path} is damaged ({error}): compile the model again") from error
+
+
+def program_folder(folder: Path, program: str) -> Path:
+    """Where the files of a program lie, as a target emits and opens them.
+
+    Raises:
+        PackageError: The name is not that of a folder of its own.
+    """
+    if program == MAIN:
+        return folder
+    plain_name(program, "the name of a program", PackageError)
+    if program in _RESERVED:
+        raise PackageError(f"a program cannot be called '{program}', as the package has it: choose another name")
+    return folder / program
 
 
 def open_package(folder: Path) -> Manifest:

@@ -15,6 +15,9 @@ checkpoint that was rewritten in place ends in a sentence; a session that is ope
 ends a process with SIGBUS that reads mapped memory behind the end of a truncated file).
 
 A file that an ONNX file names is never linked: onnx would refuse that ONNX file, which is the user's, from then on.
+
+Several programs of one package that take the same file have it once (`together`): a clone, or else a hard link of the
+first one's, which ONNX Runtime reads and onnx does not.
 """
 
 from __future__ import annotations
@@ -24,12 +27,16 @@ import errno
 import fcntl
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
 
 from qeff_ir.digests import same_digest, stamp
 from qeff_ir.errors import PackageError
+
+WEIGHTS = "weights"
+"""Folder of the weight files, beside the ONNX file; ONNX takes only paths below its own folder."""
 
 COPY_LIMIT = 8 << 30
 """Bytes on the disk up to which the weights of a package are copied where they cannot be cloned: seconds, not minutes,
@@ -65,6 +72,20 @@ def choice() -> Choice:
     return "auto"
 
 
+_PLACED: ContextVar[dict[Path, Path] | None] = ContextVar("placed", default=None)
+"""Inside of `together`: where each file is already."""
+
+
+@contextlib.contextmanager
+def together() -> Generator[None]:
+    """What is shared in the block belongs together: a file that is asked for again gets a link to what it got first."""
+    token = _PLACED.set({})
+    try:
+        yield
+    finally:
+        _PLACED.reset(token)
+
+
 def share(files: Mapping[Path, Path], linkable: Iterable[Path], *, prefer_links: bool = False) -> None:
     """Make files appear under other names: cloned, or copied, or hard-linked.
 
@@ -77,6 +98,15 @@ def share(files: Mapping[Path, Path], linkable: Iterable[Path], *, prefer_links:
         PackageError: A copy differs from its original.
         OSError: A file is gone, or the disk is full or fails.
     """
+    known = _PLACED.get()
+    placed = {} if known is None else known
+    for source, target in files.items():
+        if source in placed:
+            before = stamp(source)
+            if not _clone(placed[source], target) and not _link(placed[source], target):
+                _copy(placed[source], target)
+            same_digest(target, source, before)
+    files = {source: target for source, target in files.items() if source not in placed}
     may = set(linkable)
     wanted = choice()
     size = sum(source.stat().st_blocks * 512 for source in files)
@@ -94,6 +124,7 @@ def share(files: Mapping[Path, Path], linkable: Iterable[Path], *, prefer_links:
                 told = True
             _copy(source, target)
         same_digest(target, source, before)
+        placed[source] = target
 
 
 def _clone(source: Path, target: Path) -> bool:

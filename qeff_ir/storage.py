@@ -23,10 +23,7 @@ from qeff_ir.digests import digest_file
 from qeff_ir.errors import PackageError
 from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.reading import regular_file
-from qeff_ir.sharing import share
-
-WEIGHTS = "weights"
-"""Folder of the weight files, beside the ONNX file; ONNX takes only paths below its own folder."""
+from qeff_ir.sharing import WEIGHTS, share
 
 INLINE_BYTES = 1024
 """Tensors up to this size stay inside the ONNX file, as constants do in the AI 100 contract (§8)."""

@@ -16,7 +16,7 @@ from backends.base import CompileOptions
 from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import Compiled, compile_model
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError, PipelineError
-from qeff_ir.package import SIDE_FOLDER, open_package
+from qeff_ir.package import MAIN, SIDE_FOLDER, open_package
 from tests import support
 from tests.models import build
 
@@ -136,7 +136,7 @@ def test_a_folder_compiles_without_loading_weights(folder: Path, tmp_path: Path)
 def test_the_manifest_tells_what_the_passes_did() -> None:
     one = model()
     one.compile(**SHAPES)
-    report = one.package.manifest.report
+    report = one.package.manifest.programs[MAIN].report
     assert [p["id"] for p in report["passes"]][:2] == ["canonicalize", "unflatten"]
     fired = {p["id"]: p["fired"] for p in report["passes"]}
     assert fired["kv-retention"] == {"CachePositions": 1, "TensorScatter": 4}

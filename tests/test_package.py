@@ -13,14 +13,24 @@ from typing import Any
 import pytest
 
 from qeff_ir.errors import PackageError
-from qeff_ir.package import FORMAT_VERSION, MANIFEST, Manifest, building, open_package, opened, seal
+from qeff_ir.package import (
+    FORMAT_VERSION,
+    MAIN,
+    MANIFEST,
+    Manifest,
+    ProgramRecord,
+    building,
+    open_package,
+    opened,
+    seal,
+)
 
 
 def fill(folder: Path, text: str = "content") -> None:
     (folder / "sub").mkdir()
     (folder / "a.bin").write_text(text)
     (folder / "sub" / "b.bin").write_text(text * 2)
-    seal(folder, Manifest("onnxruntime", "Model", "key", True, {}, {}))
+    seal(folder, Manifest("onnxruntime", "key", True, {}, {MAIN: ProgramRecord("Model", {})}))
 
 
 @pytest.fixture
@@ -70,7 +80,7 @@ def test_another_version_is_told(version: int, package: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"version": 3}', '{"version": 3, "files": {"a": {}}}', "\x00", "[" * 100_000]
+    "text", ["", "{", "[]", "{}", '{"version": 4}', '{"version": 4, "files": {"a": {}}}', "\x00", "[" * 100_000]
 )
 def test_a_damaged_manifest_is_told(text: str, package: Path) -> None:
     (package / MANIFEST).write_text(text)

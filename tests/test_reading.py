@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qeff_ir.errors import ModelLoadError, PackageError
-from qeff_ir.package import Manifest, seal
+from qeff_ir.package import MAIN, Manifest, ProgramRecord, seal
 from qeff_ir.reading import (
     MAX_JSON_DEPTH,
     files_below,
@@ -175,5 +175,5 @@ def test_a_folder_that_is_not_listed_is_not_an_empty_one(unlisted):
 
 def test_a_package_with_a_folder_that_is_not_listed_is_not_sealed(unlisted):
     with pytest.raises(OSError, match="Input/output error"):
-        seal(unlisted, Manifest("onnxruntime", "Model", "key", True, {}, {}))
+        seal(unlisted, Manifest("onnxruntime", "key", True, {}, {MAIN: ProgramRecord("Model", {})}))
     assert not (unlisted / "package.json").exists()

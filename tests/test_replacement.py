@@ -15,12 +15,12 @@ import pytest
 
 from qeff_ir import replacement
 from qeff_ir.errors import PackageError
-from qeff_ir.package import Manifest, building, open_package, seal
+from qeff_ir.package import MAIN, Manifest, ProgramRecord, building, open_package, seal
 
 
 def fill(folder: Path, text: str) -> None:
     (folder / "a.bin").write_text(text)
-    seal(folder, Manifest("onnxruntime", "Model", "key", True, {}, {}))
+    seal(folder, Manifest("onnxruntime", "key", True, {}, {MAIN: ProgramRecord("Model", {})}))
 
 
 def build(out: Path, text: str = "old") -> None:

@@ -12,9 +12,10 @@ import typer
 
 from qeff_ir.cli.models import compile_source, open_model
 from qeff_ir.cli.request import Request, with_request
-from qeff_ir.cli.tables import pipeline_table
-from qeff_ir.cli.terminal import line, seconds, show
+from qeff_ir.cli.tables import show_programs
+from qeff_ir.cli.terminal import line, seconds
 from qeff_ir.errors import PackageError
+from qeff_ir.package import MAIN
 
 if TYPE_CHECKING:
     from qeff_ir.compiler import Compiled
@@ -26,7 +27,10 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the package; in the cache by default.")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write what the passes did as JSON.", metavar="FILE")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write what the passes did (to each program) as JSON.", metavar="FILE"),
+    ] = None,
     *,
     request: Request,
 ) -> None:
@@ -36,15 +40,14 @@ def command(
     """
     started = time.perf_counter()
     compiled = compile_source(open_model(model, request), request, out)
-    show()
-    show(pipeline_table(compiled.manifest.report))
-    show()
+    show_programs(compiled.manifest)
     if compiled.cached:
         line(("Nothing to do: ", "green"), "an equal package was there already.")
     else:
         line(("Compiled", "green"), f" {compiled.manifest.model} in {seconds(time.perf_counter() - started)}.")
     if report is not None:
-        _write_report(report, compiled.manifest.report)
+        reports = {name: program.report for name, program in compiled.manifest.programs.items()}
+        _write_report(report, reports if len(reports) > 1 else reports[MAIN])
         line("Report:   ", str(report))
     needs_model = request.token_embedding == "host"
     _say_next(compiled, f"{shlex.quote(model)} --token-embedding host" if needs_model else None)

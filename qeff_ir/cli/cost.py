@@ -11,7 +11,7 @@ import typer
 
 from qeff_ir.cli.tables import grid
 from qeff_ir.cli.terminal import line, show, working
-from qeff_ir.errors import CompileError
+from qeff_ir.errors import CompileError, PackageError
 
 if TYPE_CHECKING:
     from qeff_ir.cost import Cost, Storage
@@ -26,6 +26,7 @@ def command(
         str | None, typer.Option(help="standard, pro, ultra, or a JSON file that describes a device.")
     ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt, for the time to the first token.", min=1)] = 128,
+    program: Annotated[str, typer.Option(help="Which program, of a package of several.", metavar="NAME")] = "main",
     as_json: Annotated[bool, typer.Option("--json", help="Plain data, all of it.")] = False,
 ) -> None:
     """Count bytes of weights and caches, and multiply-adds, of each specialization of a package."""
@@ -35,7 +36,7 @@ def command(
 
         described = None if device is None else _device(device)
         with opened(package) as manifest:
-            module = _module(package, manifest)
+            module = _module(package, manifest, program)
             storage = _storage(manifest)
             costs = [cost(module, item, storage) for item in module.specializations]
     if as_json:
@@ -46,14 +47,17 @@ def command(
         _show_roofline(costs, described, manifest, prompt)
 
 
-def _module(package: Path, manifest: Manifest) -> Module:
+def _module(package: Path, manifest: Manifest, program: str) -> Module:
     from onnx_ir.passes.common import InlinePass
 
     from backends import find_backend, load_passes
     from qeff_ir.ir import operators
     from qeff_ir.ir.snapshot import load_module
+    from qeff_ir.package import program_folder
 
-    module = load_module(find_backend(manifest.target).model_file(package))
+    if program not in manifest.programs:
+        raise PackageError(f"{package} has no program '{program}': it has {', '.join(manifest.programs)}")
+    module = load_module(find_backend(manifest.target).model_file(program_folder(package, program)))
     load_passes()  # and the targets' operators with them
     for key in [key for key in module.model.functions if key[:2] in operators.known()]:
         del module.model.functions[key]

@@ -121,6 +121,7 @@ def _try(
 ) -> _Outcome:
     """Compile for a target, show what the passes did, ask the questions, and compare."""
     from backends import find_backend
+    from qeff_ir.package import MAIN
 
     backend = find_backend(target)
     show()
@@ -128,7 +129,7 @@ def _try(
     show()
     request = Request(target=target, emit_only=backend.ahead_of_time, batch_size=len(questions))
     compiled = compile_source(source, request, folder, announce=False)
-    show(pipeline_table(compiled.manifest.report))
+    show(pipeline_table(compiled.manifest.programs[MAIN].report))
     show()
     show(f"Package: {', '.join(_top_files(compiled.folder))}")
     with working(f"Asking {backend.runner}"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_ir.frontend.source import Source
 from qeff_ir.ir.module import Module
+from qeff_ir.package import MAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,14 +22,21 @@ class LoweredOnce(Source):
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._module: Module | None = None
+        self._modules: dict[str, Module] = {}
         self.config = source.config
 
     def lower(self) -> Module:
         """See `Source.lower`."""
-        if self._module is None:
-            self._module = self._source.lower()
-        return self._module.clone()
+        return self._once(MAIN, self._source.lower)
+
+    def programs(self) -> Mapping[str, Callable[[], Module]]:
+        """See `Source.programs`."""
+        return {n: functools.partial(self._once, n, lower) for n, lower in self._source.programs().items()}
+
+    def _once(self, program: str, lower: Callable[[], Module]) -> Module:
+        if program not in self._modules:
+            self._modules[program] = lower()
+        return self._modules[program].clone()
 
     def weights(self) -> Weights:
         """See `Source.weights`."""

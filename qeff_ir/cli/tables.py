@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
@@ -12,7 +12,10 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from qeff_ir.cli.terminal import seconds
+from qeff_ir.cli.terminal import seconds, show
+
+if TYPE_CHECKING:
+    from qeff_ir.package import Manifest
 
 _WORD = 12
 """Cells of text are broken into pieces of at least so many characters."""
@@ -87,6 +90,16 @@ def pipeline_table(report: dict[str, Any]) -> Grid:
         nodes = _change(runs[0]["nodes"][0], runs[-1]["nodes"][1])
         table.add_row(f"{len(runs)} passes", "", nodes, total, style="bold")
     return table
+
+
+def show_programs(manifest: Manifest) -> None:
+    """Show what the passes did to each program of a package, with its name where there are several."""
+    for name, program in manifest.programs.items():
+        show()
+        if len(manifest.programs) > 1:
+            show(Text(f"Program {name}: {program.model}", style="bold"))
+        show(pipeline_table(program.report))
+    show()
 
 
 def _change(before: int, after: int) -> str:

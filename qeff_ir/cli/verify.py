@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qeff_ir.cli.models import compile_source, encode, open_model, open_tokenizer
 from qeff_ir.cli.request import Request, with_request
-from qeff_ir.cli.tables import grid, pipeline_table
+from qeff_ir.cli.tables import grid, show_programs
 from qeff_ir.cli.terminal import show, working
 from qeff_ir.errors import RuntimeInputError
 
@@ -49,9 +49,7 @@ def command(
 
     source = LoweredOnce(opened)
     compiled = compile_source(source, request)
-    show()
-    show(pipeline_table(compiled.manifest.report))
-    show()
+    show_programs(compiled.manifest)
     if prompt:
         from qeff_ir.package import SIDE_FOLDER
 

@@ -7,13 +7,14 @@ import copy
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError, first_line
 from qeff_ir.frontend.folder_files import PATTERNS, read_side_files, write_side_files
 from qeff_ir.ir.module import Module
+from qeff_ir.package import MAIN
 from qeff_ir.reading import files_below, read_bytes
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ class Source(ABC):
             ModelLoadError: The checkpoint is damaged or does not fit the configuration.
             UnsupportedModelError: The model cannot be lowered.
         """
+
+    def programs(self) -> Mapping[str, Callable[[], Module]]:
+        """The programs of the model's package by name, each with what lowers it; `MAIN` is one of them.
+
+        All share the model's weights and its side files. Most models are one program.
+        """
+        return {MAIN: self.lower}
 
     @abstractmethod
     def identity(self) -> dict[str, Any] | None:

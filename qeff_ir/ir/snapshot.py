@@ -12,7 +12,8 @@ from qeff_ir.ir.module import METADATA_KEY, Module
 from qeff_ir.ir.verifier import check_order
 from qeff_ir.reading import files_below
 from qeff_ir.replacement import building, building_file, real_place
-from qeff_ir.storage import WEIGHTS, load_model, save_model, tensors
+from qeff_ir.sharing import WEIGHTS
+from qeff_ir.storage import load_model, save_model, tensors
 
 MODEL_FILE = "model.onnx"
 

@@ -17,6 +17,7 @@ from qeff_ir.compiler import TokenEmbedding
 from qeff_ir.errors import PackageError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
+from qeff_ir.package import MAIN
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.token_table import TokenTable
@@ -72,7 +73,7 @@ def test_the_numbers_are_those_of_the_graph(name: str, target: str, tmp_path: Pa
     """A table that is tied to the LM head is stored once, one that is not leaves with the look-up."""
     source = Lowered(name)
     graph, host = (compiled(source, target, tmp_path, side) for side in ("graph", "host"))
-    assert "token-embedding" in host.package.manifest.report["pipeline"]
+    assert "token-embedding" in host.package.manifest.programs[MAIN].report["pipeline"]
     for ours, theirs in zip(logits(host), logits(graph), strict=True):
         assert np.ptp(theirs) > 0
         np.testing.assert_array_equal(ours, theirs)
