@@ -84,8 +84,12 @@ class Backend(ABC):
     names_hidden_states: ClassVar[bool] = False
 
     @abstractmethod
-    def missing(self) -> str | None:
-        """Why models cannot be compiled here, as a clause that names what was looked for, or `None`."""
+    def missing(self, options: CompileOptions | None = None) -> str | None:
+        """Why models cannot be compiled here, as a clause that names what was looked for, or `None`.
+
+        Args:
+            options: What is to be compiled for; a target may have several compilers.
+        """
 
     def check_options(self, options: CompileOptions) -> None:
         """Refuse options that the target cannot take, before anything is lowered.

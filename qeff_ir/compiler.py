@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -132,7 +133,9 @@ def compile_model(
     backend = find_backend(target)
     _check_options(options, source)
     backend.check_options(options)
-    missing = None if emit_only else backend.missing()
+    if options.flags and not backend.ahead_of_time:
+        _check_flags_in_vain(backend, options)
+    missing = None if emit_only else backend.missing(options)
     if missing is not None:
         raise CompileError(f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without")
     tell = watch or (lambda _step, _run: None)
@@ -296,6 +299,19 @@ def _check_options(options: CompileOptions, source: Source) -> None:
         )
     if getattr(source.config, "is_encoder_decoder", False):
         raise CompileError(f"{_architecture(source)} is an encoder-decoder model, not a causal LM")
+
+
+def _check_flags_in_vain(backend: Backend, options: CompileOptions) -> None:
+    """Check flags for a target without a compiler as another target's, and say that they do nothing.
+
+    Raises:
+        CompileError: No target knows them.
+    """
+    for other in map(find_backend, preferred()):
+        if other.ahead_of_time:
+            other.check_options(options)
+    names = ", ".join(options.flags)
+    warnings.warn(f"{backend.name} has no compiler flags: {names} does nothing here", stacklevel=3)
 
 
 def _architecture(source: Source) -> str:

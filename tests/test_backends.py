@@ -18,7 +18,7 @@ class Reference(OnnxRuntimeBackend):
     name = "reference"
     title = "another runtime"
     priority = {priority}
-    def missing(self):
+    def missing(self, options=None):
         return {missing!r}
 BACKEND = Reference()
 """

@@ -45,7 +45,6 @@ def test_what_changes_nothing_is_dropped(arguments: dict[str, Any]) -> None:
         ({"full_batch_size": 4}, "full_batch_size=4 asks for continuous batching, which is not supported: leave"),
         ({"num_speculative_tokens": 0}, "speculative decoding"),
         ({"comp_ctx_lengths_decode": [128]}, "compute context lengths"),
-        ({"enable_qnn": True}, "compiling through QNN"),
         ({"prefill_only": 1}, "prefill on devices of its own"),
         ({"use_onnx_subfunctions": True}, "sub_functions=True does"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from backends.ai100 import checks, compiler, flags, sdk
 from backends.ai100.artifact import model_file
 from backends.ai100.emit import BINARY, emit
+from backends.ai100.qnn.files import ROOT_VARIABLE
+from backends.ai100.qnn.request import requested
+from backends.ai100.qnn.run import missing as qnn_missing
 from backends.ai100.violation import refuse_first
 from backends.base import Backend, CompileOptions
 from qeff_ir.errors import CompileError
@@ -39,8 +43,10 @@ class Ai100Backend(Backend):
         "kv-retention{layout=scatter},attention{impl=grouped},fp16-clip,legalize"
     )
 
-    def missing(self) -> str | None:
+    def missing(self, options: CompileOptions | None = None) -> str | None:
         """Where a compiler was looked for, and the way out; `None` when there is one."""
+        if options is not None and requested(options) is not None:
+            return qnn_missing()
         try:
             if sdk.probe().compiler is not None:
                 return None
@@ -60,7 +66,8 @@ class Ai100Backend(Backend):
         """
         target = sdk.choose(sdk.probe())
         refuse_first(checks.option_violations(options, target))
-        flags.resolve(options, target)
+        if requested(options) is None:
+            flags.resolve(options, target)
 
     def check(self, module: Module, options: CompileOptions) -> None:
         """Refuse what the compiler would refuse (`checks.violations`).
@@ -83,15 +90,12 @@ class Ai100Backend(Backend):
         contract.check(folder)
 
     def compile(self, folder: Path, options: CompileOptions) -> None:
-        """Run the compiler inside the folder.
+        """Run the compiler, or QNN's tools, inside the folder.
 
         Raises:
             CompileError: There is no compiler, or it failed.
         """
-        found = sdk.probe().compiler
-        if found is None:
-            raise CompileError(self.missing() or "there is no AI 100 compiler")
-        compiler.run(found, folder)
+        compiler.run(sdk.probe().compiler, folder, self.missing())
 
     def open(self, folder: Path, *, threads: int | None = None) -> Session:
         """Open the device when the package is compiled and the runtime is installed, else the emulator.
@@ -129,6 +133,7 @@ class Ai100Backend(Backend):
             "ai100-target": f"{target.version}-{target.digest}",
             "ai100-apps": found.apps or "none",
             "ai100-hardware": found.hardware,
+            "qnn": os.environ.get(ROOT_VARIABLE, "none"),
         }
 
 

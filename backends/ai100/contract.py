@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 
 from backends.ai100 import specializations, weight_free
 from backends.ai100.emit import COMMAND, CUSTOM_IO
+from backends.ai100.qnn.contract import violations as qnn_violations
 from backends.ai100.sdk import Sdk, description
 from backends.ai100.violation import Violation, refuse_first
 from qeff_ir.errors import PackageError
@@ -55,7 +56,7 @@ def violations(folder: Path) -> Iterator[Violation]:
         return
     command, recorded = _json(folder / COMMAND), _json(folder / specializations.FILE)
     if not _is_command(command):
-        yield Violation("command", f"{COMMAND} has no sdk and argv: emit the package again")
+        yield Violation("command", f"{COMMAND} has no sdk and no command: emit the package again")
         return
     sdk = description(command["sdk"])
     if not models[0].is_file():
@@ -84,6 +85,13 @@ def violations(folder: Path) -> Iterator[Violation]:
     yield from _interface(graph)
     yield from _specializations(graph, recorded, sdk)
     retains = _retains(graph)
+    if "commands" in command:
+        form = specializations.form_of(recorded)
+        sizes = [s.symbols for s in specializations.load(folder / specializations.FILE)] if form is not None else []
+        inputs, outputs = _by_name(graph.inputs), _by_name(graph.outputs)
+        yield from qnn_violations(command["commands"], models[0].name, inputs, outputs, sizes, folder)
+        yield from _weights(proto, folder)
+        return
     if retains and not (folder / CUSTOM_IO).is_file():
         yield Violation("file", f"{folder} has no {CUSTOM_IO}: emit the package again")
         return
@@ -94,9 +102,12 @@ def violations(folder: Path) -> Iterator[Violation]:
 
 
 def _is_command(data: Any) -> bool:
-    argv: Any = cast("dict[str, Any]", data).get("argv") if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        return False
+    fields = cast("dict[str, Any]", data)
+    argv: Any = fields.get("argv", [] if "commands" in fields else None)
     words = isinstance(argv, list) and all(isinstance(word, str) for word in cast("list[object]", argv))
-    return words and isinstance(data.get("sdk"), str)
+    return words and isinstance(fields.get("sdk"), str)
 
 
 def _text(path: Path) -> str:

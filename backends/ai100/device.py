@@ -15,6 +15,7 @@ import numpy as np
 from backends.ai100 import runtime_path, specializations
 from backends.ai100.artifact import model_file, read_interface
 from backends.ai100.emit import BINARY_FOLDER, COMMAND
+from backends.ai100.qnn.files import AIC_SETTINGS
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
 from qeff_ir.ir.module import Specialization
@@ -220,10 +221,14 @@ def _bindings(descriptor: Any, api: Any, names: Sequence[str]) -> dict[str, _Bin
 
 def _device_count(folder: Path) -> int:
     """Devices that the package was compiled for, from its partition config."""
-    argv: list[str] = json.loads((folder / COMMAND).read_text())["argv"]
-    for argument in argv:
-        flag, _, name = argument.partition("=")
-        if flag == "-mdp-load-partition-config":
-            partitions = json.loads((folder / name).read_text())["partitions"]
-            return len({d["deviceId"] for p in partitions for d in p["devices"]})
-    return 1
+    data: dict[str, Any] = json.loads((folder / COMMAND).read_text())
+    if "commands" in data:
+        settings: dict[str, Any] = json.loads((folder / AIC_SETTINGS).read_text())
+        name = settings.get("compiler_mdp_load_partition_config")
+    else:
+        given = (argument.partition("=") for argument in data["argv"])
+        name = next((value for flag, _, value in given if flag == "-mdp-load-partition-config"), None)
+    if name is None:
+        return 1
+    partitions = json.loads((folder / name).read_text())["partitions"]
+    return len({d["deviceId"] for p in partitions for d in p["devices"]})

@@ -11,6 +11,8 @@ from typing import Any
 import onnx_ir as ir
 
 from backends.ai100 import flags, specializations, sub_functions, weight_free
+from backends.ai100.qnn import files
+from backends.ai100.qnn.request import requested
 from backends.ai100.sdk import Sdk
 from backends.base import CompileOptions
 from qeff_ir.ir.module import Module
@@ -37,7 +39,8 @@ def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardwa
     Raises:
         CompileError: A flag is wrong (see `flags.resolve`).
     """
-    user = flags.resolve(options, sdk)
+    asked = requested(options)
+    user = flags.resolve(options, sdk) if asked is None else flags.Flags()
     folder.mkdir(parents=True, exist_ok=True)
     model = f"{module.name}.onnx"
     network = module.model
@@ -55,6 +58,10 @@ def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardwa
         (folder / CUSTOM_IO).write_text(
             custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None, module.adapters)
         )
+    if asked is not None:
+        commands = files.emit(module, model, folder, options, asked)
+        _write_json(folder / COMMAND, {"sdk": sdk.version, "commands": commands})
+        return
     partition = user.partition
     if partition is None and options.num_devices > 1:
         partition = f"mdp_ts_{options.num_devices}.json"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from backends.ai100.qnn.request import FLAGS
 from backends.ai100.sdk import FlagType, Sdk
 from backends.base import CompileOptions
 from qeff_ir.errors import CompileError
@@ -80,6 +81,8 @@ def resolve(options: CompileOptions, sdk: Sdk) -> Flags:
     for key, value in options.flags.items():
         name = key.replace("_", "-")
         known = {n.lower(): n for n in sdk.flags}.get(name.lower())
+        if key in FLAGS:  # not asked for, or this would not be the way
+            continue
         if name in _OBSOLETE:
             warnings.warn(f"the flag {key} is obsolete and ignored: drop it", stacklevel=2)
             continue

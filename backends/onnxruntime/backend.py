@@ -23,7 +23,7 @@ class OnnxRuntimeBackend(Backend):
         "kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-rotary,ort-kernels"
     )
 
-    def missing(self) -> str | None:
+    def missing(self, options: CompileOptions | None = None) -> str | None:
         """Nothing: ONNX Runtime is a dependency."""
         return None
 

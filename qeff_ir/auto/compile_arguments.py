@@ -9,7 +9,6 @@ from qeff_ir.errors import CompileError
 
 _ANY = object()
 _CB = "continuous batching"
-_QNN = "compiling through QNN"
 _KNOWN: dict[str, tuple[tuple[Any, ...], str]] = {
     # how the incumbent exports; the result is the same here
     "dynamo": ((_ANY,), ""),
@@ -22,7 +21,6 @@ _KNOWN: dict[str, tuple[tuple[Any, ...], str]] = {
     "comp_ctx_lengths_decode": ((None,), "compute context lengths"),
     "comp_ctx_lengths_prefill": ((None,), "compute context lengths"),
     "enable_chunking": ((False, None), "prefill on devices of its own"),
-    "enable_qnn": ((False, None), _QNN),
     "full_batch_size": ((None,), _CB),
     "kv_cache_batch_size": ((None,), _CB),
     "kv_cache_prefix": ((None,), "names of caches for another host"),
@@ -30,10 +28,12 @@ _KNOWN: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_speculative_tokens": ((None,), "speculative decoding"),
     "prefill_only": ((False, None), "prefill on devices of its own"),
     "qaic_config": ((None,), "settings of the incumbent's rewritten models"),
-    "qnn_config": ((None,), _QNN),
     "retain_full_kv": ((False, None), "prefill on devices of its own"),
 }
 """Each argument with the values that ask for what happens anyway, and what any other value asks for."""
+
+_DEFAULTS: dict[str, tuple[Any, ...]] = {"enable_qnn": (False, None), "qnn_config": (None,)}
+"""Arguments that a target understands as flags, with the values that ask for nothing."""
 
 
 def compiler_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,8 @@ def compiler_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:
     flags: dict[str, Any] = {}
     for name, value in arguments.items():
         if name not in _KNOWN:
-            flags[name] = value
+            if not any(value is item for item in _DEFAULTS.get(name, ())):
+                flags[name] = value
             continue
         anyway, what = _KNOWN[name]
         if _ANY not in anyway and not any(value is item or (item == value and type(item) is int) for item in anyway):

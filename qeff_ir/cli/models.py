@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from qeff_ir.cli.request import Request
-from qeff_ir.cli.terminal import complain, quiet_transformers, show, working
+from qeff_ir.cli.terminal import quiet_transformers, show, working
 from qeff_ir.errors import ModelLoadError, RuntimeInputError
 from qeff_ir.reading import path_of
 
@@ -58,7 +58,6 @@ def compile_source(source: Source, request: Request, out: Path | None = None, *,
     target, why = choose_target(request.target)
     if announce:
         show(Text(why, style="dim"))
-    _check_flags(target, request)
     with working(_STEPS["weights"]) as say:
 
         def watch(step: str, run: PassRun | None) -> None:
@@ -98,15 +97,3 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[l
     from qeff_ir.runtime import texts
 
     return [texts.encode(tokenizer, text) for text in texts.as_texts(prompts)]
-
-
-def _check_flags(target: str, request: Request) -> None:
-    """Flags for a target without a compiler are checked as another target's, and said to do nothing."""
-    from backends import find_backend, preferred
-
-    if find_backend(target).ahead_of_time or not request.flags:
-        return
-    for other in (name for name in preferred() if find_backend(name).ahead_of_time):
-        find_backend(other).check_options(request.options())
-    names = ", ".join(f"--{name.replace('_', '-')}" for name in request.flags)
-    complain(f"{target} has no compiler flags: {names} does nothing here", "warning")

@@ -78,7 +78,7 @@ class ReferenceBackend(Backend):
     priority: ClassVar[int] = -1
     pipeline: ClassVar[str] = "canonicalize,unflatten,fuse-norms,fuse-activations,last-logits,attention{impl=standard}"
 
-    def missing(self) -> str | None:
+    def missing(self, options: CompileOptions | None = None) -> str | None:
         """Nothing: it comes with ONNX."""
         return None
 

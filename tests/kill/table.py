@@ -70,6 +70,12 @@ PROPERTIES = {
     "sampling from the command line": "cli/test_commands.py::test_a_seed_alone_asks_for_samples",
     "options beside a package": "cli/test_bad_input.py::test_run_refuses",
     "qeff embed": "cli/test_embed.py",
+    "operators of others": "examples/test_swiglu_operator.py",
+    "programs": "examples/test_two_programs.py",
+    "kinds of others": "examples/test_seen_tokens.py",
+    "edits of pipelines": "passing/test_editing.py",
+    "AI 100 QNN": "backends/ai100/test_qnn.py",
+    "sizes of images": "test_auto_forward.py::test_the_height_of_an_image_comes_before_its_width",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
 
