@@ -16,6 +16,7 @@ from backends.ai100.qnn.request import requested
 from backends.ai100.sdk import Sdk
 from backends.base import CompileOptions
 from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import MASK, POSITIONS
 from qeff_ir.ir.residents import AdapterInput, State
 from qeff_ir.storage import save_model
 
@@ -46,7 +47,9 @@ def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardwa
     network = module.model
     if user.sub_functions:
         network = network.clone()
-        sub_functions.outline(network)
+        of_all_layers = (POSITIONS, MASK)
+        shared = [str(v.name) for v in module.graph.inputs if module.role_of(v) in of_all_layers]
+        sub_functions.outline(network, shared)
     if options.weight_free:
         weight_free.save(network, folder, model, module.name)
     else:

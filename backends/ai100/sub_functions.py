@@ -8,7 +8,7 @@ the same with arguments of the same types share a body.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -19,12 +19,10 @@ from qeff_ir.storage import INLINE_BYTES
 DOMAIN = "qeff.layers"
 """Domain of the functions."""
 _NAME = "DecoderLayer"
-_SHARED = ("position_ids", "attention_mask")
-"""Inputs of which masks and rotations are computed, once for all layers."""
 _LAYER = re.compile(r"(.*?)\.(\d+)(?:\.|$)")
 
 
-def outline(model: ir.Model) -> int:
+def outline(model: ir.Model, shared: Collection[str]) -> int:
     """Turn the layers of a model into calls of functions, in place.
 
     A layer that is left and entered again (something outside reads what it makes, and it reads that) stays as it is, as
@@ -32,11 +30,12 @@ def outline(model: ir.Model) -> int:
 
     Args:
         model: The model; its functions stay, and are called from inside the new ones.
+        shared: Inputs of which masks and rotations are computed, once for all layers.
 
     Returns:
         How many layers are calls now.
     """
-    layers = _layers(model.graph)
+    layers = _layers(model.graph, shared)
     known: dict[Any, ir.Function] = {}
     for nodes in layers:
         _outline(model, nodes, known)
@@ -46,13 +45,13 @@ def outline(model: ir.Model) -> int:
     return len(layers)
 
 
-def _layers(graph: ir.Graph) -> list[list[ir.Node]]:
+def _layers(graph: ir.Graph, shared: Collection[str]) -> list[list[ir.Node]]:
     """The nodes of each layer that can be outlined, in the order of the graph."""
     groups: dict[tuple[str, int], list[ir.Node]] = {}
     # What the first layer computes of positions and sizes alone is no part of it: all layers read it.
     own = {v for v in graph.initializers.values() if WEIGHT_KEY in v.metadata_props}
     inputs = set(graph.inputs)
-    own |= {v for v in inputs if v.name not in _SHARED}
+    own |= {v for v in inputs if v.name not in shared}
     for node in graph:
         if not any(v in own for v in node.inputs) or (node.op_type == "Shape" and node.inputs[0] in inputs):
             continue

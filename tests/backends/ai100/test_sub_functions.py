@@ -26,6 +26,8 @@ from tests import support
 
 OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=48, batch_size=2, flags={"sub_functions": True})
 
+SHARED = ["position_ids"]
+
 
 def finished(name: str) -> Module:
     """A module as it is emitted."""
@@ -62,7 +64,7 @@ def digest(model: ir.Model) -> tuple[Any, ...]:
 def test_layers_of_a_kind_share_a_body_and_inlining_gives_the_graph_back(name: str, expected: list[int]) -> None:
     module = finished(name)
     outlined = module.model.clone()
-    assert sub_functions.outline(outlined) == len(expected)
+    assert sub_functions.outline(outlined, SHARED) == len(expected)
     assert calls(outlined) == [f"DecoderLayer{kind}" for kind in expected]
     assert {f.name for f in outlined.functions.values() if f.domain == sub_functions.DOMAIN} == set(calls(outlined))
     for domain, function, overload in [k for k in outlined.functions if k[0] != sub_functions.DOMAIN]:
@@ -107,7 +109,7 @@ def other_scale(module: Module) -> None:
 def test_a_layer_that_differs_has_a_body_of_its_own(change: Callable[[Module], None]) -> None:
     module = finished("llama")
     change(module)
-    sub_functions.outline(module.model)
+    sub_functions.outline(module.model, SHARED)
     assert calls(module.model) == ["DecoderLayer0", "DecoderLayer1"]
 
 
@@ -115,4 +117,4 @@ def test_a_layer_that_is_left_and_entered_again_stays_as_it_is() -> None:
     module = finished("llama")
     first = next(n for n in module.graph if n.op_type == "Softmax")
     first.metadata_props["qeff.source"] = ""
-    assert sub_functions.outline(module.model) == 1
+    assert sub_functions.outline(module.model, SHARED) == 1
