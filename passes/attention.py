@@ -33,7 +33,7 @@ class Attention(Pass):
     """
 
     name: ClassVar[str] = "attention"
-    phase: ClassVar[Phase] = "lower"
+    phase: ClassVar[Phase] = Phase.LOWER
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"attention-lowered"})
     expect: ClassVar[Expect] = AllSites()

@@ -39,7 +39,7 @@ class Embedding(Pass):
     """
 
     name: ClassVar[str] = "embedding"
-    phase: ClassVar[Phase] = "adapt"
+    phase: ClassVar[Phase] = Phase.ADAPT
     changes_interface: ClassVar[bool] = True
     changes_weights: ClassVar[bool] = True
     expect: ClassVar[Expect] = AtLeast(1)

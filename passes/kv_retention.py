@@ -38,7 +38,7 @@ class KVRetention(Pass):
     """
 
     name: ClassVar[str] = "kv-retention"
-    phase: ClassVar[Phase] = "lower"
+    phase: ClassVar[Phase] = Phase.LOWER
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"states-lowered"})
     changes_interface: ClassVar[bool] = True

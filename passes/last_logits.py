@@ -27,7 +27,7 @@ class LastLogits(Pass):
     """
 
     name: ClassVar[str] = "last-logits"
-    phase: ClassVar[Phase] = "adapt"
+    phase: ClassVar[Phase] = Phase.ADAPT
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"last-logits"})
     changes_interface: ClassVar[bool] = True

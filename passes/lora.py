@@ -42,7 +42,7 @@ class Lora(Pass):
     """
 
     name: ClassVar[str] = "lora"
-    phase: ClassVar[Phase] = "adapt"
+    phase: ClassVar[Phase] = Phase.ADAPT
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     changes_interface: ClassVar[bool] = True
     expect: ClassVar[Expect] = AtLeast(1)

@@ -32,7 +32,7 @@ class MergeLora(Pass):
     """
 
     name: ClassVar[str] = "merge-lora"
-    phase: ClassVar[Phase] = "adapt"
+    phase: ClassVar[Phase] = Phase.ADAPT
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     changes_weights: ClassVar[bool] = True
     expect: ClassVar[Expect] = AtLeast(1)

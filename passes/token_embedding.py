@@ -28,7 +28,7 @@ class TokenEmbedding(Pass):
     """
 
     name: ClassVar[str] = "token-embedding"
-    phase: ClassVar[Phase] = "adapt"
+    phase: ClassVar[Phase] = Phase.ADAPT
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     changes_interface: ClassVar[bool] = True
     changes_weights: ClassVar[bool] = True

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, TypeVar, get_args
+from enum import StrEnum
+from typing import ClassVar, TypeVar
 
 import onnx_ir as ir
 
@@ -43,11 +44,22 @@ __all__ = [
 ]
 
 
-Phase = Literal["prepare", "adapt", "lower"]
-"""Where in a pipeline a pass belongs: bring a graph into its canonical and fused form; adapt it to the task (adapters,
-embeddings, what is returned); lower it to the target's operators."""
+class Phase(StrEnum):
+    """Where in a pipeline a pass belongs.
 
-PHASES: tuple[Phase, ...] = get_args(Phase)
+    Attributes:
+        PREPARE: It brings a graph into its canonical and fused form.
+        ADAPT: It adapts the graph to its task: adapters, embeddings, what is returned.
+        LOWER: It lowers the graph to the target's operators.
+    """
+
+    PREPARE = "prepare"
+    ADAPT = "adapt"
+    LOWER = "lower"
+
+
+PHASES = tuple(Phase)
+"""The phases in their order."""
 
 
 class Pass(ABC):
@@ -71,7 +83,7 @@ class Pass(ABC):
     """
 
     name: ClassVar[str]
-    phase: ClassVar[Phase] = "prepare"
+    phase: ClassVar[Phase] = Phase.PREPARE
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
     invalidates: ClassVar[frozenset[str]] = frozenset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 from collections.abc import Sequence
@@ -68,13 +69,12 @@ class Parser:
             raise self._error(str(error), start) from error
 
     def _stock(self) -> list[Pass]:
-        from backends import backend_names, find_backend
-
+        targets = importlib.import_module("backends")  # by name, as plug-ins are: they lie above this package
         start = self.at - 1
         name = self._match(_NAME, "the name of a stock pipeline")
-        if name not in backend_names():
-            raise self._error(f"there is no stock pipeline '@{name}'; {nearest(name, backend_names())}", start)
-        return Parser(find_backend(name).pipeline).passes()
+        if name not in targets.backend_names():
+            raise self._error(f"there is no stock pipeline '@{name}'; {nearest(name, targets.backend_names())}", start)
+        return Parser(targets.find_backend(name).pipeline).passes()
 
     def _pass(self, before: Sequence[Pass]) -> Pass:
         start = self.at

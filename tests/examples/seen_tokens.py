@@ -28,7 +28,7 @@ class RepetitionPenalty(Pass):
     """
 
     name: ClassVar[str] = "repetition-penalty"
-    phase: ClassVar[Phase] = "adapt"
+    phase: ClassVar[Phase] = Phase.ADAPT
     requires: ClassVar[frozenset[str]] = frozenset({"last-logits"})
     changes_interface: ClassVar[bool] = True
     expect: ClassVar[Expect] = Exactly("num_decoders")

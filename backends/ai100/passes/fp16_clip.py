@@ -25,7 +25,7 @@ class Fp16Clip(Pass):
     """
 
     name: ClassVar[str] = "fp16-clip"
-    phase: ClassVar[Phase] = "lower"
+    phase: ClassVar[Phase] = Phase.LOWER
     establishes: ClassVar[frozenset[str]] = frozenset({"fp16-range"})
     changes_weights: ClassVar[bool] = True
     numeric: ClassVar[Numeric] = Approximates("what half precision cannot hold is clipped", decibels=60.0)

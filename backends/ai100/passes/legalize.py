@@ -28,7 +28,7 @@ class Legalize(Pass):
     """
 
     name: ClassVar[str] = "legalize"
-    phase: ClassVar[Phase] = "lower"
+    phase: ClassVar[Phase] = Phase.LOWER
     requires: ClassVar[frozenset[str]] = frozenset({"states-lowered", "attention-lowered"})
     establishes: ClassVar[frozenset[str]] = frozenset({"legal"})
     expect: ClassVar[Expect] = AllSites()

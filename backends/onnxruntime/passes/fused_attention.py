@@ -34,7 +34,7 @@ class OrtAttention(Pass):
     """
 
     name: ClassVar[str] = "ort-attention"
-    phase: ClassVar[Phase] = "lower"
+    phase: ClassVar[Phase] = Phase.LOWER
     requires: ClassVar[frozenset[str]] = frozenset({"states-lowered", "attention-lowered"})
     idempotent: ClassVar[bool] = True
 

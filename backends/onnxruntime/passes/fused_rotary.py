@@ -33,7 +33,7 @@ class OrtRotary(Pass):
     """
 
     name: ClassVar[str] = "ort-rotary"
-    phase: ClassVar[Phase] = "lower"
+    phase: ClassVar[Phase] = Phase.LOWER
     requires: ClassVar[frozenset[str]] = frozenset({"states-lowered", "attention-lowered"})
     idempotent: ClassVar[bool] = True
 

@@ -24,7 +24,7 @@ class OrtKernels(Pass):
     """
 
     name: ClassVar[str] = "ort-kernels"
-    phase: ClassVar[Phase] = "lower"
+    phase: ClassVar[Phase] = Phase.LOWER
     expect: ClassVar[Expect] = AllSites()
     idempotent: ClassVar[bool] = True
 
