@@ -57,14 +57,14 @@ def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardwa
     for name, source in user.files.items():
         shutil.copyfile(source, folder / name)
     (folder / specializations.FILE).write_text(specializations.dumps(module.specializations, sdk.specializations))
-    if module.states:
-        (folder / CUSTOM_IO).write_text(
-            custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None, module.adapters)
-        )
     if asked is not None:
         commands = files.emit(module, model, folder, options, asked)
         _write_json(folder / COMMAND, {"sdk": sdk.version, "commands": commands})
         return
+    if module.states:
+        (folder / CUSTOM_IO).write_text(
+            custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None, module.adapters)
+        )
     partition = user.partition
     if partition is None and options.num_devices > 1:
         partition = f"mdp_ts_{options.num_devices}.json"

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from backends.ai100.backend import BACKEND
 from backends.ai100.contract import violations
 from backends.ai100.device import _device_count
-from backends.ai100.emit import COMMAND
+from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.qnn import files as qnn
 from backends.base import CompileOptions
 from qeff_ir import QEFFAutoModelForCausalLM
@@ -117,6 +117,7 @@ def test_the_files_are_spelled_out(tiny: Tiny, emitted: Path) -> None:
     convert, generate = json.loads((emitted / COMMAND).read_text())["commands"]
     assert convert[0] == "$QNN_SDK_ROOT/bin/x86_64-linux-clang/qairt-converter"
     assert generate[generate.index("--dlc_path") + 1] == convert[convert.index("--output_path") + 1] == "model.dlc"
+    assert not (emitted / CUSTOM_IO).exists()  # the other compiler's
     assert not (emitted / qnn.FORMATS).exists() and not (emitted / qnn.PARTITION).exists()
     assert _device_count(emitted) == 1
 
