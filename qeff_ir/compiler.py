@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -54,6 +55,7 @@ Watch = Callable[[str, PassRun | None], None]
 TokenEmbedding = Literal["graph", "host"]
 """Who looks up the vectors of the tokens."""
 
+_OWN_PACKAGES = ("qeff_ir", "passes", "backends")
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -140,7 +142,7 @@ def compile_model(
         raise CompileError(f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without")
     tell = watch or (lambda _step, _run: None)
     tell("weights", None)
-    programs = source.programs()
+    programs = _checked(source.programs())
     steps = _pipelines(pipeline, Pipeline.parse(backend.pipeline), list(programs))
     if token_embedding == "host":
         steps[MAIN] = steps[MAIN].add("token-embedding")
@@ -170,6 +172,19 @@ def compile_model(
                 seal(partial, found)
                 _refuse_changes(before, _inputs(source))
     return Compiled(folder, found, cached=cached)
+
+
+def _checked(programs: Mapping[str, Callable[[], Module]]) -> dict[str, Callable[[], Module]]:
+    """The programs of a source, the main one first.
+
+    Raises:
+        PackageError: There is no main one, or a name is not that of a folder of its own.
+    """
+    if MAIN not in programs:
+        raise PackageError(f"the model has the programs {', '.join(programs)}: one of them must be called '{MAIN}'")
+    for name in programs:
+        program_folder(Path(), name)
+    return dict(sorted(programs.items(), key=lambda item: item[0] != MAIN))
 
 
 def _pipelines(given: Pipelines, own: Pipeline, programs: Collection[str]) -> dict[str, Pipeline]:
@@ -244,7 +259,12 @@ def _build(
     backend.check(module, options)
     tell("emit", None)
     folder = program_folder(package, program)
-    folder.mkdir(exist_ok=True)
+    if program != MAIN:
+        if os.path.lexists(folder):
+            raise PackageError(
+                f"a program cannot be called '{program}', as what {backend.name} writes is: choose another name"
+            )
+        folder.mkdir()
     backend.emit(module, folder, options)
     if not emit_only:
         tell("compile", None)
@@ -305,11 +325,17 @@ def _check_flags_in_vain(backend: Backend, options: CompileOptions) -> None:
     """Check flags for a target without a compiler as another target's, and say that they do nothing.
 
     Raises:
-        CompileError: No target knows them.
+        CompileError: Every target with a compiler refuses them.
     """
-    for other in map(find_backend, preferred()):
-        if other.ahead_of_time:
+    refused: list[CompileError] = []
+    others = [other for other in map(find_backend, preferred()) if other.ahead_of_time]
+    for other in others:
+        try:
             other.check_options(options)
+        except CompileError as error:
+            refused.append(error)
+    if refused and len(refused) == len(others):
+        raise refused[0]
     names = ", ".join(options.flags)
     warnings.warn(f"{backend.name} has no compiler flags: {names} does nothing here", stacklevel=3)
 
@@ -401,10 +427,23 @@ def _side_digests(source: Source) -> dict[str, str]:
 
 
 def _plugin_digests(parts: Iterable[object]) -> dict[str, str]:
-    """Digest of each file of a pass or source that is not of this repository: `code_digest` does not see its code."""
-    root = Path(__file__).parent.parent
-    files = {Path(inspect.getfile(type(part))) for part in parts}
-    return {str(path): digest_file(path) for path in files if not path.is_relative_to(root)}
+    """Digest of the file of each pass or source of others, by module: `code_digest` does not see its code.
+
+    Raises:
+        CompileError: A class is in no file.
+    """
+    classes = {type(part) for part in parts}
+    found: dict[str, str] = {}
+    for cls in classes:
+        if cls.__module__.partition(".")[0] not in _OWN_PACKAGES:
+            try:
+                found[cls.__module__] = digest_file(Path(inspect.getfile(cls)))
+            except (TypeError, OSError) as error:
+                raise CompileError(
+                    f"the code of {cls.__qualname__} is in no file, by which packages could be told apart: put it "
+                    "into a module"
+                ) from error
+    return found
 
 
 def _is_file(value: object) -> bool:
@@ -426,7 +465,7 @@ def code_digest() -> str:
     """Digest of the compiler's own source, so that a changed pass never meets an old package."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for package in ("qeff_ir", "passes", "backends"):
+    for package in _OWN_PACKAGES:
         for path in files_below(root / package, "*.py") + files_below(root / package, "*.json"):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

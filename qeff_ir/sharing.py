@@ -17,7 +17,7 @@ ends a process with SIGBUS that reads mapped memory behind the end of a truncate
 A file that an ONNX file names is never linked: onnx would refuse that ONNX file, which is the user's, from then on.
 
 Several programs of one package that take the same file have it once (`together`): a clone, or else a hard link of the
-first one's, which ONNX Runtime reads and onnx does not.
+first one's, which ONNX Runtime reads and onnx does not; ``QEFF_WEIGHTS=copy`` copies it again.
 """
 
 from __future__ import annotations
@@ -98,17 +98,17 @@ def share(files: Mapping[Path, Path], linkable: Iterable[Path], *, prefer_links:
         PackageError: A copy differs from its original.
         OSError: A file is gone, or the disk is full or fails.
     """
+    wanted = choice()
     known = _PLACED.get()
     placed = {} if known is None else known
     for source, target in files.items():
         if source in placed:
             before = stamp(source)
-            if not _clone(placed[source], target) and not _link(placed[source], target):
+            if not _clone(placed[source], target) and not (wanted != "copy" and _link(placed[source], target)):
                 _copy(placed[source], target)
             same_digest(target, source, before)
     files = {source: target for source, target in files.items() if source not in placed}
     may = set(linkable)
-    wanted = choice()
     size = sum(source.stat().st_blocks * 512 for source in files)
     link = wanted == "link" or (wanted == "auto" and (prefer_links or size > COPY_LIMIT))
     told = size < _WORTH_SAYING

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +19,10 @@ from backends.base import CompileOptions
 from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import Compiled, compile_model
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError, PipelineError
+from qeff_ir.frontend.source import FolderSource
+from qeff_ir.ir.module import Module
 from qeff_ir.package import MAIN, SIDE_FOLDER, open_package
+from qeff_ir.passing import Pass, Pipeline, Rewriter
 from tests import support
 from tests.models import build
 
@@ -190,3 +196,24 @@ def test_habits_of_its_users_are_taken(folder: Path) -> None:
     QEFFAutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32, continuous_batching=False, qaic_config=None
     )
+
+
+def test_a_pass_that_is_in_no_file_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is written at a prompt: another one would find the same package."""
+
+    @dataclass(frozen=True, slots=True)
+    class Prompted(Pass):
+        """Does nothing."""
+
+        name: ClassVar[str] = "prompted"
+
+        def run(self, module: Module, rewriter: Rewriter) -> None:
+            """Do nothing."""
+
+    prompt = types.ModuleType("of_no_file")
+    vars(prompt).update(ClassVar=ClassVar, Module=Module, Rewriter=Rewriter)
+    monkeypatch.setitem(sys.modules, prompt.__name__, prompt)
+    Prompted.__module__ = prompt.__name__
+    own = Pipeline.parse("@onnxruntime").add(Prompted())
+    with pytest.raises(CompileError, match=r"the code of .*Prompted is in no file"):
+        compile_model(FolderSource(folder), CompileOptions(), target="onnxruntime", out=tmp_path / "out", pipeline=own)

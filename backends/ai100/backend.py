@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from backends.ai100 import checks, compiler, flags, sdk
 from backends.ai100.artifact import model_file
 from backends.ai100.emit import BINARY, emit
-from backends.ai100.qnn.files import ROOT_VARIABLE
 from backends.ai100.qnn.request import requested
 from backends.ai100.qnn.run import missing as qnn_missing
+from backends.ai100.qnn.run import version as qnn_version
 from backends.ai100.violation import refuse_first
 from backends.base import Backend, CompileOptions
 from qeff_ir.errors import CompileError
@@ -133,7 +132,7 @@ class Ai100Backend(Backend):
             "ai100-target": f"{target.version}-{target.digest}",
             "ai100-apps": found.apps or "none",
             "ai100-hardware": found.hardware,
-            "qnn": os.environ.get(ROOT_VARIABLE, "none"),
+            "qnn": qnn_version(),
         }
 
 

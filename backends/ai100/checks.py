@@ -10,6 +10,7 @@ import onnx_ir as ir
 from backends.ai100.sdk import Sdk
 from backends.ai100.violation import Violation
 from backends.base import CompileOptions
+from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module, all_values
 from qeff_ir.ir.ports import ADAPTER_ROW, EMBEDDINGS, LOGITS, POSITIONS, TOKENS, name_of
 
@@ -44,6 +45,14 @@ def violations(module: Module, options: CompileOptions, sdk: Sdk) -> Iterator[Vi
     calls = known | {(f.domain, f.name) for f in own}
     for node in ir.traversal.RecursiveGraphIterator(module.graph):
         yield from _node(node, calls, sdk)
+    for function in own:
+        operator = operators.known().get((function.domain, function.name))
+        if operator is not None and operator.rule is None and function.domain != dialect.DOMAIN:
+            yield Violation(
+                "op-rule",
+                f"nothing says how the device runs {function.domain}::{function.name}: define it with a rule, its body "
+                "if that is all",
+            )
     for function in own:  # the compiler does not look into the bodies of the ops that it knows
         for node in ir.traversal.RecursiveGraphIterator(function.graph):
             yield from _node(node, calls, sdk, inside=function.name)

@@ -29,8 +29,7 @@ class Operator:
     Attributes:
         body: Its meaning in ONNX, as a function.
         rule: As a device that has the operator runs it, where it is more than the body says (what an index out of range
-            does); the body itself where it is not. `None` for an operator that no device has: it is compiled from its
-            body.
+            does); the body itself where it is not. `None` for an operator of our dialect, which no device has.
     """
 
     body: OnnxFunction[..., Any]
@@ -88,10 +87,11 @@ def attach(model: ir.Model) -> None:
     operators = known()
     graphs = (model.graph, *(f.graph for f in model.functions.values() if (f.domain, f.name) not in operators))
     nodes = (node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph))
-    used = {key for node in nodes if (key := (node.domain, node.op_type)) in operators}
+    called = {(node.domain, node.op_type) for node in nodes}
+    used, domains = called & operators.keys(), {domain for domain, _ in called}
     for identifier in [i for i in model.functions if i[:2] in operators and i[:2] not in used]:
         del model.functions[identifier]
-    for domain in {d for d, _ in operators} - {d for d, _ in used}:
+    for domain in {d for d, _ in operators} - domains:
         model.opset_imports.pop(domain, None)
     for key in sorted(used):
         model.opset_imports[key[0]] = operators[key].version
@@ -116,7 +116,9 @@ def give_rules(proto: onnx.ModelProto, *, unread: float = 0.0) -> None:
     for function in proto.functions:
         operator = known().get((function.domain, function.name))
         if operator is not None and operator.rule is not None:
+            name, domain = function.name, function.domain
             function.CopyFrom(operator.rule.to_function_proto())
+            function.name, function.domain = name, domain  # those of the rule are its author's
             for default in function.attribute_proto:
                 if default.name == "unread":
                     default.f = unread

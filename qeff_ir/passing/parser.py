@@ -50,7 +50,7 @@ class Parser:
 
     def _insert(self, made: list[Pass]) -> None:
         """Put a pass at the end of its phase, or before (``<``) or behind (``>``) another."""
-        item = self._pass(())
+        item = self._pass(made)
         if self._take("<"):
             at = self._known(made)
         elif self._take(">"):
@@ -64,7 +64,7 @@ class Parser:
         start = self.at
         id = self._match(_ID, "the name of a pass")
         try:
-            return place(made, id)
+            return place(made, id.removesuffix("#1"))
         except PipelineError as error:
             raise self._error(str(error), start) from error
 

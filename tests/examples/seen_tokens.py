@@ -1,6 +1,7 @@
 """A kind of retained state with the pass that adds it: which tokens a request has seen, for a penalty on repetitions.
 
-The row of `KINDS` gives names, order and what a run does to the state; sessions, packages and checks need no more.
+The row of `KINDS` gives names, order and what a run does to the state; sessions, packages and checks need no more. For
+the AI 100, whose contract lists the names of states, `backends/ai100/contract.py` would have to know this one too.
 """
 
 from __future__ import annotations

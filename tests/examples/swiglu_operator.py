@@ -26,6 +26,13 @@ def SwiGLU(gate: FLOAT, up: FLOAT) -> FLOAT:  # noqa: N802
     return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
 
 
+@script(Opset(DOMAIN, 1), default_opset=op)
+def Doubled(gate: FLOAT, up: FLOAT) -> FLOAT:  # noqa: N802
+    """Another rule, of a device that is wrong: for the tests."""
+    product = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+    return op.Add(product, product)
+
+
 operators.define(SwiGLU, rule=SwiGLU)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,34 @@ def test_what_is_wrong_with_a_program_is_told(checkpoint: Path, tmp_path: Path) 
     (package / HIDDEN / "model.onnx").unlink()
     with pytest.raises(PackageError, match=r"hidden/model\.onnx of the package .* is missing"):
         open_package(package)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([HIDDEN], "has the programs hidden: one of them must be called 'main'"),
+        ([MAIN, "model.onnx"], "cannot be called 'model.onnx', as what onnxruntime writes is"),
+        ([MAIN, "huggingface"], "cannot be called 'huggingface', as the package has it"),
+        ([MAIN, "../up"], "the name of a program"),
+    ],
+)
+def test_programs_that_cannot_lie_in_a_package_are_refused(
+    names: list[str], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    class Named(WithHiddenStates):
+        def programs(self) -> dict[str, Callable[[], Module]]:
+            return dict.fromkeys(names, self.lower)
+
+    with pytest.raises(PackageError, match=message):
+        compile_model(Named(checkpoint), OPTIONS, target="onnxruntime", out=tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
+def test_copies_are_copies(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEFF_WEIGHTS", "copy")
+    package = made(checkpoint, tmp_path / "package", "onnxruntime")
+    files = list(package.folder.rglob("weights/*.safetensors"))
+    assert len(files) == 2 and all(path.stat().st_nlink == 1 for path in files)
 
 
 def test_a_program_that_fails_leaves_no_package(checkpoint: Path, tmp_path: Path) -> None:

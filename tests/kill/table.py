@@ -72,7 +72,6 @@ PROPERTIES = {
     "qeff embed": "cli/test_embed.py",
     "operators of others": "examples/test_swiglu_operator.py",
     "programs": "examples/test_two_programs.py",
-    "kinds of others": "examples/test_seen_tokens.py",
     "edits of pipelines": "passing/test_editing.py",
     "AI 100 QNN": "backends/ai100/test_qnn.py",
     "sizes of images": "test_auto_forward.py::test_the_height_of_an_image_comes_before_its_width",

@@ -66,6 +66,8 @@ def test_a_stock_pipeline_has_its_phases_in_order(name: str) -> None:
         ('+attention{impl="standard"}>canonicalize#2', "canonicalize,last-logits,kv-retention,canonicalize,attention"),
         ("-canonicalize#2, -last-logits ,legalize", "canonicalize,kv-retention,legalize"),
         ("canonicalize,+lora,-canonicalize", "lora"),
+        ("-canonicalize#1,+legalize", "last-logits,kv-retention,canonicalize,legalize"),
+        ("+canonicalize#3", "canonicalize,canonicalize,last-logits,kv-retention,canonicalize"),
     ],
 )
 def test_edits_as_text(text: str, expected: str) -> None:

@@ -28,7 +28,6 @@ _CONVERT = {
 _GENERATE = {
     "--binary_file": "qnngraph.serialized", "--backend_binary": "programqpc.bin", "--output_dir": "qpc",
     "--backend": f"{_LIB}libQnnAic.so", "--dlc_path": "model.dlc", "--config_file": "qnn_compiler_config.json",
-    "--log_level": "error",
 }  # fmt: skip
 _SETTINGS = (
     "compiler_compilation_target", "compiler_hardware_version", "compiler_convert_to_FP16", "compiler_retained_state",
@@ -84,6 +83,8 @@ def violations(
     except (PackageError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         yield Violation("qnn-io", f"custom_io_config.yaml does not describe tensors ({type(error).__name__})")
     compressed = {name for name, found in types.items() if found == "uint8"}
+    for name in sorted(n for n in compressed if not n.startswith(("past_key.", "past_value."))):
+        yield Violation("qnn-io", f"{name} is uint8, which only keys and values may be")
     yield from _formats(_json(folder / "qnn_data_format_config.json"), bool(formats), compressed, names)
 
 

@@ -66,8 +66,8 @@ def emit(module: Module, model: str, folder: Path, options: CompileOptions, requ
     extensions = {"config_file_path": AIC_SETTINGS, "shared_library_path": f"{LIBRARIES}/libQnnAicNetRunExtensions.so"}
     _write(folder / EXTENSIONS, {"backend_extensions": extensions})
     formats: list[str] = []
-    if options.mxint8_kv_cache and module.states:
-        names = [name for state in module.states for name in (state.input, state.output)]
+    names = _compressible(module) if options.mxint8_kv_cache else []
+    if names:
         tensors = [{"tensor_name": name, "dataFormat": "QNN_TENSOR_DATA_FORMAT_MX"} for name in names]
         _write(folder / FORMATS, {"graphs": [{"graph_name": name, "tensors": tensors} for name in graphs]})
         formats = ["--data_format_config", FORMATS]
@@ -82,6 +82,11 @@ def emit(module: Module, model: str, folder: Path, options: CompileOptions, requ
         "--dlc_path", CONVERTED, "--config_file", EXTENSIONS, *formats, "--log_level", "error", *request.generator,
     ]  # fmt: skip
     return [convert, generate]
+
+
+def _compressible(module: Module) -> list[str]:
+    """Inputs and outputs of keys and values; what a recurrence keeps is no cache of tokens."""
+    return [name for s in module.states if s.kind in ("key", "value") for name in (s.input, s.output)]
 
 
 def _graph_names(module: Module) -> list[str]:
@@ -120,7 +125,7 @@ def _io_config(module: Module, options: CompileOptions) -> dict[str, Any]:
     """Types of all inputs and outputs, and shapes of the inputs in each specialization."""
     kept = {name for s in module.states for name in (s.input, s.output)}
     kept |= {name for a in module.adapters for name in (a.name, a.output)}
-    caches = {name for s in module.states for name in (s.input, s.output)}
+    caches = set(_compressible(module))
 
     def dtype(value: ir.Value) -> str:
         if value.name in kept:

@@ -22,14 +22,16 @@ _TAKEN = {
 _OWN_ARGUMENTS = {
     "converter_args_extension": (
         "--input_network", "--output_path", "--config", "--float_bias_bitwidth", "--float_bitwidth",
-        "--preserve_io_datatype", "--onnx_skip_simplification",
+        "--preserve_io_datatype", "--onnx_skip_simplification", "--target_backend",
     ),
     "context_binary_generator_args_extension": (
         "--binary_file", "--backend_binary", "--output_dir", "--backend", "--model", "--dlc_path", "--config_file",
+        "--data_format_config",
     ),
 }  # fmt: skip
 """Keys of the user's file with further arguments of a tool, and the arguments that follow from the model."""
 
+_OWN_SETTINGS = ("graph_names", "compiler_retained_state", "compiler_mdp_load_partition_config")
 _SETTINGS, _SKIP = "qnn_compilation_backend", "SKIP_QNN_CONVERTER_STEP"
 
 
@@ -110,6 +112,9 @@ def _read_config(path: object) -> dict[str, Any]:
     settings = fields.get(_SETTINGS, {})
     if not isinstance(settings, dict):
         raise CompileError(f"{_SETTINGS} in {path} is no JSON object: give settings by name")
+    fixed = [name for name in _OWN_SETTINGS if name in settings]
+    if fixed:
+        raise CompileError(f"{_SETTINGS} in {path} has {fixed[0]}, which follows from the rest: take it out")
     found: dict[str, Any] = {"settings": cast("dict[str, Any]", settings)}
     for name, argument in zip(_OWN_ARGUMENTS, ("converter", "generator"), strict=True):
         text = fields.get(name, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,14 +10,25 @@ from backends.ai100.qnn.files import CONVERTED, EXTENSIONS, PLATFORM, ROOT_VARIA
 from backends.ai100.tools import run_tool
 from qeff_ir.errors import CompileError
 
+_TOOLS = ("qairt-converter", "qnn-context-binary-generator")
+
 
 def missing() -> str | None:
     """Why QNN cannot compile here, as a clause; `None` when its tools are there."""
     root = os.environ.get(ROOT_VARIABLE)
     if not root:
         return f"${ROOT_VARIABLE} is not set: install Qualcomm AI Engine Direct, and set it to the SDK's folder"
-    absent = [name for name in ("qairt-converter", "qnn-context-binary-generator") if not _tool(root, name).is_file()]
+    absent = [name for name in _TOOLS if not _tool(root, name).is_file()]
     return f"${ROOT_VARIABLE} is {root}, which has no {_tool(root, absent[0])}: correct it" if absent else None
+
+
+def version() -> str:
+    """What tells one SDK from another: its place, and size and time of its tools; ``none`` without one."""
+    root = os.environ.get(ROOT_VARIABLE)
+    if not root or missing() is not None:
+        return "none"
+    stats = [_tool(root, name).stat() for name in _TOOLS]
+    return f"{root} {[(s.st_size, s.st_mtime_ns) for s in stats]}"
 
 
 def run(folder: Path, commands: list[list[str]]) -> None:
@@ -30,10 +42,12 @@ def run(folder: Path, commands: list[list[str]]) -> None:
     problem = missing()
     if problem is not None:
         raise CompileError(f"QNN cannot compile here: {problem}")
-    root = os.environ[ROOT_VARIABLE]
+    root = str(Path(os.environ[ROOT_VARIABLE]).resolve())  # the tools run in the folder
     extensions = folder / EXTENSIONS
     text = extensions.read_text()
-    extensions.write_text(_placed(text, root))  # the tools do not know of variables
+    fields: dict[str, str] = json.loads(text)["backend_extensions"]
+    placed = {name: _placed(value, root) for name, value in fields.items()}  # the tools do not know of variables
+    extensions.write_text(json.dumps({"backend_extensions": placed}))
     try:
         for name, command in zip(("converter", "context_binary_generator"), commands, strict=True):
             result = CONVERTED if name == "converter" else "qpc/programqpc.bin"

@@ -23,7 +23,9 @@ from backends.ai100.qnn import files as qnn
 from backends.base import CompileOptions
 from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.errors import CompileError
+from qeff_ir.passing import Pipeline, run_pipeline
 from qeff_ir.runtime.decoder import Decoder
+from tests import support
 
 from .conftest import OPTIONS, Tiny
 
@@ -128,7 +130,7 @@ def test_options_reach_the_settings(tiny: Tiny, tmp_path: Path) -> None:
         json.dumps(
             {
                 "converter_args_extension": "--onnx_batch 1 'a b'",
-                "context_binary_generator_args_extension": "--profiling_level basic",
+                "context_binary_generator_args_extension": "--log_level verbose",
                 "qnn_compilation_backend": {"compiler_stat_level": 70, "compiler_own": True},
                 "SKIP_QNN_CONVERTER_STEP": False,
             }
@@ -146,7 +148,7 @@ def test_options_reach_the_settings(tiny: Tiny, tmp_path: Path) -> None:
     }  # fmt: skip
     assert settings | wanted == settings
     convert, generate = json.loads((tmp_path / "package" / COMMAND).read_text())["commands"]
-    assert convert[-3:] == ["--onnx_batch", "1", "a b"] and generate[-2:] == ["--profiling_level", "basic"]
+    assert convert[-3:] == ["--onnx_batch", "1", "a b"] and generate[-2:] == ["--log_level", "verbose"]
     formats = json.loads((tmp_path / "package" / qnn.FORMATS).read_text())["graphs"]
     assert [g["graph_name"] for g in formats] == settings["graph_names"]
     assert {t["tensor_name"] for t in formats[1]["tensors"]} == {
@@ -154,6 +156,38 @@ def test_options_reach_the_settings(tiny: Tiny, tmp_path: Path) -> None:
     }
     devices = json.loads((tmp_path / "package" / qnn.PARTITION).read_text())["partitions"][0]["devices"]
     assert devices == [{"deviceId": d} for d in range(4)] and _device_count(tmp_path / "package") == 4
+
+
+def test_only_keys_and_values_are_compressed(tmp_path: Path) -> None:
+    module = support.canonical("qwen3-next")
+    run_pipeline(module, Pipeline.parse(support.rest_of("ai100")))
+    BACKEND.emit(module, tmp_path, replace(QNN, mxint8_kv_cache=True))
+    described = yaml.safe_load((tmp_path / qnn.IO_CONFIG).read_text())
+    types = {e["Name"]: e["Desired Model Parameters"]["DataType"] for e in described["Input Tensor Configuration"]}
+    found = {s.kind: types[s.input] for s in module.states}
+    assert found == {"key": "uint8", "value": "uint8", "conv": "float16", "recurrent": "float16"}
+    edit(
+        qnn.IO_CONFIG,
+        lambda d: [
+            e["Desired Model Parameters"].update(DataType="uint8")
+            for k in d
+            for e in d[k]
+            if e["Name"].startswith("conv_state")
+        ],
+        tmp_path,
+    )
+    assert "qnn-io" in {v.code for v in violations(tmp_path)}
+
+
+def test_adapters_are_not_compressed(tmp_path: Path) -> None:
+    module = support.canonical("llama")
+    step = 'lora{mode=slots n=2 rank=2 targets="q_proj" retained=true}'
+    run_pipeline(module, Pipeline.parse(support.rest_of("ai100")).add(step))
+    BACKEND.emit(module, tmp_path, replace(QNN, mxint8_kv_cache=True))
+    described = yaml.safe_load((tmp_path / qnn.IO_CONFIG).read_text())
+    types = {e["Name"]: e["Desired Model Parameters"]["DataType"] for e in described["Output Tensor Configuration"]}
+    assert len(module.adapters) == 4 and {types[a.output] for a in module.adapters} == {"float16"}
+    assert {types[s.output] for s in module.states} == {"uint8"} and not list(violations(tmp_path))
 
 
 def test_a_users_partition_is_used(tiny: Tiny, tmp_path: Path) -> None:
@@ -198,6 +232,7 @@ def test_weights_must_be_in_the_model() -> None:
         ({"SKIP_QNN_CONVERTER_STEP": "true"}, "a package is always made anew"),
         ({"converter_args_extension": "--config=x"}, "has --config=x, which follows from the model"),
         ({"context_binary_generator_args_extension": "--backend x"}, "has --backend, which follows from the model"),
+        ({"qnn_compilation_backend": {"graph_names": ["model"]}}, "has graph_names, which follows from the rest"),
         ({"converter_args_extension": "'a"}, "give the arguments as one text"),
         ({"converter_args_extension": ["a"]}, "give the arguments as one text"),
     ],
@@ -224,6 +259,15 @@ def test_without_an_sdk_it_is_said_where_one_is_looked_for(
     monkeypatch.setenv(qnn.ROOT_VARIABLE, str(tmp_path))
     with pytest.raises(CompileError, match=r"has no .*/bin/x86_64-linux-clang/qairt-converter: correct it"):
         BACKEND.compile(emitted, QNN)
+
+
+def test_an_sdk_may_be_named_from_where_the_user_is(emitted: Path, sdk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(sdk.parent)
+    monkeypatch.setenv(qnn.ROOT_VARIABLE, sdk.name)
+    before = BACKEND.versions()["qnn"]
+    BACKEND.compile(emitted, QNN)
+    (sdk / "bin" / qnn.PLATFORM / "qairt-converter").write_text("#!/bin/sh\nexit 0 # of a newer SDK\n")
+    assert BACKEND.versions()["qnn"] != before
 
 
 def test_a_tool_that_fails_is_told(emitted: Path, sdk: Path) -> None:
