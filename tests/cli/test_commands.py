@@ -51,7 +51,7 @@ def test_compile_writes_the_report(compiled: tuple[Path, Outcome]) -> None:
     report = json.loads((compiled[0].parent / "report.json").read_text())
     assert report["version"] == 1
     assert report["passes"][0]["id"] == "canonicalize"
-    assert report == json.loads((compiled[0] / "package.json").read_text())["report"]
+    assert report == json.loads((compiled[0] / "package.json").read_text())["programs"]["main"]["report"]
 
 
 def test_plain_output_has_no_control_codes_and_fits_80_columns(compiled: tuple[Path, Outcome]) -> None:
