@@ -65,7 +65,7 @@ UNTOUCHED = "model.layers.1.mlp.act_fn: Sigmoid 'val_136.1' [untouched] the pass
         (1, Exactly("num_layers"), f"1 site was rewritten, exactly 2 (num_layers) must be:\n  {UNTOUCHED}"),
         (2, Exactly(1), "2 sites were rewritten, exactly 1 must be"),
         (2, Exactly("num_states"), "2 sites were rewritten, exactly 4 (num_states) must be"),
-        (1, Exactly("layers"), "it expects 'layers' rewrites, which is none of num_layers, num_states"),
+        (1, Exactly("layers"), "it expects 'layers' rewrites, which is none of num_layers, num_decoders, num_states"),
         (1, AtLeast(1), None),
         (1, AtLeast(2), f"1 site was rewritten, at least 2 must be:\n  {UNTOUCHED}"),
         (0, AnyNumber(), None),
