@@ -25,6 +25,7 @@ from qeff_ir.frontend.capture import IMPLEMENTATION
 from qeff_ir.frontend.config import read_config
 from qeff_ir.frontend.forward_source import EMBEDDING, ForwardFolder, ForwardMemory, ForwardOptions
 from qeff_ir.frontend.source import FolderSource, MemorySource, find_folder, open_source
+from qeff_ir.package import MAIN
 from qeff_ir.passing.pipeline import Pipeline
 from tests import support
 from tests.models import build
@@ -269,7 +270,7 @@ def test_shards_of_one_name_both_count_for_the_cache(model: Path) -> None:
             write(name)
         steps = Pipeline.parse(backend.pipeline)
         source = FolderSource(model)
-        seen.add(_key(source, None, backend, CompileOptions(), steps, False, _inputs(source)))
+        seen.add(_key(source, {}, backend, CompileOptions(), {MAIN: steps}, False, _inputs(source)))
     assert len(seen) == 3
 
 
