@@ -160,14 +160,14 @@ def compile_model(
             cached = found is not None
             if found is None:
                 found = Manifest(backend.name, key, not emit_only, asdict(options), {})
-                with together():
-                    for name, lower in programs.items():
-                        if name not in lowered:
-                            tell("lower", None)
-                        module = lowered.pop(name) if name in lowered else lower()
-                        report = _build(module, backend, options, steps[name], emit_only, partial, name, tell)
-                        found.programs[name] = ProgramRecord(module.name, report)
-                        found.tables |= _tables(module, source)
+                placed: dict[Path, Path] = {}
+                for name, lower in programs.items():
+                    if name not in lowered:
+                        tell("lower", None)
+                    module = lowered.pop(name) if name in lowered else lower()
+                    report = _build(module, backend, options, steps[name], emit_only, partial, name, placed, tell)
+                    found.programs[name] = ProgramRecord(module.name, report)
+                    found.tables |= _tables(module, source)
                 _save_side_files(source, partial)
                 seal(partial, found)
                 _refuse_changes(before, _inputs(source))
@@ -251,6 +251,7 @@ def _build(
     emit_only: bool,
     package: Path,
     program: str,
+    placed: dict[Path, Path],
     tell: Watch,
 ) -> dict[str, Any]:
     """Make the files of one program; returns what the passes did."""
@@ -265,7 +266,8 @@ def _build(
                 f"a program cannot be called '{program}', as what {backend.name} writes is: choose another name"
             )
         folder.mkdir()
-    backend.emit(module, folder, options)
+    with together(placed):  # this alone: who watches may save files elsewhere
+        backend.emit(module, folder, options)
     if not emit_only:
         tell("compile", None)
         backend.compile(folder, options)

@@ -77,9 +77,13 @@ _PLACED: ContextVar[dict[Path, Path] | None] = ContextVar("placed", default=None
 
 
 @contextlib.contextmanager
-def together() -> Generator[None]:
-    """What is shared in the block belongs together: a file that is asked for again gets a link to what it got first."""
-    token = _PLACED.set({})
+def together(placed: dict[Path, Path]) -> Generator[None]:
+    """What is shared in the block belongs together: a file that is asked for again gets a link to what it got first.
+
+    Args:
+        placed: Where each file is already; filled for the next block.
+    """
+    token = _PLACED.set(placed)
     try:
         yield
     finally:

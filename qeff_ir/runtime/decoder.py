@@ -160,11 +160,16 @@ class Decoder:
             Logits after the token, float32 ``[batch, vocab]``; those of idle rows mean nothing.
 
         Raises:
-            RuntimeInputError: A row has no room left, there was no `prefill`, it failed, or another thread has called
-                it since.
+            RuntimeInputError: There is not one id per row, a row has no room left, there was no `prefill`, it failed,
+                or another thread has called it since.
         """
+        ids = np.asarray(tokens, dtype=np.int64).reshape(-1, 1)
+        if len(ids) != self.batch_size:
+            raise RuntimeInputError(
+                f"there are {len(ids)} tokens for the {self.batch_size} rows of the batch: give one for each row"
+            )
         with self.turns.join():
-            return self._decode(np.asarray(tokens, dtype=np.int64).reshape(-1, 1), lora_ids)
+            return self._decode(ids, lora_ids)
 
     def _decode(self, tokens: Array, lora_ids: Array | None) -> Array:
         active = self.positions >= 0

@@ -76,6 +76,15 @@ def test_a_full_context_is_told(decoder: Decoder) -> None:
         decoder.decode([6, 6])
 
 
+@pytest.mark.parametrize("tokens", [[6], [6, 6, 6], []])
+def test_a_step_has_a_token_for_each_row(tokens: list[int], decoder: Decoder) -> None:
+    """One token is not said to every row in silence; the request goes on."""
+    first = decoder.prefill([[5], [7]])
+    with pytest.raises(RuntimeInputError, match=rf"there are {len(tokens)} tokens for the 2 rows of the batch"):
+        decoder.decode(tokens)
+    assert np.isfinite(decoder.decode([6, 6])).all() and np.isfinite(first).all()
+
+
 def test_decode_needs_a_prefill(decoder: Decoder) -> None:
     with pytest.raises(RuntimeInputError, match="call prefill first"):
         Decoder(decoder.session).decode([1, 1])
