@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 MANY = 500_000
-"""Objects that blocks may leave behind before all that lives is looked through once, for half a second."""
+"""Objects that blocks may leave behind at least before all that lives is looked through, for half a second."""
 
 _left = 0
 """Objects that blocks have left behind since the last time."""
+
+_living = 0
+"""Objects that lived after the last time: a quarter as many may be left behind until the next, as Python has it."""
 
 
 @contextmanager
@@ -22,24 +26,33 @@ def settled() -> Generator[None]:
 
     What a block leaves behind is old when it ends, and Python collects old objects only once there are many that grew
     old in its own way. So the blocks count them: otherwise no module would be freed in a process that compiles many.
+    The count is the collector's own (`gc.get_count`, `gc.callbacks`): to count the objects themselves takes longer the
+    more of them live, for each block anew.
     """
-    global _left
+    global _left, _living
     enabled = gc.isenabled()
     young, middle, _ = gc.get_count()  # objects, and collections of as many as the threshold says
-    _left += young + middle * gc.get_threshold()[0]  # freezing makes them old too
+    _left += young + middle * gc.get_threshold()[0]  # freezing makes them old
     gc.freeze()
     gc.disable()
+    gc.callbacks.append(_count)
     try:
         yield
     finally:
-        # Counted by freezing them: a list of them (`gc.get_objects`) holds tuples that other threads still fill, and
-        # Python's tuple(...) then raises SystemError there.
-        frozen = gc.get_freeze_count()
-        gc.freeze()
-        _left += gc.get_freeze_count() - frozen
+        gc.callbacks.remove(_count)
+        _left += gc.get_count()[0]
+        gc.freeze()  # makes what is left old, as it was before the block
         gc.unfreeze()
-        if _left > MANY:
-            _left = 0
+        if _left > max(MANY, _living // 4):
             gc.collect()
+            gc.freeze()
+            _left, _living = 0, gc.get_freeze_count()
+            gc.unfreeze()
         if enabled:
             gc.enable()
+
+
+def _count(phase: str, info: dict[str, Any]) -> None:
+    """Before a collection that somebody has asked for sets the collector's count to zero."""
+    global _left
+    _left += gc.get_count()[0] if phase == "start" else -info["collected"]

@@ -22,6 +22,7 @@ from qeff_ir.testing.recipe import Recipe
 @pytest.fixture(autouse=True)
 def _own_count(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(garbage, "_left", 0)
+    monkeypatch.setattr(garbage, "_living", 0)
     yield
     gc.collect()
 
