@@ -21,7 +21,6 @@ from benchmarks.coverage_models import build, data, shrink, small_config
 from benchmarks.coverage_row import PASSED, Job, Row
 from qeff_ir import numerics
 from qeff_ir.arrays import Array
-from qeff_ir.compiler import specialize
 from qeff_ir.errors import QeffError
 from qeff_ir.frontend.config import read_config
 from qeff_ir.frontend.source import MemorySource
@@ -29,6 +28,7 @@ from qeff_ir.frontend.versions import next_cache
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.specialize import specialize
 from qeff_ir.testing.trace import compare, reference_trace, session_trace
 
 OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=48, batch_size=2)

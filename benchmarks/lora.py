@@ -22,12 +22,12 @@ from benchmarks.race import Batch, Context, NewTokens, Rounds, Sizes, Threads, r
 from benchmarks.result import Result, publish
 from benchmarks.shapes import prompts, random_model
 from passes.lora import Lora
-from qeff_ir.compiler import specialize
 from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.specialize import specialize
 
 RESIDENT = (0, 1, 8, 32)
 _CHUNK = 128

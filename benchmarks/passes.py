@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from backends.base import CompileOptions
 from backends.onnxruntime.backend import BACKEND
 from benchmarks.prepare import lowered
-from qeff_ir.compiler import specialize
 from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.specialize import specialize
 
 _OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=48, batch_size=2)
 

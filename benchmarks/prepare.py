@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 
 from backends.base import CompileOptions
 from backends.onnxruntime.backend import BACKEND
-from qeff_ir.compiler import specialize
 from qeff_ir.frontend.lower import lower
 from qeff_ir.frontend.weights import Weights
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.specialize import specialize
 
 
 def lowered(model: PreTrainedModel, weights: Weights) -> Module:

@@ -32,13 +32,13 @@ def main(folder: Path, target: str, opened: bool) -> None:
 
     from backends import find_backend
     from backends.base import CompileOptions
-    from qeff_ir.compiler import specialize
     from qeff_ir.frontend.checkpoint import open_checkpoint
     from qeff_ir.frontend.lower import lower
     from qeff_ir.frontend.skeleton import build_skeleton
     from qeff_ir.frontend.weights import checkpoint_weights
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
+    from qeff_ir.specialize import specialize
 
     torch.set_num_threads(1)
     done("import")

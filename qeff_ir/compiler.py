@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
-import inspect
 import json
 import os
-import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +14,12 @@ import onnx_ir as ir
 
 from backends import find_backend, preferred
 from backends.base import Backend, CompileOptions
-from qeff_ir.digests import digest_file
-from qeff_ir.errors import CompileError, ModelLoadError, PackageError
+from qeff_ir.cache_key import input_digests, package_key, refuse_changes
+from qeff_ir.errors import CompileError, PackageError
 from qeff_ir.frontend.source import Source
 from qeff_ir.home import cache_root
-from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.ports import EMBEDDINGS
-from qeff_ir.ir.printer import fingerprint
 from qeff_ir.package import (
     MAIN,
     SIDE_FOLDER,
@@ -41,10 +35,11 @@ from qeff_ir.package import (
 )
 from qeff_ir.passing.manager import PassRun, Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline, nearest
-from qeff_ir.reading import files_below, plain_name
+from qeff_ir.reading import plain_name
 from qeff_ir.replacement import disk_errors, put_right
-from qeff_ir.sharing import choice, together
-from qeff_ir.storage import file_range, numbers_digest
+from qeff_ir.sharing import together
+from qeff_ir.specialize import specialize
+from qeff_ir.storage import numbers_digest
 
 Pipelines = Pipeline | str | Mapping[str, Pipeline | str] | None
 """What a caller may give as a pipeline, see `compile_model`."""
@@ -54,9 +49,6 @@ Watch = Callable[[str, PassRun | None], None]
 
 TokenEmbedding = Literal["graph", "host"]
 """Who looks up the vectors of the tokens."""
-
-_OWN_PACKAGES = ("qeff_ir", "passes", "backends")
-_LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -149,8 +141,8 @@ def compile_model(
     lowered = {} if source.identity() is not None else {name: lower() for name, lower in programs.items()}
     folder = out or cache_root() / _architecture(source)
     with disk_errors(folder):  # the disk of the model, and the one of temporary files
-        before = _inputs(source)
-        key = _key(source, lowered, backend, options, steps, emit_only, before)
+        before = input_digests(source)
+        key = package_key(source, lowered, backend, options, steps, emit_only, before)
         folder = out or folder / f"{_architecture(source)}-{key[:16]}"
         found = _cached(folder, key)
         if found is not None:
@@ -170,7 +162,7 @@ def compile_model(
                     found.tables |= _tables(module, source)
                 _save_side_files(source, partial)
                 seal(partial, found)
-                _refuse_changes(before, _inputs(source))
+                refuse_changes(before, input_digests(source))
     return Compiled(folder, found, cached=cached)
 
 
@@ -195,52 +187,6 @@ def _pipelines(given: Pipelines, own: Pipeline, programs: Collection[str]) -> di
     if unknown:
         raise CompileError(f"there is a pipeline for the program '{unknown[0]}'; {nearest(unknown[0], programs)}")
     return {name: chosen(given.get(name), own) for name in programs}
-
-
-def specialize(module: Module, options: CompileOptions) -> None:
-    """Set the shapes to compile for: one prefill chunk, and one token (only the latter for chunks of one token).
-
-    A module without a cache gets one specialization for each length.
-
-    Raises:
-        CompileError: The context, or a length, is longer than the model's positions.
-    """
-    if "ctx_len" not in module.dims:
-        module.specializations = _lengths(module, options)
-        return
-    limit = module.dims["ctx_len"].maximum
-    if limit is not None and options.ctx_len > limit:
-        raise CompileError(
-            f"ctx_len={options.ctx_len} is more than the {limit} positions of {module.name}: "
-            f"use ctx_len={limit} or less"
-        )
-    common = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
-    lengths = {"Prefill": options.prefill_seq_len, "Decode": 1}
-    if options.prefill_seq_len == 1:
-        del lengths["Prefill"]
-    module.specializations = [Specialization(name, {**common, "seq_len": n}) for name, n in lengths.items()]
-
-
-def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
-    """The specializations of a module without a cache (names as the AI 100 contract's §4.2)."""
-    common = {"batch_size": options.batch_size}
-    if module.padding is not None and module.padding.one_row and options.batch_size != 1:
-        raise CompileError(
-            f"batch_size={options.batch_size} is more than the one row that {module.name} takes (without a padding "
-            "token, it reads the last column of each): use batch_size=1, or set pad_token_id in its configuration"
-        )
-    if "seq_len" not in module.dims:
-        return [Specialization(options.graph_name, common)]
-    limit = module.dims["seq_len"].maximum
-    lengths = sorted(set(options.seq_len))
-    if not lengths:
-        raise CompileError(f"{module.name} takes inputs of any length: give seq_len, one or several")
-    if limit is not None and lengths[-1] > limit:
-        raise CompileError(
-            f"seq_len={lengths[-1]} is more than the {limit} positions of {module.name}: use {limit} or less"
-        )
-    names = [options.graph_name] if len(lengths) == 1 else [f"{options.graph_name}_{i}" for i in range(len(lengths))]
-    return [Specialization(name, {**common, "seq_len": n}) for name, n in zip(names, lengths, strict=True)]
 
 
 def _build(
@@ -358,116 +304,3 @@ def _cached(folder: Path, key: str) -> Manifest | None:
         return open_package(folder) if is_package(folder) and read_manifest(folder).key == key else None
     except PackageError:
         return None  # damaged or of another version: it is built anew
-
-
-def _inputs(source: Source) -> dict[str, str]:
-    """Digest of every file that a package is made from.
-
-    Raises:
-        ModelLoadError: A file of the checkpoint cannot be read.
-    """
-    found: dict[str, str] = {}
-    for path in source.weight_files():
-        try:
-            found[str(path)] = digest_file(path)
-        except OSError as error:
-            raise ModelLoadError(
-                f"the checkpoint file {path} cannot be read ({error.strerror}): open the model again"
-            ) from error
-    return {**found, **_side_digests(source)}
-
-
-def _refuse_changes(before: dict[str, str], after: dict[str, str]) -> None:
-    """Tell of a model that was saved again while it was compiled: what was made is of neither."""
-    changed = [name for name in (*before, *after) if before.get(name) != after.get(name)]
-    if changed:
-        raise PackageError(f"{Path(changed[0]).name} was changed while the model was compiled: compile it again")
-
-
-def _key(
-    source: Source,
-    lowered: Mapping[str, Module],
-    backend: Backend,
-    options: CompileOptions,
-    steps: Mapping[str, Pipeline],
-    emit_only: bool,
-    inputs: dict[str, str],
-) -> str:
-    """SHA-256 of all that can change a package."""
-    graph: Any = source.identity()
-    if graph is None:
-        graph = {name: fingerprint(module) for name, module in lowered.items()}
-    weights = {name: _weight_digests(module) for name, module in lowered.items()}
-    # In their order and by name: a model that was moved is the same one, shards of two folders are not.
-    files = [(Path(name).name, digest) for name, digest in inputs.items()]
-    facts = {
-        "graph": graph,
-        "weights": weights,
-        "files": files,
-        "weight files": choice(),
-        "options": asdict(options),
-        "flag files": {n: digest_file(Path(v)) for n, v in options.flags.items() if _is_file(v)},
-        "programs": {name: str(pipeline) for name, pipeline in steps.items()},
-        "plugins": _plugin_digests([source, *(item for pipeline in steps.values() for item in pipeline.passes)]),
-        "compiled": not emit_only,
-        "target": backend.name,
-        "versions": {
-            **{n: importlib.metadata.version(n) for n in _LIBRARIES},
-            **backend.versions(),
-            "code": code_digest(),
-        },
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _side_digests(source: Source) -> dict[str, str]:
-    """Digests of what a package gets along with the model: a tokenizer or generation defaults may change alone."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        source.save_side_files(folder)
-        return {str(path.relative_to(folder)): digest_file(path) for path in files_below(folder)}
-
-
-def _plugin_digests(parts: Iterable[object]) -> dict[str, str]:
-    """Digest of the file of each pass or source of others, by module: `code_digest` does not see its code.
-
-    Raises:
-        CompileError: A class is in no file.
-    """
-    classes = {type(part) for part in parts}
-    found: dict[str, str] = {}
-    for cls in classes:
-        if cls.__module__.partition(".")[0] not in _OWN_PACKAGES:
-            try:
-                found[cls.__module__] = digest_file(Path(inspect.getfile(cls)))
-            except (TypeError, OSError) as error:
-                raise CompileError(
-                    f"the code of {cls.__qualname__} is in no file, by which packages could be told apart: put it "
-                    "into a module"
-                ) from error
-    return found
-
-
-def _is_file(value: object) -> bool:
-    return isinstance(value, str | Path) and Path(value).is_file()
-
-
-def _weight_digests(module: Module) -> dict[str, str]:
-    """Digest of each weight, read one at a time."""
-    found: dict[str, str] = {}
-    for name, value in module.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is not None and WEIGHT_KEY in value.metadata_props and file_range(tensor) is None:
-            found[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
-    return found
-
-
-@functools.cache
-def code_digest() -> str:
-    """Digest of the compiler's own source, so that a changed pass never meets an old package."""
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for package in _OWN_PACKAGES:
-        for path in files_below(root / package, "*.py") + files_below(root / package, "*.json"):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()

@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir.arrays import Array
-from qeff_ir.compiler import specialize
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.ir import operators
 from qeff_ir.ir.module import Module
@@ -24,6 +23,7 @@ from qeff_ir.ir.snapshot import save_module
 from qeff_ir.passing.manager import Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.specialize import specialize
 from qeff_ir.testing.trace import Trace, reference_trace
 from tests.models import VOCAB, build
 

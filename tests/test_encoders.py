@@ -15,13 +15,13 @@ from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir import numerics
 from qeff_ir.arrays import Array
-from qeff_ir.compiler import specialize
 from qeff_ir.frontend.forward_source import CTC, EMBEDDING, ForwardMemory, ForwardOptions
 from qeff_ir.frontend.inputs import find_inputs
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.encoder import Encoder
+from qeff_ir.specialize import specialize
 from tests import support
 from tests.encoders import ENCODERS, build, example
 

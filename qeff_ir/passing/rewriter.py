@@ -43,16 +43,32 @@ class OpBuilder:
         **attributes: Any,
     ) -> ir.Value:
         """Insert one node with one output and return that output, typed when `shape` and `dtype` are given."""
-        node = ir.node(op_type, inputs, attributes=attributes, domain=domain)
+        (out,) = self.several(op_type, *inputs, domain=domain, shapes=[shape], dtype=dtype, **attributes)
+        return out
+
+    def several(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        shapes: Sequence[Sequence[int | str] | ir.Shape | None],
+        domain: str = "",
+        dtype: ir.DataType | None = None,
+        **attributes: Any,
+    ) -> tuple[ir.Value, ...]:
+        """Insert one node with an output for each of `shapes` (`None` for one that is not known); return the outputs.
+
+        ``gate, up = b.several("Split", both, sizes, axis=-1, shapes=[…, …])``
+        """
+        node = ir.node(op_type, inputs, attributes=attributes, domain=domain, num_outputs=len(shapes))
         self._rewriter.insert(node, self._anchor, after=self._after)
         if self._after:
             self._anchor = node
-        out = node.outputs[0]
-        if shape is not None:
-            out.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)
-        if dtype is not None:
-            out.dtype = dtype
-        return out
+        for out, shape in zip(node.outputs, shapes, strict=True):
+            if shape is not None:
+                out.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)
+            if dtype is not None:
+                out.dtype = dtype
+        return tuple(node.outputs)
 
     def const(self, value: Any, dtype: Any = np.int64) -> ir.Value:
         """A constant, shared by all its users in the graph (`int64` unless told otherwise)."""

@@ -16,13 +16,13 @@ import numpy as np
 
 from backends.base import CompileOptions
 from qeff_ir.arrays import Array
-from qeff_ir.compiler import specialize
 from qeff_ir.debug.bundle import Metadata, describe, versions, write_bundle
 from qeff_ir.debug.drive import Plan, drive, tables_of
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import LOGITS, name_of
 from qeff_ir.ir.printer import to_text
 from qeff_ir.runtime.session import Session
+from qeff_ir.specialize import specialize
 from qeff_ir.testing.recipe import Recipe, answer
 from qeff_ir.testing.strategies import Request
 

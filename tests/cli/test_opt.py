@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from backends import find_backend
-from qeff_ir.compiler import specialize
 from qeff_ir.demo import MODEL_FOLDER
 from qeff_ir.frontend.source import open_source
 from qeff_ir.ir.snapshot import load_module, save_module
+from qeff_ir.specialize import specialize
 from tests import support
 from tests.debug import wrong_passes
 from tests.debug.models import write_plain

@@ -14,11 +14,11 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qeff_ir import numerics
-from qeff_ir.compiler import specialize
 from qeff_ir.frontend import states
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.frontend.versions import CACHE
 from qeff_ir.ir.residents import State
+from qeff_ir.specialize import specialize
 from qeff_ir.testing.trace import compare, reference_trace, session_trace
 from tests import support
 from tests.models import WINDOW, build

@@ -19,7 +19,8 @@ from backends.base import CompileOptions
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
 from qeff_ir.adapters.memory import AdaptedMemorySource
 from qeff_ir.auto.arguments import hub_arguments
-from qeff_ir.compiler import _inputs, _key, compile_model
+from qeff_ir.cache_key import input_digests, package_key
+from qeff_ir.compiler import compile_model
 from qeff_ir.errors import ModelLoadError, PackageError, QeffError, UnsupportedModelError
 from qeff_ir.frontend.capture import IMPLEMENTATION
 from qeff_ir.frontend.config import read_config
@@ -270,7 +271,7 @@ def test_shards_of_one_name_both_count_for_the_cache(model: Path) -> None:
             write(name)
         steps = Pipeline.parse(backend.pipeline)
         source = FolderSource(model)
-        seen.add(_key(source, {}, backend, CompileOptions(), {MAIN: steps}, False, _inputs(source)))
+        seen.add(package_key(source, {}, backend, CompileOptions(), {MAIN: steps}, False, input_digests(source)))
     assert len(seen) == 3
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from backends import find_backend
 from qeff_ir import numerics
-from qeff_ir.compiler import specialize
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.ir.printer import to_text
@@ -19,6 +18,7 @@ from qeff_ir.passing.base import OpBuilder, Rewriter
 from qeff_ir.passing.manager import Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.specialize import specialize
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import prepare
 from tests import support

@@ -13,10 +13,10 @@ import pytest
 
 from backends import find_backend
 from backends.base import CompileOptions
-from qeff_ir.compiler import specialize
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.printer import to_text
 from qeff_ir.passing import Pipeline, run_pipeline
+from qeff_ir.specialize import specialize
 from qeff_ir.testing.build import build
 from qeff_ir.testing.recipe import Layer, Recipe
 

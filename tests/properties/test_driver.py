@@ -15,11 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from backends import backend_names, find_backend
 from backends.base import CompileOptions
 from qeff_ir import numerics
-from qeff_ir.compiler import specialize
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.specialize import specialize
 from qeff_ir.testing.build import build
 from qeff_ir.testing.recipe import Layer, Recipe, answer
 

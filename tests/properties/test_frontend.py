@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from backends import find_backend
 from qeff_ir import numerics
-from qeff_ir.compiler import specialize
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.ir.module import WEIGHT_KEY, Module
+from qeff_ir.specialize import specialize
 from qeff_ir.testing.judge import answered, explained, options, session_answers
 from qeff_ir.testing.recipe import BLOCK_SCALE, WEIGHT_SCALE, Recipe
 from qeff_ir.testing.strategies import CONFIGS, Request, configs, requests

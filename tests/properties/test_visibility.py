@@ -16,7 +16,6 @@ import pytest
 from backends import find_backend
 from backends.base import CompileOptions
 from qeff_ir.arrays import Array
-from qeff_ir.compiler import specialize
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.ports import LOGITS
@@ -25,6 +24,7 @@ from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.specialize import specialize
 
 CTX = 8
 FLOAT, INT = ir.DataType.FLOAT, ir.DataType.INT64

@@ -27,11 +27,11 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    from qeff_ir.compiler import specialize
     from qeff_ir.frontend.lower import lower
     from qeff_ir.frontend.weights import memory_weights
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
+    from qeff_ir.specialize import specialize
     from tests.models import build
 
     _, model = build("mistral")
@@ -46,10 +46,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="session")
 def _forward(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from qeff_ir.compiler import specialize
     from qeff_ir.frontend.forward_source import EMBEDDING, ForwardMemory, ForwardOptions
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
+    from qeff_ir.specialize import specialize
     from tests.encoders import build
 
     module = ForwardMemory(build("distilbert"), ForwardOptions(EMBEDDING)).lower()
@@ -72,9 +72,9 @@ def forward(_forward: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An emitted decoder with two slots for adapters of rank 2 or less; not to be damaged."""
-    from qeff_ir.compiler import specialize
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
+    from qeff_ir.specialize import specialize
     from tests import support
 
     module = support.lowered("llama")

@@ -1,0 +1,131 @@
+"""Weights that a pass derives from others: the stored matrix behind a product, and new weights that are computed late.
+
+A derived weight takes no memory: its numbers are computed when somebody asks for them, which is when a package is
+written, one weight after the other. A pass that makes one says so (`Pass.changes_weights`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qeff_ir.arrays import Array
+from qeff_ir.errors import PassError
+from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY
+from qeff_ir.passing.matching import made_by
+from qeff_ir.passing.rewriter import Rewriter
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The weight behind a matrix product, as the checkpoint has it.
+
+    Attributes:
+        value: The initializer, ``[in, out]`` or ``[out, in]``.
+        transposed: Whether it is stored ``[out, in]``, as linear layers are, and read through a `Transpose`.
+    """
+
+    value: ir.Value
+    transposed: bool
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """``(in, out)``."""
+        assert self.value.shape is not None
+        rows, columns = (int(d) for d in self.value.shape.numpy())
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def out_axis(self) -> int:
+        """The axis of the output features."""
+        return 0 if self.transposed else 1
+
+
+def stored(product: ir.Node) -> Stored | None:
+    """The stored weight of a ``MatMul``; `None` where its second operand is no weight of two axes."""
+    if product.op_type != "MatMul" or product.domain != "":
+        return None
+    transpose = made_by(product.inputs[1], "Transpose")
+    value = product.inputs[1] if transpose is None else transpose.inputs[0]
+    if value is None or not value.is_initializer() or WEIGHT_KEY not in value.metadata_props:
+        return None
+    if value.shape is None or len(value.shape) != 2:
+        return None
+    if transpose is not None and list(transpose.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+        return None
+    return Stored(value, transpose is not None)
+
+
+def derived(
+    rewriter: Rewriter,
+    name: str,
+    of: Sequence[ir.Value],
+    shape: Sequence[int],
+    compute: Callable[..., Array],
+) -> ir.Value:
+    """A new weight of the graph that is computed from others.
+
+    Args:
+        rewriter: Of the pass that makes it.
+        name: Of the parameter that it stands for (``model.layers.0.mlp.gate_up_proj.weight``).
+        of: The weights that it is computed from; its element type is that of the first.
+        shape: Sizes.
+        compute: Gets the numbers of the weights in their order, and returns those of the new one.
+
+    Returns:
+        The initializer.
+
+    Raises:
+        PassError: There is a weight of that name already, or one that it is computed from has no numbers. When the
+            numbers are asked for: they have another shape than was said.
+    """
+    if name in rewriter.graph.initializers:
+        raise PassError(f"there is a weight {name} already: give the derived one another name")
+    tensors = [value.const_value for value in of]
+    absent = [str(value.name) for value, tensor in zip(of, tensors, strict=True) if tensor is None]
+    if absent or not of:
+        what = f"{absent[0]} has no numbers" if absent else "it is computed from nothing"
+        raise PassError(f"the weight {name} cannot be derived: {what}")
+    found = [tensor for tensor in tensors if tensor is not None]
+    dtype = found[0].dtype
+
+    def numbers() -> ir.Tensor[Array]:
+        made = np.ascontiguousarray(compute(*(tensor.numpy() for tensor in found)), dtype=dtype.numpy())
+        if made.shape != tuple(shape):
+            raise PassError(f"the weight {name} was said to be {list(shape)}, and is {list(made.shape)}")
+        return ir.Tensor(made, dtype=dtype, name=name)
+
+    sizes = ir.Shape(shape)
+    tensor = ir.LazyTensor(numbers, dtype, sizes, name=name)
+    value = ir.Value(name=name, shape=sizes, type=ir.TensorType(dtype), const_value=tensor)
+    value.metadata_props.update({WEIGHT_KEY: name, CHANGED_KEY: rewriter.pass_id})
+    rewriter.graph.register_initializer(value)
+    return value
+
+
+def side_by_side(rewriter: Rewriter, name: str, parts: Sequence[Stored]) -> Stored:
+    """One weight whose product gives the outputs of several, in their order: ``[in, out 1 + out 2 + …]``.
+
+    Args:
+        rewriter: See `derived`.
+        name: See `derived`.
+        parts: Weights of equal input features; they may be stored in different ways.
+
+    Raises:
+        PassError: See `derived`; or the input features differ.
+    """
+    first = parts[0]
+    if any(part.features[0] != first.features[0] for part in parts):
+        raise PassError(f"the weights of {name} take different numbers of features: they cannot stand side by side")
+    outputs = sum(part.features[1] for part in parts)
+    shape = (outputs, first.features[0]) if first.transposed else (first.features[0], outputs)
+    flips = [part.transposed != first.transposed for part in parts]
+
+    def compute(*arrays: Array) -> Array:
+        turned = [array.T if flip else array for array, flip in zip(arrays, flips, strict=True)]
+        return np.concatenate(turned, axis=first.out_axis)
+
+    return Stored(derived(rewriter, name, [part.value for part in parts], shape, compute), first.transposed)

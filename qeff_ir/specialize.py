@@ -1,0 +1,53 @@
+"""The static shapes that a module is compiled for."""
+
+from __future__ import annotations
+
+from backends.base import CompileOptions
+from qeff_ir.errors import CompileError
+from qeff_ir.ir.module import Module, Specialization
+
+
+def specialize(module: Module, options: CompileOptions) -> None:
+    """Set the shapes to compile for: one prefill chunk, and one token (only the latter for chunks of one token).
+
+    A module without a cache gets one specialization for each length.
+
+    Raises:
+        CompileError: The context, or a length, is longer than the model's positions.
+    """
+    if "ctx_len" not in module.dims:
+        module.specializations = _lengths(module, options)
+        return
+    limit = module.dims["ctx_len"].maximum
+    if limit is not None and options.ctx_len > limit:
+        raise CompileError(
+            f"ctx_len={options.ctx_len} is more than the {limit} positions of {module.name}: "
+            f"use ctx_len={limit} or less"
+        )
+    common = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
+    lengths = {"Prefill": options.prefill_seq_len, "Decode": 1}
+    if options.prefill_seq_len == 1:
+        del lengths["Prefill"]
+    module.specializations = [Specialization(name, {**common, "seq_len": n}) for name, n in lengths.items()]
+
+
+def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
+    """The specializations of a module without a cache (names as the AI 100 contract's §4.2)."""
+    common = {"batch_size": options.batch_size}
+    if module.padding is not None and module.padding.one_row and options.batch_size != 1:
+        raise CompileError(
+            f"batch_size={options.batch_size} is more than the one row that {module.name} takes (without a padding "
+            "token, it reads the last column of each): use batch_size=1, or set pad_token_id in its configuration"
+        )
+    if "seq_len" not in module.dims:
+        return [Specialization(options.graph_name, common)]
+    limit = module.dims["seq_len"].maximum
+    lengths = sorted(set(options.seq_len))
+    if not lengths:
+        raise CompileError(f"{module.name} takes inputs of any length: give seq_len, one or several")
+    if limit is not None and lengths[-1] > limit:
+        raise CompileError(
+            f"seq_len={lengths[-1]} is more than the {limit} positions of {module.name}: use {limit} or less"
+        )
+    names = [options.graph_name] if len(lengths) == 1 else [f"{options.graph_name}_{i}" for i in range(len(lengths))]
+    return [Specialization(name, {**common, "seq_len": n}) for name, n in zip(names, lengths, strict=True)]

@@ -1,0 +1,90 @@
+"""Weights that are put side by side, from outside: both targets answer as before, and stored numbers are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends import find_backend
+from qeff_ir.errors import PassError
+from qeff_ir.ir.module import WEIGHT_KEY, Module
+from qeff_ir.passing import Pipeline, Rewriter, run_pipeline
+from qeff_ir.passing.weights import Stored, derived, side_by_side, stored
+from qeff_ir.runtime.decoder import Decoder
+from tests import support
+from tests.examples.fuse_products import FuseProducts
+
+
+def fused(name: str, target: str, *, check: int = 1) -> Module:
+    module = support.canonical(name)
+    run_pipeline(
+        module, Pipeline.parse(support.rest_of(target)).insert_before("last-logits", FuseProducts()), check=check
+    )
+    return module
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
+@pytest.mark.parametrize(("name", "products"), [("llama", [2, 3]), ("gpt-oss", [3]), ("falcon-h1", [2, 3])])
+def test_it_answers_as_before(name: str, products: list[int], target: str, tmp_path: Path) -> None:
+    plain = support.open_decoder(support.canonical(name), tmp_path / "plain")
+    module, backend = fused(name, target, check=2), find_backend(target)
+    splits = [node for node in module.graph if node.op_type == "Split" and "fuse-products" in str(node.metadata_props)]
+    assert sorted({len(node.outputs) for node in splits}) == products
+    backend.check(module, support.OPTIONS)
+    backend.emit(module, tmp_path / "own", support.OPTIONS)
+    own = Decoder(backend.open(tmp_path / "own", threads=1))
+    np.testing.assert_allclose(own.prefill(support.PROMPTS), plain.prefill(support.PROMPTS), atol=1e-5)
+    np.testing.assert_allclose(own.decode([5, 6]), plain.decode([5, 6]), atol=1e-5)
+
+
+def test_every_check_passes_and_the_weights_are_the_old_ones_side_by_side() -> None:
+    initializers = support.canonical("llama").graph.initializers.values()
+    named = [v for v in initializers if WEIGHT_KEY in v.metadata_props]
+    before = {v.metadata_props[WEIGHT_KEY]: v.const_value for v in named}
+    module = fused("llama", "onnxruntime", check=4)
+    name = "model.layers.1.mlp.gate_proj_and_up_proj.weight"
+    new = module.graph.initializers[name].const_value
+    parts = [before[f"model.layers.1.mlp.{part}_proj.weight"] for part in ("gate", "up")]
+    assert new is not None and np.array_equal(new.numpy(), np.concatenate([p.numpy() for p in parts if p is not None]))
+    gone = set(before) - {v.metadata_props.get(WEIGHT_KEY) for v in module.graph.initializers.values()}
+    assert len(gone) == 2 * 5  # what nothing reads any more is not in the package
+
+
+def weights(module: Module) -> list[Stored]:
+    return [found for node in module.graph if (found := stored(node)) is not None]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_weights_that_are_stored_in_different_ways_stand_side_by_side(flip: bool) -> None:
+    module = support.canonical("llama")
+    rewriter = Rewriter(module, "test")
+    one, other = (w for w in weights(module)[:3] if w.features == weights(module)[1].features)
+    turned = derived(rewriter, "turned", [other.value], other.features, lambda array: array.T)
+    parts = [one, Stored(turned, False)]
+    both = side_by_side(rewriter, "both", parts[::-1] if flip else parts)
+    assert both.transposed is not flip and both.features == (one.features[0], 2 * one.features[1])
+    numbers = [p.value.const_value.numpy() for p in (one, other) if p.value.const_value is not None]
+    made = both.value.const_value
+    assert made is not None
+    expected = np.concatenate(numbers[::-1] if flip else numbers)
+    assert np.array_equal(made.numpy().T if flip else made.numpy(), expected) and expected.std() > 0
+
+
+def test_what_cannot_be_derived_is_refused() -> None:
+    module = support.canonical("llama")
+    rewriter = Rewriter(module, "test")
+    first = weights(module)[0]
+    with pytest.raises(PassError, match=r"there is a weight .* already"):
+        derived(rewriter, str(first.value.name), [first.value], (1,), lambda a: a)
+    with pytest.raises(PassError, match="x cannot be derived: it is computed from nothing"):
+        derived(rewriter, "x", [], (1,), lambda: np.zeros(1))
+    with pytest.raises(PassError, match="x cannot be derived: input_ids has no numbers"):
+        derived(rewriter, "x", [module.graph.inputs[0]], (1,), lambda a: a)
+    wrong = derived(rewriter, "wrong", [first.value], (1, 2), lambda a: a)
+    with pytest.raises(PassError, match=r"wrong was said to be \[1, 2\], and is \[32, 32\]"):
+        wrong.const_value.numpy()  # pyright: ignore[reportOptionalMemberAccess]
+    down = next(w for w in weights(module) if w.features[0] != first.features[0])
+    with pytest.raises(PassError, match="take different numbers of features"):
+        side_by_side(rewriter, "both", [first, down])
