@@ -10,11 +10,14 @@ from typing import Any
 MANY = 500_000
 """Objects that blocks may leave behind at least before all that lives is looked through, for half a second."""
 
+PART = 4
+"""One to so many of the objects that live may be left behind, as Python has it for those that are old."""
+
 _left = 0
 """Objects that blocks have left behind since the last time."""
 
 _living = 0
-"""Objects that lived after the last time: a quarter as many may be left behind until the next, as Python has it."""
+"""Objects that lived after the last time."""
 
 
 @contextmanager
@@ -43,7 +46,7 @@ def settled() -> Generator[None]:
         _left += gc.get_count()[0]
         gc.freeze()  # makes what is left old, as it was before the block
         gc.unfreeze()
-        if _left > max(MANY, _living // 4):
+        if _left > max(MANY, _living // PART):
             gc.collect()
             gc.freeze()
             _left, _living = 0, gc.get_freeze_count()

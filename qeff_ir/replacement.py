@@ -71,8 +71,8 @@ def building(out: Path, ours: Callable[[Path], bool], kind: str = "a qeff packag
             _put_right(out)
             _refuse_foreign(out, ours, kind)
             partial = _hidden(out, uuid.uuid4().hex[:8])
-            partial.mkdir()
-            try:
+            try:  # an interrupt may come before the folder's making has returned
+                partial.mkdir()
                 yield partial
                 if any(partial.iterdir()):
                     _refuse_foreign(out, ours, kind)
@@ -106,9 +106,9 @@ def building_file(out: Path, ours: Callable[[Path], bool]) -> Generator[tuple[Pa
                 raise PackageError(f"{out} exists and was not written by qeff: remove it, or choose another -o")
             end = uuid.uuid4().hex[:8]
             partial, data = _hidden(out, end), out.parent / f"{out.stem}.weights-{end}"
-            partial.mkdir()
             placed = False
-            try:
+            try:  # see `building`
+                partial.mkdir()
                 yield partial, data.name
                 write_through(partial)
                 if (partial / data.name).exists():

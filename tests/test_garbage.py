@@ -40,7 +40,16 @@ def alive(rounds: int) -> int:
 
 def test_modules_are_freed_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garbage, "MANY", 20_000)
+    monkeypatch.setattr(garbage, "PART", 10**9)  # however much this process holds
     assert alive(30) < 15
+
+
+def test_the_more_lives_the_more_may_be_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look through all that lives takes the longer the more that is: it is done the more seldom."""
+    monkeypatch.setattr(garbage, "MANY", 20_000)
+    monkeypatch.setattr(garbage, "PART", 1)
+    monkeypatch.setattr(garbage, "_living", 10**9)
+    assert alive(30) >= 25
 
 
 def test_without_the_count_none_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,6 +297,25 @@ def test_a_running_build_is_left_alone(tmp_path: Path) -> None:
     assert content(out) == "new" and beside(out) == []
 
 
+@pytest.mark.parametrize("build", [building, lambda out: replacement.building_file(out, lambda _: True)])
+def test_an_interrupt_while_the_folder_is_made_leaves_none(
+    build: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is raised where the call returns, and the folder is there already."""
+    real, made = Path.mkdir, []
+
+    def mkdir(path: Path, *args: Any, **options: Any) -> None:
+        real(path, *args, **options)
+        if ".partial-" in path.name:
+            made.append(path)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(KeyboardInterrupt), build(tmp_path / "out"):
+        pytest.fail("the folder was not made")
+    assert len(made) == 1 and list(tmp_path.iterdir()) == []
+
+
 def test_builds_of_one_folder_wait_for_each_other(tmp_path: Path) -> None:
     """Also while the file of the lock is made and removed under their hands."""
     inside: list[int] = []
