@@ -75,6 +75,7 @@ PROPERTIES = {
     "edits of pipelines": "passing/test_editing.py",
     "derived weights": "examples/test_fuse_products.py",
     "garbage": "test_garbage.py",
+    "kit": "examples/test_kit.py",
     "AI 100 QNN": "backends/ai100/test_qnn.py",
     "sizes of images": "test_auto_forward.py::test_the_height_of_an_image_comes_before_its_width",
 }

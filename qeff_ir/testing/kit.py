@@ -1,0 +1,239 @@
+"""For authors of passes: hold a pass, and the packages that it is part of, against drawn decoders.
+
+::
+
+    from qeff_ir.testing.kit import hold_package, hold_pass, planted
+
+    def test_it_keeps_its_word():
+        hold_pass(FuseGates())
+
+    def test_packages_answer_as_before():
+        hold_package(FuseGates(), target="ai100")
+
+    def test_a_fault_is_told():
+        with planted(FuseGates.run, "op.Sigmoid(x)", "op.Tanh(x)"), pytest.raises(NotHeldError):
+            hold_pass(FuseGates())
+
+``python -m qeff_ir.testing.kit fuse-gates`` does the first two for a pass that is registered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from backends import backend_names, find_backend
+from qeff_ir import numerics
+from qeff_ir.arrays import Array
+from qeff_ir.errors import QeffError
+from qeff_ir.passing.base import Pass
+from qeff_ir.passing.manager import PassRun, run_pipeline
+from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.testing.build import build
+from qeff_ir.testing.edits import EditError, planted
+from qeff_ir.testing.judge import expected, explained, module_answers, options, prepare, session_answers
+from qeff_ir.testing.recipe import Recipe
+from qeff_ir.testing.strategies import Request, recipes, requests
+
+__all__ = ["EditError", "Held", "NotHeldError", "hold_package", "hold_pass", "planted"]
+
+
+class NotHeldError(QeffError):
+    """A pass does not keep its word on a decoder, or did nothing on all of them; notes show the smallest one."""
+
+
+@dataclass
+class Held:
+    """What the examples have exercised.
+
+    Attributes:
+        decoders: Number of decoders.
+        changed: Those that the pass has changed.
+        fired: Rewrites by name.
+        missed: Sites that it left alone, by reason.
+    """
+
+    decoders: int = 0
+    changed: int = 0
+    fired: Counter[str] = field(default_factory=Counter[str])
+    missed: Counter[str] = field(default_factory=Counter[str])
+
+    def count(self, run: PassRun) -> None:
+        """Add what the pass did on one more decoder."""
+        self.decoders += 1
+        self.changed += run.modified
+        self.fired.update(run.stats.fired)
+        self.missed.update(missed.reason for missed in run.stats.missed)
+
+    def __str__(self) -> str:
+        """One line."""
+        parts = [f"{self.decoders} decoders, {self.changed} changed"]
+        for name, counts in (("fired", self.fired), ("left alone", self.missed)):
+            if counts:
+                parts.append(f"{name}: " + ", ".join(f"{what} ({n})" for what, n in counts.most_common()))
+        return "; ".join(parts)
+
+
+_Example = Callable[[Recipe, Request, Held], None]
+
+
+def hold_pass(
+    item: Pass | str, *, target: str = "onnxruntime", examples: int = 25, seen: Callable[[int], None] | None = None
+) -> Held:
+    """Run a pass in its place in a target's pipeline on drawn decoders, and hold it to all that it declares.
+
+    That is check level 3 of the manager, and the numbers: what the module answers before and after the pass keeps its
+    declared promise (`Pass.numeric`), with answers in double precision as the third party.
+
+    Args:
+        item: The pass, or a text (``fuse-gates{alpha=2}``). It stands where the target has one of that name, else at
+            the end of its phase.
+        target: Whose pipeline.
+        examples: Number of decoders; they are the same at each call.
+        seen: Called with the number of decoders so far.
+
+    Returns:
+        What was exercised.
+
+    Raises:
+        NotHeldError: It does not hold, or the pass changed no decoder.
+        PipelineError: `item` is a text that cannot be read.
+    """
+    before, made, _ = _placed(item, target)
+
+    def one(recipe: Recipe, request: Request, held: Held) -> None:
+        module = prepare(build(recipe).module, request)
+        start, depth, until = module.clone(), numerics.depth(module), Pipeline((*before.passes, made))
+        with explained(f"pass {made.name}", module, pipeline=str(until), recipe=recipe, request=request):
+            run_pipeline(module, before)
+            given_before = module_answers(module, request, start)
+            (run,) = run_pipeline(module, Pipeline((made,)), check=3).runs
+            held.count(run)
+            if run.modified:
+                after = module_answers(module, request, start)
+                exact = expected(recipe, request)
+                problem = made.numeric.problem(numerics.Observed(given_before, after, exact, depth))
+                assert problem is None, problem
+
+    return _hold(made.name, one, examples, seen)
+
+
+def hold_package(
+    item: Pass | str, *, target: str = "onnxruntime", examples: int = 10, seen: Callable[[int], None] | None = None
+) -> Held:
+    """Emit drawn decoders by a target's pipeline with a pass in it, and hold their answers to those of the decoder.
+
+    Args, Returns, Raises:
+        See `hold_pass`. A package of the AI 100 runs in the emulator.
+    """
+    before, made, after = _placed(item, target)
+    backend = find_backend(target)
+
+    def one(recipe: Recipe, request: Request, held: Held) -> None:
+        module = prepare(build(recipe).module, request)
+        depth, whole = numerics.depth(module), Pipeline((*before.passes, made, *after.passes))
+        with (
+            explained(f"package {made.name}", module, pipeline=str(whole), recipe=recipe, request=request),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            held.count(run_pipeline(module, whole).runs[len(before.passes)])
+            backend.check(module, options(request))
+            backend.emit(module, Path(folder), options(request))
+            answers = session_answers(backend.open(Path(folder), threads=1), request)
+            _within(answers, expected(recipe, request), depth)
+
+    return _hold(made.name, one, examples, seen)
+
+
+def _placed(item: Pass | str, target: str) -> tuple[Pipeline, Pass, Pipeline]:
+    """The target's passes before the pass, the pass, and those after it."""
+    own = Pipeline.parse(find_backend(target).pipeline)
+    (made,) = Pipeline.parse(item).passes if isinstance(item, str) else (item,)
+    place = next((i for i, other in enumerate(own.passes) if other.name == made.name), None)
+    if place is not None:
+        return Pipeline(own.passes[:place]), made, Pipeline(own.passes[place + 1 :])
+    whole = own.add(made).passes
+    place = next(i for i, other in enumerate(whole) if other is made)
+    return Pipeline(whole[:place]), made, Pipeline(whole[place + 1 :])
+
+
+def _within(answers: Array, exact: Array, depth: int) -> None:
+    error, limit = numerics.error_over_rms(answers, exact), numerics.bound(depth)
+    assert error <= limit, f"the error is {error:.2e} of the rms of the answers, of {limit:.2e} allowed"
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> tuple[Recipe, Request]:
+    recipe = draw(recipes(odd=None) if draw(st.integers(0, 2)) == 2 else recipes())
+    return recipe, draw(requests(recipe))
+
+
+def _hold(name: str, one: _Example, examples: int, seen: Callable[[int], None] | None) -> Held:
+    held = Held()
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=[HealthCheck.too_slow],
+        report_multiple_bugs=False,
+    )
+    @given(_cases())
+    def hold(case: tuple[Recipe, Request]) -> None:
+        one(*case, held)
+        if seen is not None:
+            seen(held.decoders)
+
+    try:
+        hold()
+    except Exception as error:
+        raise NotHeldError(f"{name} does not hold: {error}") from error
+    if not held.changed:
+        left = f"; {held}" if held.missed else ""
+        raise NotHeldError(f"{name} changed none of {held.decoders} decoders: nothing was tried{left}")
+    return held
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Generator[Callable[[int], None]]:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    about = "Hold a pass, and the packages that it is part of, against drawn decoders."
+    parser = argparse.ArgumentParser("python -m qeff_ir.testing.kit", description=about)
+    parser.add_argument("item", metavar="PASS", help="a registered pass, with its options if any")
+    parser.add_argument("--target", action="append", choices=backend_names(), help="one or several; all by default")
+    parser.add_argument("--examples", type=int, default=25, help="decoders for each target (25)")
+    given_ = parser.parse_args(arguments)
+    try:
+        for target in given_.target or backend_names():
+            for what, hold in (("the pass", hold_pass), ("packages", hold_package)):
+                with _progress(f"{what} on {target}", given_.examples) as seen:
+                    held = hold(given_.item, target=target, examples=given_.examples, seen=seen)
+                print(f"{target}: {what} held on {held}")
+    except QeffError as error:
+        print("\n".join([str(error), *getattr(error.__cause__, "__notes__", ())]), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
