@@ -129,3 +129,30 @@ def side_by_side(rewriter: Rewriter, name: str, parts: Sequence[Stored]) -> Stor
         return np.concatenate(turned, axis=first.out_axis)
 
     return Stored(derived(rewriter, name, [part.value for part in parts], shape, compute), first.transposed)
+
+
+def repeated(rewriter: Rewriter, name: str, value: ir.Value, axis: int, block: int, times: int) -> ir.Value:
+    """A weight in which each block of features stands several times in a row: ``a a b b`` of ``a b``.
+
+    Args:
+        rewriter: See `derived`.
+        name: See `derived`.
+        value: The weight.
+        axis: Of the features, not negative.
+        block: Features of a block: the width of a head, say.
+        times: How often each block stands there.
+
+    Raises:
+        PassError: See `derived`; or the features are not whole blocks.
+    """
+    assert value.shape is not None
+    shape = [int(d) for d in value.shape.numpy()]
+    if shape[axis] % block:
+        raise PassError(f"axis {axis} of {value.name} has {shape[axis]} features: they are not blocks of {block}")
+    made = [*shape[:axis], shape[axis] * times, *shape[axis + 1 :]]
+
+    def compute(array: Array) -> Array:
+        blocks = array.reshape(*shape[:axis], -1, block, *shape[axis + 1 :])
+        return np.repeat(blocks, times, axis=axis).reshape(made)
+
+    return derived(rewriter, name, [value], made, compute)

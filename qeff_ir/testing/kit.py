@@ -89,7 +89,12 @@ _Example = Callable[[Recipe, Request, Held], None]
 
 
 def hold_pass(
-    item: Pass | str, *, target: str = "onnxruntime", examples: int = 25, seen: Callable[[int], None] | None = None
+    item: Pass | str,
+    *,
+    target: str = "onnxruntime",
+    examples: int = 25,
+    shrink: bool = True,
+    seen: Callable[[int], None] | None = None,
 ) -> Held:
     """Run a pass in its place in a target's pipeline on drawn decoders, and hold it to all that it declares.
 
@@ -101,6 +106,7 @@ def hold_pass(
             the end of its phase.
         target: Whose pipeline.
         examples: Number of decoders; they are the same at each call.
+        shrink: Whether to look for the smallest decoder that shows a fault, which takes longer than to find one.
         seen: Called with the number of decoders so far.
 
     Returns:
@@ -126,11 +132,16 @@ def hold_pass(
                 problem = made.numeric.problem(numerics.Observed(given_before, after, exact, depth))
                 assert problem is None, problem
 
-    return _hold(made.name, one, examples, seen)
+    return _hold(made.name, one, examples, shrink, seen)
 
 
 def hold_package(
-    item: Pass | str, *, target: str = "onnxruntime", examples: int = 10, seen: Callable[[int], None] | None = None
+    item: Pass | str,
+    *,
+    target: str = "onnxruntime",
+    examples: int = 10,
+    shrink: bool = True,
+    seen: Callable[[int], None] | None = None,
 ) -> Held:
     """Emit drawn decoders by a target's pipeline with a pass in it, and hold their answers to those of the decoder.
 
@@ -153,7 +164,7 @@ def hold_package(
             answers = session_answers(backend.open(Path(folder), threads=1), request)
             _within(answers, expected(recipe, request), depth)
 
-    return _hold(made.name, one, examples, seen)
+    return _hold(made.name, one, examples, shrink, seen)
 
 
 def _placed(item: Pass | str, target: str) -> tuple[Pipeline, Pass, Pipeline]:
@@ -179,7 +190,7 @@ def _cases(draw: st.DrawFn) -> tuple[Recipe, Request]:
     return recipe, draw(requests(recipe))
 
 
-def _hold(name: str, one: _Example, examples: int, seen: Callable[[int], None] | None) -> Held:
+def _hold(name: str, one: _Example, examples: int, shrink: bool, seen: Callable[[int], None] | None) -> Held:
     held = Held()
 
     @settings(
@@ -187,7 +198,7 @@ def _hold(name: str, one: _Example, examples: int, seen: Callable[[int], None] |
         derandomize=True,
         database=None,
         deadline=None,
-        phases=[Phase.generate, Phase.shrink],
+        phases=[Phase.generate, *([Phase.shrink] if shrink else [])],
         suppress_health_check=[HealthCheck.too_slow],
         report_multiple_bugs=False,
     )

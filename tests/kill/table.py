@@ -74,6 +74,7 @@ PROPERTIES = {
     "programs": "examples/test_two_programs.py",
     "edits of pipelines": "passing/test_editing.py",
     "derived weights": "examples/test_fuse_products.py",
+    "copied heads": "examples/test_replicate_kv_heads.py",
     "garbage": "test_garbage.py",
     "kit": "examples/test_kit.py",
     "AI 100 QNN": "backends/ai100/test_qnn.py",
