@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import LOGITS
 from qeff_ir.passing import Pass, Rewriter
 from qeff_ir.testing import kit
 from qeff_ir.testing.edits import EditError
@@ -54,6 +55,28 @@ class Idle(Pass):
 def test_a_pass_that_changes_nothing_is_not_held() -> None:
     with pytest.raises(NotHeldError, match=r"idle changed none of \d+ decoders: nothing was tried"):
         hold_pass(Idle(), examples=3)
+
+
+@dataclass(frozen=True, slots=True)
+class Louder(Pass):
+    """Scales what becomes the logits: nothing but the numbers tells."""
+
+    name: ClassVar[str] = "louder"
+
+    def run(self, module: Module, rewriter: Rewriter) -> None:
+        """Scale it."""
+        node = module.port(LOGITS).producer()
+        assert node is not None and node.inputs[0] is not None
+        value = node.inputs[0]
+        b = rewriter.at(node)
+        scaled = b("Mul", value, b.const(1.01, "float32"), shape=value.shape, dtype=value.dtype)
+        if rewriter.rewrite("logits"):
+            node.replace_input_with(0, scaled)
+
+
+def test_packages_of_other_numbers_are_told() -> None:
+    with pytest.raises(NotHeldError, match=r"the error is .* of the rms of the answers, of .* allowed"):
+        hold_package(Louder(), examples=3, shrink=False)
 
 
 def test_a_stock_pass_is_held_in_its_place() -> None:
