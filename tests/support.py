@@ -106,6 +106,16 @@ def open_decoder(module: Module, folder: Path, pipeline: str | None = None) -> D
     return Decoder(backend.open(folder, threads=1))
 
 
+def answers_alike(module: Module, plain: Module, target: str, folder: Path) -> None:
+    """The package that a target makes of `module` answers as the graph of `plain` does: prompts, and a step."""
+    backend, expected = find_backend(target), open_decoder(plain, folder / "plain")
+    backend.check(module, OPTIONS)
+    backend.emit(module, folder / "own", OPTIONS)
+    own = Decoder(backend.open(folder / "own", threads=1))
+    np.testing.assert_allclose(own.prefill(PROMPTS), expected.prefill(PROMPTS), atol=1e-5)
+    np.testing.assert_allclose(own.decode([5, 6]), expected.decode([5, 6]), atol=1e-5)
+
+
 def apply(module: Module, text: str) -> Report:
     """Run a pipeline."""
     return run_pipeline(module, Pipeline.parse(text))

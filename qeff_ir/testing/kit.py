@@ -36,7 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from backends import backend_names, find_backend
 from qeff_ir import numerics
 from qeff_ir.arrays import Array
-from qeff_ir.errors import QeffError
+from qeff_ir.errors import PipelineError, QeffError
 from qeff_ir.passing.base import Pass
 from qeff_ir.passing.manager import PassRun, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
@@ -114,7 +114,8 @@ def hold_pass(
 
     Raises:
         NotHeldError: It does not hold, or the pass changed no decoder.
-        PipelineError: `item` is a text that cannot be read.
+        PipelineError: `item` is a text that cannot be read, or is not one pass.
+        ValueError: `examples` is less than 1.
     """
     before, made, _ = _placed(item, target)
 
@@ -130,7 +131,8 @@ def hold_pass(
                 after = module_answers(module, request, start)
                 exact = expected(recipe, request)
                 problem = made.numeric.problem(numerics.Observed(given_before, after, exact, depth))
-                assert problem is None, problem
+                if problem is not None:
+                    raise NotHeldError(problem)
 
     return _hold(made.name, one, examples, shrink, seen)
 
@@ -170,7 +172,10 @@ def hold_package(
 def _placed(item: Pass | str, target: str) -> tuple[Pipeline, Pass, Pipeline]:
     """The target's passes before the pass, the pass, and those after it."""
     own = Pipeline.parse(find_backend(target).pipeline)
-    (made,) = Pipeline.parse(item).passes if isinstance(item, str) else (item,)
+    given_passes = Pipeline.parse(item).passes if isinstance(item, str) else (item,)
+    if len(given_passes) != 1:
+        raise PipelineError(f"'{item}' has {len(given_passes)} passes: give one")
+    (made,) = given_passes
     place = next((i for i, other in enumerate(own.passes) if other.name == made.name), None)
     if place is not None:
         return Pipeline(own.passes[:place]), made, Pipeline(own.passes[place + 1 :])
@@ -181,7 +186,8 @@ def _placed(item: Pass | str, target: str) -> tuple[Pipeline, Pass, Pipeline]:
 
 def _within(answers: Array, exact: Array, depth: int) -> None:
     error, limit = numerics.error_over_rms(answers, exact), numerics.bound(depth)
-    assert error <= limit, f"the error is {error:.2e} of the rms of the answers, of {limit:.2e} allowed"
+    if error > limit:
+        raise NotHeldError(f"the error is {error:.2e} of the rms of the answers, of {limit:.2e} allowed")
 
 
 @st.composite
@@ -191,6 +197,8 @@ def _cases(draw: st.DrawFn) -> tuple[Recipe, Request]:
 
 
 def _hold(name: str, one: _Example, examples: int, shrink: bool, seen: Callable[[int], None] | None) -> Held:
+    if examples < 1:
+        raise ValueError(f"examples must be at least 1, not {examples}")
     held = Held()
 
     @settings(
@@ -234,6 +242,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--target", action="append", choices=backend_names(), help="one or several; all by default")
     parser.add_argument("--examples", type=int, default=25, help="decoders for each target (25)")
     given_ = parser.parse_args(arguments)
+    if given_.examples < 1:
+        parser.error(f"--examples must be at least 1, not {given_.examples}")
     try:
         for target in given_.target or backend_names():
             for what, hold in (("the pass", hold_pass), ("packages", hold_package)):

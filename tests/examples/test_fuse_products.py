@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backends import find_backend
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing import Pipeline, Rewriter, run_pipeline
 from qeff_ir.passing.weights import Stored, derived, side_by_side, stored
-from qeff_ir.runtime.decoder import Decoder
 from tests import support
 from tests.examples.fuse_products import FuseProducts
 
@@ -28,15 +26,10 @@ def fused(name: str, target: str, *, check: int = 1) -> Module:
 @pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
 @pytest.mark.parametrize(("name", "products"), [("llama", [2, 3]), ("gpt-oss", [3]), ("falcon-h1", [2, 3])])
 def test_it_answers_as_before(name: str, products: list[int], target: str, tmp_path: Path) -> None:
-    plain = support.open_decoder(support.canonical(name), tmp_path / "plain")
-    module, backend = fused(name, target, check=2), find_backend(target)
+    module = fused(name, target, check=2)
     splits = [node for node in module.graph if node.op_type == "Split" and "fuse-products" in str(node.metadata_props)]
     assert sorted({len(node.outputs) for node in splits}) == products
-    backend.check(module, support.OPTIONS)
-    backend.emit(module, tmp_path / "own", support.OPTIONS)
-    own = Decoder(backend.open(tmp_path / "own", threads=1))
-    np.testing.assert_allclose(own.prefill(support.PROMPTS), plain.prefill(support.PROMPTS), atol=1e-5)
-    np.testing.assert_allclose(own.decode([5, 6]), plain.decode([5, 6]), atol=1e-5)
+    support.answers_alike(module, support.canonical(name), target, tmp_path)
 
 
 def test_every_check_passes_and_the_weights_are_the_old_ones_side_by_side() -> None:

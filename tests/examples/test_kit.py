@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from qeff_ir.errors import PipelineError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import LOGITS
 from qeff_ir.passing import Pass, Rewriter
@@ -92,6 +93,16 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert first.startswith("onnxruntime: the pass held on ") and second.startswith("onnxruntime: packages held on ")
     assert kit.main(["no-such-pass"]) == 1
     assert "no-such-pass" in capsys.readouterr().err
+
+
+def test_calls_that_hold_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PipelineError, match="'fuse-norms,unflatten' has 2 passes: give one"):
+        hold_pass("fuse-norms,unflatten")
+    with pytest.raises(ValueError, match="examples must be at least 1, not 0"):
+        hold_package(Idle(), examples=0)
+    with pytest.raises(SystemExit):
+        kit.main(["fuse-norms", "--examples", "0"])
+    assert "--examples must be at least 1, not 0" in capsys.readouterr().err
 
 
 def around(number: int) -> Callable[[], int]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from backends import find_backend
 from qeff_ir.errors import PassError
 from qeff_ir.passing import Pipeline, Rewriter, run_pipeline
 from qeff_ir.passing.weights import repeated, stored
-from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.testing.kit import NotHeldError, hold_package, hold_pass, planted
 from tests import support
 from tests.examples.replicate_kv_heads import ReplicateKvHeads
@@ -20,15 +17,10 @@ from tests.examples.replicate_kv_heads import ReplicateKvHeads
 @pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
 @pytest.mark.parametrize(("name", "heads"), [("llama", [4, 4, 4, 4]), ("gemma3", [4, 4, 4, 4, 4, 4])])
 def test_it_answers_as_before(name: str, heads: list[int], target: str, tmp_path: Path) -> None:
-    plain = support.open_decoder(support.canonical(name), tmp_path / "plain")
-    module, backend = support.canonical(name), find_backend(target)
+    module = support.canonical(name)
     run_pipeline(module, Pipeline.parse(support.rest_of(target)).add(ReplicateKvHeads()), check=2)
     assert [state.shape[1] for state in module.states] == heads
-    backend.check(module, support.OPTIONS)
-    backend.emit(module, tmp_path / "own", support.OPTIONS)
-    own = Decoder(backend.open(tmp_path / "own", threads=1))
-    np.testing.assert_allclose(own.prefill(support.PROMPTS), plain.prefill(support.PROMPTS), atol=1e-5)
-    np.testing.assert_allclose(own.decode([5, 6]), plain.decode([5, 6]), atol=1e-5)
+    support.answers_alike(module, support.canonical(name), target, tmp_path)
 
 
 def test_it_holds_on_drawn_decoders_and_says_what_it_leaves_alone() -> None:
