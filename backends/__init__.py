@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import pkgutil
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from backends.base import Backend
+    from backends.options import CompileOptions
 
 GROUP = "qeff_ir.backends"
 """Entry points of this group name a module with a `BACKEND`."""
@@ -42,6 +44,15 @@ def find_backend(name: str) -> Backend:
             f"the target '{name}' cannot be imported ({type(error).__name__}: {error}): repair or remove the package "
             f"with the entry point '{name} = {point.value}'"
         ) from error
+
+
+def option_types() -> list[type[CompileOptions]]:
+    """The options of the targets here, from the modules ``options`` of their folders: no backend is imported."""
+    return [
+        importlib.import_module(f"{__name__}.{name}.options").Options
+        for name in _folders()
+        if importlib.util.find_spec(f"{__name__}.{name}.options") is not None
+    ]
 
 
 def load_passes() -> None:

@@ -4,58 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from backends.options import CompileOptions
 from qeff_ir.ir.module import Module
 from qeff_ir.runtime.session import Session
 
 if TYPE_CHECKING:
     from qeff_ir.cost import Storage
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What a user asks of `compile`, target-independent names first.
-
-    Attributes:
-        prefill_seq_len: Tokens of a prompt that one prefill run takes.
-        ctx_len: Slots of the KV cache: prompt and generated tokens together.
-        batch_size: Rows of a run.
-        seq_len: Lengths of the inputs of a model without a cache, one specialization for each.
-        graph_name: What such a specialization is called.
-        num_cores: Cores of the device.
-        num_devices: Devices that share the model.
-        mxfp6_matmul: Compress constant matmul weights to MXFP6 on the device.
-        mxint8_kv_cache: Keep the KV cache as MXINT8 on the device.
-        weight_free: Emit graphs without weights, which the AI 100 compiler binds from safetensors files by itself.
-        flags: Any other flag of the target's compiler, by its Python name (``aic_enable_depth_first``).
-        force_flags: Hand unknown flags to the compiler instead of refusing them.
-    """
-
-    prefill_seq_len: int = 32
-    ctx_len: int = 128
-    batch_size: int = 1
-    seq_len: tuple[int, ...] = ()
-    graph_name: str = "Embedding"
-    num_cores: int = 16
-    num_devices: int = 1
-    mxfp6_matmul: bool = False
-    mxint8_kv_cache: bool = False
-    weight_free: bool = False
-    flags: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    force_flags: bool = False
-
-    def __post_init__(self) -> None:
-        flags = {name: str(value) if isinstance(value, Path) else value for name, value in self.flags.items()}
-        object.__setattr__(self, "flags", flags)  # the package keeps them as JSON
-
-
-def default_prefill(ctx_len: object) -> int:
-    """Tokens of a prefill run where nobody says how many: no more than the context has."""
-    most = CompileOptions.prefill_seq_len
-    return min(most, ctx_len) if type(ctx_len) is int and ctx_len > 0 else most
 
 
 class Backend(ABC):
@@ -71,6 +28,7 @@ class Backend(ABC):
         emitted: What to do with a package that was emitted but not compiled, as a clause.
         retains_adapters: Whether the factors of a single adapter are kept between runs as retained states.
         names_hidden_states: Whether a host reads the hidden states of a text encoder by one name (`passes.embedding`).
+        Options: What a user can ask of the target: the methods below get one of these.
     """
 
     name: ClassVar[str]
@@ -82,6 +40,7 @@ class Backend(ABC):
     emitted: ClassVar[str] = ""
     retains_adapters: ClassVar[bool] = False
     names_hidden_states: ClassVar[bool] = False
+    Options: ClassVar[type[CompileOptions]] = CompileOptions
 
     @abstractmethod
     def missing(self, options: CompileOptions | None = None) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 from transformers import PreTrainedModel
 
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from benchmarks.peers.compiled import Compiled
 from benchmarks.peers.contender import Contender, Entrant, Rows
 from benchmarks.peers.eager import Eager

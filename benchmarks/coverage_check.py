@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from backends import backend_names, find_backend
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from benchmarks.coverage_models import build, data, shrink, small_config
 from benchmarks.coverage_row import PASSED, Job, Row
 from qeff_ir import numerics

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from benchmarks.options import Quick
 
-SUITES = ("lowering", "pipeline", "decode", "prefill", "embed", "lora", "coverage", "package")
-_NO_FIGURES = {"coverage"}
-"""Suites that keep a table of their own."""
+SUITES = ("lowering", "passes", "pipeline", "decode", "prefill", "embed", "lora", "coverage", "package")
+_NO_FIGURES = {"coverage", "passes"}
+"""Suites that print a table of their own and write no figures."""
 
 
 def main(

@@ -11,8 +11,8 @@ import torch
 import typer
 from peft import LoraConfig, get_peft_model
 
-from backends.base import CompileOptions
 from backends.onnxruntime.backend import BACKEND
+from backends.options import CompileOptions
 from benchmarks.contenders import Ours
 from benchmarks.options import Json, Peers, Plot, Quick
 from benchmarks.peers.contender import Entrant

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from backends.base import CompileOptions
 from backends.onnxruntime.backend import BACKEND
+from backends.options import CompileOptions
+from benchmarks.options import Quick
 from benchmarks.prepare import lowered
 from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.ir.module import Module
@@ -30,8 +31,14 @@ _OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=48, batch_size=2)
 _LEVELS = (0, 1, 2)
 
 
-def main(depths: str = typer.Option("8,32,128", help="Layers of the models, with commas."), repeats: int = 3) -> None:
+def main(
+    depths: str = typer.Option("8,32,128", help="Layers of the models, with commas."),
+    repeats: int = 3,
+    quick: Quick = False,
+) -> None:
     """Time the ONNX Runtime pipeline at check levels 0 to 2, on tiny llamas of several depths."""
+    if quick:
+        depths, repeats = "2,4", 1
     table = Table("layers", "nodes", *(f"level {n}" for n in _LEVELS), "1 / 0", "2 / 0", "level 1, ms/node", "growth")
     first: float | None = None
     for depth in map(int, depths.split(",")):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from backends.base import CompileOptions
 from backends.onnxruntime.backend import BACKEND
+from backends.options import CompileOptions
 from qeff_ir.frontend.lower import lower
 from qeff_ir.frontend.weights import Weights
 from qeff_ir.ir.module import Module

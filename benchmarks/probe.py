@@ -31,7 +31,7 @@ def main(folder: Path, target: str, opened: bool) -> None:
     import transformers
 
     from backends import find_backend
-    from backends.base import CompileOptions
+    from backends.options import CompileOptions
     from qeff_ir.frontend.checkpoint import open_checkpoint
     from qeff_ir.frontend.lower import lower
     from qeff_ir.frontend.skeleton import build_skeleton

@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from backends.base import Backend, CompileOptions
+from backends.base import Backend
+from backends.options import CompileOptions
 from qeff_ir.digests import digest_file
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError
 from qeff_ir.frontend.source import Source
@@ -23,6 +24,7 @@ from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.reading import files_below
 from qeff_ir.sharing import choice
 from qeff_ir.storage import file_range
+from qeff_ir.target_options import as_given
 
 _OWN_PACKAGES = ("qeff_ir", "passes", "backends")
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
@@ -50,7 +52,7 @@ def package_key(
         "files": files,
         "weight files": choice(),
         "options": asdict(options),
-        "flag files": {n: digest_file(Path(v)) for n, v in options.flags.items() if _is_file(v)},
+        "flag files": {n: digest_file(Path(v)) for n, v in as_given(options).items() if _is_file(v)},
         "programs": {name: str(pipeline) for name, pipeline in steps.items()},
         "plugins": _plugin_digests([source, *(item for pipeline in steps.values() for item in pipeline.passes)]),
         "compiled": not emit_only,

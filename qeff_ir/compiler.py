@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
 from backends import find_backend, preferred
-from backends.base import Backend, CompileOptions
+from backends.base import Backend
+from backends.options import CompileOptions
 from qeff_ir.cache_key import input_digests, package_key, refuse_changes
 from qeff_ir.errors import CompileError, PackageError
 from qeff_ir.frontend.source import Source
@@ -40,6 +39,7 @@ from qeff_ir.replacement import disk_errors, put_right
 from qeff_ir.sharing import together
 from qeff_ir.specialize import specialize
 from qeff_ir.storage import numbers_digest
+from qeff_ir.target_options import as_given, read_options
 
 Pipelines = Pipeline | str | Mapping[str, Pipeline | str] | None
 """What a caller may give as a pipeline, see `compile_model`."""
@@ -94,7 +94,7 @@ def chosen(given: Pipeline | str | None, own: Pipeline) -> Pipeline:
 
 def compile_model(
     source: Source,
-    options: CompileOptions,
+    options: CompileOptions | Mapping[str, Any],
     *,
     target: str = "auto",
     out: Path | None = None,
@@ -108,7 +108,7 @@ def compile_model(
 
     Args:
         source: The model.
-        options: Shapes, devices, precision, compiler flags.
+        options: Shapes, and what the target takes beside them, also by name (`qeff_ir.target_options.read_options`).
         target: ``auto``, or the name of a backend.
         out: Folder of the package; one in the cache (`cache_root`) when not given. An equal package that is there
             already is used as it is.
@@ -125,10 +125,8 @@ def compile_model(
     """
     target, _ = choose_target(target)
     backend = find_backend(target)
-    _check_options(options, source)
+    options = _read(backend, source, as_given(options) if isinstance(options, CompileOptions) else options)
     backend.check_options(options)
-    if options.flags and not backend.ahead_of_time:
-        _check_flags_in_vain(backend, options)
     missing = None if emit_only else backend.missing(options)
     if missing is not None:
         raise CompileError(f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without")
@@ -242,24 +240,17 @@ def table_record(table: ir.TensorProtocol) -> TableRecord:
     return TableRecord(tuple(int(d) for d in table.shape.numpy()), numbers_digest(table))
 
 
-def _check_options(options: CompileOptions, source: Source) -> None:
-    for name in ("prefill_seq_len", "ctx_len", "batch_size", "num_cores", "num_devices"):
-        value = getattr(options, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CompileError(f"{name} must be a whole number of at least 1, not {value!r}")
-    for name in ("mxfp6_matmul", "mxint8_kv_cache", "weight_free", "force_flags"):
-        if not isinstance(value := getattr(options, name), bool):
-            raise CompileError(f"{name} must be True or False, not {value!r}")
-    for name, value in options.flags.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:  # the package keeps it
-            raise CompileError(f"the flag {name} is {value!r}: give a text, a number, or a list of them") from error
-    for length in options.seq_len:
-        if type(length) is not int or length < 1:  # pyright: ignore[reportUnnecessaryComparison]
-            raise CompileError(f"seq_len must be whole numbers of at least 1, not {length!r}")
-    if not source.retains:
-        return
+def _read(backend: Backend, source: Source, given: Mapping[str, Any]) -> CompileOptions:
+    """The options of the target, with the shapes of the source's task."""
+    task = source.task
+    for field in fields(CompileOptions):
+        if field.name not in task.shapes and given.get(field.name, field.default) != field.default:
+            raise CompileError(
+                f"{_architecture(source)} has no option {field.name}: its shapes are {', '.join(task.shapes)}"
+            )
+    options = read_options(backend, given)
+    if not task.retains:
+        return replace(options, graph_name=task.graph_name)
     if options.ctx_len < options.prefill_seq_len:
         raise CompileError(
             f"ctx_len={options.ctx_len} is less than prefill_seq_len={options.prefill_seq_len}: the context must "
@@ -267,25 +258,7 @@ def _check_options(options: CompileOptions, source: Source) -> None:
         )
     if getattr(source.config, "is_encoder_decoder", False):
         raise CompileError(f"{_architecture(source)} is an encoder-decoder model, not a causal LM")
-
-
-def _check_flags_in_vain(backend: Backend, options: CompileOptions) -> None:
-    """Check flags for a target without a compiler as another target's, and say that they do nothing.
-
-    Raises:
-        CompileError: Every target with a compiler refuses them.
-    """
-    refused: list[CompileError] = []
-    others = [other for other in map(find_backend, preferred()) if other.ahead_of_time]
-    for other in others:
-        try:
-            other.check_options(options)
-        except CompileError as error:
-            refused.append(error)
-    if refused and len(refused) == len(others):
-        raise refused[0]
-    names = ", ".join(options.flags)
-    warnings.warn(f"{backend.name} has no compiler flags: {names} does nothing here", stacklevel=3)
+    return options
 
 
 def _architecture(source: Source) -> str:

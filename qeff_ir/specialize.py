@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module, Specialization
 

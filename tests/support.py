@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from backends import find_backend
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.ir import operators

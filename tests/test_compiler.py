@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import Compiled, compile_model
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError, PipelineError

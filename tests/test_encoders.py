@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from backends import find_backend
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir import numerics
 from qeff_ir.arrays import Array
-from qeff_ir.frontend.forward_source import CTC, EMBEDDING, ForwardMemory, ForwardOptions
+from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
 from qeff_ir.frontend.inputs import find_inputs
+from qeff_ir.frontend.tasks import CTC, EMBEDDING
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline

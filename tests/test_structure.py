@@ -60,7 +60,7 @@ LAYERS = """
     package passing cost roofline
     frontend runtime adapters passes
     backends
-    specialize cache_key
+    specialize target_options cache_key
     compiler debug
     auto exporter demo testing
     cli

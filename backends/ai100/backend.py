@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from backends.ai100 import checks, compiler, flags, sdk
 from backends.ai100.artifact import model_file
 from backends.ai100.emit import BINARY, emit
+from backends.ai100.options import Ai100Options, own
 from backends.ai100.qnn.request import requested
 from backends.ai100.qnn.run import missing as qnn_missing
 from backends.ai100.qnn.run import version as qnn_version
 from backends.ai100.violation import refuse_first
-from backends.base import Backend, CompileOptions
+from backends.base import Backend
+from backends.options import CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module
 from qeff_ir.runtime.session import Session
@@ -36,6 +38,7 @@ class Ai100Backend(Backend):
     ahead_of_time: ClassVar[bool] = True
     emitted: ClassVar[str] = "it runs in the emulator; compile_command.json has the compiler's command"
     retains_adapters: ClassVar[bool] = True
+    Options: ClassVar[type[CompileOptions]] = Ai100Options
     names_hidden_states: ClassVar[bool] = True
     pipeline: ClassVar[str] = (
         "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,"
@@ -44,7 +47,7 @@ class Ai100Backend(Backend):
 
     def missing(self, options: CompileOptions | None = None) -> str | None:
         """Where a compiler was looked for, and the way out; `None` when there is one."""
-        if options is not None and requested(options) is not None:
+        if options is not None and requested(own(options)) is not None:
             return qnn_missing()
         try:
             if sdk.probe().compiler is not None:
@@ -63,10 +66,10 @@ class Ai100Backend(Backend):
         Raises:
             CompileError: With what is wrong, and the nearest known flag.
         """
-        target = sdk.choose(sdk.probe())
-        refuse_first(checks.option_violations(options, target))
-        if requested(options) is None:
-            flags.resolve(options, target)
+        target, asked = sdk.choose(sdk.probe()), own(options)
+        refuse_first(checks.option_violations(asked, target))
+        if requested(asked) is None:
+            flags.resolve(asked, target)
 
     def check(self, module: Module, options: CompileOptions) -> None:
         """Refuse what the compiler would refuse (`checks.violations`).
@@ -74,7 +77,7 @@ class Ai100Backend(Backend):
         Raises:
             CompileError: With the first violation's code and sentence.
         """
-        refuse_first(checks.violations(module, options, sdk.choose(sdk.probe())))
+        refuse_first(checks.violations(module, own(options), sdk.choose(sdk.probe())))
 
     def emit(self, module: Module, folder: Path, options: CompileOptions) -> None:
         """Write the compiler's input, and check the files as they are on disk.
@@ -85,7 +88,7 @@ class Ai100Backend(Backend):
         from backends.ai100 import contract
 
         found = sdk.probe()
-        emit(module, folder, options, sdk.choose(found), found.hardware)
+        emit(module, folder, own(options), sdk.choose(found), found.hardware)
         contract.check(folder)
 
     def compile(self, folder: Path, options: CompileOptions) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from backends.ai100.options import Ai100Options
 from backends.ai100.sdk import Sdk
 from backends.ai100.violation import Violation
-from backends.base import CompileOptions
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module, all_values
 from qeff_ir.ir.ports import ADAPTER_ROW, EMBEDDINGS, LOGITS, POSITIONS, TOKENS, name_of
@@ -27,7 +27,7 @@ _CONSTANT_IN_FUNCTIONS = {
 """Inputs that must be constants inside functions, because the compiler compiles a function by itself."""
 
 
-def violations(module: Module, options: CompileOptions, sdk: Sdk) -> Iterator[Violation]:
+def violations(module: Module, options: Ai100Options, sdk: Sdk) -> Iterator[Violation]:
     """Everything in a lowered module and its options that the compiler would refuse, options first."""
     yield from option_violations(options, sdk)
     for name, by in _LOWERED.items():
@@ -59,9 +59,11 @@ def violations(module: Module, options: CompileOptions, sdk: Sdk) -> Iterator[Vi
     yield from _types(module, sdk)
     yield from _constants(module)
     yield from _size(module, sdk)
+    if options.mxint8_kv_cache and not module.states:
+        yield Violation("kv-cache", f"{module.name} has no KV cache to compress: leave out mxint8_kv_cache")
 
 
-def option_violations(options: CompileOptions, sdk: Sdk) -> Iterator[Violation]:
+def option_violations(options: Ai100Options, sdk: Sdk) -> Iterator[Violation]:
     """What is wrong with the options alone, flags apart."""
     if not 1 <= options.num_cores <= sdk.limits.cores:
         yield Violation("cores", f"num_cores is {options.num_cores}: a device has 1 to {sdk.limits.cores}")

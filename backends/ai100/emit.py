@@ -11,10 +11,10 @@ from typing import Any
 import onnx_ir as ir
 
 from backends.ai100 import flags, specializations, sub_functions, weight_free
+from backends.ai100.options import Ai100Options
 from backends.ai100.qnn import files
 from backends.ai100.qnn.request import requested
 from backends.ai100.sdk import Sdk
-from backends.base import CompileOptions
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import MASK, POSITIONS
 from qeff_ir.ir.residents import AdapterInput, State
@@ -27,7 +27,7 @@ BINARY = f"{BINARY_FOLDER}/programqpc.bin"
 """What the compiler makes, and all that is ever asked of its folder."""
 
 
-def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardware: str) -> None:
+def emit(module: Module, folder: Path, options: Ai100Options, sdk: Sdk, hardware: str) -> None:
     """Write the ONNX file and everything beside it; no file names an absolute path.
 
     Args:
@@ -75,7 +75,7 @@ def emit(module: Module, folder: Path, options: CompileOptions, sdk: Sdk, hardwa
 
 def command(
     model: str,
-    options: CompileOptions,
+    options: Ai100Options,
     sdk: Sdk,
     user: flags.Flags,
     hardware: str,

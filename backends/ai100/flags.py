@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from backends.ai100.qnn.request import FLAGS
+from backends.ai100.options import Ai100Options
 from backends.ai100.sdk import FlagType, Sdk
-from backends.base import CompileOptions
 from qeff_ir.errors import CompileError
 
 _INSTEAD = {
@@ -66,11 +65,11 @@ def format_flag(key: str, value: Any) -> str | None:
     return flag if value is True else f"{flag}={value}"
 
 
-def resolve(options: CompileOptions, sdk: Sdk) -> Flags:
-    """Check and translate the flags of `CompileOptions.flags`.
+def resolve(options: Ai100Options, sdk: Sdk) -> Flags:
+    """Check and translate the flags of `Ai100Options.flags`.
 
     Raises:
-        CompileError: A flag is unknown (unless `CompileOptions.force_flags`), follows from something else, or has a
+        CompileError: A flag is unknown (unless `Ai100Options.force_flags`), follows from something else, or has a
             value of the wrong type.
     """
     hardware: str | None = None
@@ -81,8 +80,6 @@ def resolve(options: CompileOptions, sdk: Sdk) -> Flags:
     for key, value in options.flags.items():
         name = key.replace("_", "-")
         known = {n.lower(): n for n in sdk.flags}.get(name.lower())
-        if key in FLAGS:  # not asked for, or this would not be the way
-            continue
         if name in _OBSOLETE:
             warnings.warn(f"the flag {key} is obsolete and ignored: drop it", stacklevel=2)
             continue

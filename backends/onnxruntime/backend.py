@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from backends.base import Backend, CompileOptions
+from backends.base import Backend
+from backends.options import CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.snapshot import MODEL_FILE, load_module, save_module

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from backends import find_backend
-from backends.base import CompileOptions, default_prefill
+from backends.options import default_prefill
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
@@ -147,18 +147,18 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
         Raises:
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
-        options = CompileOptions(
-            prefill_seq_len=default_prefill(ctx_len) if prefill_seq_len is None else prefill_seq_len,
-            ctx_len=ctx_len,
-            batch_size=batch_size,
-            num_cores=num_cores,
-            num_devices=num_devices,
-            mxfp6_matmul=mxfp6_matmul,
-            mxint8_kv_cache=mxint8_kv_cache,
-            weight_free=weight_free,
-            flags=compiler_flags(compiler_options),
-            force_flags=force_flags,
-        )
+        options = {
+            "prefill_seq_len": default_prefill(ctx_len) if prefill_seq_len is None else prefill_seq_len,
+            "ctx_len": ctx_len,
+            "batch_size": batch_size,
+            "num_cores": num_cores,
+            "num_devices": num_devices,
+            "mxfp6_matmul": mxfp6_matmul,
+            "mxint8_kv_cache": mxint8_kv_cache,
+            "weight_free": weight_free,
+            "force_flags": force_flags,
+            **compiler_flags(compiler_options),
+        }
         return self._compile(
             options,
             compile_dir,

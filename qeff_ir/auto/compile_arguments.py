@@ -32,8 +32,8 @@ _KNOWN: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Each argument with the values that ask for what happens anyway, and what any other value asks for."""
 
-_DEFAULTS: dict[str, tuple[Any, ...]] = {"enable_qnn": (False, None), "qnn_config": (None,)}
-"""Arguments that a target understands as flags, with the values that ask for nothing."""
+_DEFAULTS: dict[str, tuple[Any, ...]] = {"enable_qnn": (None,)}
+"""Arguments that are a target's options here, with the values that ask for nothing there."""
 
 
 def compiler_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -17,7 +18,6 @@ from qeff_ir.side_files import read_model_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from backends.base import CompileOptions
 
 SourceT = TypeVar("SourceT", bound=Source)
 
@@ -81,7 +81,7 @@ class CompiledModel(Generic[SourceT]):
             return self._source.config
         return read_model_config(self.package.folder / SIDE_FOLDER)
 
-    def _compile(self, options: CompileOptions, compile_dir: str | Path | None, **rest: Any) -> str:
+    def _compile(self, options: Mapping[str, Any], compile_dir: str | Path | None, **rest: Any) -> str:
         """Compile, and let the next request open the package; one that is running finishes in its own session.
 
         Returns:

@@ -10,8 +10,9 @@ from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.auto.forward import ForwardModel, in_memory
 from qeff_ir.errors import ModelLoadError, PassError, RuntimeInputError
-from qeff_ir.frontend.forward_source import EMBEDDING, ForwardFolder, ForwardOptions, Task
+from qeff_ir.frontend.forward_source import ForwardFolder, ForwardOptions
 from qeff_ir.frontend.source import find_folder
+from qeff_ir.frontend.tasks import EMBEDDING, Task
 from qeff_ir.package import SIDE_FOLDER
 from qeff_ir.runtime.text_settings import TextSettings
 from qeff_ir.side_files import read_tokenizer

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from backends import find_backend
-from backends.base import CompileOptions
 from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.compiler import Compiled, Watch, choose_target, chosen
 from qeff_ir.errors import ModelLoadError, RuntimeInputError
-from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions, Task
+from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions
 from qeff_ir.frontend.source import find_folder
+from qeff_ir.frontend.tasks import Task
 from qeff_ir.package import opened
 from qeff_ir.passing.pipeline import Pipeline
 
@@ -118,17 +118,16 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
         lengths = self.default_length if seq_len is None else seq_len
-        options = CompileOptions(
-            seq_len=tuple(lengths) if isinstance(lengths, Sequence) else (lengths,),
-            graph_name=self.task.graph_name,
-            batch_size=batch_size,
-            num_cores=num_cores,
-            num_devices=num_devices,
-            mxfp6_matmul=mxfp6_matmul,
-            weight_free=weight_free,
-            flags=compiler_flags(compiler_options),
-            force_flags=force_flags,
-        )
+        options = {
+            "seq_len": tuple(lengths) if isinstance(lengths, Sequence) else (lengths,),
+            "batch_size": batch_size,
+            "num_cores": num_cores,
+            "num_devices": num_devices,
+            "mxfp6_matmul": mxfp6_matmul,
+            "weight_free": weight_free,
+            "force_flags": force_flags,
+            **compiler_flags(compiler_options),
+        }
         check_compile_arguments({"target": target, "pipeline": pipeline})
         target, _ = choose_target(target)
         steps = chosen(pipeline, self.pipeline_for(target))

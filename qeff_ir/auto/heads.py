@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qeff_ir.auto.forward import ForwardModel
-from qeff_ir.frontend.forward_source import CTC, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Task
+from qeff_ir.frontend.tasks import CTC, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Task
 
 
 class QEFFAutoModelForSequenceClassification(ForwardModel):

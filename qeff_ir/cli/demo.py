@@ -40,7 +40,7 @@ class _Outcome:
 
 
 def command(
-    target: Annotated[str | None, typer.Option(help="Only ai100 or onnxruntime.", show_default="both")] = None,
+    target: Annotated[str | None, typer.Option(help="Only this target.", show_default="all")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Keep the packages in this folder.", show_default=False)
     ] = None,

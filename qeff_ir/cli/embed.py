@@ -29,7 +29,7 @@ def command(
         Path | None, typer.Option("--out", "-o", help="Folder of the package; in the cache by default.")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write float32 [texts, features] here as .npy.")] = None,
-    target: Annotated[str, typer.Option(help="auto, onnxruntime or ai100.")] = "auto",
+    target: Annotated[str, typer.Option(help="A target, or auto.")] = "auto",
     emit_only: Annotated[bool, typer.Option("--emit-only", help="Stop before the AI 100 compiler.")] = False,
     pooling: Annotated[
         str | None, typer.Option(help="How tokens become one vector; the model's own, or mean, by default.")

@@ -127,7 +127,7 @@ def _open(text: str, trust_remote_code: bool) -> Module:
 
 def _specialize(module: Module, given: dict[str, Any]) -> None:
     """Set the shapes of a decoder that has none yet, or those that the user asks for."""
-    from backends.base import CompileOptions, default_prefill
+    from backends.options import CompileOptions, default_prefill
     from qeff_ir.specialize import specialize
 
     if not module.states:

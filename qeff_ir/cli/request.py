@@ -7,20 +7,18 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
+from backends import option_types
+from backends.options import CompileOptions, default_prefill
 from qeff_ir.cli.flags import flags_of
-
-if TYPE_CHECKING:
-    from backends.base import CompileOptions
 
 R = TypeVar("R")
 
 _SHAPES = "Shapes"
 _TARGET = "Target"
-_AI100 = "Cloud AI 100"
 
 
 @dataclass(frozen=True)
@@ -28,15 +26,13 @@ class Request:
     """The shared options; each field is one option of the command line.
 
     Attributes:
-        flags: Compiler flags, by their Python names.
+        settings: What the user gave of the targets' own options, and flags of their compilers, by Python names.
         given: Names of the fields that the user set.
     """
 
     target: Annotated[
         str,
-        typer.Option(
-            help="auto (AI 100 where its SDK is, else ONNX Runtime), onnxruntime or ai100.", rich_help_panel=_TARGET
-        ),
+        typer.Option(help="A target, or auto: AI 100 where its SDK is, else ONNX Runtime.", rich_help_panel=_TARGET),
     ] = "auto"
     emit_only: Annotated[
         bool,
@@ -71,43 +67,37 @@ class Request:
     ] = 32
     ctx_len: Annotated[int, typer.Option(help="Prompt and new tokens together.", min=1, rich_help_panel=_SHAPES)] = 128
     batch_size: Annotated[int, typer.Option(help="Prompts in one run.", min=1, rich_help_panel=_SHAPES)] = 1
-    num_cores: Annotated[int, typer.Option(help="Cores of the device.", min=1, rich_help_panel=_AI100)] = 16
-    num_devices: Annotated[int, typer.Option(help="Devices that share the model.", min=1, rich_help_panel=_AI100)] = 1
-    mxfp6_matmul: Annotated[
-        bool, typer.Option("--mxfp6-matmul", help="Compress the weights.", rich_help_panel=_AI100)
-    ] = False
-    mxint8_kv_cache: Annotated[
-        bool, typer.Option("--mxint8-kv-cache", help="Compress the KV cache.", rich_help_panel=_AI100)
-    ] = False
-    weight_free: Annotated[
-        bool,
-        typer.Option(
-            "--weight-free", help="Let the AI 100 compiler read weights from safetensors.", rich_help_panel=_AI100
-        ),
-    ] = False
-    force_flags: Annotated[
-        bool,
-        typer.Option(
-            "--force-flags", help="Hand unknown compiler flags on instead of refusing them.", rich_help_panel=_AI100
-        ),
-    ] = False
-    flags: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     given: tuple[str, ...] = ()
 
-    def options(self) -> CompileOptions:
-        """The part that a backend sees."""
-        from backends.base import CompileOptions, default_prefill
+    def options(self) -> dict[str, Any]:
+        """The shapes and the target's options, by name (see `qeff_ir.compiler.compile_model`)."""
         from qeff_ir.auto.compile_arguments import compiler_flags
 
-        own = {f.name for f in fields(self)}
-        shared = {f.name: getattr(self, f.name) for f in fields(CompileOptions) if f.name in own}
-        if "prefill_seq_len" not in self.given:
-            shared["prefill_seq_len"] = default_prefill(self.ctx_len)
-        shared["flags"] = compiler_flags(self.flags)
-        return CompileOptions(**shared)
+        chunk = self.prefill_seq_len if "prefill_seq_len" in self.given else default_prefill(self.ctx_len)
+        shapes = {"prefill_seq_len": chunk, "ctx_len": self.ctx_len, "batch_size": self.batch_size}
+        return shapes | compiler_flags(self.settings)
 
 
-_HIDDEN = ("flags", "given")
+def _of_targets() -> list[inspect.Parameter]:
+    """One command-line option for each option that only some target has."""
+    shared = {f.name for f in fields(CompileOptions)}
+    found: dict[str, inspect.Parameter] = {}
+    for kind in option_types():
+        hints = typing.get_type_hints(kind)
+        for item in fields(kind):
+            if item.name in shared or "help" not in item.metadata:
+                continue
+            flag = (f"--{item.name.replace('_', '-')}",) if hints[item.name] is bool else ()
+            least = 1 if hints[item.name] is int else None
+            option = typer.Option(*flag, help=item.metadata["help"], min=least, rich_help_panel=kind.title)
+            annotation = Annotated[hints[item.name], option]
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            found[item.name] = inspect.Parameter(item.name, keyword, default=item.default, annotation=annotation)
+    return list(found.values())
+
+
+_HIDDEN = ("settings", "given")
 
 
 def with_request(command: Callable[..., R]) -> Callable[..., R]:
@@ -118,6 +108,7 @@ def with_request(command: Callable[..., R]) -> Callable[..., R]:
         for f in fields(Request)
         if f.name not in _HIDDEN
     ]
+    of_targets = _of_targets()
     names = [p.name for p in shared]
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "request"]
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
@@ -125,11 +116,14 @@ def with_request(command: Callable[..., R]) -> Callable[..., R]:
     @functools.wraps(command)
     def wrapped(context: typer.Context, **values: Any) -> R:
         chosen = {name: values.pop(name) for name in names}
-        given = [n for n in names if (where := context.get_parameter_source(n)) is not None and where.name != "DEFAULT"]
-        request = Request(**chosen, flags=flags_of(context), given=(*given, *flags_of(context)))
+        own = {p.name: values.pop(p.name) for p in of_targets}
+        sources = {name: context.get_parameter_source(name) for name in (*names, *own)}
+        given = [name for name, where in sources.items() if where is not None and where.name != "DEFAULT"]
+        settings = {name: value for name, value in own.items() if name in given} | dict(flags_of(context))
+        request = Request(**chosen, settings=settings, given=(*given, *flags_of(context)))
         return command(**values, request=request)
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared + [context]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared + of_targets + [context]
     wrapped.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped

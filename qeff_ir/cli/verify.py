@@ -91,7 +91,7 @@ def random_prompts(request: Request, steps: int, vocabulary: int) -> Rows:
     import numpy as np
 
     room = request.ctx_len - steps + 1
-    chunk = request.options().prefill_seq_len
+    chunk = int(request.options()["prefill_seq_len"])
     wanted = itertools.cycle((room, max(1, chunk // 3), chunk, 2 * chunk + 1, 1))
     random = np.random.default_rng(0)
     lengths = [min(length, room) for length in itertools.islice(wanted, request.batch_size)]

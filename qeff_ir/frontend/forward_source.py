@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend.source import FolderSource, MemorySource
+from qeff_ir.frontend.tasks import EMBEDDING, Task
 from qeff_ir.ir.module import Module
 from qeff_ir.runtime.text_settings import TextSettings
 
@@ -19,31 +20,6 @@ if TYPE_CHECKING:
 
     from qeff_ir.frontend.inputs import InputSpec, Wanted
     from qeff_ir.frontend.weights import Weights
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a model without a cache is for.
-
-    Attributes:
-        graph_name: What the AI 100 contract calls its specializations (§4.2).
-        auto: Name of transformers' auto class.
-    """
-
-    graph_name: str
-    auto: str
-
-    def auto_class(self) -> Any:
-        """transformers' auto class."""
-        import transformers
-
-        return getattr(transformers, self.auto)
-
-
-EMBEDDING = Task("Embedding", "AutoModel")
-SEQUENCE_CLASSIFICATION = Task("SeqClassification", "AutoModelForSequenceClassification")
-TOKEN_CLASSIFICATION = Task("TokenClassification", "AutoModelForTokenClassification")
-CTC = Task("CTC", "AutoModelForCTC")
 
 
 @dataclass(frozen=True)
@@ -77,11 +53,9 @@ class ForwardFolder(FolderSource):
         trust_remote_code: Whether code of the folder may run.
     """
 
-    retains: ClassVar[bool] = False
-
     def __init__(self, folder: Path, options: ForwardOptions, *, trust_remote_code: bool = False) -> None:
         super().__init__(folder, trust_remote_code=trust_remote_code)
-        self.options = options
+        self.options, self.task = options, options.task
         if options.part is not None:
             part = getattr(self.config, f"{options.part}_config", None)
             if part is None:
@@ -132,17 +106,15 @@ class ForwardFolder(FolderSource):
         encoder = self.options.task is EMBEDDING and getattr(self.config, "is_encoder_decoder", False)
         if encoder and type(self.config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
             return AutoModelForTextEncoding
-        return self.options.task.auto_class()
+        return super()._auto()
 
 
 class ForwardMemory(MemorySource):
     """A transformers model in memory whose forward pass is lowered as it is."""
 
-    retains: ClassVar[bool] = False
-
     def __init__(self, model: PreTrainedModel, options: ForwardOptions) -> None:
         super().__init__(_encoder(model) if options.task is EMBEDDING else model)
-        self.options = options
+        self.options, self.task = options, options.task
 
     def lower(self) -> Module:
         """See `Source.lower`."""

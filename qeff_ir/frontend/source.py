@@ -9,10 +9,11 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError, first_line
 from qeff_ir.frontend.folder_files import PATTERNS, read_side_files, write_side_files
+from qeff_ir.frontend.tasks import CAUSAL_LM, Task
 from qeff_ir.ir.module import Module
 from qeff_ir.package import MAIN
 from qeff_ir.reading import files_below, read_bytes
@@ -28,11 +29,11 @@ class Source(ABC):
 
     Attributes:
         config: The model's configuration.
-        retains: Whether it is a causal LM with a cache, not a forward pass without one.
+        task: What it is for.
     """
 
     config: PreTrainedConfig
-    retains: ClassVar[bool] = True
+    task: Task = CAUSAL_LM
 
     @abstractmethod
     def lower(self) -> Module:
@@ -152,9 +153,7 @@ class FolderSource(Source):
 
     def _auto(self) -> Any:
         """transformers' auto class."""
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM
+        return self.task.auto_class()
 
     @contextlib.contextmanager
     def _buildable(self) -> Generator[None]:

@@ -1,4 +1,4 @@
-"""The options of a pass: dataclass fields, how their values are written, and what is near a misspelled name."""
+"""The options of a pass or a target: dataclass fields, how values are written, and what is near a misspelled name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qeff_ir.passing.base import Pass, registered_passes
+from qeff_ir.passing.base import registered_passes
 
 WORD = re.compile(r'[^\s{},="]+')
 """A value that needs no quotes."""
@@ -21,7 +21,7 @@ WORD = re.compile(r'[^\s{},="]+')
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a pass, as declared by a dataclass field.
+    """One option of a pass or a target, as declared by a dataclass field.
 
     Attributes:
         name: Name in pipelines, with dashes.
@@ -30,7 +30,7 @@ class Option:
             (``"choices": REGISTRY``), for values that plug-ins add to.
         default: Value when the pipeline says nothing; `dataclasses.MISSING` when it must be given.
         help: One line.
-        path: Whether it names a file or folder that the pass reads; the field's metadata say so (``"path": True``).
+        path: Whether it names a file or folder that is read; the field's metadata say so (``"path": True``).
     """
 
     name: str
@@ -53,13 +53,13 @@ class Option:
 
 
 @functools.cache
-def options(cls: type[Pass]) -> dict[str, Option]:
-    """The options of a pass by field name."""
+def options(cls: type[Any]) -> dict[str, Option]:
+    """The options of a dataclass, a pass or what a target takes, by field name."""
     hints = typing.get_type_hints(cls)
-    if any("choices" in field.metadata for field in dataclasses.fields(cls)):  # pyright: ignore[reportArgumentType]
+    if any("choices" in field.metadata for field in dataclasses.fields(cls)):
         registered_passes()  # which may add to them
     found: dict[str, Option] = {}
-    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+    for field in dataclasses.fields(cls):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()

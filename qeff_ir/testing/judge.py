@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.debug.bundle import Metadata, describe, versions, write_bundle
 from qeff_ir.debug.drive import Plan, drive, tables_of

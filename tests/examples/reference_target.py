@@ -12,7 +12,8 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import InlinePass
 
-from backends.base import Backend, CompileOptions
+from backends.base import Backend
+from backends.options import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.ir.module import Module, Specialization

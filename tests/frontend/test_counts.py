@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from backends import find_backend
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir.compiler import compile_model
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import ops

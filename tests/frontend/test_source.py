@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from backends import find_backend
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
 from qeff_ir.adapters.memory import AdaptedMemorySource
 from qeff_ir.auto.arguments import hub_arguments
@@ -24,8 +24,9 @@ from qeff_ir.compiler import compile_model
 from qeff_ir.errors import ModelLoadError, PackageError, QeffError, UnsupportedModelError
 from qeff_ir.frontend.capture import IMPLEMENTATION
 from qeff_ir.frontend.config import read_config
-from qeff_ir.frontend.forward_source import EMBEDDING, ForwardFolder, ForwardMemory, ForwardOptions
+from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions
 from qeff_ir.frontend.source import FolderSource, MemorySource, find_folder, open_source
+from qeff_ir.frontend.tasks import EMBEDDING
 from qeff_ir.package import MAIN
 from qeff_ir.passing.pipeline import Pipeline
 from tests import support

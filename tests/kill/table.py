@@ -71,6 +71,7 @@ PROPERTIES = {
     "options beside a package": "cli/test_bad_input.py::test_run_refuses",
     "qeff embed": "cli/test_embed.py",
     "operators of others": "examples/test_swiglu_operator.py",
+    "options of targets": "test_target_options.py",
     "programs": "examples/test_two_programs.py",
     "edits of pipelines": "passing/test_editing.py",
     "derived weights": "examples/test_fuse_products.py",

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
 
 from backends import find_backend
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir import compiler
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import TokenEmbedding, compile_model

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from backends import find_backend
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.printer import to_text
 from qeff_ir.passing import Pipeline, run_pipeline

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from backends import backend_names, find_backend
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir import numerics
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.passing.manager import run_pipeline

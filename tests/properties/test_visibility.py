@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from backends import find_backend
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Dim, Module

@@ -13,8 +13,8 @@ from typing import Any
 import onnx_ir as ir
 import yaml
 
+from backends.ai100.options import Ai100Options
 from backends.ai100.qnn.request import Request
-from backends.base import CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module, Specialization
 
@@ -31,7 +31,7 @@ PARTITION = "tensor_slicing.json"
 CONVERTED = "model.dlc"
 
 
-def emit(module: Module, model: str, folder: Path, options: CompileOptions, request: Request) -> list[list[str]]:
+def emit(module: Module, model: str, folder: Path, options: Ai100Options, request: Request) -> list[list[str]]:
     """Write the files that the two tools read.
 
     Args:
@@ -95,7 +95,7 @@ def _graph_names(module: Module) -> list[str]:
 
 
 def _settings(
-    module: Module, options: CompileOptions, request: Request, graphs: list[str], partition: str | None
+    module: Module, options: Ai100Options, request: Request, graphs: list[str], partition: str | None
 ) -> dict[str, Any]:
     """Settings of the AIC backend, in the contract's order; the user's take their places."""
     return {
@@ -121,7 +121,7 @@ def _settings(
     }
 
 
-def _io_config(module: Module, options: CompileOptions) -> dict[str, Any]:
+def _io_config(module: Module, options: Ai100Options) -> dict[str, Any]:
     """Types of all inputs and outputs, and shapes of the inputs in each specialization."""
     kept = {name for s in module.states for name in (s.input, s.output)}
     kept |= {name for a in module.adapters for name in (a.name, a.output)}

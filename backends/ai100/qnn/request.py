@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from backends.base import CompileOptions
+from backends.ai100.options import Ai100Options
 from qeff_ir.errors import CompileError
 from qeff_ir.reading import read_json
 
-FLAGS = ("enable_qnn", "qnn_config")
-_ENABLE, _CONFIG = FLAGS
 _TAKEN = {
     "aic_enable_depth_first": bool, "allow_mxint8_mdp_io": bool, "mos": int, "mdp_load_partition_config": str,
 }  # fmt: skip
@@ -58,23 +56,20 @@ class Request:
     partition: Path | None = None
 
 
-def requested(options: CompileOptions) -> Request | None:
+def requested(options: Ai100Options) -> Request | None:
     """What the options ask of QNN; `None` where they ask for the AI 100 compiler.
 
     Raises:
         CompileError: A flag is of the wrong type, or one that QNN has no setting for; the user's file is wrong; or an
             option asks for what the converter cannot do.
     """
-    flags = dict(options.flags)
-    enabled, config = flags.pop(_ENABLE, False), flags.pop(_CONFIG, None)
-    if not isinstance(enabled, bool):
-        raise CompileError(f"{_ENABLE} is {enabled!r}: give True or False")
-    if not enabled:
-        if config is not None:
-            raise CompileError(f"{_CONFIG} is for QNN: give {_ENABLE}=True too, or leave it out")
+    if not options.enable_qnn:
+        if options.qnn_config is not None:
+            raise CompileError("qnn_config is for QNN: give enable_qnn=True too, or leave it out")
         return None
     if options.weight_free:
         raise CompileError("QNN's converter reads weights from the ONNX file: leave out weight_free, or enable_qnn")
+    flags = options.flags
     for name, value in flags.items():
         kind = _TAKEN.get(name)
         if kind is None:
@@ -84,7 +79,7 @@ def requested(options: CompileOptions) -> Request | None:
             raise CompileError(f"the flag {name} takes {wanted}, not {value!r}")
     partition = flags.get("mdp_load_partition_config")
     return Request(
-        **_read_config(config),
+        **_read_config(options.qnn_config),
         depth_first=flags.get("aic_enable_depth_first", False),
         mxint8_io=flags.get("allow_mxint8_mdp_io", False),
         mos=flags.get("mos", 0),
@@ -92,7 +87,7 @@ def requested(options: CompileOptions) -> Request | None:
     )
 
 
-def _read_config(path: object) -> dict[str, Any]:
+def _read_config(path: str | None) -> dict[str, Any]:
     """The user's file.
 
     Raises:
@@ -100,8 +95,8 @@ def _read_config(path: object) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    if not isinstance(path, str) or not Path(path).is_file():
-        raise CompileError(f"{_CONFIG} is {path!r}: give the path of an existing file")
+    if not Path(path).is_file():
+        raise CompileError(f"qnn_config is {path!r}: give the path of an existing file")
     data = read_json(Path(path), error=CompileError)
     known = (*_OWN_ARGUMENTS, _SETTINGS, _SKIP)
     if not isinstance(data, dict) or any(name not in known for name in cast("dict[str, Any]", data)):

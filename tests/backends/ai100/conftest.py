@@ -10,10 +10,10 @@ import pytest
 
 from backends.ai100 import sdk
 from backends.ai100.backend import BACKEND
-from backends.base import CompileOptions
+from backends.ai100.options import Ai100Options
 from qeff_ir.ir.module import Module
 
-OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=40, batch_size=2)
+OPTIONS = Ai100Options(prefill_seq_len=8, ctx_len=40, batch_size=2)
 
 
 @dataclass
@@ -46,14 +46,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="session")
 def _forward(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from qeff_ir.frontend.forward_source import EMBEDDING, ForwardMemory, ForwardOptions
+    from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
+    from qeff_ir.frontend.tasks import EMBEDDING
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.specialize import specialize
     from tests.encoders import build
 
     module = ForwardMemory(build("distilbert"), ForwardOptions(EMBEDDING)).lower()
-    options = CompileOptions(batch_size=2, seq_len=(8, 16))
+    options = Ai100Options(batch_size=2, seq_len=(8, 16))
     specialize(module, options)
     pipeline = Pipeline.parse(BACKEND.pipeline).without("last-logits")
     run_pipeline(module, pipeline.insert_before("fuse-norms", "embedding"))

@@ -11,9 +11,13 @@ import pytest
 
 from backends.ai100 import checks, sdk
 from backends.ai100.backend import BACKEND
-from backends.base import CompileOptions
+from backends.ai100.options import Ai100Options
 from qeff_ir.errors import CompileError
+from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
+from qeff_ir.frontend.tasks import EMBEDDING
 from qeff_ir.ir.module import SOURCE_KEY, Module, Specialization
+from qeff_ir.specialize import specialize
+from tests.encoders import build
 
 from .conftest import OPTIONS, Tiny
 
@@ -21,7 +25,7 @@ TARGET = sdk.description("1.22")
 SOURCE = "model.layers.1.mlp"
 
 
-def found(module: Module, options: CompileOptions = OPTIONS) -> list[str]:
+def found(module: Module, options: Ai100Options = OPTIONS) -> list[str]:
     return [str(v) for v in checks.violations(module, options, TARGET)]
 
 
@@ -148,13 +152,22 @@ def test_a_large_constant_inside_a_node_is_found(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (CompileOptions(num_cores=17), r"\[cores\] num_cores is 17: a device has 1 to 16"),
-        (CompileOptions(num_cores=0), r"\[cores\]"),
-        (CompileOptions(num_devices=33), r"\[devices\]"),
-        (CompileOptions(prefill_seq_len=256), r"\[context\] prefill_seq_len is 256, more than the 128 slots"),
-        (CompileOptions(flags={"mxfp6": True}), "has no flag mxfp6"),
+        (Ai100Options(num_cores=17), r"\[cores\] num_cores is 17: a device has 1 to 16"),
+        (Ai100Options(num_cores=0), r"\[cores\]"),
+        (Ai100Options(num_devices=33), r"\[devices\]"),
+        (Ai100Options(prefill_seq_len=256), r"\[context\] prefill_seq_len is 256, more than the 128 slots"),
+        (Ai100Options(flags={"mxfp6": True}), "has no flag mxfp6"),
     ],
 )
-def test_options_are_refused_before_lowering(options: CompileOptions, message: str) -> None:
+def test_options_are_refused_before_lowering(options: Ai100Options, message: str) -> None:
     with pytest.raises(CompileError, match=message):
         BACKEND.check_options(options)
+
+
+def test_a_model_without_a_cache_has_none_to_compress() -> None:
+    module = ForwardMemory(build("distilbert"), ForwardOptions(EMBEDDING)).lower()
+    options = Ai100Options(batch_size=2, seq_len=(8,), mxint8_kv_cache=True)
+    specialize(module, options)
+    told = f"[kv-cache] {module.name} has no KV cache to compress: leave out mxint8_kv_cache"
+    assert told in found(module, options)
+    assert told not in found(module, dataclasses.replace(options, mxint8_kv_cache=False))

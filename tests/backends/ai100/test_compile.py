@@ -8,7 +8,7 @@ import pytest
 
 from backends.ai100 import emit, sdk
 from backends.ai100.backend import BACKEND
-from backends.base import CompileOptions
+from backends.ai100.options import Ai100Options
 from qeff_ir.errors import CompileError
 
 from .conftest import OPTIONS, Tiny
@@ -51,7 +51,7 @@ def test_what_a_failed_run_left_is_removed(folder: Path, stand_in: Path) -> None
 
 
 def test_a_forced_flag_reaches_the_compiler(tiny: Tiny, tmp_path: Path, stand_in: Path) -> None:
-    options = CompileOptions(prefill_seq_len=8, ctx_len=40, batch_size=2, flags={"warp": 9}, force_flags=True)
+    options = Ai100Options(prefill_seq_len=8, ctx_len=40, batch_size=2, flags={"warp": 9}, force_flags=True)
     BACKEND.check_options(options)
     BACKEND.emit(tiny.module, tmp_path / "package", options)
     with pytest.raises(
@@ -94,7 +94,7 @@ def test_no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_users_partition_is_used(tiny: Tiny, tmp_path: Path, stand_in: Path) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps(emit.tensor_slicing(4, 8)))
-    options = CompileOptions(8, 40, 2, num_devices=4, flags={"mdp_load_partition_config": str(mine)})
+    options = Ai100Options(8, 40, 2, num_devices=4, flags={"mdp_load_partition_config": str(mine)})
     BACKEND.emit(tiny.module, tmp_path / "package", options)
     BACKEND.compile(tmp_path / "package", options)
     assert not list((tmp_path / "package").glob("mdp_ts_*"))

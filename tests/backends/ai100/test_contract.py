@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from backends.ai100 import contract, emit, sdk
-from backends.base import CompileOptions
+from backends.ai100.options import Ai100Options
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.snapshot import load_module
 
@@ -310,7 +310,7 @@ def test_check_raises_the_first_with_its_code(folder: Path) -> None:
 
 
 def test_the_command_is_the_contract_to_the_letter(tiny: Tiny, tmp_path: Path) -> None:
-    options = CompileOptions(
+    options = Ai100Options(
         prefill_seq_len=8, ctx_len=40, batch_size=2, num_devices=2, mxfp6_matmul=True, mxint8_kv_cache=True,
         flags={"mos": 1, "sub_functions": True},
     )  # fmt: skip

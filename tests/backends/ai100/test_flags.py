@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.ai100 import emit, flags, sdk
-from backends.base import CompileOptions
+from backends.ai100.options import Ai100Options
 from qeff_ir.errors import CompileError
 
 NEW, OLD = sdk.description("1.22"), sdk.description("1.20")
@@ -16,7 +16,7 @@ KEYS = st.from_regex(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", fullmatch=True)
 
 
 def resolve(force: bool = False, **given: Any) -> flags.Flags:
-    return flags.resolve(CompileOptions(flags=given, force_flags=force), NEW)
+    return flags.resolve(Ai100Options(flags=given, force_flags=force), NEW)
 
 
 @given(KEYS, st.one_of(st.booleans(), st.none(), st.integers(), st.text()))
@@ -86,7 +86,7 @@ def test_files_move_into_the_package(tmp_path: Path) -> None:
 def test_hardware_by_sdk() -> None:
     assert resolve(aic_hw_version="ai200").hardware == "ai200"
     with pytest.raises(CompileError, match=r"SDK 1\.20 compiles for ai100, not"):
-        flags.resolve(CompileOptions(flags={"aic_hw_version": "ai200"}), OLD)
+        flags.resolve(Ai100Options(flags={"aic_hw_version": "ai200"}), OLD)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_command_is_for_the_hardware_that_is_asked_for_else_for_the_card(
     version: str, wish: str | None, card: str, given: str
 ) -> None:
     target = sdk.description(version)
-    options = CompileOptions(flags={} if wish is None else {"aic_hw_version": wish})
+    options = Ai100Options(flags={} if wish is None else {"aic_hw_version": wish})
     argv = emit.command("m.onnx", options, target, flags.resolve(options, target), card, None)
     assert [a for a in argv if a.startswith("-aic-hw-version")] == [f"-aic-hw-version={given}"]
 

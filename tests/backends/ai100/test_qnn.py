@@ -20,16 +20,16 @@ from backends.ai100.contract import violations
 from backends.ai100.device import _device_count
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.qnn import files as qnn
-from backends.base import CompileOptions
 from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.errors import CompileError
 from qeff_ir.passing import Pipeline, run_pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.target_options import read_options
 from tests import support
 
 from .conftest import OPTIONS, Tiny
 
-QNN = replace(OPTIONS, flags={"enable_qnn": True})
+QNN = replace(OPTIONS, enable_qnn=True)
 MODELS = ["llama", "mixtral", "gemma", "granite"]
 
 STAND_IN = """
@@ -136,8 +136,9 @@ def test_options_reach_the_settings(tiny: Tiny, tmp_path: Path) -> None:
             }
         )
     )
-    flags = {"enable_qnn": True, "qnn_config": str(config), "mos": 4, "aic_enable_depth_first": True}
-    options = replace(OPTIONS, num_devices=4, num_cores=14, mxfp6_matmul=True, mxint8_kv_cache=True, flags=flags)
+    flags = {"mos": 4, "aic_enable_depth_first": True}
+    own = {"num_devices": 4, "num_cores": 14, "mxfp6_matmul": True, "mxint8_kv_cache": True, "flags": flags}
+    options = replace(QNN, qnn_config=str(config), **own)
     BACKEND.check_options(options)
     BACKEND.emit(tiny.module, tmp_path / "package", options)
     settings = json.loads((tmp_path / "package" / qnn.AIC_SETTINGS).read_text())
@@ -193,15 +194,15 @@ def test_adapters_are_not_compressed(tmp_path: Path) -> None:
 def test_a_users_partition_is_used(tiny: Tiny, tmp_path: Path) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps({"partitions": [{"devices": [{"deviceId": 0}, {"deviceId": 3}]}]}))
-    flags = {"enable_qnn": True, "mdp_load_partition_config": str(mine)}
-    BACKEND.emit(tiny.module, tmp_path / "package", replace(OPTIONS, num_devices=2, flags=flags))
+    flags = {"mdp_load_partition_config": str(mine)}
+    BACKEND.emit(tiny.module, tmp_path / "package", replace(QNN, num_devices=2, flags=flags))
     assert not (tmp_path / "package" / qnn.PARTITION).exists() and _device_count(tmp_path / "package") == 2
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"enable_qnn": 1}, "enable_qnn is 1: give True or False"),
+        ({"enable_qnn": 1}, "enable_qnn must be True or False, not 1"),
         ({"qnn_config": "x.json"}, "qnn_config is for QNN: give enable_qnn=True too"),
         (
             {"enable_qnn": True, "user_tiled": True},
@@ -215,7 +216,7 @@ def test_a_users_partition_is_used(tiny: Tiny, tmp_path: Path) -> None:
 )
 def test_wrong_flags_are_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(CompileError, match=message.replace("'", ".")):
-        BACKEND.check_options(replace(OPTIONS, flags=flags))
+        BACKEND.check_options(read_options(BACKEND, flags))
 
 
 def test_weights_must_be_in_the_model() -> None:
@@ -241,7 +242,7 @@ def test_a_wrong_configuration_is_refused(data: Any, message: str, tmp_path: Pat
     path = tmp_path / "config.json"
     path.write_text(json.dumps(data))
     with pytest.raises(CompileError, match=message):
-        BACKEND.check_options(replace(QNN, flags={**QNN.flags, "qnn_config": str(path)}))
+        BACKEND.check_options(replace(QNN, qnn_config=str(path)))
 
 
 def test_more_than_two_specializations_are_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -339,13 +340,3 @@ def test_one_length_is_one_graph(tiny: Tiny, tmp_path: Path) -> None:
     BACKEND.emit(module, tmp_path / "package", replace(QNN, prefill_seq_len=1))
     assert json.loads((tmp_path / "package" / qnn.AIC_SETTINGS).read_text())["graph_names"] == ["model"]
     assert not list(violations(tmp_path / "package"))
-
-
-def test_another_target_says_that_it_has_no_flags() -> None:
-    from backends import find_backend
-    from qeff_ir.compiler import _check_flags_in_vain
-
-    with pytest.warns(UserWarning, match="onnxruntime has no compiler flags: enable_qnn does nothing here"):
-        _check_flags_in_vain(find_backend("onnxruntime"), CompileOptions(flags={"enable_qnn": True}))
-    with pytest.raises(CompileError, match="has no flag enable_qn"):
-        _check_flags_in_vain(find_backend("onnxruntime"), CompileOptions(flags={"enable_qn": True}))

@@ -14,7 +14,7 @@ from onnx_ir.passes import common
 
 from backends.ai100 import contract, sub_functions
 from backends.ai100.backend import BACKEND
-from backends.base import CompileOptions
+from backends.ai100.options import Ai100Options
 from qeff_ir import numerics
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.printer import attribute_text
@@ -24,7 +24,7 @@ from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.testing.trace import compare, session_trace
 from tests import support
 
-OPTIONS = CompileOptions(prefill_seq_len=8, ctx_len=48, batch_size=2, flags={"sub_functions": True})
+OPTIONS = Ai100Options(prefill_seq_len=8, ctx_len=48, batch_size=2, flags={"sub_functions": True})
 
 SHARED = ["position_ids"]
 

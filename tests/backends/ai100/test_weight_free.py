@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from backends.ai100 import contract, weight_free
 from backends.ai100.backend import BACKEND
-from backends.base import CompileOptions
+from backends.ai100.options import Ai100Options
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM, numerics
 from qeff_ir.cli.app import app
 from qeff_ir.errors import PackageError
@@ -209,7 +209,7 @@ def test_a_weight_in_the_usual_form_is_found(damaged: Path) -> None:
 
 
 def test_the_usual_form_is_left_alone() -> None:
-    assert not CompileOptions().weight_free
+    assert not Ai100Options().weight_free
     assert weight_free.specification(onnx.ModelProto()) is None
 
 

@@ -1,0 +1,38 @@
+"""What a user asks of `compile`: the shapes, which every target takes; a target adds options of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """The options of every target. A target's own are the fields of a subclass (`backends.base.Backend.Options`).
+
+    Fields are read as the options of a pass are (`qeff_ir.passing.options`): ``help`` in the metadata is the line of
+    the command line's help, ``path`` marks a file that is part of what is compiled. A field ``flags`` of a subclass
+    takes whatever else a user gives, by name.
+
+    Attributes:
+        title: Heading of a target's own options in the command line's help.
+        prefill_seq_len: Tokens of a prompt that one prefill run takes.
+        ctx_len: Slots of the KV cache: prompt and generated tokens together.
+        batch_size: Rows of a run.
+        seq_len: Lengths of the inputs of a model without a cache, one specialization for each.
+        graph_name: What such a specialization is called.
+    """
+
+    title: ClassVar[str] = ""
+
+    prefill_seq_len: int = 32
+    ctx_len: int = 128
+    batch_size: int = 1
+    seq_len: tuple[int, ...] = ()
+    graph_name: str = "Embedding"
+
+
+def default_prefill(ctx_len: object) -> int:
+    """Tokens of a prefill run where nobody says how many: no more than the context has."""
+    most = CompileOptions.prefill_seq_len
+    return min(most, ctx_len) if type(ctx_len) is int and ctx_len > 0 else most

@@ -1,0 +1,36 @@
+"""What a model is for: which class of transformers opens it, and which shapes its package is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is for.
+
+    Attributes:
+        auto: Name of transformers' auto class.
+        shapes: The options of `compile` that say its shapes.
+        graph_name: What the AI 100 contract calls the specializations of a model without a cache (§4.2).
+        retains: Whether a run leaves states for the next one.
+    """
+
+    auto: str
+    shapes: tuple[str, ...] = ("seq_len", "batch_size")
+    graph_name: str = ""
+    retains: bool = False
+
+    def auto_class(self) -> Any:
+        """transformers' auto class."""
+        import transformers
+
+        return getattr(transformers, self.auto)
+
+
+CAUSAL_LM = Task("AutoModelForCausalLM", ("prefill_seq_len", "ctx_len", "batch_size"), retains=True)
+EMBEDDING = Task("AutoModel", graph_name="Embedding")
+SEQUENCE_CLASSIFICATION = Task("AutoModelForSequenceClassification", graph_name="SeqClassification")
+TOKEN_CLASSIFICATION = Task("AutoModelForTokenClassification", graph_name="TokenClassification")
+CTC = Task("AutoModelForCTC", graph_name="CTC")
