@@ -228,6 +228,24 @@ class Module:
         self.ports[value.name] = role.name
         return value
 
+    def add_input(self, value: ir.Value, role: Role) -> ir.Value:
+        """Make a named value an input of a run, with its role; returns the value.
+
+        It stands behind the states, in the order that roles have (`qeff_ir.ir.ports.ROLES`), and before adapters.
+
+        Raises:
+            PipelineError: See `declare`.
+        """
+        order, inputs = list(ROLES), self.graph.inputs
+        retained = {state.input for state in self.states}
+        at = max((index + 1 for index, other in enumerate(inputs) if other.name in retained), default=len(inputs))
+        while at < len(inputs) and order.index(self.ports.get(str(inputs[at].name), order[-1])) < order.index(
+            role.name
+        ):
+            at += 1
+        inputs.insert(at, self.declare(value, role))
+        return value
+
     def clone(self) -> Module:
         """A copy whose graph can be changed freely; tensors are shared, never copied, and made read-only for it."""
         model = self.model.clone()

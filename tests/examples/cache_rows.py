@@ -41,7 +41,7 @@ class CacheRows(Pass):
         if not self.sites(module):
             return
         ids = ir.val(name_of(CACHE_ROW), shape=ir.Shape(["batch_size", 1]), dtype=ir.DataType.INT64)
-        module.graph.inputs.append(module.declare(ids, CACHE_ROW))
+        module.add_input(ids, CACHE_ROW)
         module.states = [self._widened(module, state, ids, rewriter) for state in module.states]
         module.dims[ROWS] = Dim(ROWS)
         module.set_size(ROWS, self.rows)
