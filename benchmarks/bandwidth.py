@@ -40,7 +40,7 @@ def step_bytes(module: Module, batch: int, filled: int) -> float:
         batch: Rows.
         filled: Tokens that the cache holds.
     """
-    step = cost(module, Specialization("Decode", {"batch_size": batch, "ctx_len": filled, "seq_len": 1}))
+    step = cost(module, Specialization("Decode", "decode", {"batch_size": batch, "ctx_len": filled, "seq_len": 1}))
     return step.weight_bytes + step.state_bytes
 
 

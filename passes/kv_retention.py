@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qeff_ir.errors import PassError
 from qeff_ir.ir import dialect, operators
-from qeff_ir.ir.module import Dim, Module, Specialization
+from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.ports import POSITIONS
 from qeff_ir.ir.residents import State
 from qeff_ir.passing.base import Pass, Phase, Rewriter, register, registered_passes
@@ -147,4 +147,4 @@ def _make_ring(module: Module, window: int) -> None:
         new.append(state)
     module.states = new
     module.dims[symbol] = Dim(symbol)
-    module.specializations = [Specialization(s.name, {**s.symbols, symbol: length}) for s in module.specializations]
+    module.set_size(symbol, length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backends.options import CompileOptions
 from qeff_ir.errors import CompileError
-from qeff_ir.ir.module import Module, Specialization
+from qeff_ir.ir.module import Module, RunPhase, Specialization
 
 
 def specialize(module: Module, options: CompileOptions) -> None:
@@ -25,10 +25,10 @@ def specialize(module: Module, options: CompileOptions) -> None:
             f"use ctx_len={limit} or less"
         )
     common = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
-    lengths = {"Prefill": options.prefill_seq_len, "Decode": 1}
+    runs: dict[str, tuple[RunPhase, int]] = {"Prefill": ("prefill", options.prefill_seq_len), "Decode": ("decode", 1)}
     if options.prefill_seq_len == 1:
-        del lengths["Prefill"]
-    module.specializations = [Specialization(name, {**common, "seq_len": n}) for name, n in lengths.items()]
+        del runs["Prefill"]
+    module.specializations = [Specialization(n, phase, {**common, "seq_len": s}) for n, (phase, s) in runs.items()]
 
 
 def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
@@ -40,7 +40,7 @@ def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
             "token, it reads the last column of each): use batch_size=1, or set pad_token_id in its configuration"
         )
     if "seq_len" not in module.dims:
-        return [Specialization(options.graph_name, common)]
+        return [Specialization(options.graph_name, "forward", common)]
     limit = module.dims["seq_len"].maximum
     lengths = sorted(set(options.seq_len))
     if not lengths:
@@ -50,4 +50,4 @@ def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
             f"seq_len={lengths[-1]} is more than the {limit} positions of {module.name}: use {limit} or less"
         )
     names = [options.graph_name] if len(lengths) == 1 else [f"{options.graph_name}_{i}" for i in range(len(lengths))]
-    return [Specialization(name, {**common, "seq_len": n}) for name, n in zip(names, lengths, strict=True)]
+    return [Specialization(name, "forward", {**common, "seq_len": n}) for name, n in zip(names, lengths, strict=True)]

@@ -84,7 +84,7 @@ products (
 
 def test_every_product_is_counted_by_what_it_sums_over() -> None:
     module = Module(ir.from_proto(onnx.parser.parse_model(PRODUCTS)), "Products")
-    found = cost(module, Specialization("Run", {"batch_size": 3, "seq_len": 5}))
+    found = cost(module, Specialization("Run", "forward", {"batch_size": 3, "seq_len": 5}))
     assert {name: op.multiply_adds for name, op in found.ops.items()} == {
         "Conv": 3 * 12 * 5 * (3 * 4),  # of each group's own channels
         "Gemm": 3 * 7 * 5,
@@ -110,7 +110,7 @@ def test_a_weight_is_read_once_a_run_and_its_rows_as_often_as_they_are_looked_up
     module = Module(ir.from_proto(onnx.parser.parse_model(SHARED)), "Shared")
     weight = module.input("w")
     weight.metadata_props[WEIGHT_KEY] = "w"
-    found = cost(module, Specialization("Run", {"batch_size": 1, "seq_len": 5}))
+    found = cost(module, Specialization("Run", "forward", {"batch_size": 1, "seq_len": 5}))
     assert found.weight_bytes == 4 * (6 * 6 + 5 * 6)
     assert {n: op.weight_bytes for n, op in found.ops.items()} == {"MatMul": 144, "Add": 0, "Gather": 120}
     assert found.resident_bytes == 144
@@ -172,4 +172,4 @@ def test_a_symbol_without_a_size_is_told(missing: str) -> None:
     sizes = {"batch_size": 1, "seq_len": 4, "ctx_len": 16}
     del sizes[missing]
     with pytest.raises(VerificationError, match=f"^.cost. .*({missing}|is not known)"):
-        cost(canonical("llama"), Specialization("Decode", sizes))
+        cost(canonical("llama"), Specialization("Decode", "decode", sizes))

@@ -10,7 +10,6 @@ import onnx_ir as ir
 from qeff_ir.errors import PackageError
 from qeff_ir.ir.module import METADATA_KEY, Module
 from qeff_ir.ir.verifier import check_order
-from qeff_ir.runtime.interface import Interface, interface_of
 
 
 def model_file(folder: Path) -> Path:
@@ -25,14 +24,13 @@ def model_file(folder: Path) -> Path:
     return models[0]
 
 
-def read_interface(proto: onnx.ModelProto, file: Path) -> Interface:
-    """The interface of an ONNX file for the AI 100, one without our facts too.
+def read_module(proto: onnx.ModelProto, file: Path) -> Module:
+    """What an ONNX file for the AI 100 says of itself, one without our facts too.
 
     Raises:
-        PackageError: It is not one that a session can take.
         VerificationError: Its facts are damaged, or its nodes are out of order.
     """
     network = ir.from_proto(proto)
     module = Module.with_facts(network) if METADATA_KEY in network.metadata_props else Module(network, file.stem)
     check_order(module)
-    return interface_of(module, file)
+    return module

@@ -12,7 +12,17 @@ from backends.ai100.sdk import Sdk
 from backends.ai100.violation import Violation
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module, all_values
-from qeff_ir.ir.ports import ADAPTER_ROW, EMBEDDINGS, LOGITS, POSITIONS, TOKENS, name_of
+from qeff_ir.ir.ports import (
+    ADAPTER_ROW,
+    CACHE_ROW,
+    EMBEDDINGS,
+    KEPT_LOGITS,
+    LOGITS,
+    POSITIONS,
+    READ_LENGTH,
+    TOKENS,
+    name_of,
+)
 
 _FP16_MAX = 65504.0
 _LOWERED = {"states-lowered": "kv-retention", "attention-lowered": "attention", "legal": "legalize"}
@@ -108,7 +118,8 @@ def _states(module: Module) -> Iterator[Violation]:
         return
     roles = [module.role_of(v) for v in module.graph.inputs]
     tokens = [name_of(role) for role in (EMBEDDINGS, TOKENS) if role in roles] or [name_of(TOKENS)]
-    rows = [name_of(ADAPTER_ROW)] if any(a.slots for a in module.adapters) else []
+    rows = [name_of(role) for role in (READ_LENGTH, CACHE_ROW, KEPT_LOGITS) if role in roles]
+    rows += [name_of(ADAPTER_ROW)] if any(a.slots for a in module.adapters) else []
     adapters = [a.name for a in module.adapters]
     expected = [*tokens, name_of(POSITIONS), *(s.input for s in module.states), *rows, *adapters]
     if not all(a.retained for a in module.adapters):

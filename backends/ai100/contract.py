@@ -30,6 +30,13 @@ _EMBEDS = "inputs_embeds"
 _STEMS = ("past_key", "past_value", "past_indexer", "conv_state", "recurrent_state")
 """Names of retained states, before the number of the layer, in the order of a layer (contract §1.1 and §1.6)."""
 _STATE = re.compile(rf"({'|'.join(_STEMS)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
+_RUN_INPUTS: dict[str, list[str | int]] = {
+    "comp_ctx_lengths": ["comp_ctx_lengths"],
+    "batch_index": ["batch_size", 1],
+    "num_logits_to_keep": ["num_logits_to_keep", 1],
+    "lora_ids": ["batch_size", 1],
+}
+"""What a run may be given behind the states, int64 (contract §1.1), in order."""
 _ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
@@ -187,7 +194,7 @@ def _forward_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
 def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
     for name in sorted(n for n in outputs if n.endswith(_SUFFIX) and n.removesuffix(_SUFFIX) not in inputs):
         yield Violation("state-pair", f"output {name} has no input {name.removesuffix(_SUFFIX)}")
-    retained = [n for n in inputs if n not in (_EMBEDS, "input_ids", "position_ids", "lora_ids")]
+    retained = [n for n in inputs if n not in (_EMBEDS, "input_ids", "position_ids", *_RUN_INPUTS)]
     adapters = [n for n in retained if _ADAPTER.search(n)]
     states = [n for n in retained if n not in adapters]
     for name in retained:
@@ -202,7 +209,7 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         other = name.replace("past_key", "past_value") if "key" in name else name.replace("past_value", "past_key")
         if other not in pairs:
             yield Violation("inputs", f"input {name} has no {other} beside it")
-    expected += (["lora_ids"] if "lora_ids" in inputs else []) + adapters
+    expected += [n for n in _RUN_INPUTS if n in inputs] + adapters
     tokens = [n for n in (_EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
     if list(inputs) != [*tokens, "position_ids", *expected]:
         first = ", ".join(tokens)
@@ -227,11 +234,17 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
     logits = outputs.get("logits")
     if logits is not None:
         shape = list(logits.shape or [])
-        if logits.dtype != np.float32 or shape[:2] != ["batch_size", 1] or len(shape) != 3:
-            yield Violation("dtype-shape", f"logits are {logits.dtype} {shape}, not float32 [batch_size, 1, vocab]")
-    ids = inputs.get("lora_ids")
-    if ids is not None and (ids.dtype != np.int64 or ids.shape != ["batch_size", 1]):
-        yield Violation("dtype-shape", f"lora_ids is {ids.dtype} {ids.shape}, not int64 [batch_size, 1]")
+        kept = _RUN_INPUTS["num_logits_to_keep"][0] if "num_logits_to_keep" in inputs else 1
+        if logits.dtype != np.float32 or shape[:2] != ["batch_size", kept] or len(shape) != 3:
+            yield Violation(
+                "dtype-shape", f"logits are {logits.dtype} {shape}, not float32 [batch_size, {kept}, vocab]"
+            )
+    for name, wanted in _RUN_INPUTS.items():
+        given = inputs.get(name)
+        if given is not None and (given.dtype != np.int64 or list(given.shape or []) != wanted):
+            sizes = ", ".join(map(str, wanted))
+            yield Violation("dtype-shape", f"{name} is {given.dtype} {given.shape}, not int64 [{sizes}]")
+    rows = "full_batch_size" if "batch_index" in inputs else "batch_size"
     for name in retained:
         before, after = inputs[name], outputs.get(name + _SUFFIX)
         shape = list(before.shape or [])
@@ -239,10 +252,10 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
             if not all(isinstance(size, int) for size in shape):
                 yield Violation("dtype-shape", f"the adapter {name} is {shape}, not of a fixed size")
         elif name.startswith(_STEMS[3:]):
-            if shape[:1] != ["batch_size"] or any(isinstance(d, str) for d in shape[1:]):
-                yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is batch_size")
-        elif len(shape) != 4 or shape[0] != "batch_size":
-            yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, slots, width]")
+            if shape[:1] != [rows] or any(isinstance(d, str) for d in shape[1:]):
+                yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is {rows}")
+        elif len(shape) != 4 or shape[0] != rows:
+            yield Violation("dtype-shape", f"{name} is {shape}, not [{rows}, heads, slots, width]")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from backends.ai100 import runtime_path, specializations
-from backends.ai100.artifact import model_file, read_interface
+from backends.ai100.artifact import model_file, read_module
 from backends.ai100.emit import BINARY_FOLDER, COMMAND
 from backends.ai100.qnn.files import AIC_SETTINGS
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
 from qeff_ir.ir.module import Specialization
 from qeff_ir.ir.residents import State
-from qeff_ir.runtime.interface import sized
+from qeff_ir.runtime.interface import interface_of, sized
 from qeff_ir.storage import load_proto
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -73,9 +73,10 @@ class DeviceSession:
         runtime_path.extend()
         self._rt: Any = importlib.import_module("qaicrt")
         api: Any = importlib.import_module("QAicApi_pb2")
-        self._specializations = specializations.load(folder / specializations.FILE)
         model = model_file(folder)
-        self.interface = read_interface(load_proto(model), model)
+        module = read_module(load_proto(model), model)
+        self.interface = interface_of(module, model)
+        self._specializations = specializations.load(folder / specializations.FILE, module.specializations)
         self._inputs = self.interface.inputs
         self._outputs = [port.name for port in self.interface.outputs]
         adapters = {item.name: item for item in self.interface.adapters}

@@ -19,13 +19,14 @@ import onnx
 import onnxruntime as ort
 
 from backends.ai100 import specializations, sub_functions, weight_free
-from backends.ai100.artifact import read_interface
+from backends.ai100.artifact import read_module
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Specialization
 from qeff_ir.ir.residents import State
 from qeff_ir.passing.base import registered_passes
+from qeff_ir.runtime.interface import interface_of
 from qeff_ir.storage import load_proto
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -55,9 +56,10 @@ class EmulatedSession:
     free = False
 
     def __init__(self, model: Path, *, threads: int | None = None) -> None:
-        self._specializations = specializations.load(model.parent / specializations.FILE)
         proto = load_proto(model)
-        self.interface = read_interface(proto, model)
+        module = read_module(proto, model)
+        self.interface = interface_of(module, model)
+        self._specializations = specializations.load(model.parent / specializations.FILE, module.specializations)
         weight_free.bind(proto, model.parent)
         _give_rules(proto, model)
         content = proto.SerializeToString()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qeff_ir.errors import PackageError
-from qeff_ir.ir.module import Specialization
+from qeff_ir.ir.module import RunPhase, Specialization
 from qeff_ir.reading import read_json
 
 FILE = "specializations.json"
@@ -19,18 +20,27 @@ _SIZE = re.compile("[1-9][0-9]{0,8}")
 
 Form = Literal["named", "flat"]
 
+_NAMES: dict[RunPhase, str] = {"prefill": "Prefill", "decode": "Decode"}
+"""What the named form calls a run of a phase; one of a model without a cache has a name of its own."""
+
 
 def dumps(specializations: Sequence[Specialization], form: Form) -> str:
     """The file's text: every value a string, keys sorted, four spaces of indentation."""
     entries: list[dict[str, Any]] = []
-    for item in specializations:
-        symbols = {name: str(size) for name, size in item.symbols.items()}
-        entries.append({"name": item.name, "symbols": symbols} if form == "named" else dict(symbols))
+    names = _numbered([_NAMES.get(item.phase, item.name) for item in specializations])
+    for name, item in zip(names, specializations, strict=True):
+        symbols = {symbol: str(size) for symbol, size in item.symbols.items()}
+        entries.append({"name": name, "symbols": symbols} if form == "named" else dict(symbols))
     return json.dumps({"specializations": entries}, indent=4, sort_keys=True) + "\n"
 
 
-def load(path: Path) -> list[Specialization]:
-    """Read either form; flat entries are named by what they are for, ``Decode`` with one token and else ``Prefill``.
+def load(path: Path, known: Sequence[Specialization] = ()) -> list[Specialization]:
+    """Read either form.
+
+    Args:
+        path: The file.
+        known: Specializations of the module, by whose sizes an entry is told. Of one that has other sizes than these,
+            the phase is not known: ``forward``. Without a name, it is a ``Graph_0``.
 
     Raises:
         PackageError: The file is missing or of neither form.
@@ -39,7 +49,8 @@ def load(path: Path) -> list[Specialization]:
     form = form_of(data)
     if form is None:
         raise PackageError(f"{path} is not a specializations file (not a list of sizes): compile again")
-    return _named([_entry(item) for item in cast("dict[str, Any]", data)["specializations"]])
+    entries = cast("dict[str, list[dict[str, Any]]]", data)["specializations"]
+    return [_entry(item, known, index) for index, item in enumerate(entries)]
 
 
 def form_of(data: Any) -> Form | None:
@@ -66,23 +77,18 @@ def _sizes(symbols: Mapping[str, Any]) -> bool:
     return bool(symbols) and all(isinstance(v, str) and _SIZE.fullmatch(v) is not None for v in symbols.values())
 
 
-def _entry(item: Mapping[str, Any]) -> Specialization:
-    symbols = item.get("symbols", item)
-    sizes = {name: int(size) for name, size in symbols.items()}
-    return Specialization(item["name"] if "symbols" in item else _name(sizes), sizes)
+def _entry(item: Mapping[str, Any], known: Sequence[Specialization], index: int) -> Specialization:
+    named = "symbols" in item
+    sizes = {name: int(size) for name, size in (item["symbols"] if named else item).items()}
+    found = next((k for k in known if k.symbols == sizes), Specialization(f"Graph_{index}", "forward", sizes))
+    return dataclasses.replace(found, name=item["name"]) if named else found
 
 
-def _name(sizes: Mapping[str, int]) -> str:
-    return "Decode" if sizes.get("seq_len") == 1 else "Prefill"
-
-
-def _named(entries: list[Specialization]) -> list[Specialization]:
-    """Make names unique: those that occur more than once are numbered."""
-    counts = Counter(e.name for e in entries)
-    seen: Counter[str] = Counter()
-    result: list[Specialization] = []
-    for entry in entries:
-        name = entry.name if counts[entry.name] == 1 else f"{entry.name}_{seen[entry.name]}"
-        seen[entry.name] += 1
-        result.append(Specialization(name, entry.symbols))
-    return result
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Names that occur more than once, numbered."""
+    counts, seen = Counter(names), Counter[str]()
+    unique: list[str] = []
+    for name in names:
+        unique.append(name if counts[name] == 1 else f"{name}_{seen[name]}")
+        seen[name] += 1
+    return unique

@@ -12,7 +12,7 @@ from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.module import Module, Specialization
 from qeff_ir.ir.residents import AdapterInput, DimValue
-from qeff_ir.runtime.interface import interface_of, sized
+from qeff_ir.runtime.interface import LENGTH, interface_of, sized
 
 _FUSE_BIASES = ["SkipLayerNormFusion"]
 """What the runtime must leave: it adds a layer's bias to the residual, in another order than where an adapter's branch
@@ -44,8 +44,9 @@ class OrtSession:
             options.intra_op_num_threads = threads
         self._model, self._specializations = model, module.specializations
         self.interface = interface_of(module, model)
-        fixed = dict(self._specializations[0].symbols)
-        del fixed["seq_len"]  # the only symbol that differs between the specializations
+        all_sizes = [s.symbols for s in self._specializations]
+        fixed = {n: size for n, size in all_sizes[0].items() if all(s.get(n) == size for s in all_sizes)}
+        fixed.pop(LENGTH, None)  # that of a single specialization too
         for symbol, size in fixed.items():
             options.add_free_dimension_override_by_name(symbol, size)
         try:

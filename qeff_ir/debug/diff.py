@@ -215,7 +215,8 @@ def _facts(module: Module) -> dict[str, str]:
     for dim in module.dims.values():
         found[f"dim {dim.name}"] = "any size" if dim.maximum is None else f"at most {dim.maximum}"
     for item in module.specializations:
-        found[f"specialization {item.name}"] = " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
+        symbols = " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
+        found[f"specialization {item.name}"] = f"{item.phase} {symbols}"
     return found | {f"property {name}": "holds" for name in sorted(module.properties)}
 
 

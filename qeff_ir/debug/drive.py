@@ -26,9 +26,10 @@ from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.ir import operators
 from qeff_ir.ir.module import WEIGHT_KEY, Module
-from qeff_ir.ir.ports import EMBEDDINGS, LOGITS, POSITIONS, TOKENS, Run
+from qeff_ir.ir.ports import EMBEDDINGS, LOGITS, POSITIONS, TOKENS, Port, Run
 from qeff_ir.ir.snapshot import save_module
 from qeff_ir.passing.base import registered_passes
+from qeff_ir.runtime.runs import fitted, last
 from qeff_ir.runtime.token_table import TokenTable
 
 SMALL = {"batch_size": 2, "seq_len": 4, "ctx_len": 24}
@@ -151,8 +152,9 @@ def drive(module: Module, plan: Plan) -> Answers:
         outputs: list[dict[str, Array]] = []
         first: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
         embed = _embed(module, plan) if plan.runs else None
-        for run in plan.runs or [None]:
-            feeds = plan.inputs if run is None else _fed(module, dataclasses.replace(run, embed=embed))
+        for asked in plan.runs or [None]:
+            run = None if asked is None else _fitted(module, dataclasses.replace(asked, embed=embed))
+            feeds = plan.inputs if run is None else {p.name: p.feed(run) for p in _ports(module) if p.is_fed}
             own = {name: feeds[name] if name in feeds else _zeros_of(v, sizes) for name, v in others.items()}
             all_feeds = {**own, **states}
             try:
@@ -170,14 +172,23 @@ def drive(module: Module, plan: Plan) -> Answers:
                 )
             first = first if first[0] else (all_feeds, result)
             states = {s.input: result[s.output] for s in module.states}
-            outputs.append(result if run is None else _answers(module, result, run.positions))
+            outputs.append(result if run is None else _answers(module, result, run))
     return Answers(outputs, *first)
 
 
-def _fed(module: Module, run: Run) -> dict[str, Array]:
-    """What each input whose role tells it is given at a run."""
-    roles = ((str(value.name), module.role_of(value)) for value in module.graph.inputs)
-    return {name: role.feed(run) for name, role in roles if role is not None and role.feed is not None}
+def _ports(module: Module) -> list[Port]:
+    """The inputs with roles, by which they are given what they take."""
+    given = [(v, role) for v in module.graph.inputs if (role := module.role_of(v)) is not None]
+    dims = [[d if isinstance(d, int) else d.value for d in v.shape or ()] for v, _ in given]
+    return [Port(str(v.name), r, _dtype(v).numpy(), tuple(s)) for (v, r), s in zip(given, dims, strict=True)]
+
+
+def _fitted(module: Module, run: Run) -> Run:
+    """The run in the shapes of a specialization; as it is where none takes it, for the graph takes any."""
+    try:
+        return fitted(run, _ports(module), module.specializations)
+    except RuntimeInputError:
+        return run
 
 
 def _embed(module: Module, plan: Plan) -> Callable[[Array], Array] | None:
@@ -193,13 +204,10 @@ def _embed(module: Module, plan: Plan) -> Callable[[Array], Array] | None:
     return TokenTable(plan.tables[name]).vectors
 
 
-def _answers(module: Module, result: Mapping[str, Array], positions: Array) -> dict[str, Array]:
-    """The logits of the last real token of each row that has one; a graph may give those of all tokens or only them."""
+def _answers(module: Module, result: Mapping[str, Array], run: Run) -> dict[str, Array]:
+    """The logits of the last real token of each row that has one."""
     name = str(module.port(LOGITS).name)
-    logits = result[name]
-    rows = np.flatnonzero((positions >= 0).any(axis=1))
-    last = positions.argmax(axis=1) if logits.shape[1] > 1 else np.zeros(len(positions), dtype=np.int64)
-    return {name: logits[rows, last[rows]]}
+    return {name: last(result[name], run)[(run.positions >= 0).any(axis=1), -1]}
 
 
 def _prefill(prompts: Sequence[Array], chunk: int) -> list[Run]:

@@ -11,20 +11,21 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnx_ir as ir
 
-from qeff_ir.errors import ModelLoadError, PipelineError, VerificationError
+from qeff_ir.errors import ModelLoadError, PassError, PipelineError, VerificationError
 from qeff_ir.ir import facts, ports
 from qeff_ir.ir.ports import ROLES, Role
 from qeff_ir.ir.residents import KINDS, AdapterInput, DimValue, State
 from qeff_ir.reading import parse_json, plain_name
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of the facts below; a module of another version is refused."""
 
 METADATA_KEY = "qeff.module"
@@ -58,16 +59,23 @@ class Dim:
     maximum: int | None = None
 
 
+RunPhase = Literal["prefill", "decode", "forward"]
+"""Phases of a request in which a specialization runs: a chunk of the prompt, the tokens after it, or all of an input
+that a model without a cache takes at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Specialization:
     """One set of static shapes that a module is compiled for.
 
     Attributes:
-        name: ``Prefill`` or ``Decode``; unique in a module.
+        name: Unique in a module; it tells nothing.
+        phase: In which it runs, whatever the sizes are.
         symbols: A value for every symbolic dim of the interface.
     """
 
     name: str
+    phase: RunPhase
     symbols: Mapping[str, int]
 
 
@@ -220,6 +228,24 @@ class Module:
         self.ports[value.name] = role.name
         return value
 
+    def add_input(self, value: ir.Value, role: Role) -> ir.Value:
+        """Make a named value an input of a run, with its role; returns the value.
+
+        It stands behind the states, in the order that roles have (`qeff_ir.ir.ports.ROLES`), and before adapters.
+
+        Raises:
+            PipelineError: See `declare`.
+        """
+        order, inputs = list(ROLES), self.graph.inputs
+        retained = {state.input for state in self.states}
+        at = max((index + 1 for index, other in enumerate(inputs) if other.name in retained), default=len(inputs))
+        while at < len(inputs) and order.index(self.ports.get(str(inputs[at].name), order[-1])) < order.index(
+            role.name
+        ):
+            at += 1
+        inputs.insert(at, self.declare(value, role))
+        return value
+
     def clone(self) -> Module:
         """A copy whose graph can be changed freely; tensors are shared, never copied, and made read-only for it."""
         model = self.model.clone()
@@ -233,7 +259,7 @@ class Module:
             self.name,
             list(self.states),
             dict(self.dims),
-            [Specialization(s.name, dict(s.symbols)) for s in self.specializations],
+            [dataclasses.replace(s, symbols=dict(s.symbols)) for s in self.specializations],
             set(self.properties),
             list(self.adapters),
             self.padding,
@@ -251,9 +277,40 @@ class Module:
             dim = self.dims.pop(old)
             self.dims.setdefault(new, dataclasses.replace(dim, name=new))
         self.specializations = [
-            Specialization(s.name, {new if k == old else k: v for k, v in s.symbols.items()})
+            dataclasses.replace(s, symbols={new if k == old else k: v for k, v in s.symbols.items()})
             for s in self.specializations
         ]
+
+    def set_size(self, symbol: str, size: int | Callable[[Specialization], int]) -> None:
+        """Give a symbol a size in every specialization, or the size that a function tells for each."""
+        self.specializations = [
+            dataclasses.replace(s, symbols={**s.symbols, symbol: size if isinstance(size, int) else size(s)})
+            for s in self.specializations
+        ]
+
+    def split(self, symbol: str, sizes: Mapping[RunPhase, Sequence[int]]) -> None:
+        """Replace each specialization of a phase by one for each size that the symbol is to have in that phase.
+
+        ``Prefill`` becomes ``Prefill_16`` and ``Prefill_32``; with one size it keeps its name. Sizes of a phase that
+        the module has no specialization of make none.
+
+        Raises:
+            PassError: There are no sizes for a phase of the module, or one is less than 1 or is given twice.
+        """
+        split: list[Specialization] = []
+        for item in self.specializations:
+            wanted = sizes.get(item.phase, ())
+            if not wanted or min(wanted) < 1 or max(Counter(wanted).values()) > 1:
+                raise PassError(
+                    f"'{symbol}' is given the sizes {list(wanted)} in the phase '{item.phase}': give one or several, "
+                    "all different and at least 1"
+                )
+            names = [item.name if len(wanted) == 1 else f"{item.name}_{size}" for size in wanted]
+            split += [
+                Specialization(name, item.phase, {**item.symbols, symbol: size})
+                for name, size in zip(names, wanted, strict=True)
+            ]
+        self.specializations = split
 
     def facts(self) -> dict[str, Any]:
         """The facts as plain JSON data (see `read_facts` for the way back)."""

@@ -6,7 +6,7 @@ and runners ask for roles; names are the target's and the host's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ class Run:
             rows by default.
         cache_rows: Row of the caches that each row of the run continues, int64 ``[batch]``. Its own by default.
         embed: Looks up the vectors of tokens, float32 ``[batch, seq, hidden]``, where the host has to.
+        keep: Tokens of each row, the last ones, whose logits are asked for.
+        sizes: Of the specialization that the run is given to, by symbol; none where sizes are free.
     """
 
     tokens: Array
@@ -35,6 +37,8 @@ class Run:
     adapters: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     cache_rows: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     embed: Callable[[Array], Array] | None = None
+    keep: int = 1
+    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __post_init__(self) -> None:
         rows = len(self.tokens)
@@ -57,16 +61,19 @@ class Role:
         meaning: In words, with type and shape.
         feed: What an input of the role is given at a run; `None` for an output, or an input that only callers know.
         is_output: Whether it is the role of an output.
+        needs: Of an input whose length alone counts, int64 ``[length]`` or ``[length, 1]``: the least length that is
+            enough for a run. Its first axis is a symbol of its own, and the run gets zeros.
     """
 
     name: str
     meaning: str
     feed: Feed | None = None
     is_output: bool = False
+    needs: Callable[[Run], int] | None = None
 
 
 ROLES: dict[str, Role] = {}
-"""All roles by name; a plug-in adds its own with `define`."""
+"""All roles by name, in the order that inputs have behind the states; a plug-in adds its own with `define`."""
 
 
 def define(role: Role) -> Role:
@@ -90,11 +97,17 @@ def _embedded(run: Run) -> Array:
 TOKENS = define(Role("tokens", "token ids, int64 [batch, seq]", lambda run: run.tokens))
 EMBEDDINGS = define(Role("embeddings", "vectors in place of tokens, float32 [batch, seq, hidden]", _embedded))
 POSITIONS = define(Role("positions", "place in the context, -1 is padding, int64 [batch, seq]", lambda r: r.positions))
-ADAPTER_ROW = define(Role("adapter-row", "slot of each row's adapter, int64 [batch, 1]", lambda r: r.adapters[:, None]))
+READ_LENGTH = define(
+    Role(
+        "read-length", "slots of the caches to read, int64 [slots]", needs=lambda r: int(r.positions.max(initial=0)) + 1
+    )
+)
 CACHE_ROW = define(Role("cache-row", "each row's row of the caches, int64 [batch, 1]", lambda r: r.cache_rows[:, None]))
+KEPT_LOGITS = define(Role("kept-logits", "last tokens to return logits of, int64 [tokens, 1]", needs=lambda r: r.keep))
+ADAPTER_ROW = define(Role("adapter-row", "slot of each row's adapter, int64 [batch, 1]", lambda r: r.adapters[:, None]))
 MASK = define(Role("mask", "1 for tokens and 0 for padding, int64 [batch, seq]"))
 TOKEN_TYPES = define(Role("token-types", "segment of each token, int64 [batch, seq]"))
-LOGITS = define(Role("logits", "scores of the vocabulary, float32 [batch, seq or 1, vocab]", is_output=True))
+LOGITS = define(Role("logits", "scores of the vocabulary, float32 [batch, tokens, vocab]", is_output=True))
 
 _TRANSFORMERS: dict[str, Role] = {
     "input_ids": TOKENS,
@@ -102,8 +115,10 @@ _TRANSFORMERS: dict[str, Role] = {
     "position_ids": POSITIONS,
     "attention_mask": MASK,
     "token_type_ids": TOKEN_TYPES,
-    "lora_ids": ADAPTER_ROW,
+    "comp_ctx_lengths": READ_LENGTH,
     "batch_index": CACHE_ROW,
+    "num_logits_to_keep": KEPT_LOGITS,
+    "lora_ids": ADAPTER_ROW,
     "logits": LOGITS,
 }
 """Roles by the names that transformers and the AI 100 contract (§1.1) have for them."""
@@ -151,7 +166,7 @@ class Port:
     @property
     def is_fed(self) -> bool:
         """Whether a run tells what the input is given."""
-        return self.role is not None and self.role.feed is not None
+        return self.role is not None and (self.role.feed is not None or self.role.needs is not None)
 
     def feed(self, run: Run) -> Array:
         """What the input is given at a run.
@@ -159,6 +174,10 @@ class Port:
         Raises:
             RuntimeInputError: Its role does not say.
         """
+        if self.role is not None and self.role.needs is not None:
+            length, *others = self.shape
+            wanted = run.sizes.get(str(length), self.role.needs(run))
+            return np.zeros((wanted, *(int(size or 1) for size in others)), dtype=self.dtype)
         if self.role is None or self.role.feed is None:
             raise RuntimeInputError(f"no role says what to feed to the input {self.name}")
         return self.role.feed(run)

@@ -151,7 +151,7 @@ def _facts(module: Module) -> Iterator[tuple[str, str]]:
         yield f"adapter {adapter.name}", " ".join([text, *marks])
     for item in module.specializations:
         symbols = " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
-        yield f"specialization {item.name}", f"specialization {item.name}: {symbols}"
+        yield f"specialization {item.name}", f"specialization {item.name}: {item.phase} {symbols}"
 
 
 def _nodes(graph: ir.Graph, indent: str, origins: bool, *, typed: bool = True) -> Iterator[tuple[ir.Node, str]]:

@@ -12,7 +12,8 @@ import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.ports import ADAPTER_ROW, LOGITS, Run
+from qeff_ir.ir.ports import ADAPTER_ROW, KEPT_LOGITS, LOGITS, Run
+from qeff_ir.runtime.runs import logits_of
 from qeff_ir.runtime.session import Session
 from qeff_ir.runtime.token_table import TokenTable
 from qeff_ir.runtime.turns import Turns
@@ -76,13 +77,14 @@ class Decoder:
         logits = interface.output(LOGITS)
         if logits is None:
             raise PackageError("the package returns no logits, so that it is not that of a causal LM: compile one")
-        if logits.shape[1:2] != (1,):
+        if logits.shape[1:2] != (1,) and interface.input(KEPT_LOGITS) is None:
             raise PackageError("the package returns the logits of all tokens: put last-logits into the pipeline")
         self.session = session
-        self._table, self._logits = table, logits.name
+        self._table = table
         specializations = session.specializations
+        prefill = [s for s in specializations if s.phase == "prefill"] or specializations
         self.batch_size = specializations[0].symbols["batch_size"]
-        self.prefill_len = max(s.symbols["seq_len"] for s in specializations)
+        self.prefill_len = max(s.symbols["seq_len"] for s in prefill)
         self.ctx_len = specializations[0].symbols["ctx_len"]
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)
         self.timings = Timings()
@@ -206,6 +208,5 @@ class Decoder:
             slots = slots.astype(np.int64)  # a copy: another thread may write meanwhile
         embed = None if self._table is None else self._table.vectors
         run = Run(ids, np.ascontiguousarray(positions), slots, embed=embed)
-        inputs = {port.name: port.feed(run) for port in self.session.interface.inputs}
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue
-        return self.session.run(inputs)[self._logits][:, 0]
+        return logits_of(self.session, run)[:, 0]

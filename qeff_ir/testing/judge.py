@@ -21,6 +21,7 @@ from qeff_ir.debug.drive import Plan, drive, tables_of
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import LOGITS, name_of
 from qeff_ir.ir.printer import to_text
+from qeff_ir.runtime.runs import logits_of
 from qeff_ir.runtime.session import Session
 from qeff_ir.specialize import specialize
 from qeff_ir.testing.recipe import Recipe, answer
@@ -81,7 +82,7 @@ def session_answers(session: Session, request: Request, **fields: Array) -> Arra
         if reset:
             session.reset()
         given = dataclasses.replace(run, **fields)
-        logits = session.run({port.name: port.feed(given) for port in session.interface.inputs})[name_of(LOGITS)]
+        logits = logits_of(session, given)
         found += [logits[i, 0] for i, row in enumerate(rows) if row is not None]
     return np.stack(found)
 

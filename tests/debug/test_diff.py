@@ -84,7 +84,7 @@ def test_modules_of_other_facts_differ(tmp_path: Path) -> None:
     after.specializations = after.specializations[:1]
     found = diff(before, after)
     assert found and found.facts and not found.nodes and not found.interface
-    assert found.facts == ("- specialization Decode: batch_size=2 ctx_len=48 seq_len=1",)
+    assert found.facts == ("- specialization Decode: decode batch_size=2 ctx_len=48 seq_len=1",)
 
 
 def test_weights_are_counted_in_bytes(tmp_path: Path) -> None:

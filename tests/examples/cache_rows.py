@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qeff_ir.ir.module import Dim, Module, Specialization
+from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.ports import CACHE_ROW, name_of
 from qeff_ir.ir.residents import State
 from qeff_ir.passing import AllSites, Expect, Pass, Rewriter
@@ -41,12 +41,10 @@ class CacheRows(Pass):
         if not self.sites(module):
             return
         ids = ir.val(name_of(CACHE_ROW), shape=ir.Shape(["batch_size", 1]), dtype=ir.DataType.INT64)
-        module.graph.inputs.append(module.declare(ids, CACHE_ROW))
+        module.add_input(ids, CACHE_ROW)
         module.states = [self._widened(module, state, ids, rewriter) for state in module.states]
         module.dims[ROWS] = Dim(ROWS)
-        module.specializations = [
-            Specialization(s.name, {**s.symbols, ROWS: self.rows}) for s in module.specializations
-        ]
+        module.set_size(ROWS, self.rows)
 
     def _widened(self, module: Module, state: State, ids: ir.Value, rewriter: Rewriter) -> State:
         past, result = module.input(state.input), module.output(state.output)

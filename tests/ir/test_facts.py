@@ -25,7 +25,7 @@ VALUES: list[Any] = [
 def complete() -> dict[str, Any]:
     """Facts with an item in every list."""
     module = support.canonical("gemma2")
-    module.specializations = [Specialization("Prefill", {"batch_size": 2, "seq_len": 8, "ctx_len": 32})]
+    module.specializations = [Specialization("Prefill", "prefill", {"batch_size": 2, "seq_len": 8, "ctx_len": 32})]
     module.adapters = [AdapterInput("lora_a", "model.layers.0.q", "a", (5, 16, 4), True, True)]
     module.properties = {"canonical"}
     module.padding = Padding(7, (OutputSizes("logits", ("batch_size", "seq_len//2", 8)),), True)
@@ -80,6 +80,11 @@ SPOILED: dict[str, tuple[str, str]] = {
     "maximum": (spoiled(lambda d: d["dims"][0].update(maximum="x")), "the maximum of number 0 of the dims"),
     "two dims": (spoiled(lambda d: d["dims"].append(d["dims"][0])), "two dims have one name"),
     "symbols": (spoiled(lambda d: d["specializations"][0].update(symbols=[])), "the symbols of number 0"),
+    "phase": (spoiled(lambda d: d["specializations"][0].update(phase="run")), "the phase of number 0 of the specializ"),
+    "no phase": (
+        spoiled(lambda d: d["specializations"][0].pop("phase")),
+        "number 0 of the specializations of the modul",
+    ),
     "size of a symbol": (spoiled(lambda d: d["specializations"][0]["symbols"].update(seq_len="8")), "the seq_len of"),
     "property": (spoiled(lambda d: d.update(properties=[5])), "number 0 of the properties of the module is 5"),
     "slots": (spoiled(lambda d: d["adapters"][0].update(slots=1)), "the slots of number 0 of the adapters"),

@@ -6,10 +6,12 @@ import json
 
 import pytest
 
-from qeff_ir.errors import VerificationError
+from backends.base import CompileOptions
+from qeff_ir.errors import PassError, VerificationError
 from qeff_ir.ir.module import FORMAT_VERSION, METADATA_KEY, Module
 from qeff_ir.ir.printer import to_text
 from qeff_ir.ir.verifier import verify
+from qeff_ir.specialize import specialize
 from tests import support
 
 
@@ -46,6 +48,40 @@ def test_renaming_a_dim_reaches_everything() -> None:
     verify(module)
     assert "batch_size" not in to_text(module)
     assert "4*rows" in to_text(module)
+
+
+def test_a_symbol_gets_its_sizes_in_each_phase() -> None:
+    module = support.canonical("llama")
+    module.set_size("rows", 3)
+    module.set_size("keys", lambda s: s.symbols["seq_len"] + s.symbols["rows"])
+    assert [(s.name, s.symbols["keys"]) for s in module.specializations] == [("Prefill", 11), ("Decode", 4)]
+    module.split("keys", {"prefill": [16, 48], "decode": [32], "forward": [5]})
+    module.split("seq_len", {"prefill": [8], "decode": [3, 1]})
+    found = [(s.name, s.phase, s.symbols["keys"], s.symbols["seq_len"]) for s in module.specializations]
+    assert found == [
+        ("Prefill_16", "prefill", 16, 8),
+        ("Prefill_48", "prefill", 48, 8),
+        ("Decode_3", "decode", 32, 3),
+        ("Decode_1", "decode", 32, 1),
+    ]
+    assert {s.symbols["rows"] for s in module.specializations} == {3}
+    assert module.clone().specializations == module.specializations
+
+
+@pytest.mark.parametrize("sizes", [[], [8, 8], [8, 0]])
+def test_sizes_that_no_symbol_can_be_split_by(sizes: list[int]) -> None:
+    module = support.canonical("llama")
+    before = list(module.specializations)
+    with pytest.raises(PassError, match=r"'keys' is given the sizes \[.*\] in the phase 'decode': give one or several"):
+        module.split("keys", {"prefill": [8], "decode": sizes})
+    assert module.specializations == before
+
+
+@pytest.mark.parametrize(("chunk", "phases"), [(8, ["prefill", "decode"]), (1, ["decode"])])
+def test_phases_of_a_decoder(chunk: int, phases: list[str]) -> None:
+    module = support.canonical("llama")
+    specialize(module, CompileOptions(prefill_seq_len=chunk, ctx_len=16))
+    assert [s.phase for s in module.specializations] == phases
 
 
 def test_names_that_are_not_there_are_errors() -> None:

@@ -24,7 +24,7 @@ def test_the_text_form_is_that_of_its_documentation() -> None:
     assert "in  %input_ids: int64[batch_size, seq_len]" in lines
     assert "weight %lm_head.weight: float[97, 32]" in lines
     assert "out %logits: float[batch_size, seq_len, 97]" in lines
-    assert "specialization Decode: batch_size=2 ctx_len=48 seq_len=1" in lines
+    assert "specialization Decode: decode batch_size=2 ctx_len=48 seq_len=1" in lines
     attention = [line for line in lines if " = Attention(" in line]
     assert len(attention) == 2
     assert attention[1].endswith("  ; model.layers.1.self_attn")
@@ -93,7 +93,13 @@ def another_bound(module: Module) -> None:
 
 
 def another_specialization(module: Module) -> None:
-    module.specializations[0] = Specialization("Prefill", {**module.specializations[0].symbols, "ctx_len": 47})
+    module.specializations[0] = Specialization(
+        "Prefill", "prefill", {**module.specializations[0].symbols, "ctx_len": 47}
+    )
+
+
+def another_phase(module: Module) -> None:
+    module.specializations[0] = dataclasses.replace(module.specializations[0], phase="decode")
 
 
 def another_property(module: Module) -> None:
@@ -108,7 +114,7 @@ def another_opset(module: Module) -> None:
     "change",
     [
         another_operator, another_attribute, another_edge, another_order, another_constant, another_shape,
-        another_state, another_bound, another_specialization, another_property, another_opset,
+        another_state, another_bound, another_specialization, another_phase, another_property, another_opset,
     ],
 )  # fmt: skip
 def test_every_change_shows(change: Callable[[Module], None]) -> None:

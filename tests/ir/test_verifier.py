@@ -234,12 +234,12 @@ def state_declared_twice(module: Module) -> None:
 
 @fault("dims", "specialization Decode gives no size to 'seq_len'")
 def specialization_without_a_dim(module: Module) -> None:
-    module.specializations = [Specialization("Decode", {"batch_size": 1, "ctx_len": 8})]
+    module.specializations = [Specialization("Decode", "decode", {"batch_size": 1, "ctx_len": 8})]
 
 
 @fault("dims", "specialization Decode gives no size to 'batch_size'")
 def specialization_of_size_zero(module: Module) -> None:
-    module.specializations = [Specialization("Decode", {"batch_size": 0, "ctx_len": 8, "seq_len": 1})]
+    module.specializations = [Specialization("Decode", "decode", {"batch_size": 0, "ctx_len": 8, "seq_len": 1})]
 
 
 @fault("dims", "two specializations have the same name: Prefill, Prefill")

@@ -63,6 +63,8 @@ PROPERTIES = {
     "code of a folder": "frontend/test_weights.py::test_code_that_may_run_is_part_of_what_a_folder_is",
     "packages": "test_package.py",
     "modules": "ir/test_module.py::test_another_version_is_refused",
+    "sizes of phases": "ir/test_module.py::test_a_symbol_gets_its_sizes_in_each_phase",
+    "phases of runs": "ir/test_module.py::test_phases_of_a_decoder",
     "sharing": "test_sharing.py::test_holes_are_not_written",
     "results of qeff opt": "cli/test_opt_writing.py",
     "files of flags": "test_compiler.py::test_another_file_of_a_flag_is_another_package",

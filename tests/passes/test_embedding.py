@@ -45,7 +45,7 @@ def module(*, masked: bool = True) -> Module:
     )
     made = Module(ir.Model(graph, ir_version=11), "Hidden")
     made.dims = {n: Dim(n) for n in ("batch_size", "seq_len")}
-    made.specializations = [Specialization("Embedding", {"batch_size": ROWS, "seq_len": TOKENS})]
+    made.specializations = [Specialization("Embedding", "forward", {"batch_size": ROWS, "seq_len": TOKENS})]
     made.write_facts()
     return made
 

@@ -204,7 +204,8 @@ FAULTS: list[tuple[int, Run, dict[str, Any], str]] = [
         1,
         drop_specialization,
         {},
-        "[contract] the pass changed the interface: 'specialization Decode: batch_size=2 ctx_len=48 seq_len=1' is gone",
+        "[contract] the pass changed the interface: "
+        "'specialization Decode: decode batch_size=2 ctx_len=48 seq_len=1' is gone",
     ),
     (
         1,

@@ -7,7 +7,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from passes.kv_layouts import Layout, Slots, layout
-from qeff_ir.ir.module import Dim, Specialization
+from qeff_ir.ir.module import Dim
 from qeff_ir.ir.residents import State
 from qeff_ir.passing.base import OpBuilder
 
@@ -45,18 +45,12 @@ class TensorScatter(Layout):
         if all(s.ring or not s.has_slots for s in module.states):
             return
         spare = max(s.symbols["seq_len"] for s in module.specializations)
-        module.specializations = [
-            Specialization(s.name, {**s.symbols, "cache_len": s.symbols["ctx_len"] + spare})
-            for s in module.specializations
-        ]
+        module.set_size("cache_len", lambda s: s.symbols["ctx_len"] + spare)
         limit = module.dims["ctx_len"]
         module.rename_dim("ctx_len", "cache_len")
         module.dims["cache_len"] = Dim("cache_len")
         module.dims["ctx_len"] = limit
-        module.specializations = [
-            Specialization(s.name, {**s.symbols, "ctx_len": s.symbols["cache_len"] - spare})
-            for s in module.specializations
-        ]
+        module.set_size("ctx_len", lambda s: s.symbols["cache_len"] - spare)
 
     def _first(self) -> ir.Value:
         """Position of the first token of each row, ``[batch]``."""

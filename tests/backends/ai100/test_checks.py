@@ -62,12 +62,12 @@ def _drop_symbol(m: Module) -> None:
     first, second = m.specializations
     m.specializations = [
         first,
-        Specialization("Decode", {k: v for k, v in second.symbols.items() if k != "sliding_window"}),
+        Specialization("Decode", "decode", {k: v for k, v in second.symbols.items() if k != "sliding_window"}),
     ]
 
 
 def _repeat(m: Module) -> None:
-    m.specializations.append(Specialization("Again", m.specializations[0].symbols))
+    m.specializations.append(Specialization("Again", "prefill", m.specializations[0].symbols))
 
 
 def _rename_state(m: Module) -> None:

@@ -72,7 +72,7 @@ def test_a_reset_sets_states_to_zero(tmp_path: Path) -> None:
     graph = helper.make_graph(nodes, "g", [ids, positions, past], [logits, retained], [one])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     onnx.save(model, tmp_path / "m.onnx")
-    sizes = Specialization("Decode", {"batch_size": 1, "seq_len": 1})
+    sizes = Specialization("Decode", "decode", {"batch_size": 1, "seq_len": 1})
     (tmp_path / "specializations.json").write_text(specializations.dumps([sizes], "named"))
     session = EmulatedSession(tmp_path / "m.onnx", threads=1)
     feeds = dict.fromkeys(("input_ids", "position_ids"), np.zeros((1, 1), np.int64))
@@ -133,8 +133,28 @@ def test_it_reads_flat_specializations(folder: Path, prompts: list[list[int]], s
     entries = json.loads(path.read_text())["specializations"]
     path.write_text(json.dumps({"specializations": [e["symbols"] for e in entries]}))
     flat = EmulatedSession(next(folder.glob("*.onnx")), threads=1)
-    assert [s.name for s in flat.specializations] == ["Prefill", "Decode"]
+    assert flat.specializations == session.specializations
     np.testing.assert_array_equal(Decoder(flat).prefill(prompts), Decoder(session).prefill(prompts))
+    entries[1]["symbols"]["ctx_len"] = "41"
+    path.write_text(json.dumps({"specializations": [e["symbols"] for e in entries]}))
+    assert [(s.name, s.phase) for s in specializations.load(path, session.specializations)] == [
+        ("Prefill", "prefill"),
+        ("Graph_1", "forward"),
+    ]
+
+
+def test_phases_are_those_of_the_module_and_names_those_of_the_contract(tmp_path: Path) -> None:
+    """A prefill of one token is none of decode, and a name tells nothing."""
+    runs = {"a": ("prefill", 1), "b": ("decode", 4), "c": ("prefill", 8), "Decode": ("forward", 3)}
+    module = [Specialization(n, phase, {"seq_len": size}) for n, (phase, size) in runs.items()]  # type: ignore[arg-type]
+    path = tmp_path / specializations.FILE
+    path.write_text(specializations.dumps(module[:3], "named"))
+    found = specializations.load(path, module)
+    assert [s.name for s in found] == ["Prefill_0", "Decode", "Prefill_1"]
+    assert [s.phase for s in found] == ["prefill", "decode", "prefill"]
+    assert {s.phase for s in specializations.load(path)} == {"forward"}
+    path.write_text(specializations.dumps(module, "flat"))
+    assert specializations.load(path, module) == module
 
 
 def test_only_compiled_shapes_run(session: Session) -> None:
@@ -194,7 +214,7 @@ def test_a_graph_that_looks_at_a_slot_that_is_not_read_shows_it(tmp_path: Path, 
     graph = helper.make_graph(nodes, "g", [ids, positions, past], [logits, retained], weights)
     imports = [helper.make_opsetid("", 18), helper.make_opsetid(gather.domain, 1)]
     onnx.save(helper.make_model(graph, opset_imports=imports, functions=[gather], ir_version=8), tmp_path / "m.onnx")
-    sizes = Specialization("Decode", {"batch_size": 1, "seq_len": 1, "ctx_len": 4})
+    sizes = Specialization("Decode", "decode", {"batch_size": 1, "seq_len": 1, "ctx_len": 4})
     (tmp_path / "specializations.json").write_text(specializations.dumps([sizes], "named"))
     one = np.zeros((1, 1), np.int64)
     answer = EmulatedSession(tmp_path / "m.onnx", threads=1).run({"input_ids": one, "position_ids": one})["logits"]

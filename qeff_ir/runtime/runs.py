@@ -1,0 +1,64 @@
+"""One run of a decoder on a session: in the smallest compiled shapes that take it, and the logits that it asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from qeff_ir.arrays import Array
+from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.ir.module import Specialization
+from qeff_ir.ir.ports import LOGITS, Port, Run
+from qeff_ir.runtime.interface import LENGTH
+from qeff_ir.runtime.session import Session
+
+
+def logits_of(session: Session, run: Run) -> Array:
+    """Run once.
+
+    Returns:
+        The logits of each row's last real tokens, float32 ``[batch, run.keep, vocab]``, the last of them at the end;
+        those of a row of padding, and of tokens before its first in the run, mean nothing.
+
+    Raises:
+        RuntimeInputError: No specialization takes the run.
+        PackageError: The session returns no logits.
+    """
+    output = session.interface.output(LOGITS)
+    if output is None:
+        raise PackageError("the package returns no logits, so that it is not that of a causal LM: compile one")
+    inputs = session.interface.inputs
+    given = fitted(run, inputs, session.specializations)
+    return last(session.run({port.name: port.feed(given) for port in inputs})[output.name], given)
+
+
+def fitted(run: Run, inputs: Sequence[Port], specializations: Sequence[Specialization]) -> Run:
+    """The run with the sizes of the smallest specialization that takes it, and with its padding on the right.
+
+    Raises:
+        RuntimeInputError: None takes it: it has too many columns, or one of the lengths that it needs is compiled for
+            none of them.
+    """
+    columns, needs = run.tokens.shape[1], {LENGTH: run.tokens.shape[1]}
+    needs |= {str(p.shape[0]): p.role.needs(run) for p in inputs if p.role is not None and p.role.needs is not None}
+    fitting = [s for s in specializations if all(s.symbols.get(n, 0) >= least for n, least in needs.items())]
+    if not fitting:
+        wanted = ", ".join(f"{name}={least}" for name, least in needs.items())
+        raise RuntimeInputError(f"no compiled shapes take a run of {wanted} or more: compile for such sizes")
+    best = min(fitting, key=lambda s: [s.symbols[name] for name in needs])
+    more = ((0, 0), (0, best.symbols[LENGTH] - columns))
+    tokens, positions = np.pad(run.tokens, more), np.pad(run.positions, more, constant_values=-1)
+    return dataclasses.replace(run, tokens=tokens, positions=positions, sizes=best.symbols)
+
+
+def last(logits: Array, run: Run) -> Array:
+    """The logits of the last real tokens, ``[batch, run.keep, vocab]``, of those that a graph returns for a run.
+
+    A graph returns those of all tokens, or those of as many of the last ones as it keeps, from the first column on
+    where the row has fewer (AI 100 contract §1.2).
+    """
+    end = np.minimum(run.positions.argmax(axis=1), logits.shape[1] - 1)
+    columns = np.maximum(end[:, None] - np.arange(run.keep)[::-1], 0)
+    return np.take_along_axis(logits, columns[:, :, None], axis=1)
