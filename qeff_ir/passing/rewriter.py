@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, Module
+from qeff_ir.ir.sources import set_sources, sources_of
 from qeff_ir.passing.hiding import hidden_weights
 from qeff_ir.passing.report import Missed, PassStats
 
@@ -26,11 +27,12 @@ _NODES_PER_REWRITE = 100
 
 
 class OpBuilder:
-    """Writes nodes before an anchor, or after it: ``b("MatMul", x, w)``; each inherits the anchor's source."""
+    """Writes nodes before an anchor, or after it: ``b("MatMul", x, w)``; each inherits the sources of all anchors."""
 
-    def __init__(self, rewriter: Rewriter, anchor: ir.Node, *, after: bool = False) -> None:
+    def __init__(self, rewriter: Rewriter, anchors: Sequence[ir.Node], *, after: bool = False) -> None:
         self._rewriter = rewriter
-        self._anchor = anchor
+        self._anchors = anchors
+        self._place = anchors[0]
         self._after = after
 
     def __call__(
@@ -60,9 +62,11 @@ class OpBuilder:
         ``gate, up = b.several("Split", both, sizes, axis=-1, shapes=[…, …])``
         """
         node = ir.node(op_type, inputs, attributes=attributes, domain=domain, num_outputs=len(shapes))
-        self._rewriter.insert(node, self._anchor, after=self._after)
+        self._rewriter.insert(node, self._place, after=self._after)
+        if len(self._anchors) > 1:
+            self._rewriter.stamp(node, *self._anchors)
         if self._after:
-            self._anchor = node
+            self._place = node
         for out, shape in zip(node.outputs, shapes, strict=True):
             if shape is not None:
                 out.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)
@@ -148,18 +152,21 @@ class Rewriter:
         else:
             self.graph.insert_before(anchor, node)
 
-    def at(self, anchor: ir.Node) -> OpBuilder:
-        """A builder that inserts before `anchor` and inherits its source."""
-        return OpBuilder(self, anchor)
+    def at(self, anchor: ir.Node, *others: ir.Node) -> OpBuilder:
+        """A builder that inserts before `anchor`; what it makes has the sources of `anchor` and of all `others`.
 
-    def after(self, anchor: ir.Node) -> OpBuilder:
-        """A builder that inserts after `anchor`, one node after the other, and inherits its source."""
-        return OpBuilder(self, anchor, after=True)
+        ``rewriter.at(gate, up)`` is for a node that takes the place of both.
+        """
+        return OpBuilder(self, (anchor, *others))
 
-    def stamp(self, node: ir.Node, anchor: ir.Node) -> None:
-        """Record on `node` which pass made it and which source it stands for."""
+    def after(self, anchor: ir.Node, *others: ir.Node) -> OpBuilder:
+        """A builder that inserts after `anchor`, one node after the other; see `at` for `others`."""
+        return OpBuilder(self, (anchor, *others), after=True)
+
+    def stamp(self, node: ir.Node, *anchors: ir.Node) -> None:
+        """Record on `node` which pass made it, and that it stands for the sources of all anchors."""
         node.metadata_props[PASS_KEY] = self.pass_id
-        node.metadata_props[SOURCE_KEY] = anchor.metadata_props.get(SOURCE_KEY, "")
+        set_sources(node, (source for anchor in anchors for source in sources_of(anchor)))
 
     def adopt(self) -> None:
         """Stamp the nodes that the pass made by other means; without a source, they take that of what they read.

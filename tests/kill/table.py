@@ -29,6 +29,8 @@ PROPERTIES = {
     "windows": "properties/test_visibility.py",
     "guards": "passes/test_guards.py",
     "ports": "ir/test_ports.py",
+    "sources": "ir/test_sources.py",
+    "fused products": "examples/test_fuse_products.py",
     "files of others": "debug/test_plain.py",
     "node counts": "passes/test_node_counts.py",
     "refusals": "passes/test_refusals.py",
