@@ -88,6 +88,7 @@ class Rewriter:
         budget: Rewrites that are admitted in all; `None` for no limit. Bisection sets it.
         count: Rewrites admitted so far.
         refused: Whether a rewrite was wanted after the budget was spent.
+        done: Sites that were changed in place.
     """
 
     def __init__(self, module: Module, pass_id: str, budget: int | None = None) -> None:
@@ -97,6 +98,7 @@ class Rewriter:
         self.budget = budget
         self.count = 0
         self.refused = False
+        self.done: set[ir.Node] = set()
         self._limit = _LEAST_LIMIT + _REWRITES_PER_NODE * len(module.graph)
         self._inserted = 0
         self._known = set(ir.traversal.RecursiveGraphIterator(module.graph))
@@ -107,11 +109,16 @@ class Rewriter:
         """The graph being rewritten."""
         return self.module.graph
 
-    def rewrite(self, rule: str) -> bool:
+    def rewrite(self, rule: str, *sites: ir.Node) -> bool:
         """Ask to make one rewrite, and count it under `rule`.
 
         A pass that changes the graph by other means than `replace` and `apply_rules` asks before each change, and
         leaves the site alone when the answer is no.
+
+        Args:
+            rule: What it is counted under.
+            sites: Sites of the pass (`Pass.sites`) that stay in the graph and are changed in place: they are done,
+                although they are still found after the pass.
 
         Returns:
             Whether the budget has room for it.
@@ -123,6 +130,7 @@ class Rewriter:
             self.refused = True
             return False
         self.count += 1
+        self.done.update(sites)
         self.stats.fired[rule] += 1
         self._recent.append(rule)
         if self.count > self._limit:
