@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from qeff_ir.adapters.layers import Layer, bias_name, find_layers, output_layer
+from qeff_ir.adapters.layers import Layer, bias_name, find_layers, layers_without_weight, output_layer
 from qeff_ir.adapters.targets import select, selection
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import Module
@@ -69,6 +70,11 @@ class Lora(Pass):
             raise PassError("the module has adapter inputs already: put lora into the pipeline once")
         found = find_layers(module)
         chosen = self._chosen(module, found)
+        lost = layers_without_weight(module)
+        named = self._of(lost, lost) if lost else set[str]()
+        for path in (path for path in lost if path in named):
+            reason = f"{path} has no weight of its own any more: put lora before the pass that took it"
+            rewriter.missed(lost[path], reason)
         if not chosen:
             names = ", ".join(sorted({layer.path.rpartition(".")[2] for layer in found}))
             near = difflib.get_close_matches(self.targets.replace("\\", ""), [layer.path for layer in found], n=1)
@@ -90,13 +96,16 @@ class Lora(Pass):
     def _chosen(self, module: Module, found: list[Layer]) -> set[str]:
         paths = dict.fromkeys(layer.path for layer in found)
         head = output_layer(module, found)
-        linear = dict.fromkeys(layer.path for layer in found if layer.kind == "linear" and layer.path != head)
+        return self._of(paths, (layer.path for layer in found if layer.kind == "linear" and layer.path != head))
+
+    def _of(self, paths: Iterable[str], linear: Iterable[str]) -> set[str]:
+        """Those of the paths that the options name; ``all-linear`` means `linear`."""
         try:
             layers = [int(word) for word in self.layers.split(",")] if self.layers else None
         except ValueError as error:
             raise PassError(f"layers={self.layers} is no list of numbers separated by commas") from error
         config = selection(self.targets, exclude=self.exclude, layers=layers, pattern=self.layers_pattern)
-        return set(select(config, paths, linear))
+        return set(select(config, paths, dict.fromkeys(linear)))
 
 
 class _Branches:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qeff_ir.adapters.fit import numbers
 from qeff_ir.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, Adapter, Factors, read_adapter
-from qeff_ir.adapters.layers import Layer, find_layers
+from qeff_ir.adapters.layers import Layer, find_layers, layers_without_weight
 from qeff_ir.arrays import Array
 from qeff_ir.errors import AdapterError, PassError
 from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
@@ -58,7 +58,9 @@ class MergeLora(Pass):
             layers.setdefault(layer.path, []).append(layer)
         for path, factors in adapter.layers.items():
             if path not in layers:
-                raise PassError(f"the adapter {folder} changes {path}, which the model does not have")
+                lost = path in layers_without_weight(module)
+                way = ": put merge-lora before the pass that took its weight" if lost else ""
+                raise PassError(f"the adapter {folder} changes {path}, which the model does not have{way}")
             _check(folder, layers[path][0], factors)
             if rewriter.rewrite("weight"):
                 _merge(layers[path], factors, rewriter)

@@ -11,7 +11,7 @@ from backends.ai100.options import Ai100Options
 from backends.ai100.sdk import Sdk
 from backends.ai100.violation import Violation
 from qeff_ir.ir import dialect, operators
-from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module, all_values
+from qeff_ir.ir.module import WEIGHT_KEY, Module, all_values
 from qeff_ir.ir.ports import (
     ADAPTER_ROW,
     CACHE_ROW,
@@ -23,6 +23,7 @@ from qeff_ir.ir.ports import (
     TOKENS,
     name_of,
 )
+from qeff_ir.ir.sources import source_text
 
 _FP16_MAX = 65504.0
 _LOWERED = {"states-lowered": "kv-retention", "attention-lowered": "attention", "legal": "legalize"}
@@ -185,7 +186,7 @@ def _size(module: Module, sdk: Sdk) -> Iterator[Violation]:
 
 
 def _where(node: ir.Node) -> str:
-    return node.metadata_props.get(SOURCE_KEY) or "the model itself"
+    return source_text(node) or "the model itself"
 
 
 def _is_constant(value: ir.Value | None) -> bool:

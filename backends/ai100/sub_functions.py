@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY
+from qeff_ir.ir.sources import sources_of
 from qeff_ir.storage import INLINE_BYTES
 
 DOMAIN = "qeff.layers"
@@ -56,11 +57,17 @@ def _layers(graph: ir.Graph, shared: Collection[str]) -> list[list[ir.Node]]:
         if not any(v in own for v in node.inputs) or (node.op_type == "Shape" and node.inputs[0] in inputs):
             continue
         own.update(node.outputs)
-        match = _LAYER.match(node.metadata_props.get(SOURCE_KEY, ""))
-        if match is not None:
-            groups.setdefault((match[1], int(match[2])), []).append(node)
+        layers = {_layer(source) for source in sources_of(node)}
+        if len(layers) == 1 and (layer := layers.pop()) is not None:
+            groups.setdefault(layer, []).append(node)
     lists = [name for name, _ in groups]
     return [nodes for (name, _), nodes in groups.items() if lists.count(name) > 1 and _is_closed(nodes)]
+
+
+def _layer(source: str) -> tuple[str, int] | None:
+    """The list of layers, and the number of the layer, that a Hugging Face module belongs to."""
+    match = _LAYER.match(source)
+    return (match[1], int(match[2])) if match is not None else None
 
 
 def _is_closed(nodes: Sequence[ir.Node]) -> bool:
@@ -97,15 +104,16 @@ def _outline(model: ir.Model, nodes: Sequence[ir.Node], known: dict[Any, ir.Func
         known[kind] = function
         model.functions[function.identifier()] = function
     outputs = [ir.Value(name=v.name, shape=v.shape, type=v.type) for v in results]
-    source = _LAYER.match(nodes[0].metadata_props[SOURCE_KEY])
-    assert source is not None
+    layer = _layer(sources_of(nodes[0])[0])
+    assert layer is not None
+    name = ".".join(map(str, layer))
     call = ir.Node(
         DOMAIN,
         function.name,
         arguments,
         outputs=outputs,
-        name=f"{source[1]}.{source[2]}",
-        metadata_props={SOURCE_KEY: f"{source[1]}.{source[2]}"},
+        name=name,
+        metadata_props={SOURCE_KEY: name},
     )
     model.graph.insert_after(nodes[-1], call)
     for old, new in zip(results, outputs, strict=True):

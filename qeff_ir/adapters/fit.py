@@ -13,8 +13,9 @@ import onnx_ir as ir
 from qeff_ir.adapters.folder import Adapter, Factors
 from qeff_ir.arrays import Array
 from qeff_ir.errors import AdapterError
-from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY
+from qeff_ir.ir.module import LAYER_KEY, WEIGHT_KEY
 from qeff_ir.ir.residents import AdapterInput
+from qeff_ir.ir.sources import sources_of
 from qeff_ir.storage import FileRange, load_model
 
 Base = Callable[[str], Array | None]
@@ -97,8 +98,8 @@ def package_weights(model: Path) -> Base:
                 continue
             known[value.metadata_props[WEIGHT_KEY]] = value.const_value
             if LAYER_KEY in value.metadata_props:  # a tied weight has the names of all its users
-                sources = {node.metadata_props.get(SOURCE_KEY) for node in value.consumers()}
-                known |= {f"{source}.weight": value.const_value for source in sources if source}
+                sources = {source for node in value.consumers() for source in sources_of(node)}
+                known |= {f"{source}.weight": value.const_value for source in sources}
         return known
 
     def read(name: str) -> Array | None:

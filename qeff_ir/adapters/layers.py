@@ -8,9 +8,11 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import LAYER_KEY, PARTS_KEY, WEIGHT_KEY, Module
 from qeff_ir.ir.ports import LOGITS
+from qeff_ir.ir.sources import sources_of
 from qeff_ir.passing.matching import made_by
+from qeff_ir.passing.weights import stored
 
 Kind = Literal["linear", "embedding", "parameter"]
 
@@ -44,6 +46,26 @@ def find_layers(module: Module) -> list[Layer]:
     return [layer for node in module.graph if (layer := _layer(node)) is not None]
 
 
+def layers_without_weight(module: Module) -> dict[str, ir.Node]:
+    """Layers that no adapter can change any more, as a pass has made their weight one with others, or repeated it.
+
+    Returns:
+        The matrix product that stands for each, by path.
+    """
+    found: dict[str, ir.Node] = {}
+    for node in module.graph:
+        weight = stored(node)
+        if weight is not None and _is_derived_layer(weight.value):
+            found |= dict.fromkeys(sources_of(node), node)
+    return found
+
+
+def _is_derived_layer(weight: ir.Value) -> bool:
+    """Whether a pass computed a weight from those of layers; experts, say, are parameters of another kind of name."""
+    names = weight.metadata_props.get(PARTS_KEY, "").split(",")
+    return LAYER_KEY not in weight.metadata_props and all(name.endswith(".weight") for name in names)
+
+
 def output_layer(module: Module, layers: Iterable[Layer]) -> str | None:
     """Path of the layer that makes the logits."""
     products = {layer.node: layer.path for layer in layers}
@@ -63,9 +85,10 @@ def bias_name(value: ir.Value | None) -> str | None:
 
 
 def _layer(node: ir.Node) -> Layer | None:
-    path = node.metadata_props.get(SOURCE_KEY, "")
-    if node.domain != "" or not path:
+    paths = sources_of(node)
+    if node.domain != "" or len(paths) != 1:
         return None
+    (path,) = paths
     if node.op_type == "Gather":
         weight = node.inputs[0]
         axis = node.attributes.get("axis")

@@ -66,7 +66,7 @@ class Culprit:
     def sources(self) -> list[str]:
         """Hugging Face modules whose nodes the guilty rewrite made or re-wired."""
         changes = self.change.nodes if self.change is not None else ()
-        return sorted({c.source for c in changes if c.kind == "added" and c.source})
+        return sorted({source for c in changes if c.kind == "added" for source in c.sources})
 
 
 def bisect(bundle: Bundle, *, command: str | None = None, say: Say = lambda _: None) -> Culprit:

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import PASS_KEY, WEIGHT_KEY, Module
 from qeff_ir.ir.printer import attribute_text, type_text
+from qeff_ir.ir.sources import source_text, sources_of
 
 Kind = Literal["added", "removed", "rewired"]
 MARKS: dict[Kind, str] = {"added": "+", "removed": "-", "rewired": "~"}
@@ -30,9 +31,10 @@ class NodeChange:
         kind: What became of it.
         op: Operator, with its domain unless standard.
         name: Name of its first result.
-        source: Hugging Face module that it stands for; empty when unknown.
+        source: Hugging Face module that it stands for, several as one text; empty when unknown.
         made_by: Pass that made it; empty for the frontend's nodes.
         detail: For a re-wired node, what changed.
+        sources: Each Hugging Face module by itself.
     """
 
     kind: Kind
@@ -41,6 +43,7 @@ class NodeChange:
     source: str
     made_by: str
     detail: str = ""
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +191,8 @@ def _rewiring(old: ir.Node, new: ir.Node, renamed: dict[str | None, str | None])
 def _change(kind: Kind, node: ir.Node, detail: str = "") -> NodeChange:
     op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     name = node.outputs[0].name if node.outputs else node.name
-    source, made_by = node.metadata_props.get(SOURCE_KEY, ""), node.metadata_props.get(PASS_KEY, "")
-    return NodeChange(kind, op, name or "", source, made_by, detail)
+    made_by = node.metadata_props.get(PASS_KEY, "")
+    return NodeChange(kind, op, name or "", source_text(node), made_by, detail, sources_of(node))
 
 
 def _weights(module: Module) -> dict[str, int]:

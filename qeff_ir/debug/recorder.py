@@ -8,7 +8,8 @@ from typing import Any
 
 from qeff_ir.debug.bundle import describe
 from qeff_ir.debug.diff import diff
-from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, Module
+from qeff_ir.ir.module import PASS_KEY, Module
+from qeff_ir.ir.sources import source_text, sources_of
 from qeff_ir.passing.base import Pass
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline
@@ -77,9 +78,11 @@ def origins(module: Module, makers: Mapping[str, str]) -> list[dict[str, Any]]:
         makers: Pass that made a node, by the name of its result; else what the node's metadata says.
     """
     found: dict[tuple[str, str], Counter[str]] = {}
+    each: dict[str, tuple[str, ...]] = {}
     for node in module.graph:
         made_by = makers.get(node.outputs[0].name or "") or node.metadata_props.get(PASS_KEY, "")
-        key = node.metadata_props.get(SOURCE_KEY, ""), made_by
+        key = source_text(node), made_by
+        each[key[0]] = sources_of(node)
         op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         found.setdefault(key, Counter())[op] += 1
-    return [{"source": s, "pass": p, "ops": dict(ops)} for (s, p), ops in found.items()]
+    return [{"source": s, "sources": list(each[s]), "pass": p, "ops": dict(ops)} for (s, p), ops in found.items()]

@@ -30,7 +30,8 @@ FORMAT_VERSION = 4
 
 METADATA_KEY = "qeff.module"
 SOURCE_KEY = "qeff.source"
-"""Node metadata: path of the Hugging Face module that a node came from, for example ``model.layers.0.self_attn``."""
+"""Node metadata: path of the Hugging Face module that a node came from, for example ``model.layers.0.self_attn``.
+`qeff_ir.ir.sources` reads it, for a node may stand for several."""
 PASS_KEY = "qeff.pass"
 """Node metadata: the pass instance that created a node; absent on nodes that the frontend made."""
 
@@ -40,6 +41,9 @@ token embeddings that the host looks up: the name of the table."""
 
 CHANGED_KEY = "qeff.changed"
 """Initializer metadata: set when a pass has changed the numbers, which are then no longer the checkpoint's."""
+
+PARTS_KEY = "qeff.parts"
+"""Initializer metadata of a weight that a pass derived: the parameters it is computed from, separated by commas."""
 
 LAYER_KEY = "qeff.layer"
 """Initializer metadata of a matrix: ``linear`` or ``embedding`` when it is the weight of such a layer, ``parameter``

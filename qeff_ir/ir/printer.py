@@ -23,7 +23,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.ir import ports
-from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import PASS_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.sources import source_text
 
 _INLINE = 8
 _AROUND = 2
@@ -162,7 +163,7 @@ def _nodes(graph: ir.Graph, indent: str, origins: bool, *, typed: bool = True) -
         plain = [a for a in sorted(node.attributes.values(), key=lambda a: a.name) if a.type != ir.AttributeType.GRAPH]
         options = " {" + " ".join(f"{a.name}={attribute_text(a)}" for a in plain) + "}" if plain else ""
         line = f"{indent}{outputs} = {name}({inputs}){options}"
-        source, made = node.metadata_props.get(SOURCE_KEY), node.metadata_props.get(PASS_KEY)
+        source, made = source_text(node), node.metadata_props.get(PASS_KEY)
         if origins and (source or made):
             line += f"  ; {source or '-'}" + (f" <- {made}" if made else "")
         yield node, line

@@ -29,9 +29,10 @@ import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
 from qeff_ir.ir import operators
-from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import excerpt
 from qeff_ir.ir.residents import State
+from qeff_ir.ir.sources import source_text
 
 
 def verify(module: Module) -> None:
@@ -58,7 +59,7 @@ def broken(
 
 
 def _place(node: ir.Node) -> str:
-    source = node.metadata_props.get(SOURCE_KEY)
+    source = source_text(node)
     made = f" '{node.outputs[0].name}'" if node.outputs else " without a result"
     return f"{node.op_type}{made}" + (f" of {source}" if source else "")
 

@@ -107,7 +107,8 @@ class Pass(ABC):
     def sites(self, module: Module) -> list[ir.Node]:
         """Nodes that the pass should rewrite, found apart from how it matches: too many rather than too few.
 
-        A site that is still found after the pass was missed.
+        A site that is still found after the pass was missed, unless the pass changed it in place and said so, with
+        ``rewriter.rewrite(rule, site)``.
         """
         return []
 

@@ -185,8 +185,15 @@ def finds_sites(item: Pass) -> bool:
 
 
 def missed_sites(run: Transition) -> list[ir.Node]:
-    """Sites that the pass's finder still finds after it ran."""
-    return run.item.sites(run.after)
+    """Sites that the pass's finder still finds after it ran, and that it did not change in place.
+
+    Raises:
+        PassError: It says of a node that it changed it in place which is none of the sites that it found before.
+    """
+    strange = sorted(site_name(node) for node in run.rewriter.done.difference(run.sites))
+    if strange:
+        raise PassError(f"it says that it has changed {strange[0]} in place, which its 'sites' did not find before")
+    return [node for node in run.item.sites(run.after) if node not in run.rewriter.done]
 
 
 def _reasons(run: Transition, left: list[ir.Node]) -> list[Missed]:

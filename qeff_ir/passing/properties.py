@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from qeff_ir.errors import PipelineError
 from qeff_ir.ir import dialect
-from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
+from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.ports import LOGITS
+from qeff_ir.ir.sources import source_text
 
 FP16_MAX = 65504.0
 
@@ -129,5 +130,5 @@ def _left(module: Module, *op_types: str) -> str | None:
 
 
 def _place(node: ir.Node) -> str:
-    source = node.metadata_props.get(SOURCE_KEY)
+    source = source_text(node)
     return f"{node.op_type} '{node.outputs[0].name}'" + (f" of {source}" if source else "")

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qeff_ir.ir.module import SOURCE_KEY
+from qeff_ir.ir.sources import source_text
 
 REPORT_VERSION = 1
 """Version of `Report.to_json`."""
@@ -36,7 +36,7 @@ class Missed:
     @classmethod
     def at(cls, site: ir.Node, reason: str, *, code: str = "refused", reached: str = "") -> Missed:
         """The same, with source and node taken from the site."""
-        source = site.metadata_props.get(SOURCE_KEY, "") or site.name or site.op_type
+        source = source_text(site) or site.name or site.op_type
         return cls(source, reason, code, site_name(site), reached)
 
     def __str__(self) -> str:

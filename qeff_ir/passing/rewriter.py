@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, Module
+from qeff_ir.ir.sources import set_sources, sources_of
 from qeff_ir.passing.hiding import hidden_weights
 from qeff_ir.passing.report import Missed, PassStats
 
@@ -26,11 +27,12 @@ _NODES_PER_REWRITE = 100
 
 
 class OpBuilder:
-    """Writes nodes before an anchor, or after it: ``b("MatMul", x, w)``; each inherits the anchor's source."""
+    """Writes nodes before an anchor, or after it: ``b("MatMul", x, w)``; each inherits the sources of all anchors."""
 
-    def __init__(self, rewriter: Rewriter, anchor: ir.Node, *, after: bool = False) -> None:
+    def __init__(self, rewriter: Rewriter, anchors: Sequence[ir.Node], *, after: bool = False) -> None:
         self._rewriter = rewriter
-        self._anchor = anchor
+        self._anchors = anchors
+        self._place = anchors[0]
         self._after = after
 
     def __call__(
@@ -60,9 +62,11 @@ class OpBuilder:
         ``gate, up = b.several("Split", both, sizes, axis=-1, shapes=[…, …])``
         """
         node = ir.node(op_type, inputs, attributes=attributes, domain=domain, num_outputs=len(shapes))
-        self._rewriter.insert(node, self._anchor, after=self._after)
+        self._rewriter.insert(node, self._place, after=self._after)
+        if len(self._anchors) > 1:
+            self._rewriter.stamp(node, *self._anchors)
         if self._after:
-            self._anchor = node
+            self._place = node
         for out, shape in zip(node.outputs, shapes, strict=True):
             if shape is not None:
                 out.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)
@@ -84,6 +88,7 @@ class Rewriter:
         budget: Rewrites that are admitted in all; `None` for no limit. Bisection sets it.
         count: Rewrites admitted so far.
         refused: Whether a rewrite was wanted after the budget was spent.
+        done: Sites that were changed in place.
     """
 
     def __init__(self, module: Module, pass_id: str, budget: int | None = None) -> None:
@@ -93,6 +98,7 @@ class Rewriter:
         self.budget = budget
         self.count = 0
         self.refused = False
+        self.done: set[ir.Node] = set()
         self._limit = _LEAST_LIMIT + _REWRITES_PER_NODE * len(module.graph)
         self._inserted = 0
         self._known = set(ir.traversal.RecursiveGraphIterator(module.graph))
@@ -103,11 +109,16 @@ class Rewriter:
         """The graph being rewritten."""
         return self.module.graph
 
-    def rewrite(self, rule: str) -> bool:
+    def rewrite(self, rule: str, *sites: ir.Node) -> bool:
         """Ask to make one rewrite, and count it under `rule`.
 
         A pass that changes the graph by other means than `replace` and `apply_rules` asks before each change, and
         leaves the site alone when the answer is no.
+
+        Args:
+            rule: What it is counted under.
+            sites: Sites of the pass (`Pass.sites`) that stay in the graph and are changed in place: they are done,
+                although they are still found after the pass.
 
         Returns:
             Whether the budget has room for it.
@@ -119,6 +130,7 @@ class Rewriter:
             self.refused = True
             return False
         self.count += 1
+        self.done.update(sites)
         self.stats.fired[rule] += 1
         self._recent.append(rule)
         if self.count > self._limit:
@@ -148,18 +160,21 @@ class Rewriter:
         else:
             self.graph.insert_before(anchor, node)
 
-    def at(self, anchor: ir.Node) -> OpBuilder:
-        """A builder that inserts before `anchor` and inherits its source."""
-        return OpBuilder(self, anchor)
+    def at(self, anchor: ir.Node, *others: ir.Node) -> OpBuilder:
+        """A builder that inserts before `anchor`; what it makes has the sources of `anchor` and of all `others`.
 
-    def after(self, anchor: ir.Node) -> OpBuilder:
-        """A builder that inserts after `anchor`, one node after the other, and inherits its source."""
-        return OpBuilder(self, anchor, after=True)
+        ``rewriter.at(gate, up)`` is for a node that takes the place of both.
+        """
+        return OpBuilder(self, (anchor, *others))
 
-    def stamp(self, node: ir.Node, anchor: ir.Node) -> None:
-        """Record on `node` which pass made it and which source it stands for."""
+    def after(self, anchor: ir.Node, *others: ir.Node) -> OpBuilder:
+        """A builder that inserts after `anchor`, one node after the other; see `at` for `others`."""
+        return OpBuilder(self, (anchor, *others), after=True)
+
+    def stamp(self, node: ir.Node, *anchors: ir.Node) -> None:
+        """Record on `node` which pass made it, and that it stands for the sources of all anchors."""
         node.metadata_props[PASS_KEY] = self.pass_id
-        node.metadata_props[SOURCE_KEY] = anchor.metadata_props.get(SOURCE_KEY, "")
+        set_sources(node, (source for anchor in anchors for source in sources_of(anchor)))
 
     def adopt(self) -> None:
         """Stamp the nodes that the pass made by other means; without a source, they take that of what they read.

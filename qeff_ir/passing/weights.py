@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PassError
-from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY
+from qeff_ir.ir.module import CHANGED_KEY, PARTS_KEY, WEIGHT_KEY
 from qeff_ir.passing.matching import made_by
 from qeff_ir.passing.rewriter import Rewriter
 
@@ -57,6 +57,12 @@ def stored(product: ir.Node) -> Stored | None:
     if transpose is not None and list(transpose.attributes.get_ints("perm", [1, 0])) != [1, 0]:
         return None
     return Stored(value, transpose is not None)
+
+
+def parameters(value: ir.Value) -> tuple[str, ...]:
+    """The parameters of the Hugging Face model that a weight is, or is computed from; none of a constant."""
+    name = value.metadata_props.get(WEIGHT_KEY, "")
+    return tuple(value.metadata_props.get(PARTS_KEY, name).split(",")) if name else ()
 
 
 def derived(
@@ -102,6 +108,7 @@ def derived(
     tensor = ir.LazyTensor(numbers, dtype, sizes, name=name)
     value = ir.Value(name=name, shape=sizes, type=ir.TensorType(dtype), const_value=tensor)
     value.metadata_props.update({WEIGHT_KEY: name, CHANGED_KEY: rewriter.pass_id})
+    value.metadata_props[PARTS_KEY] = ",".join(dict.fromkeys(part for old in of for part in parameters(old)))
     rewriter.graph.register_initializer(value)
     return value
 

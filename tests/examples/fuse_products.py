@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qeff_ir.ir.module import SOURCE_KEY, Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.sources import sources_of
 from qeff_ir.passing import AllSites, Expect, Pass, Rewriter
 from qeff_ir.passing.weights import Stored, side_by_side, stored
 
@@ -54,15 +55,15 @@ def _products(weight: Stored) -> Iterable[ir.Node]:
 
 
 def _parent(node: ir.Node) -> str:
-    return node.metadata_props.get(SOURCE_KEY, "").rpartition(".")[0]
+    return next(iter(sources_of(node)), "").rpartition(".")[0]
 
 
 def _fuse(group: list[ir.Node], rewriter: Rewriter) -> None:
     first, x = group[0], group[0].inputs[0]
     parts = [part for node in group if (part := stored(node)) is not None]
-    own = [node.metadata_props.get(SOURCE_KEY, "").rpartition(".")[2] for node in group]
+    own = [source.rpartition(".")[2] for node in group for source in sources_of(node)]
     both = side_by_side(rewriter, f"{_parent(first)}.{'_and_'.join(own)}.weight", parts)
-    b = rewriter.at(first)
+    b = rewriter.at(*group)
     weight = b("Transpose", both.value, perm=[1, 0]) if both.transposed else both.value
     weight.shape, weight.dtype = ir.Shape(both.features), both.value.dtype
     shapes = [node.outputs[0].shape for node in group]

@@ -31,14 +31,19 @@ class ReplicateKvHeads(Pass):
 
     times: int = dataclasses.field(default=2, metadata={"help": "copies of each head"})
 
+    def sites(self, module: Module) -> list[ir.Node]:
+        """What reads the caches of keys and values; it stays."""
+        return [node for attentions in _pairs(module).values() for node in attentions]
+
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Copy the heads of each pair of caches."""
         for updates, attentions in _pairs(module).items():
             found = [_branch(update) for update in updates]
             reason = next((b for b in found if isinstance(b, str)), None) or _unfit(updates, attentions, self.times)
             if reason is not None:
-                rewriter.missed(attentions[0], reason)
-            elif rewriter.rewrite("heads"):
+                for node in attentions:
+                    rewriter.missed(node, reason)
+            elif rewriter.rewrite("heads", *attentions):
                 for update, branch in zip(updates, found, strict=True):
                     assert isinstance(branch, Branch)
                     branch.replicate(module, rewriter, update, self.times)

@@ -7,11 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from backends.ai100.sub_functions import outline
+from qeff_ir.debug.recorder import Recorder
+from qeff_ir.debug.report_html import to_html
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import WEIGHT_KEY, Module
+from qeff_ir.ir.printer import to_text
+from qeff_ir.ir.sources import set_sources, source_text, sources_of
 from qeff_ir.passing import Pipeline, Rewriter, run_pipeline
-from qeff_ir.passing.weights import Stored, derived, side_by_side, stored
+from qeff_ir.passing.weights import Stored, derived, parameters, side_by_side, stored
 from tests import support
+from tests.adapters.random_adapters import base, make
 from tests.examples.fuse_products import FuseProducts
 
 
@@ -43,6 +49,59 @@ def test_every_check_passes_and_the_weights_are_the_old_ones_side_by_side() -> N
     assert new is not None and np.array_equal(new.numpy(), np.concatenate([p.numpy() for p in parts if p is not None]))
     gone = set(before) - {v.metadata_props.get(WEIGHT_KEY) for v in module.graph.initializers.values()}
     assert len(gone) == 2 * 5  # what nothing reads any more is not in the package
+
+
+def test_what_a_fused_product_stands_for_is_told_everywhere() -> None:
+    module = support.canonical("llama")
+    recorder = Recorder()
+    run_pipeline(module, Pipeline((FuseProducts(),)), instruments=[recorder])
+    one = "model.layers.1.mlp.gate_proj+up_proj"
+    both = [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up")]
+    assert f"; {one} <- fuse-products" in to_text(module)
+    (origin,) = [entry for entry in recorder.data["origins"] if entry["source"] == one]
+    assert (origin["sources"], origin["ops"]["MatMul"], origin["ops"]["Split"]) == (both, 1, 1)
+    (run,) = recorder.data["passes"]
+    assert [list(c["sources"]) for c in run["diff"]["nodes"] if c["op"] == "Split" and c["source"] == one] == [both]
+    assert one in to_html(recorder.data)
+    (weight,) = [value for value in module.graph.initializers.values() if f"{both[0]}.weight" in parameters(value)]
+    assert parameters(weight) == tuple(f"{path}.weight" for path in both)
+    again = derived(Rewriter(module, "test"), "twice", [weight, weight], (1,), np.add)
+    assert parameters(again) == parameters(weight)
+
+
+def test_adapters_of_layers_that_are_fused_are_told_of() -> None:
+    module = support.canonical("llama")
+    report = run_pipeline(module, Pipeline((FuseProducts(), *Pipeline.parse("lora").passes)))
+    told = [missed.reason.partition(" ")[0] for missed in report.runs[-1].stats.missed]
+    own = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
+    assert told == [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in own]
+    assert {adapter.layer.rpartition(".")[2] for adapter in module.adapters} == {"o_proj", "down_proj"}
+    module = support.canonical("llama")
+    report = run_pipeline(
+        module, Pipeline((FuseProducts(), *Pipeline.parse('lora{targets="up_proj,down_proj"}').passes))
+    )
+    assert [m.source for m in report.runs[-1].stats.missed] == [
+        f"model.layers.{n}.mlp.gate_proj+up_proj" for n in (0, 1)
+    ]
+    plain = support.apply(support.canonical("llama"), "lora")
+    assert plain.runs[-1].stats.missed == []
+
+
+def test_an_adapter_cannot_be_merged_into_layers_that_are_fused(tmp_path: Path) -> None:
+    make(base("llama"), tmp_path, 0, r=4, target_modules=["up_proj"])
+    steps = (FuseProducts(), *Pipeline.parse(f'merge-lora{{adapter="{tmp_path}"}}').passes)
+    with pytest.raises(PassError, match=r"up_proj, which the model does not have: put merge-lora before the pass"):
+        run_pipeline(support.canonical("llama"), Pipeline(steps))
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_node_of_several_layers_belongs_to_none(others: int) -> None:
+    """It belongs to a function of a layer only where all its sources do."""
+    module = fused("llama", "ai100")
+    product = next(node for node in module.graph if "mlp" in source_text(node) and len(sources_of(node)) > 1)
+    set_sources(product, [*sources_of(product), *([] if others == 1 else ["model.layers.1.mlp.up_proj"])])
+    outline(module.model, {"position_ids"})
+    assert (product in module.graph) is (others == 2)
 
 
 def weights(module: Module) -> list[Stored]:

@@ -18,7 +18,9 @@ from tests.examples.replicate_kv_heads import ReplicateKvHeads
 @pytest.mark.parametrize(("name", "heads"), [("llama", [4, 4, 4, 4]), ("gemma3", [4, 4, 4, 4, 4, 4])])
 def test_it_answers_as_before(name: str, heads: list[int], target: str, tmp_path: Path) -> None:
     module = support.canonical(name)
-    run_pipeline(module, Pipeline.parse(support.rest_of(target)).add(ReplicateKvHeads()), check=2)
+    report = run_pipeline(module, Pipeline.parse(support.rest_of(target)).add(ReplicateKvHeads()), check=2)
+    (run,) = [run for run in report.runs if run.id == "replicate-kv-heads"]
+    assert (run.sites, run.stats.missed) == (len(heads) // 2, [])
     assert [state.shape[1] for state in module.states] == heads
     support.answers_alike(module, support.canonical(name), target, tmp_path)
 

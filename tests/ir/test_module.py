@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from backends.base import CompileOptions
+from backends.options import CompileOptions
 from qeff_ir.errors import PassError, VerificationError
 from qeff_ir.ir.module import FORMAT_VERSION, METADATA_KEY, Module
 from qeff_ir.ir.printer import to_text

@@ -77,6 +77,46 @@ def test_expectations(
     assert run(module, Some(limit), expect, monkeypatch) == (message and f"pass some: {message}")
 
 
+@dataclass(frozen=True, slots=True)
+class InPlace(Some):
+    """Changes the first few of the two gates of a llama, which stay."""
+
+    name: ClassVar[str] = "in-place"
+    said: int | None = None
+
+    def run(self, module: Module, rewriter: Rewriter) -> None:
+        gates = self.sites(module)
+        for index, node in enumerate(gates[: self.limit]):
+            if rewriter.rewrite("Tanh", *gates[index : index + 1 if self.said is None else self.said]):
+                node.replace_input_with(0, rewriter.at(node)("Tanh", *node.inputs))
+
+
+@pytest.mark.parametrize(
+    ("item", "left"), [(InPlace(2), 0), (InPlace(1), 1), (InPlace(2, said=0), 2), (InPlace(1, said=2), 0)]
+)
+def test_sites_that_are_changed_in_place_are_done_where_the_pass_says_so(
+    module: Module, item: InPlace, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = run(module, item, AllSites(), monkeypatch)
+    assert (message or "").partition(" sites")[0] == (f"pass in-place: {left} of 2" if left else "")
+
+
+def test_what_a_budget_refuses_is_not_done(module: Module) -> None:
+    rewriter = Rewriter(module, "in-place", budget=1)
+    InPlace(2).run(module, rewriter)
+    assert (rewriter.refused, [site.outputs[0].name for site in rewriter.done]) == (True, ["val_136"])
+
+
+def test_a_node_that_is_no_site_cannot_be_done(module: Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = next(node for node in module.graph if node.op_type == "MatMul")
+    monkeypatch.setattr(InPlace, "run", lambda self, module, rewriter: rewriter.rewrite("any", other))
+    message = run(module, InPlace(), AnyNumber(), monkeypatch)
+    assert message == (
+        f"pass in-place: it says that it has changed MatMul '{other.outputs[0].name}' in place, which its 'sites' did "
+        "not find before"
+    )
+
+
 def test_what_is_left_is_reported_where_any_number_is_fine(module: Module) -> None:
     (done,) = run_pipeline(module, Pipeline((Some(1),))).to_json()["passes"]
     assert (done["sites"], done["rewrites"]) == (2, 1)

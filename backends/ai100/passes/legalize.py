@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from qeff_ir.errors import PassError
 from qeff_ir.ir import operators
-from qeff_ir.ir.module import SOURCE_KEY, Module
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.sources import source_text
 from qeff_ir.passing.base import Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
 
@@ -115,4 +116,4 @@ def _is_default(node: ir.Node, name: str) -> bool:
 
 
 def _source(node: ir.Node) -> str:
-    return node.metadata_props.get(SOURCE_KEY) or "the model itself"
+    return source_text(node) or "the model itself"
