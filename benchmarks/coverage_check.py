@@ -22,7 +22,7 @@ from benchmarks.coverage_row import PASSED, Job, Row
 from qeff_ir import numerics
 from qeff_ir.arrays import Array
 from qeff_ir.errors import QeffError
-from qeff_ir.frontend.config import read_config
+from qeff_ir.frontend.checkpoint.config import read_config
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.frontend.versions import next_cache
 from qeff_ir.passing.manager import run_pipeline

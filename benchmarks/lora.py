@@ -22,7 +22,7 @@ from benchmarks.race import Batch, Context, NewTokens, Rounds, Sizes, Threads, r
 from benchmarks.result import Result, publish
 from benchmarks.shapes import prompts, random_model
 from passes.lora import Lora
-from qeff_ir.frontend.weights import memory_weights
+from qeff_ir.frontend.checkpoint.weights import memory_weights
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline

@@ -19,7 +19,7 @@ from backends.onnxruntime.backend import BACKEND
 from backends.options import CompileOptions
 from benchmarks.options import Quick
 from benchmarks.prepare import lowered
-from qeff_ir.frontend.weights import memory_weights
+from qeff_ir.frontend.checkpoint.weights import memory_weights
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from backends.onnxruntime.backend import BACKEND
 from backends.options import CompileOptions
-from qeff_ir.frontend.lower import lower
-from qeff_ir.frontend.weights import Weights
+from qeff_ir.frontend.checkpoint.weights import Weights
+from qeff_ir.frontend.export.lower import lower
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline

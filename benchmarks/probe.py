@@ -32,10 +32,10 @@ def main(folder: Path, target: str, opened: bool) -> None:
 
     from backends import find_backend
     from backends.options import CompileOptions
-    from qeff_ir.frontend.checkpoint import open_checkpoint
-    from qeff_ir.frontend.lower import lower
-    from qeff_ir.frontend.skeleton import build_skeleton
-    from qeff_ir.frontend.weights import checkpoint_weights
+    from qeff_ir.frontend.checkpoint.references import open_checkpoint
+    from qeff_ir.frontend.checkpoint.skeleton import build_skeleton
+    from qeff_ir.frontend.checkpoint.weights import checkpoint_weights
+    from qeff_ir.frontend.export.lower import lower
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.specialize import specialize

@@ -19,7 +19,7 @@ from benchmarks.peers.contender import Contender, Entrant, Rows
 from benchmarks.prepare import lowered
 from benchmarks.result import Figure, Result, Row, figure, publish
 from benchmarks.shapes import SHAPES, prompts, random_model
-from qeff_ir.frontend.weights import memory_weights
+from qeff_ir.frontend.checkpoint.weights import memory_weights
 
 Sizes = Annotated[str, typer.Option("--shape", help=f"Model: {', '.join(SHAPES)}.")]
 Context = Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)]

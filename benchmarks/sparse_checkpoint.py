@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from qeff_ir.frontend.skeleton import build_skeleton
+from qeff_ir.frontend.checkpoint.skeleton import build_skeleton
 
 _BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 

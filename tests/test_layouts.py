@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from qeff_ir.errors import PackageError
-from qeff_ir.frontend.checkpoint import open_checkpoint
-from qeff_ir.frontend.skeleton import build_skeleton
-from qeff_ir.frontend.weights import checkpoint_weights
+from qeff_ir.frontend.checkpoint.references import open_checkpoint
+from qeff_ir.frontend.checkpoint.skeleton import build_skeleton
+from qeff_ir.frontend.checkpoint.weights import checkpoint_weights
 from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.storage import load_model, save_model
 from tests.models import build

@@ -23,7 +23,7 @@ from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
 from qeff_ir.cli.app import main
 from qeff_ir.compiler import compile_model
 from qeff_ir.errors import PackageError, QeffError
-from qeff_ir.frontend.checkpoint import read_header
+from qeff_ir.frontend.checkpoint.references import read_header
 from qeff_ir.frontend.source import FolderSource
 from qeff_ir.ir.module import METADATA_KEY, Module
 from qeff_ir.package import MANIFEST, SIDE_FOLDER, is_package, open_package

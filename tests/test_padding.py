@@ -13,9 +13,9 @@ import transformers
 
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCTC, QEFFAutoModelForSequenceClassification, numerics
 from qeff_ir.errors import CompileError, RuntimeInputError
+from qeff_ir.frontend.export.padding import find_padding
 from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
 from qeff_ir.frontend.inputs import find_inputs
-from qeff_ir.frontend.padding import find_padding
 from qeff_ir.frontend.tasks import CTC
 from qeff_ir.runtime.sizes import evaluate
 from tests.encoders import build, example

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from qeff_ir import sharing
 from qeff_ir.debug.plain import load_onnx
 from qeff_ir.errors import PackageError
-from qeff_ir.frontend.checkpoint import read_header
+from qeff_ir.frontend.checkpoint.references import read_header
 from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.ir.snapshot import save_module
 from qeff_ir.storage import save_model

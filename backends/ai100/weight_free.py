@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from qeff_ir.errors import ModelLoadError, PackageError
-from qeff_ir.frontend.checkpoint import DTYPES, read_header
+from qeff_ir.frontend.checkpoint.references import DTYPES, read_header
 from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.storage import WEIGHTS, FileRange, file_range, place
 

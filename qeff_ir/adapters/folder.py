@@ -242,7 +242,7 @@ def _entries(folder: Path) -> dict[str, FileRange]:
             f"the adapter {folder} has no {WEIGHTS_FILE} ({found}): save it with save_pretrained, which writes "
             "safetensors"
         )
-    from qeff_ir.frontend.checkpoint import read_header
+    from qeff_ir.frontend.checkpoint.references import read_header
 
     regular_file(folder / WEIGHTS_FILE, folder, error=AdapterError)
     try:

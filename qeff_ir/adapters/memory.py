@@ -10,7 +10,7 @@ from qeff_ir.frontend.source import MemorySource
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qeff_ir.frontend.weights import Weights
+    from qeff_ir.frontend.checkpoint.weights import Weights
 
 
 class AdaptedMemorySource(MemorySource):
@@ -35,7 +35,7 @@ class AdaptedMemorySource(MemorySource):
 
     def weights(self) -> Weights:
         """See `Source.weights`."""
-        from qeff_ir.frontend.weights import memory_weights
+        from qeff_ir.frontend.checkpoint.weights import memory_weights
 
         return memory_weights(self.copy())
 

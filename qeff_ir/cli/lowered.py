@@ -14,7 +14,7 @@ from qeff_ir.package import MAIN
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qeff_ir.frontend.weights import Weights
+    from qeff_ir.frontend.checkpoint.weights import Weights
 
 
 class LoweredOnce(Source):

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from qeff_ir.frontend.checkpoint.weights import Weights
     from qeff_ir.frontend.inputs import InputSpec, Wanted
-    from qeff_ir.frontend.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class ForwardMemory(MemorySource):
 
     def lower(self) -> Module:
         """See `Source.lower`."""
-        from qeff_ir.frontend.weights import memory_weights
+        from qeff_ir.frontend.checkpoint.weights import memory_weights
 
         model = self.copy()
         return _lowered(model, memory_weights(model), self.options)
@@ -134,9 +134,9 @@ class ForwardMemory(MemorySource):
 
 def _lowered(model: PreTrainedModel, weights: Any, options: ForwardOptions) -> Module:
     """The forward pass, with a recording's attention mask where padding changes nothing with it, but without."""
-    from qeff_ir.frontend.forward import lower_forward
+    from qeff_ir.frontend.export.forward import lower_forward
+    from qeff_ir.frontend.export.padding import find_padding
     from qeff_ir.frontend.inputs import LENGTH, find_inputs
-    from qeff_ir.frontend.padding import find_padding
 
     inputs = _inputs(model, options)
     padding = find_padding(model, inputs, options.pooling)

@@ -25,7 +25,7 @@ from transformers.exporters.utils import _PATCHES, import_dotted_path
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from qeff_ir.frontend.own_thread import Function, Overlaid, here, replaced
+from qeff_ir.frontend.capture.own_thread import Function, Overlaid, here, replaced
 
 TensorTable = dict[str, torch.Tensor | None]
 

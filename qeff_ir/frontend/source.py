@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError, first_line
-from qeff_ir.frontend.folder_files import PATTERNS, read_side_files, write_side_files
+from qeff_ir.frontend.checkpoint.folder_files import PATTERNS, read_side_files, write_side_files
 from qeff_ir.frontend.tasks import CAUSAL_LM, Task
 from qeff_ir.ir.module import Module
 from qeff_ir.package import MAIN
@@ -21,7 +21,7 @@ from qeff_ir.reading import files_below, read_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from qeff_ir.frontend.weights import Weights
+    from qeff_ir.frontend.checkpoint.weights import Weights
 
 
 class Source(ABC):
@@ -91,8 +91,8 @@ class FolderSource(Source):
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
-        from qeff_ir.frontend.checkpoint import open_checkpoint
-        from qeff_ir.frontend.config import CONFIG, check_sizes, make_config, read_fields, remote_code
+        from qeff_ir.frontend.checkpoint.config import CONFIG, check_sizes, make_config, read_fields, remote_code
+        from qeff_ir.frontend.checkpoint.references import open_checkpoint
 
         self.folder = folder
         self.trust_remote_code = trust_remote_code
@@ -113,7 +113,7 @@ class FolderSource(Source):
 
     def lower(self) -> Module:
         """See `Source.lower`."""
-        from qeff_ir.frontend.lower import lower
+        from qeff_ir.frontend.export.lower import lower
 
         return lower(*self._load())
 
@@ -123,8 +123,8 @@ class FolderSource(Source):
 
     def _load(self, *, partial: bool = False) -> tuple[PreTrainedModel, Weights]:
         """The model without weights, and the weights; sizes are compared before anything large is made of them."""
-        from qeff_ir.frontend.skeleton import compute_buffers
-        from qeff_ir.frontend.weights import checkpoint_weights
+        from qeff_ir.frontend.checkpoint.skeleton import compute_buffers
+        from qeff_ir.frontend.checkpoint.weights import checkpoint_weights
 
         self.checkpoint.check_unchanged()
         model = self._skeleton()
@@ -134,8 +134,8 @@ class FolderSource(Source):
         return model, weights
 
     def _skeleton(self) -> PreTrainedModel:
-        from qeff_ir.frontend.checkpoint import SINGLE
-        from qeff_ir.frontend.skeleton import empty_model
+        from qeff_ir.frontend.checkpoint.references import SINGLE
+        from qeff_ir.frontend.checkpoint.skeleton import empty_model
 
         with self._buildable():
             model = empty_model(
@@ -266,8 +266,8 @@ class MemorySource(Source):
 
     def lower(self) -> Module:
         """See `Source.lower`."""
-        from qeff_ir.frontend.lower import lower
-        from qeff_ir.frontend.weights import memory_weights
+        from qeff_ir.frontend.checkpoint.weights import memory_weights
+        from qeff_ir.frontend.export.lower import lower
 
         model = self.copy()
         return lower(model, memory_weights(model))
@@ -280,7 +280,7 @@ class MemorySource(Source):
 
     def weights(self) -> Weights:
         """See `Source.weights`."""
-        from qeff_ir.frontend.weights import memory_weights
+        from qeff_ir.frontend.checkpoint.weights import memory_weights
 
         return memory_weights(self.model)
 

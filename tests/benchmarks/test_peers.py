@@ -15,7 +15,7 @@ from benchmarks.peers.eager import Eager
 from benchmarks.prepare import lowered
 from benchmarks.race import Laps, rows_of, run
 from benchmarks.shapes import prompts, random_model
-from qeff_ir.frontend.weights import memory_weights
+from qeff_ir.frontend.checkpoint.weights import memory_weights
 
 NEW_TOKENS = 6
 

@@ -19,8 +19,8 @@ from backends import find_backend
 from backends.options import CompileOptions
 from qeff_ir.compiler import compile_model
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend import ops
-from qeff_ir.frontend.positions import give_positions
+from qeff_ir.frontend.capture import ops
+from qeff_ir.frontend.export.positions import give_positions
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.numerics import error_over_rms
 from qeff_ir.runtime.decoder import Decoder

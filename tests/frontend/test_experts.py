@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qeff_ir import numerics
-from qeff_ir.frontend import experts
+from qeff_ir.frontend.capture import experts
 
 EXPERTS, CHOSEN, WIDTH, TOKENS = 5, 2, 8, 7
 

@@ -13,9 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend import layers, lower, stamp, states
+from qeff_ir.frontend.capture import states
+from qeff_ir.frontend.checkpoint.weights import memory_weights
+from qeff_ir.frontend.export import lower
+from qeff_ir.frontend.layers import kinds as layers
+from qeff_ir.frontend.layers import stamp
 from qeff_ir.frontend.versions import CACHE
-from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.ir.printer import attribute_text, type_text
 from tests.models import MODELS, build

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from qeff_ir.errors import ModelLoadError, QeffError
+from qeff_ir.frontend.checkpoint.ties import same_numbers
 from qeff_ir.frontend.forward_source import ForwardFolder, ForwardOptions
 from qeff_ir.frontend.source import FolderSource
 from qeff_ir.frontend.tasks import EMBEDDING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Task
-from qeff_ir.frontend.ties import same_numbers
 from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.storage import FileRange
 

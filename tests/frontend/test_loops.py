@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qeff_ir import numerics
-from qeff_ir.frontend import states
+from qeff_ir.frontend.capture import states
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.frontend.versions import CACHE
 from qeff_ir.ir.residents import State

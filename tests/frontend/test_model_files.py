@@ -25,9 +25,9 @@ from transformers.quantizers import auto as quantizers
 from transformers.utils import hub, peft_utils
 
 from qeff_ir.auto.arguments import _ANYWAY, _HUB
-from qeff_ir.frontend.config import DROPPED, QUANTIZATION, REFUSED
-from qeff_ir.frontend.folder_files import PATTERNS, read_side_files, write_side_files
-from qeff_ir.frontend.model_files import FIELDS, FILES
+from qeff_ir.frontend.checkpoint.config import DROPPED, QUANTIZATION, REFUSED
+from qeff_ir.frontend.checkpoint.folder_files import PATTERNS, read_side_files, write_side_files
+from qeff_ir.frontend.checkpoint.model_files import FIELDS, FILES
 
 READERS: list[Callable[..., Any]] = [
     PreTrainedModel.from_pretrained,

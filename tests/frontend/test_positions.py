@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from qeff_ir.frontend import ops
-from qeff_ir.frontend.positions import give_positions
+from qeff_ir.frontend.capture import ops
+from qeff_ir.frontend.export.positions import give_positions
 
 Tensor = torch.Tensor
 ROWS, SEQ, SLOTS, LONGEST = 3, 4, 9, 16

@@ -23,7 +23,8 @@ from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from qeff_ir.frontend import private, recurrences
+from qeff_ir.frontend import private
+from qeff_ir.frontend.capture import recurrences
 from tests import support
 
 

@@ -22,8 +22,8 @@ from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.cache_key import input_digests, package_key
 from qeff_ir.compiler import compile_model
 from qeff_ir.errors import ModelLoadError, PackageError, QeffError, UnsupportedModelError
-from qeff_ir.frontend.capture import IMPLEMENTATION
-from qeff_ir.frontend.config import read_config
+from qeff_ir.frontend.capture.attention import IMPLEMENTATION
+from qeff_ir.frontend.checkpoint.config import read_config
 from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions
 from qeff_ir.frontend.source import FolderSource, MemorySource, find_folder, open_source
 from qeff_ir.frontend.tasks import EMBEDDING
@@ -186,7 +186,7 @@ def test_tables_of_gigabytes_are_told(tmp_path: Path) -> None:
 
 
 def test_layers_by_an_unknown_name_are_counted_while_they_are_built(model: Path) -> None:
-    from qeff_ir.frontend.skeleton import empty_model
+    from qeff_ir.frontend.checkpoint.skeleton import empty_model
 
     config = read_config(model, False)
     config.num_hidden_layers = 10**6

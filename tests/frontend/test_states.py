@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend import states
+from qeff_ir.frontend.capture import states
 from tests.models import build
 
 

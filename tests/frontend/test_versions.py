@@ -13,9 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from qeff_ir.cli.yardstick import measure
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend.lower import lower
+from qeff_ir.frontend.checkpoint.weights import memory_weights
+from qeff_ir.frontend.export.lower import lower
 from qeff_ir.frontend.versions import CACHE, cache_argument, next_cache
-from qeff_ir.frontend.weights import memory_weights
 from qeff_ir.testing.trace import reference_trace
 from tests import support
 

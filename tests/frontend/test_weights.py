@@ -16,12 +16,12 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
-from qeff_ir.frontend.checkpoint import open_checkpoint
-from qeff_ir.frontend.forward_capture import captured_forward
-from qeff_ir.frontend.lower import lower
-from qeff_ir.frontend.skeleton import build_skeleton
+from qeff_ir.frontend.capture.forward_attention import captured_forward
+from qeff_ir.frontend.checkpoint.references import open_checkpoint
+from qeff_ir.frontend.checkpoint.skeleton import build_skeleton
+from qeff_ir.frontend.checkpoint.weights import Weights, checkpoint_weights, memory_weights
+from qeff_ir.frontend.export.lower import lower
 from qeff_ir.frontend.source import FolderSource, open_source
-from qeff_ir.frontend.weights import Weights, checkpoint_weights, memory_weights
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import fingerprint
 from qeff_ir.storage import file_range

@@ -46,7 +46,7 @@ _KEYS = ("dtype", "shape", "data_offsets", "__metadata__", "F32", "BF16", "U8", 
 @family
 def _safetensors(draw: Draw, folder: Path) -> None:
     """The header and size of a weight file: accepted tensors are those that the library reads."""
-    from qeff_ir.frontend.checkpoint import open_checkpoint
+    from qeff_ir.frontend.checkpoint.references import open_checkpoint
 
     data = (base().model / "model.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -80,7 +80,7 @@ def _safetensors(draw: Draw, folder: Path) -> None:
 @family
 def _index(draw: Draw, folder: Path) -> None:
     """The index of a checkpoint in shards, and which of its files are there."""
-    from qeff_ir.frontend.checkpoint import open_checkpoint
+    from qeff_ir.frontend.checkpoint.references import open_checkpoint
 
     shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     for name in shards:

@@ -183,7 +183,7 @@ def test_others_are_warned_while_this_thread_is_not() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             heard.append(record)
 
-    from qeff_ir.frontend.quiet import quiet
+    from qeff_ir.frontend.export.quiet import quiet
 
     handler, log = Hears(), logging.getLogger("torch.onnx")
 

@@ -27,8 +27,8 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    from qeff_ir.frontend.lower import lower
-    from qeff_ir.frontend.weights import memory_weights
+    from qeff_ir.frontend.checkpoint.weights import memory_weights
+    from qeff_ir.frontend.export.lower import lower
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.specialize import specialize

@@ -28,22 +28,22 @@ from transformers.exporters.utils import apply_fx_node_fixes
 from transformers.pytorch_utils import Conv1D
 
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
-from qeff_ir.frontend import ops
-from qeff_ir.frontend.capture import captured, tracing
-from qeff_ir.frontend.layers import Fold, Prepared, cut, find_fold, marked
-from qeff_ir.frontend.limits import plain_rotary
-from qeff_ir.frontend.own_masks import refuse_own_masks
-from qeff_ir.frontend.own_thread import alone
-from qeff_ir.frontend.positions import give_positions
+from qeff_ir.frontend.capture import ops
+from qeff_ir.frontend.capture.attention import captured, tracing
+from qeff_ir.frontend.capture.own_masks import refuse_own_masks
+from qeff_ir.frontend.capture.own_thread import alone
+from qeff_ir.frontend.capture.states import CapturingCache
+from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
+from qeff_ir.frontend.checkpoint.weights import Weights
+from qeff_ir.frontend.export.limits import plain_rotary
+from qeff_ir.frontend.export.positions import give_positions
+from qeff_ir.frontend.export.quiet import quiet
+from qeff_ir.frontend.export.spelling import drop_idle_squeezes, spell_out_complex
+from qeff_ir.frontend.layers.kinds import Fold, Prepared, cut, find_fold, marked
+from qeff_ir.frontend.layers.probing import expect, probe
+from qeff_ir.frontend.layers.stamp import cut_weights, find_layers, unfold
 from qeff_ir.frontend.private import export_patches, onnx_translations
-from qeff_ir.frontend.probing import expect, probe
-from qeff_ir.frontend.quiet import quiet
-from qeff_ir.frontend.skeleton import evaluating, fake_weights
-from qeff_ir.frontend.spelling import drop_idle_squeezes, spell_out_complex
-from qeff_ir.frontend.stamp import cut_weights, find_layers, unfold
-from qeff_ir.frontend.states import CapturingCache
 from qeff_ir.frontend.versions import cache_argument
-from qeff_ir.frontend.weights import Weights
 from qeff_ir.garbage import settled
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, Module, all_values, rename_symbols
@@ -64,7 +64,7 @@ PREFIX = "hf."
 def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> Module:
     """Lower a causal LM with retained states.
 
-    Layers that are shown to be copies of each other are traced once (`qeff_ir.frontend.layers`).
+    Layers that are shown to be copies of each other are traced once (`qeff_ir.frontend.layers.kinds`).
 
     Args:
         model: The model; its parameters may be on the meta device. Unchanged on return.

@@ -21,10 +21,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from qeff_ir.errors import ModelLoadError, first_line
-from qeff_ir.frontend.checkpoint import Checkpoint
+from qeff_ir.frontend.checkpoint.references import Checkpoint
+from qeff_ir.frontend.checkpoint.skeleton import initial_values
+from qeff_ir.frontend.checkpoint.ties import tie
 from qeff_ir.frontend.private import ignored_when_missing
-from qeff_ir.frontend.skeleton import initial_values
-from qeff_ir.frontend.ties import tie
 from qeff_ir.storage import FileRange, widened
 
 Weights = dict[str, ir.TensorProtocol]

@@ -1,7 +1,7 @@
 """Which states a model keeps between tokens: what its layers store in the cache when it is run on fake tensors.
 
 Layers of one structure are expected to keep the same, so that one of them is run. The run that tells which layers are
-copies of each other (`qeff_ir.frontend.layers`) starts from these states, and fails where a layer keeps others.
+copies of each other (`qeff_ir.frontend.layers.kinds`) starts from these states, and fails where a layer keeps others.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DummyLayer
 
-from qeff_ir.frontend.layers import cut, layer_lists, members
-from qeff_ir.frontend.states import CapturingCache
+from qeff_ir.frontend.capture.states import CapturingCache
+from qeff_ir.frontend.layers.kinds import cut, layer_lists, members
 from qeff_ir.ir.residents import State
 
 Run = Callable[[CapturingCache], Any]

@@ -186,7 +186,7 @@ class CapturingCache(Cache):
         position_ids: ``[batch, seq]``, -1 for padding.
         past: Each state and its tensor; empty for the probing run that finds them.
         count: How many tokens the cache says that it holds: a symbol of the traced run, by which
-            `qeff_ir.frontend.counts` knows what a model makes from it.
+            `qeff_ir.frontend.export.counts` knows what a model makes from it.
 
     Raises:
         UnsupportedModelError: The model has layers whose state is of an unknown kind.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from qeff_ir.errors import ModelLoadError
-from qeff_ir.frontend.layers import INPUT, OUTPUT, Fold
+from qeff_ir.frontend.layers.kinds import INPUT, OUTPUT, Fold
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.ir.residents import State
 

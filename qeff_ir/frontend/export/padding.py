@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from qeff_ir.frontend import private
-from qeff_ir.frontend.forward_step import ForwardStep
+from qeff_ir.frontend.checkpoint.skeleton import evaluating
+from qeff_ir.frontend.export.forward_step import ForwardStep
+from qeff_ir.frontend.export.quiet import quiet
 from qeff_ir.frontend.inputs import BATCH, LENGTH, InputSpec, positions
-from qeff_ir.frontend.layers import cut, layer_lists, members
-from qeff_ir.frontend.probing import structure
-from qeff_ir.frontend.quiet import quiet
-from qeff_ir.frontend.skeleton import evaluating
+from qeff_ir.frontend.layers.kinds import cut, layer_lists, members
+from qeff_ir.frontend.layers.probing import structure
 from qeff_ir.ir.ports import EMBEDDINGS, name_of
 
 _TOKENS, _FRAMES, _SAMPLES = (7, 12, 15), (29, 43), (2003, 2512)
@@ -60,7 +60,7 @@ def find_padding(
     Args:
         model: The model; parameters may be on the meta device. Unchanged on return.
         inputs: What it is lowered with.
-        pooling: See `qeff_ir.frontend.forward_step.ForwardStep`.
+        pooling: See `qeff_ir.frontend.export.forward_step.ForwardStep`.
     """
     if not any(LENGTH in spec.shape for spec in inputs):
         return Found()

@@ -16,8 +16,9 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.modeling_utils import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend import experts, ops, private, recurrences
-from qeff_ir.frontend.states import CapturingCache
+from qeff_ir.frontend import private
+from qeff_ir.frontend.capture import experts, ops, recurrences
+from qeff_ir.frontend.capture.states import CapturingCache
 
 IMPLEMENTATION = "qeff"
 """Name of our attention and mask functions in transformers' registries."""

@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import private
-from qeff_ir.frontend.capture import HARMLESS, IMPLEMENTATION
+from qeff_ir.frontend.capture.attention import HARMLESS, IMPLEMENTATION
 
 Tensor = torch.Tensor
 

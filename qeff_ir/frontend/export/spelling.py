@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.export import ExportedProgram
 
-from qeff_ir.frontend.fx import call
+from qeff_ir.frontend.export.fx import call
 
 
 def spell_out_complex(program: ExportedProgram) -> None:

@@ -2,8 +2,8 @@
 
 Some models take no positions. They count (``arange(seq) + length of the cache``, or the tokens that are no padding)
 and compute with the count: look it up in a table, take the distances to the slots of a cache, scale by it. Which values
-are counts is not guessed from names: they are measured on examples (`qeff_ir.frontend.example`). What follows from a
-count and from nothing that a token or a cache holds is then computed anew from the given positions.
+are counts is not guessed from names: they are measured on examples (`qeff_ir.frontend.export.example`). What follows
+from a count and from nothing that a token or a cache holds is then computed anew from the given positions.
 
 A count is the same for all rows of a batch, positions are not. So the model's own operators compute one row, a batch of
 one, and `torch.vmap` makes the batch of it: whatever they are, what was ``[seq, ...]`` or ``[1, seq, ...]`` becomes
@@ -23,10 +23,10 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend.counts import Flow
-from qeff_ir.frontend.example import Count, Example, Sizes, depends_on_values, find_count, number
-from qeff_ir.frontend.fx import call, follow, update
-from qeff_ir.frontend.limits import asked_of_positions, asked_of_sizes
+from qeff_ir.frontend.export.counts import Flow
+from qeff_ir.frontend.export.example import Count, Example, Sizes, depends_on_values, find_count, number
+from qeff_ir.frontend.export.fx import call, follow, update
+from qeff_ir.frontend.export.limits import asked_of_positions, asked_of_sizes
 from qeff_ir.frontend.private import python_dispatcher, symbols_of
 
 aten = torch.ops.aten

@@ -11,16 +11,16 @@ from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
 
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
-from qeff_ir.frontend.forward_capture import captured_forward
-from qeff_ir.frontend.forward_step import ForwardStep
+from qeff_ir.frontend.capture.forward_attention import captured_forward
+from qeff_ir.frontend.capture.own_thread import alone
+from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
+from qeff_ir.frontend.checkpoint.weights import Weights
+from qeff_ir.frontend.export.forward_step import ForwardStep
+from qeff_ir.frontend.export.lower import PREFIX, as_unsupported, attributes_kept, clean, convert
+from qeff_ir.frontend.export.padding import Found, find_padding
+from qeff_ir.frontend.export.quiet import quiet
 from qeff_ir.frontend.inputs import BATCH, LENGTH, InputSpec, positions
-from qeff_ir.frontend.lower import PREFIX, as_unsupported, attributes_kept, clean, convert
-from qeff_ir.frontend.own_thread import alone
-from qeff_ir.frontend.padding import Found, find_padding
 from qeff_ir.frontend.private import export_patches
-from qeff_ir.frontend.quiet import quiet
-from qeff_ir.frontend.skeleton import evaluating, fake_weights
-from qeff_ir.frontend.weights import Weights
 from qeff_ir.ir import operators
 from qeff_ir.ir.module import Dim, Module, OutputSizes, Padding, rename_symbols
 from qeff_ir.runtime.sizes import evaluate

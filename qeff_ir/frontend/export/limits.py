@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import private
-from qeff_ir.frontend.example import Example, Sizes
+from qeff_ir.frontend.export.example import Example, Sizes
 
 aten = torch.ops.aten
 

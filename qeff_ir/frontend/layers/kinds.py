@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qeff_ir.frontend.recorder import Label, Prepared, Record, Recorder
+from qeff_ir.frontend.layers.recorder import Label, Prepared, Record, Recorder
 
 INPUT, OUTPUT = "LayerInput", "LayerOutput"
-"""What the marks of `marked` are in the graph; `qeff_ir.frontend.stamp` takes them out."""
+"""What the marks of `marked` are in the graph; `qeff_ir.frontend.layers.stamp` takes them out."""
 
 Run = Callable[[frozenset[int] | None], Prepared]
 """Prepares a run with the states of some layers of the cache, or of all."""

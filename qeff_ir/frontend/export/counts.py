@@ -10,8 +10,8 @@ They may end in
 * the distance of two tokens of one run, which is the same wherever the run begins,
 
 and nowhere else: what is computed from the given positions instead is none of them any more
-(`qeff_ir.frontend.positions`). A model for which that fails is refused. The same goes for what the trace took for
-granted: a model's code that asks whether a size is below a number has been traced for sizes that are.
+(`qeff_ir.frontend.export.positions`). A model for which that fails is refused. The same goes for what the trace took
+for granted: a model's code that asks whether a size is below a number has been traced for sizes that are.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend.example import LIKE, Count, Example, Sizes, number
-from qeff_ir.frontend.limits import COMPARES, REDUCES
+from qeff_ir.frontend.export.example import LIKE, Count, Example, Sizes, number
+from qeff_ir.frontend.export.limits import COMPARES, REDUCES
 from qeff_ir.frontend.private import changes_arguments
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend import private
-from qeff_ir.frontend.own_thread import alone
+from qeff_ir.frontend.capture.own_thread import alone
 
 _PARAMETERS_PER_TENSOR = 16
 """Parameters that a model may have for each tensor of its checkpoint: some conversions take a tensor apart."""

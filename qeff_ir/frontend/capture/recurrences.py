@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qeff_ir.frontend import own_thread
-from qeff_ir.frontend.states import CapturingCache
+from qeff_ir.frontend.capture import own_thread
+from qeff_ir.frontend.capture.states import CapturingCache
 
 Tensor = torch.Tensor
 
