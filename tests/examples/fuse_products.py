@@ -63,8 +63,9 @@ def _fuse(group: list[ir.Node], rewriter: Rewriter) -> None:
     own = [node.metadata_props.get(SOURCE_KEY, "").rpartition(".")[2] for node in group]
     both = side_by_side(rewriter, f"{_parent(first)}.{'_and_'.join(own)}.weight", parts)
     b = rewriter.at(first)
-    weight = b("Transpose", both.value, perm=[1, 0]) if both.transposed else both.value
-    weight.shape, weight.dtype = ir.Shape(both.features), both.value.dtype
+    weight = both.value
+    if both.transposed:
+        weight = b("Transpose", weight, perm=[1, 0], shape=both.features, dtype=weight.dtype)
     shapes = [node.outputs[0].shape for node in group]
     leading = [] if shapes[0] is None else list(shapes[0].dims[:-1])
     product = b("MatMul", x, weight, shape=ir.Shape([*leading, both.features[1]]), dtype=first.outputs[0].dtype)
