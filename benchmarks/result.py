@@ -179,7 +179,7 @@ def plot(result: Result, file: Path) -> None:
         SystemExit: Matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure as Canvas
+        from matplotlib.figure import Figure as Canvas  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SystemExit("a plot needs Matplotlib: pip install -e '.[bench]'") from error
     names, rows = figure_names(result), [row for row in result.rows if row.figures]

@@ -162,6 +162,7 @@ def build(name: str) -> PreTrainedModel:
                 tensor.add_(torch.randn_like(tensor) * 0.1)
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.8, 1.2)
     return model

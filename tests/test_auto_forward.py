@@ -36,7 +36,7 @@ from qeff_ir.frontend.sentence import read_sentence_config
 from qeff_ir.runtime.interface import interface_of
 from tests.encoders import ENCODERS, build, example
 
-PAIR = dict.fromkeys(("input_ids", "attention_mask"), ("batch_size", "seq_len"))
+PAIR: dict[str, tuple[int | str, ...]] = dict.fromkeys(("input_ids", "attention_mask"), ("batch_size", "seq_len"))
 IDS = {n: v.numpy() for n, v in example("distilbert", PAIR).items()}
 
 
@@ -247,7 +247,7 @@ def test_inputs_that_do_not_fit_are_refused(inputs: Any, message: str, vit: QEFF
 
 @pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
 def test_heads_and_pairs_of_texts(target: str) -> None:
-    config = BertConfig(**ENCODERS["bert"].config, num_labels=3)
+    config = BertConfig(**dict[str, Any](ENCODERS["bert"].config, num_labels=3))
     for head, auto in (
         (QEFFAutoModelForSequenceClassification, AutoModelForSequenceClassification),
         (QEFFAutoModelForTokenClassification, AutoModelForTokenClassification),
@@ -279,7 +279,8 @@ def test_heads_and_pairs_of_texts(target: str) -> None:
 @pytest.fixture(scope="module", params=["onnxruntime", "ai100"])
 def pooled(request: pytest.FixtureRequest) -> QEFFAutoModel:
     model = QEFFAutoModel(build("distilbert"), pooling="mean")
-    model.compile(target=request.param, seq_len=12, **({"emit_only": True} if request.param == "ai100" else {}))
+    more: dict[str, Any] = {"emit_only": True} if request.param == "ai100" else {}
+    model.compile(target=request.param, seq_len=12, **more)
     return model
 
 
@@ -422,7 +423,7 @@ def test_lengths_that_cannot_work_are_refused(options: Any, message: str) -> Non
 def test_a_text_may_be_just_as_long_as_the_table_of_positions(name: str) -> None:
     model = build(name)
     limit = ForwardMemory(model, ForwardOptions()).lower().dims["seq_len"].maximum
-    assert limit == (64 if name == "bert" else 63)  # the other's begins with a row for padding
+    assert limit is not None and limit == (64 if name == "bert" else 63)  # the other's begins with a row for padding
     tokens = torch.full((1, limit + 1), 5)
     with torch.no_grad():
         assert model(tokens[:, 1:]).last_hidden_state.shape[1] == limit

@@ -82,7 +82,7 @@ def test_another_file_of_a_flag_is_another_package(tmp_path: Path) -> None:
     for names in ("[]", "[]", "[Add]"):
         file.write_text(f"FP32NodeInstanceNames: {names}\n")
         compiled = model()
-        compiled.compile(**{**SHAPES, "target": "ai100"}, emit_only=True, node_precision_info=str(file))
+        compiled.compile(**dict[str, Any](SHAPES, target="ai100"), emit_only=True, node_precision_info=str(file))
         cached.append(compiled.package.cached)
     assert cached == [False, True, False]
 
@@ -176,7 +176,7 @@ def test_a_pipeline_is_read_before_anything_is_lowered(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="did you mean 'canonicalize'"):
         untouched.compile(**SHAPES, pipeline="canonicalise")
     with pytest.raises(CompileError, match="is less than prefill_seq_len"):
-        untouched.compile(**{**SHAPES, "ctx_len": 2})
+        untouched.compile(**dict[str, Any](SHAPES, ctx_len=2))
 
 
 def test_a_folder_of_the_users_is_not_replaced(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -197,7 +198,9 @@ def state_not_written(module: Module) -> None:
 
 def states_of_two_layers_swapped(module: Module) -> None:
     one, two = (
-        n for n in module.graph if n.op_type == "CacheUpdate" and (n.inputs[0].name or "").startswith("past_key")
+        n
+        for n in module.graph
+        if n.op_type == "CacheUpdate" and (old := n.inputs[0]) is not None and (old.name or "").startswith("past_key")
     )
     past = one.inputs[0], two.inputs[0]
     one.replace_input_with(0, past[1])
@@ -239,7 +242,9 @@ def no_position_bias(module: Module) -> None:
 def one_block_skipped(module: Module) -> None:
     """The last residual sum takes only the stream."""
     total = [n for n in module.graph if n.op_type == "Add" and len(n.outputs[0].shape or ()) == 3][-1]
-    total.outputs[0].replace_all_uses_with(total.inputs[0])
+    stream = total.inputs[0]
+    assert stream is not None
+    total.outputs[0].replace_all_uses_with(stream)
 
 
 def nodes(module: Module, op_type: str) -> list[ir.Node]:
@@ -362,9 +367,9 @@ def test_swapped_states_do_not_come_as_far_as_a_run(tmp_path: Path) -> None:
 class _Stuck(Decoder):
     """Does not advance the position after a decode step."""
 
-    def decode(self, tokens: object) -> np.ndarray:
+    def decode(self, tokens: Any, lora_ids: Any = None) -> np.ndarray:
         before = self.positions.copy()
-        logits = super().decode(tokens)  # type: ignore[arg-type]
+        logits = super().decode(tokens, lora_ids)
         self.positions = before
         return logits
 
@@ -399,8 +404,7 @@ def test_the_dialect_itself_runs(tmp_path: Path) -> None:
     sizes = {"batch_size": 2, "ctx_len": OPTIONS.ctx_len}
     feeds = {"input_ids": ids, "position_ids": positions}
     feeds |= {
-        s.input: np.zeros([sizes.get(d, d) if isinstance(d, str) else d for d in s.shape], np.float32)
-        for s in module.states
+        s.input: np.zeros([sizes[d] if isinstance(d, str) else d for d in s.shape], np.float32) for s in module.states
     }
     logits = support.run_graph(module, tmp_path / "a", feeds)["logits"][:, -1]
     decoder = support.open_decoder(module, tmp_path / "b")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.exporters import AutoHfExporter
+from transformers.exporters import AutoHfExporter  # pyright: ignore[reportPrivateImportUsage]
 from transformers.exporters.base import ExportedModel
 
 from qeff_ir import numerics
@@ -29,7 +29,9 @@ def exported() -> ExportedModel:
 
 def test_it_returns_what_the_model_returns_also_after_saving(exported: ExportedModel, tmp_path: Path) -> None:
     exported.save_pretrained(tmp_path)
-    inputs = example("distilbert", dict.fromkeys(("input_ids", "attention_mask"), ("batch_size", "seq_len")))
+    inputs: dict[str, Any] = example(
+        "distilbert", dict.fromkeys(("input_ids", "attention_mask"), ("batch_size", "seq_len"))
+    )
     with torch.no_grad():
         reference = copy.deepcopy(build("distilbert")).double()(**inputs)
     keep = inputs["attention_mask"] > 0
@@ -115,7 +117,7 @@ def added(*names: str) -> Callable[[Path], None]:
     return change
 
 
-ARCHIVES: dict[str, Callable[[Path], None]] = {
+ARCHIVES: dict[str, Callable[[Path], object]] = {
     "encrypted": lambda archive: flagged(archive, 8, 0x1),
     "of an unknown method": lambda archive: flagged(archive, 10, 99),
     "deflated": lambda archive: rewritten(archive, compress=zipfile.ZIP_DEFLATED),

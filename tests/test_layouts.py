@@ -45,7 +45,7 @@ LAYOUTS: list[Callable[[Path, Any], None]] = [whole, sharded, hub_cache]
 def packaged(name: str, layout: Callable[[Path, Any], None], dtype: torch.dtype, folder: Path, out: Path) -> Any:
     """A model's weights through a checkpoint and a package; returns what they were."""
     folder.mkdir(parents=True)
-    _, model = build(name)
+    model: Any = build(name)[1]
     layout(folder, model.to(dtype))
     skeleton = build_skeleton(model.config)
     weights = checkpoint_weights(skeleton, open_checkpoint(folder))

@@ -63,7 +63,7 @@ def packages(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     root = tmp_path_factory.mktemp("packages")
     for target in TARGETS:
         compile_model(Lowered(folder), support.OPTIONS, target=target, out=root / target, emit_only=target == "ai100")
-    host = {"target": "onnxruntime", "token_embedding": "host"}
+    host: dict[str, Any] = {"target": "onnxruntime", "token_embedding": "host"}
     compile_model(Lowered(folder), support.OPTIONS, out=root / "host", **host)
     return {path.name: path for path in root.iterdir()}
 

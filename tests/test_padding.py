@@ -110,8 +110,8 @@ def test_a_pooling_of_the_users_that_does_not_read_the_mask_is_not_padded() -> N
 
 @functools.cache
 def speech(norm: str) -> Any:
-    config = transformers.Wav2Vec2Config(
-        vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    config = transformers.AutoConfig.for_model(
+        "wav2vec2", vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2, feat_extract_norm=norm,
         do_stable_layer_norm=norm == "layer", conv_bias=True, num_conv_pos_embeddings=8,
         num_conv_pos_embedding_groups=2, pad_token_id=0,
@@ -196,7 +196,7 @@ def test_the_table_of_positions_is_told_by_what_it_is_asked(config: Any, limit: 
 
 def test_sizes_that_equal_others_are_kept_apart(tmp_path: Any) -> None:
     """As many rows as tokens, features and classes."""
-    config = transformers.BertConfig(**{**SMALL, "hidden_size": 8, "num_attention_heads": 2}, vocab_size=64)
+    config = transformers.BertConfig(**dict[str, Any](SMALL, hidden_size=8, num_attention_heads=2), vocab_size=64)
     torch.manual_seed(0)
     theirs = transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
     ours = QEFFAutoModel(theirs)

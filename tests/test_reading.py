@@ -104,6 +104,8 @@ def test_what_is_not_a_file_of_the_folder_is_refused_without_waiting(folder, kin
             path = folder / "a\0b"
         case "long":
             path = folder / ("n" * 5000)
+        case _:
+            assert kind == "missing"
     with pytest.raises(PackageError) as caught:
         read_bytes(path, error=PackageError)
     assert "\n" not in str(caught.value)

@@ -199,7 +199,8 @@ def test_a_prompt_that_would_have_to_be_left_out_of_the_pooling_is_refused(tmp_p
     root = sentence_model(tmp_path / "model", [("Pooling", options)], config={"prompts": {"query": "Q: "}})
     ours = compiled(root, "onnxruntime", pooling="mean")
     np.testing.assert_allclose(ours.encode("a cat"), library(root).encode("a cat"), atol=2e-6)
-    for prompt in ({"prompt": "P"}, {"prompt_name": "query"}):
+    prompts: list[dict[str, Any]] = [{"prompt": "P"}, {"prompt_name": "query"}]
+    for prompt in prompts:
         with pytest.raises(RuntimeInputError, match="leaves a prompt's tokens out of its pooling"):
             ours.encode("a cat", **prompt)
 
@@ -279,7 +280,7 @@ def test_code_of_the_folders_own_is_not_taken_for_the_librarys(tmp_path: Path) -
         (root / "modules.json").write_text(json.dumps(changed))
         with pytest.raises(UnsupportedModelError, match=f"has a module of type ({name}|{name.rpartition('.')[2]}), "):
             QEFFAutoModel.from_pretrained(root)
-        own = {"pooling": lambda hidden, mask: hidden[:, 0] + 0 * mask[:, :1]}
+        own: dict[str, Any] = {"pooling": lambda hidden, mask: hidden[:, 0] + 0 * mask[:, :1]}
         if index:
             assert QEFFAutoModel.from_pretrained(root, **own).pools
         else:
@@ -326,10 +327,11 @@ def test_every_field_that_the_library_reads_is_known() -> None:
     for kind, cls in kinds.items():
         parameters = set(inspect.signature(cls.__init__).parameters) - own
         assert {*cls.config_keys, *getattr(cls, "config_key_renames", {}), *parameters} <= known[kind], kind
-    for kind, function in (
+    readers: list[tuple[str, Any]] = [
         ("Transformer", kinds["Transformer"]._load_init_kwargs),
         ("Pooling", inspect.getmodule(kinds["Pooling"])),
-    ):
+    ]
+    for kind, function in readers:
         names = set(re.findall(r'"(\w+_(?:args|kwargs)|pooling_mode_\w+)"', inspect.getsource(function)))
         assert len(names) > 5 and names - {"hub_kwargs", "init_kwargs"} <= known[kind], kind
     read = r'model_config(?:\.get\(|\[)"(\w+)"'

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.external_data_helper
+import onnx.reference
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
 import onnxruntime as ort
@@ -47,7 +49,7 @@ def one_product(path: Path) -> Path:
 
 def branches(path: Path, size: int = N) -> Path:
     """Weights in both branches of an If."""
-    zero = numpy_helper.from_array(np.float32(0), "zero")
+    zero = numpy_helper.from_array(np.zeros((), np.float32), "zero")
 
     def branch(name: str, factor: float) -> onnx.GraphProto:
         weight = numpy_helper.from_array((WEIGHT * factor)[:, :size].copy(), f"w{name}")
@@ -148,7 +150,8 @@ def test_small_constants_are_in_the_onnx_file(tmp_path: Path) -> None:
     out = save_module(load_onnx(path), tmp_path / "out")
     proto = onnx.load(out, load_external_data=False)
     assert [t.data_location for t in proto.graph.initializer] == [TensorProto.DEFAULT]
-    assert ort.InferenceSession(out).run(None, {"x": np.ones((3, N), np.float32)})[0].shape == (3, N)
+    session: Any = ort.InferenceSession(out)
+    assert session.run(None, {"x": np.ones((3, N), np.float32)})[0].shape == (3, N)
 
 
 @pytest.mark.parametrize(

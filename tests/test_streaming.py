@@ -5,7 +5,6 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +25,7 @@ def model(cache: bool) -> ir.Model:
     graph = ir.Graph([total], [], nodes=[], name="sums", opset_imports={"": 24})
     for index in range(COUNT):
 
-        def compute(index: int = index) -> ir.Tensor[Any]:
+        def compute(index: int = index) -> ir.TensorProtocol:
             return ir.tensor(np.full(SIZE, index, dtype=np.float32))
 
         tensor = ir.LazyTensor(compute, ir.DataType.FLOAT, ir.Shape([SIZE]), name=f"w{index}", cache=cache)

@@ -20,6 +20,9 @@ from qeff_ir.passing.report import Missed, PassStats
 if TYPE_CHECKING:
     from onnxscript.rewriter import RewriteRule
 
+Dims = Sequence[int | str | ir.SymbolicDim | None]
+"""Sizes of axes: numbers, names, those of another shape, or `None` for one without a name."""
+
 _LEAST_LIMIT = 1000
 _REWRITES_PER_NODE = 20
 _NODES_PER_REWRITE = 100
@@ -40,7 +43,7 @@ class OpBuilder:
         op_type: str,
         *inputs: ir.Value | None,
         domain: str = "",
-        shape: Sequence[int | str] | ir.Shape | None = None,
+        shape: Dims | ir.Shape | None = None,
         dtype: ir.DataType | None = None,
         **attributes: Any,
     ) -> ir.Value:
@@ -52,7 +55,7 @@ class OpBuilder:
         self,
         op_type: str,
         *inputs: ir.Value | None,
-        shapes: Sequence[Sequence[int | str] | ir.Shape | None],
+        shapes: Sequence[Dims | ir.Shape | None],
         domain: str = "",
         dtype: ir.DataType | None = None,
         **attributes: Any,

@@ -16,7 +16,7 @@ from passes.merge_lora import adapter_digest
 from qeff_ir import QEffAutoLoraModelForCausalLM, QEffAutoPeftModelForCausalLM, QEffPeftModelForCausalLM, numerics
 from qeff_ir.adapters.folder import CONFIG_FILE, read_adapter
 from qeff_ir.adapters.layers import find_layers
-from qeff_ir.adapters.step import lora_step
+from qeff_ir.adapters.step import Mode, lora_step
 from qeff_ir.adapters.targets import regex, select, selection
 from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource
@@ -110,7 +110,8 @@ def test_what_is_left_open_fits_all_that_is_loaded(
     loaded = [read_adapter(folder) for folder in (one[0], two[0])]
 
     def step(adapters: list[Any], **given: Any) -> Any:
-        wanted = {"slots": None, "rank": None, "targets": None, "bias": None, "mode": "slots", "retained": False}
+        wanted: dict[str, Any] = {"mode": "slots", "retained": False}
+        wanted |= dict.fromkeys(("slots", "rank", "targets", "bias"))
         return lora_step(adapters, **{**wanted, **given})
 
     assert [step(loaded * count).n for count in (0, 1, 2, 3)] == [4, 4, 4, 6]
@@ -166,7 +167,7 @@ def test_a_slot_below_zero_is_the_base_model(one: tuple[Path, PeftModel], target
     """Not the last one, counted from the end: hosts give -1 for rows that idle."""
     model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
     model.load_adapter(one[0], "one")
-    model.compile(**{**COMPILE, "target": target, "emit_only": target == "ai100"}, adapter_slots=1)
+    model.compile(**dict[str, Any](COMPILE, target=target, emit_only=target == "ai100"), adapter_slots=1)
     decoder = model.runner(threads=1).decoder
     answers: dict[int, Any] = {}
     for slot in (0, -1, -7, 1):
@@ -181,7 +182,7 @@ def test_there_is_a_slot_for_every_adapter_that_is_loaded(one: tuple[Path, PeftM
     names = [f"copy{number}" for number in range(5)]
     for name in names:
         model.load_adapter(one[0], name)
-    model.compile(**{**COMPILE, "batch_size": len(names)})
+    model.compile(**dict[str, Any](COMPILE, batch_size=len(names)))
     model.use_adapters(names)
     assert model.runner().decoder.lora_ids.tolist() == [1, 2, 3, 4, 5]
 
@@ -343,7 +344,7 @@ def test_a_layer_that_sees_heads_has_the_adapter_of_the_row(tmp_path: Path) -> N
 def test_every_copy_of_a_row_has_the_adapter_of_the_row(one: tuple[Path, PeftModel]) -> None:
     model = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME))
     model.load_adapter(one[0], "one")
-    model.compile(**{**COMPILE, "batch_size": 4})
+    model.compile(**dict[str, Any](COMPILE, batch_size=4))
     ids = torch.tensor(support.prompts([6, 6], seed=2))
     model.generate(ids, adapters=["one", None], num_return_sequences=2, do_sample=True, max_new_tokens=2)
     assert model.runner().decoder.lora_ids.tolist() == [1, 1, 0, 0]
@@ -351,7 +352,7 @@ def test_every_copy_of_a_row_has_the_adapter_of_the_row(one: tuple[Path, PeftMod
 
 @pytest.mark.parametrize("mode", ["slots", "single"])
 def test_an_adapter_in_the_place_of_another_leaves_nothing_of_it(
-    mode: str, one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]
+    mode: Mode, one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]
 ) -> None:
     """The second changes other layers than the first, which then must answer as the base model's."""
     ids = torch.tensor(support.prompts([6, 6], seed=2))

@@ -47,7 +47,7 @@ def renamed(folder: Path, old: str, new: str) -> Path:
     return folder
 
 
-def by_peft(folder: Path) -> PeftModel:
+def by_peft(folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(copy.deepcopy(base(NAME)), str(folder))
@@ -60,11 +60,15 @@ def by_us(folder: Path) -> Adapter | None:
         return None
 
 
-def branches(model: PeftModel) -> dict[str, float]:
+def branches(model: Any) -> dict[str, float]:
     """The layers that PEFT has given something to add, with the scaling of it."""
     found: dict[str, float] = {}
     for name, module in model.base_model.model.named_modules():
-        if isinstance(module, LoraLayer) and module.lora_B and module.lora_B["default"].weight.abs().sum() > 0:
+        if (
+            isinstance(module, LoraLayer)
+            and module.lora_B
+            and module.lora_B["default"].get_parameter("weight").abs().sum() > 0
+        ):
             found[name] = module.scaling["default"]
     return found
 

@@ -179,7 +179,7 @@ def test_the_bias_of_a_layer_and_that_of_its_branch_add_up(merged: bool, tmp_pat
 
 
 def test_the_reference_sees_the_adapter(tmp_path: Path) -> None:
-    peft_model = make(base("llama"), tmp_path, 0, r=4, target_modules=["q_proj"])
+    peft_model: Any = make(base("llama"), tmp_path, 0, r=4, target_modules=["q_proj"])
     with_it = reference_trace(peft_model, PROMPTS[:1], 2)
     with peft_model.disable_adapter():
         without = reference_trace(peft_model, PROMPTS[:1], 2)

@@ -191,7 +191,7 @@ def test_names_that_are_not_loaded(running: QEffAutoPeftModelForCausalLM) -> Non
             call("nobody")
     for wrong in ([5], [["good"]], ["nobody"]):
         with pytest.raises(AdapterError, match="there is no adapter"):
-            running.use_adapters([*wrong, None])
+            running.use_adapters([*wrong, None])  # pyright: ignore[reportArgumentType]
     with pytest.raises(AdapterError, match="'base'"):
         running.load_adapter("anywhere", "base")
     for name in ("base", "", None):  # 'base' and None would be answered by the base model
@@ -210,7 +210,7 @@ def test_sizes_that_are_no_numbers_are_refused(good: Path) -> None:
     for size in ("adapter_slots", "max_lora_rank"):
         for value in (0, "4", 1.5, True):
             with pytest.raises(AdapterError, match=f"{size} is {value!r}"):
-                model.compile(target="onnxruntime", **{size: value})
+                model.compile(target="onnxruntime", **{size: value})  # pyright: ignore[reportArgumentType]
 
 
 def test_nothing_is_merged_into_a_package(running: QEffAutoPeftModelForCausalLM, good: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_what_is_no_peft_model_is_refused() -> None:
 
 def test_a_model_with_an_adapter_in_its_weights_is_refused(tmp_path: Path) -> None:
     """It would be there twice."""
-    peft_model = make(base(NAME), tmp_path, 0, r=4, target_modules=["q_proj"])
+    peft_model: Any = make(base(NAME), tmp_path, 0, r=4, target_modules=["q_proj"])
     peft_model.base_model.merge_adapter()
     with pytest.raises(AdapterError, match=r"an adapter is merged into the model's weights: call unmerge_adapter\(\)"):
         QEffPeftModelForCausalLM(peft_model).compile(target="onnxruntime", prefill_seq_len=8, ctx_len=48)

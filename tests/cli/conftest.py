@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,9 +76,8 @@ def qeff_process() -> Qeff:
     """A command in a process of its own, as a user starts it."""
 
     def run(*words: object, **options: object) -> Outcome:
-        done = subprocess.run(
-            command(*words), capture_output=True, text=True, check=False, **{"env": environment(), **options}
-        )
+        given: dict[str, Any] = {"env": environment(), **options}
+        done = subprocess.run(command(*words), capture_output=True, text=True, check=False, **given)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run

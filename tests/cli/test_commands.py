@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -162,7 +162,8 @@ class WrongScale(Pass):
     def run(self, module: Module, rewriter: Rewriter) -> None:
         node = next(n for n in module.graph if n.op_type == "RMSNormalization")
         out, b = node.outputs[0], rewriter.at(node)
-        copy = b("RMSNormalization", *node.inputs, shape=out.shape, dtype=out.dtype, **node.attributes)
+        attributes: dict[str, Any] = dict(node.attributes)
+        copy = b("RMSNormalization", *node.inputs, shape=out.shape, dtype=out.dtype, **attributes)
         scaled = b("Mul", copy, b.const(self.factor, "float32"), shape=out.shape, dtype=out.dtype)
         rewriter.replace(node, scaled)
 

@@ -92,7 +92,7 @@ def test_a_cache_that_forgets_shows_in_the_steps_after() -> None:
     for node in module.graph:
         if node.op_type == "CacheUpdate":
             past = node.inputs[0]
-            assert past is not None
+            assert past is not None and past.dtype is not None
             zero = ir.node("Sub", [past, past])
             zero.outputs[0].shape, zero.outputs[0].dtype = past.shape, past.dtype
             module.graph.insert_before(node, zero)

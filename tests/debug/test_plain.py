@@ -33,7 +33,7 @@ def test_a_saved_module_keeps_its_facts(tmp_path: Path) -> None:
     module = support.canonical("llama")
     save_module(module, tmp_path)
     path = onnx_file(str(tmp_path))
-    assert path == tmp_path / "model.onnx"
+    assert path is not None and path == tmp_path / "model.onnx"
     assert load_onnx(path).facts() == module.facts()
 
 

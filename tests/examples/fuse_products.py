@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.sources import sources_of
-from qeff_ir.passing import AllSites, Expect, Pass, Rewriter
+from qeff_ir.passing import AllSites, Expect, Pass, Phase, Rewriter
 from qeff_ir.passing.weights import Stored, side_by_side, stored
 
 
@@ -23,6 +23,7 @@ class FuseProducts(Pass):
     """
 
     name: ClassVar[str] = "fuse-products"
+    phase: ClassVar[Phase] = Phase.LOWER
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     changes_weights: ClassVar[bool] = True
     expect: ClassVar[Expect] = AllSites()
@@ -64,8 +65,9 @@ def _fuse(group: list[ir.Node], rewriter: Rewriter) -> None:
     own = [source.rpartition(".")[2] for node in group for source in sources_of(node)]
     both = side_by_side(rewriter, f"{_parent(first)}.{'_and_'.join(own)}.weight", parts)
     b = rewriter.at(*group)
-    weight = b("Transpose", both.value, perm=[1, 0]) if both.transposed else both.value
-    weight.shape, weight.dtype = ir.Shape(both.features), both.value.dtype
+    weight = both.value
+    if both.transposed:
+        weight = b("Transpose", weight, perm=[1, 0], shape=both.features, dtype=weight.dtype)
     shapes = [node.outputs[0].shape for node in group]
     leading = [] if shapes[0] is None else list(shapes[0].dims[:-1])
     product = b("MatMul", x, weight, shape=ir.Shape([*leading, both.features[1]]), dtype=first.outputs[0].dtype)

@@ -125,9 +125,14 @@ class Branch:
 def _branch(update: ir.Node) -> Branch | str:
     """The branch that ends in an update, or why it cannot be followed."""
     new = update.inputs[1]
-    if new is None or new.shape is None or not isinstance(new.shape[1], int) or not isinstance(new.shape[3], int):
+    if (
+        new is None
+        or new.shape is None
+        or not isinstance(heads := new.shape[1], int)
+        or not isinstance(width := new.shape[3], int)
+    ):
         return "the sizes of the heads are not known"
-    sizes = new.shape[1], new.shape[3]
+    sizes = heads, width
     above: dict[ir.Node, None] = {}
     products: dict[ir.Node, Stored] = {}
     todo = [new.producer()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def test_transformers_generates_the_same(name: str, tmp_path: Path, monkeypatch:
     ours.compile(target="reference", prefill_seq_len=4, ctx_len=24, compile_dir=tmp_path / "package")
     assert ours.package.manifest.target == "reference"
     ids = torch.tensor([support.PROMPTS[1]])
-    kwargs = {"max_new_tokens": 6, "do_sample": False}
+    kwargs: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     expected = support.generate(model, inputs=ids, attention_mask=torch.ones_like(ids), **kwargs)
     assert torch.equal(ours.generate(ids, **kwargs), expected)
     again = QEFFAutoModelForCausalLM.from_package(tmp_path / "package")

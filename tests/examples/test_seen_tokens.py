@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def opened(name: str, folder: Path, *, penalty: float = PENALTY, check: int = 1)
 
 def penalized(logits: Array, seen: list[list[int]]) -> Array:
     """transformers' own processor, row by row: rows have seen different numbers of tokens."""
-    process = RepetitionPenaltyLogitsProcessor(PENALTY)
+    process: Any = RepetitionPenaltyLogitsProcessor(PENALTY)
     rows = [
         process(torch.tensor([s]), torch.from_numpy(row[None].copy()))[0] for s, row in zip(seen, logits, strict=True)
     ]
@@ -43,6 +44,7 @@ def test_what_was_seen_in_any_chunk_is_penalized(name: str, tmp_path: Path) -> N
     plain = support.open_decoder(support.canonical(name), tmp_path / "plain")
     module, own = opened(name, tmp_path / "own")
     assert [s.kind for s in module.states].count(SEEN.name) == 1
+    tokens: list[int] = []
     for prompts in (support.PROMPTS, support.PROMPTS[::-1]):  # the second request has seen nothing of the first
         seen = [list(p) for p in prompts]
         expected = penalized(plain.prefill(prompts), seen)
@@ -63,7 +65,7 @@ def test_transformers_generates_the_same(tmp_path: Path) -> None:
     own = Pipeline.parse(find_backend("onnxruntime").pipeline).add(RepetitionPenalty(PENALTY))
     ours.compile(target="onnxruntime", prefill_seq_len=2, ctx_len=24, pipeline=own, compile_dir=tmp_path / "package")
     ids = torch.tensor([support.PROMPTS[1]])
-    kwargs = {"max_new_tokens": 8, "do_sample": False}
+    kwargs: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     expected = support.generate(model, inputs=ids, repetition_penalty=PENALTY, **kwargs)
     assert torch.equal(ours.generate(ids, **kwargs), expected)
     assert not torch.equal(support.generate(model, inputs=ids, **kwargs), expected)

@@ -129,7 +129,7 @@ def test_copies_are_copies(checkpoint: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_a_program_that_fails_leaves_no_package(checkpoint: Path, tmp_path: Path) -> None:
     class Broken(WithHiddenStates):
-        def programs(self) -> dict[str, object]:
+        def programs(self) -> dict[str, Callable[[], Module]]:
             def lower() -> Module:
                 raise CompileError("the second program fails")
 

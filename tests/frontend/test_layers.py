@@ -92,8 +92,9 @@ def digest(module: Module) -> dict[str, Any]:
         if sizes and node.op_type in ("Add", "Mul"):
             inputs.sort()
         if node.op_type == "Shape" and node.inputs[0] in module.graph.inputs:
-            start = node.attributes.get_int("start", 0)
-            inputs, attributes = [str(node.inputs[0].shape[start : node.attributes.get_int("end", None)])], []
+            read, start = node.inputs[0], node.attributes.get_int("start", 0)
+            assert read is not None and read.shape is not None
+            inputs, attributes = [str(read.shape[start : node.attributes.get_int("end", None)])], []
         facts = (node.domain, node.op_type, attributes, source, types, inputs)
         nodes.append(hashlib.sha256(repr(facts).encode()).hexdigest())
         known |= {v: f"{nodes[-1]} {index}" for index, v in enumerate(node.outputs)}
@@ -169,7 +170,7 @@ def test_what_one_layer_makes_the_next_makes_too() -> None:
                 lambda _, args, out, name=name, forms=forms: forms.update(
                     (name, tuple(t.shape), t.stride(), t.dtype)
                     for t in (*args, *(out if isinstance(out, tuple) else (out,)))
-                    if isinstance(t, FakeTensor) and all(isinstance(n, int) for n in t.shape)
+                    if isinstance(t, FakeTensor) and all(isinstance(n, int) for n in list[Any](t.shape))
                 )
             )
     lower.lower(model, memory_weights(model))
@@ -179,7 +180,7 @@ def test_what_one_layer_makes_the_next_makes_too() -> None:
 
 def test_layers_of_one_structure_that_keep_other_states(folds: list[layers.Fold | None]) -> None:
     """What is expected of a layer from another one is not what it does: its own run tells."""
-    model = build("gpt2", n_layer=3)[1]
+    model: Any = build("gpt2", n_layer=3)[1]
     model.transformer.h[1].attn.head_dim //= 2
     folded, whole = both(model)
     assert folded == whole

@@ -90,7 +90,7 @@ class Writer:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
-        self.tensors: Tensors = dict(_saved(kind))
+        self.tensors: dict[str, Any] = dict(_saved(kind))
         model_type, _, sizes = _KINDS[kind]
         config = AutoConfig.for_model(model_type, **copy.deepcopy(sizes))
         config.architectures = [type(_model(kind)).__name__]
@@ -108,7 +108,7 @@ class Writer:
     def whole(self, **changes: torch.Tensor | None) -> None:
         """One file; keys are given with ``__`` for dots, `None` takes one out."""
         for key, tensor in changes.items():
-            self.tensors[key.replace("__", ".")] = tensor  # type: ignore[assignment]
+            self.tensors[key.replace("__", ".")] = tensor
         self.file("model.safetensors", {k: t for k, t in self.tensors.items() if t is not None}, {"format": "pt"})
 
     def halves(self) -> tuple[Tensors, Tensors]:
@@ -451,9 +451,12 @@ def test_a_head_of_its_own_is_lowered(tmp_path: Path) -> None:
     """What is untied by the checkpoint is two weights in the graph, each with its own numbers."""
     _own_head(Writer(tmp_path, "llama"))
     values = FolderSource(tmp_path).lower().graph.initializers.values()
-    tables = {v.metadata_props[WEIGHT_KEY]: v for v in values if WEIGHT_KEY in v.metadata_props and 40 in v.shape}
+    tables = {
+        v.metadata_props[WEIGHT_KEY]: v for v in values if WEIGHT_KEY in v.metadata_props and 40 in (v.shape or ())
+    }
     assert set(tables) == {"model.embed_tokens.weight", "lm_head.weight"}
     for name, value in tables.items():
+        assert value.const_value is not None
         np.testing.assert_array_equal(value.const_value.numpy(), _saved("llama")[name].numpy())
 
 

@@ -27,7 +27,8 @@ LAYERS = 2
 
 
 def twice(self: Any, input_ids: torch.Tensor, position_ids: Any = None, use_cache: bool = True, **kwargs: Any) -> Any:
-    cache, model = kwargs.get(CACHE), self.model
+    cache: Any = kwargs.get(CACHE)
+    model = self.model
     if cache is None:
         cache = DynamicCache(config=self.config)
     if position_ids is None:
@@ -90,5 +91,5 @@ def test_an_added_layer_is_of_the_kind_that_keeps_its_states(kept: list[states.K
     assert [type(layer) for layer in cache.captured[LAYERS:]] == [kind]
     for state, tensor in past.items():
         assert cache.result(state) is tensor
-    copied = copy.deepcopy(cache.captured[LAYERS])
+    copied: Any = copy.deepcopy(cache.captured[LAYERS])
     assert type(copied) is kind and copied.held.past == {} and copied.held.position_ids is positions

@@ -27,7 +27,7 @@ class Infinite(OwnMask):
 
     def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **_: Any) -> CausalLMOutputWithPast:
         x = self.embed(input_ids)[:, None]
-        seen = create_causal_mask(self.config, x[:, 0], attention_mask=None, past_key_values=past_key_values)
+        seen: Any = create_causal_mask(self.config, x[:, 0], attention_mask=None, past_key_values=past_key_values)
         keys, values = past_key_values.update(x, x, 0)
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]

@@ -29,6 +29,7 @@ from qeff_ir.frontend.checkpoint.config import DROPPED, QUANTIZATION, REFUSED
 from qeff_ir.frontend.checkpoint.folder_files import PATTERNS, read_side_files, write_side_files
 from qeff_ir.frontend.checkpoint.model_files import FIELDS, FILES
 
+MIXIN: Any = GenerationMixin  # its methods are typed for models that generate, not for itself
 READERS: list[Callable[..., Any]] = [
     PreTrainedModel.from_pretrained,
     PreTrainedModel._from_config,
@@ -42,8 +43,8 @@ READERS: list[Callable[..., Any]] = [
     auto_factory._BaseAutoModelClass.from_pretrained,
     auto_factory._get_model_class,
     quantizers.get_hf_quantizer,
-    GenerationMixin.adjust_generation_fn,
-    GenerationMixin.load_custom_generate,
+    MIXIN.adjust_generation_fn,
+    MIXIN.load_custom_generate,
 ]
 """What reads a model folder in transformers."""
 

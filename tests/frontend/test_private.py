@@ -27,6 +27,8 @@ from qeff_ir.frontend import private
 from qeff_ir.frontend.capture import recurrences
 from tests import support
 
+MIXIN: Any = GenerationMixin  # its methods are typed for models that generate, not for itself
+
 
 @pytest.mark.parametrize(
     ("function", "expected"),
@@ -53,9 +55,9 @@ from tests import support
         (PreTrainedModel.set_attn_implementation, ["self", "attn_implementation"]),
         (PreTrainedModel.set_experts_implementation, ["self", "experts_implementation"]),
         (PreTrainedModel.get_experts_implementation, ["self"]),
-        (GenerationMixin.prepare_inputs_for_generation, ["self", "input_ids"]),
-        (GenerationMixin._optimize_model_for_decode, ["self"]),
-        (GenerationMixin._supports_default_dynamic_cache, []),
+        (MIXIN.prepare_inputs_for_generation, ["self", "input_ids"]),
+        (MIXIN._optimize_model_for_decode, ["self"]),
+        (MIXIN._supports_default_dynamic_cache, []),
     ],
     ids=lambda v: getattr(v, "__qualname__", ""),
 )
@@ -118,7 +120,7 @@ def test_models_tell_how_they_attend_and_route(name: str, interface: bool, exper
 
 
 def test_modules_keep_their_tensors_in_tables() -> None:
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.register_parameter("p", torch.nn.Parameter(torch.zeros(1)))
     module.register_buffer("kept", torch.zeros(1))
     module.register_buffer("computed", torch.zeros(1), persistent=False)

@@ -70,7 +70,7 @@ def test_frequencies_that_grow_bound_the_context_to_where_they_begin_to(by_layer
 class OwnRotary(OwnMask):
     """Takes other frequencies, in Python, from some position on."""
 
-    def forward(self, input_ids: torch.Tensor, position_ids: Any = None, past_key_values: Any = None, **_: Any) -> Any:
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, position_ids: Any = None, **_: Any) -> Any:
         if position_ids.max() > ORIGINAL:
             input_ids = input_ids + 1
         return super().forward(input_ids, past_key_values)

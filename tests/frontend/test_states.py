@@ -22,8 +22,9 @@ def test_a_subclass_of_a_cache_layer_is_refused(name: str, monkeypatch: pytest.M
     def with_own(at: int) -> Any:
         def made(config: Any) -> DynamicCache:
             cache = DynamicCache(config=config)
-            kind = type(cache.layers[at])
-            cache.layers[at].__class__ = type("Own" + kind.__name__, (kind,), {})
+            layer: Any = cache.layers[at]
+            kind = type(layer)
+            layer.__class__ = type("Own" + kind.__name__, (kind,), {})
             return cache
 
         return made

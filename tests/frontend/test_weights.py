@@ -88,7 +88,7 @@ def test_computed_buffers_of_a_skeleton_are_those_of_the_model(saved: Callable[[
 
 
 def test_half_precision_becomes_float32_when_it_is_read(tmp_path: Path) -> None:
-    _, model = build("llama")
+    model: Any = build("llama")[1]
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     source = FolderSource(tmp_path)
     weights = checkpoint_weights(build_skeleton(source.config), source.checkpoint)

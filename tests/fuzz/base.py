@@ -129,7 +129,7 @@ def _onnx_files(root: Path) -> list[Path]:
         "choice",
         [x],
         [y],
-        [numpy_helper.from_array(np.float32(0), "zero")],
+        [numpy_helper.from_array(np.zeros((), np.float32), "zero")],
     )
     gate = [node("Sigmoid", ["a"], ["s"]), node("Mul", ["a", "s"], ["o"])]
     called = graph([node("Gate", ["x"], ["y"], domain="own")], "called", [x], [y])

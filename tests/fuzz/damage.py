@@ -99,7 +99,7 @@ def _changed(draw: Draw, value: Any, words: tuple[str, ...]) -> Any:
         case 1 if isinstance(holder, dict):
             name = draw(st.sampled_from([*words, *_TEXTS]) if words else st.sampled_from(_TEXTS))
             holder[name] = holder.pop(key)
-        case 1:
+        case 1 if isinstance(holder, list):
             holder.insert(key, copy.deepcopy(holder[key]))
         case 2 if words:
             holder[key] = draw(st.sampled_from(words))

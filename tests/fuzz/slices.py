@@ -164,7 +164,7 @@ def _engine(one: Any, start: int, inputs: int, phases: list[Phase]) -> Any:
         deadline=None,
         phases=phases,
         verbosity=Verbosity.quiet if Phase.shrink not in phases else Verbosity.normal,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list[Any](HealthCheck),
         derandomize=False,
     )
     return seed(start)(chosen(given(st.data())(one)))

@@ -92,7 +92,7 @@ def _endless(_folder: Path) -> None:
         (lambda folder: (folder.parents[1] / "planted.txt").write_text(""), "planted.txt.* is opened for writing"),
         (lambda folder: (folder.parents[1] / "planted").mkdir(exist_ok=True), "os.mkdir of .*planted"),
         (_remove_outside, "os.remove of 'nowhere'"),
-        (lambda _folder: os.system("true"), "os.system"),
+        (lambda _folder: os.system("true"), "os.system"),  # pyright: ignore[reportDeprecated]
         (_run_code, "code of the input runs"),
         (lambda _folder: bytearray(1 << 34), "MemoryError"),
     ],

@@ -56,7 +56,8 @@ class _Counter:
 
     @pytest.hookimpl(wrapper=True, trylast=True)  # inside hypothesis' own plugin, which listens too
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        told = collector.value
+        listener: Any = collector  # hypothesis types it by its default, None
+        told = listener.value
 
         def count(statistics: Any) -> None:
             cases = statistics.get("generate-phase", {}).get("test-cases", [])
@@ -67,7 +68,7 @@ class _Counter:
             if told is not None:
                 told(statistics)
 
-        with collector.with_value(count):
+        with listener.with_value(count):
             return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

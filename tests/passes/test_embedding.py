@@ -32,8 +32,8 @@ def module(*, masked: bool = True) -> Module:
     """A module that hands its hidden states through."""
     hidden = ir.val("hidden", ir.DataType.FLOAT, ir.Shape(["batch_size", "seq_len", WIDTH]))
     mask = ir.val("attention_mask", ir.DataType.INT64, ir.Shape(["batch_size", "seq_len"]))
-    copied = ir.node("Neg", [ir.node("Neg", [hidden]).outputs[0]])
-    first = copied.inputs[0].producer()  # type: ignore[union-attr]
+    first = ir.node("Neg", [hidden])
+    copied = ir.node("Neg", [first.outputs[0]])
     out = copied.outputs[0]
     out.name, out.dtype, out.shape = "last_hidden_state", ir.DataType.FLOAT, hidden.shape
     graph = ir.Graph(

@@ -320,6 +320,7 @@ def _replace_logits(module: Module, op_type: str) -> None:
     node = ir.node(op_type, [old])
     module.graph.append(node)
     new = node.outputs[0]
+    assert old.dtype is not None
     new.shape, new.dtype = old.shape, old.dtype
     old.name, new.name = "inner", "logits"
     module.graph.outputs[0] = new

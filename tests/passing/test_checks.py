@@ -311,7 +311,7 @@ def test_a_declared_destruction_is_taken(module: Module) -> None:
 
 
 def constant(value: float) -> Run:
-    return lambda module, rewriter: rewriter.constant(np.float32(value)) and None
+    return lambda module, rewriter: rewriter.constant(np.array(value, np.float32)) and None
 
 
 def future(module: Module, rewriter: Rewriter) -> None:
@@ -345,7 +345,8 @@ def test_each_property_has_a_checker_that_fails(module: Module, name: str, spoil
 
 
 def test_every_property_has_a_fault() -> None:
-    marks = test_each_property_has_a_checker_that_fails.pytestmark
+    test: Any = test_each_property_has_a_checker_that_fails
+    marks = test.pytestmark
     assert {values[0] for mark in marks for values in mark.args[1]} == set(properties.PROPERTIES)
 
 

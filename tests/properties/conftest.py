@@ -50,7 +50,7 @@ def reasons() -> dict[str, str]:
                         values = (
                             [node.value.body, node.value.orelse] if isinstance(node.value, ast.IfExp) else [node.value]
                         )
-                        found |= {v.value: path.name for v in values if isinstance(v, ast.Constant) and v.value}
+                        found |= {str(v.value): path.name for v in values if isinstance(v, ast.Constant) and v.value}
     return found
 
 

@@ -80,7 +80,8 @@ def cases(draw: st.DrawFn) -> tuple[Recipe, Request, Adapters]:
     recipe = draw(recipes(most_layers=2))
     request = draw(requests(recipe, batch=3, most_runs=4))
     dense = any(not layer.experts for layer in recipe.layers)
-    targets = draw(st.sampled_from(["all-linear", "q,o", *(["down", "v,up"] if dense else [])]))
+    choices: list[str] = ["all-linear", "q,o", *(["down", "v,up"] if dense else [])]
+    targets = draw(st.sampled_from(choices))
     ranks = draw(st.tuples(*[st.integers(1, 3)] * SLOTS))
     return recipe, request, Adapters(targets, ranks, tuple(draw(st.permutations(range(SLOTS + 1)))), draw(SEEDS))
 
@@ -98,6 +99,7 @@ def opened(module: Module, request: Request, target: str, folder: Path, adapters
     backend.emit(module, folder, options(request))
     session = backend.open(folder, threads=1)
     for slot in range(1, SLOTS + 1) if adapters is not None else ():
+        assert adapters is not None
         for layer, parts in adapters.factors(module, slot).items():
             for part, numbers in zip(("a", "b"), parts, strict=True):
                 (item,) = [i for i in module.adapters if (i.layer, i.part) == (layer, part)]

@@ -42,7 +42,7 @@ PROMPT = torch.tensor(support.prompts([11], seed=1))
 ROWS = support.prompts([13, 4], seed=2)
 
 
-def padded(side: str) -> dict[str, torch.Tensor]:
+def padded(side: str) -> dict[str, Any]:
     width = max(map(len, ROWS))
     ids, mask = [], []
     for row in ROWS:
@@ -111,7 +111,7 @@ def test_sampling_with_one_seed(
     seed: int, arguments: dict[str, Any], two: QEFFAutoModelForCausalLM, reference: PreTrainedModel
 ) -> None:
     batch = padded("left")
-    common = {"do_sample": True, "max_new_tokens": 15, **arguments}
+    common: dict[str, Any] = {"do_sample": True, "max_new_tokens": 15, **arguments}
     torch.manual_seed(seed)
     expected = support.generate(reference, **batch, **common)
     torch.manual_seed(seed)
@@ -187,8 +187,8 @@ def test_a_streamer_is_told_of_every_token(one: QEFFAutoModelForCausalLM, refere
     assert got.ended
 
 
-def test_scores_and_sequences_as_a_dictionary(one: QEFFAutoModelForCausalLM, reference: PreTrainedModel) -> None:
-    arguments = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
+def test_scores_and_sequences_as_a_dictionary(one: QEFFAutoModelForCausalLM, reference: Any) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad():
         expected = reference.generate(PROMPT, **arguments)
     got = one.generate(PROMPT, **arguments)
@@ -212,7 +212,8 @@ def test_several_answers_to_one_prompt(
 
 def test_several_answers_to_each_of_several_prompts(reference: PreTrainedModel) -> None:
     """Every answer stands behind its own prompt, padding where it was."""
-    batch, common = padded("right"), {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 6}
+    batch = padded("right")
+    common: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 6}
     torch.manual_seed(4)
     expected = support.generate(reference, **padded("left"), **common)
     torch.manual_seed(4)

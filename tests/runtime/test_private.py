@@ -16,17 +16,19 @@ from qeff_ir.frontend.versions import CACHE
 from qeff_ir.runtime import private
 from tests import support
 
+MIXIN: Any = GenerationMixin  # its methods are typed for models that generate, not for itself
+
 
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (GenerationMixin._prepare_generation_config, ["self", "generation_config", "kwargs"]),
-        (GenerationMixin._prepare_special_tokens, ["self", "generation_config"]),
+        (MIXIN._prepare_generation_config, ["self", "generation_config", "kwargs"]),
+        (MIXIN._prepare_special_tokens, ["self", "generation_config"]),
         (
-            GenerationMixin._prepare_attention_mask_for_generation,
+            MIXIN._prepare_attention_mask_for_generation,
             ["self", "inputs_tensor", "generation_config", "model_kwargs"],
         ),
-        (GenerationMixin._get_stopping_criteria, ["self", "generation_config", "stopping_criteria", "tokenizer"]),
+        (MIXIN._get_stopping_criteria, ["self", "generation_config", "stopping_criteria", "tokenizer"]),
         (StoppingCriteriaList.__call__, ["self", "input_ids", "scores"]),
     ],
     ids=lambda v: getattr(v, "__qualname__", ""),

@@ -192,7 +192,8 @@ def test_every_field_is_answered_for() -> None:
 
 
 def test_every_argument_is_answered_for() -> None:
-    named = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
+    mixin: Any = GenerationMixin  # its methods are typed for models that generate, not for itself
+    named = set(inspect.signature(mixin.generate).parameters) - {"self", "inputs", "kwargs"}
     assert named <= request.CALLBACKS | request.HARMLESS_ARGUMENTS | set(request.REFUSED_ARGUMENTS)
 
 

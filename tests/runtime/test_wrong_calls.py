@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ def test_paths_of_any_kind_are_taken(model: QEFFAutoModelForCausalLM) -> None:
         def __str__(self) -> str:
             return self.__fspath__()
 
-    for path in (str(model.package.folder), model.package.folder, Named()):
+    paths: list[Any] = [str(model.package.folder), model.package.folder, Named()]
+    for path in paths:
         assert QEFFAutoModelForCausalLM.from_package(path).package.folder == model.package.folder
 
 
@@ -104,7 +105,7 @@ COMPILE: list[tuple[dict[str, Any], str]] = [
 def test_wrong_arguments_of_compile(arguments: dict[str, Any], message: str, model: QEFFAutoModelForCausalLM) -> None:
     """Nothing is lowered for them: the message comes before the first step."""
     steps: list[str] = []
-    given = {"target": "onnxruntime", "watch": lambda step, _: steps.append(step), **arguments}
+    given: dict[str, Any] = {"target": "onnxruntime", "watch": lambda step, _: steps.append(step), **arguments}
     one_sentence(lambda: model.compile(**given), CompileError, message)
     assert steps == []
 
@@ -131,7 +132,7 @@ def test_a_path_as_a_flag_is_kept_as_text() -> None:
     assert Ai100Options(flags={"mos_file": Path("/x/y.yaml")}).flags == {"mos_file": "/x/y.yaml"}
 
 
-def one_text() -> Iterator[str]:
+def one_text() -> Any:
     yield "1+1="
 
 
@@ -156,7 +157,8 @@ def test_what_is_not_a_prompt(
 
 
 def test_prompts_of_any_iterable(model: QEFFAutoModelForCausalLM, adapted: QEffAutoPeftModelForCausalLM) -> None:
-    for prompts in (["1+1="], ("1+1=",), "1+1=", one_text()):
+    texts: list[Any] = [["1+1="], ("1+1=",), "1+1=", one_text()]
+    for prompts in texts:
         assert model.generate(prompts=prompts, tokenizer=TOKENIZER).generated_texts == ["2"]
     adapted.disable_adapter()
     assert adapted.generate(prompts=one_text(), tokenizer=TOKENIZER).generated_texts == ["2"]
@@ -198,8 +200,9 @@ class Panicking(Failing):
 def test_wrong_settings_beside_prompts(
     arguments: dict[str, Any], message: str, model: QEFFAutoModelForCausalLM
 ) -> None:
+    given: dict[str, Any] = {"prompts": "1+1=", "tokenizer": TOKENIZER, **arguments}
     with pytest.raises(RuntimeInputError) as error:
-        model.generate(**{"prompts": "1+1=", "tokenizer": TOKENIZER, **arguments})
+        model.generate(**given)
     assert any(part in str(error.value) for part in message.split("|"))
 
 
@@ -233,7 +236,8 @@ def test_a_length_of_the_model_does_not_refuse_prompts(model: QEFFAutoModelForCa
     before = runner.generation_config.max_length, runner.generation_config.max_new_tokens
     try:
         for lengths in ({"max_length": 4096}, {"max_new_tokens": 512}):
-            runner.generation_config.update(**{"max_length": None, "max_new_tokens": None, **lengths})
+            given: dict[str, Any] = {"max_length": None, "max_new_tokens": None, **lengths}
+            runner.generation_config.update(**given)
             assert model.generate(prompts="2+3=", tokenizer=TOKENIZER).generated_texts == ["5"]
     finally:
         runner.generation_config.max_length, runner.generation_config.max_new_tokens = before

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ Job = Callable[[], Any]
 
 
 @contextmanager
-def often_interrupted() -> Iterator[None]:
+def often_interrupted() -> Generator[None]:
     """Let threads change places a hundred times as often as usual, so that few requests show what many would."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(5e-5)
@@ -71,7 +71,8 @@ def together(jobs: Sequence[Sequence[Job]]) -> list[str]:
 @functools.cache
 def theirs(name: str, index: int) -> torch.Tensor:
     """What transformers answers to a prompt."""
-    return support.tiny(name)[1].generate(PROMPTS[index], **ASK)
+    model: Any = support.tiny(name)[1]
+    return model.generate(PROMPTS[index], **ASK)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import copy
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -46,7 +46,7 @@ def forward(model: Any) -> list[torch.Tensor]:
 
 
 @contextmanager
-def meanwhile(work: Callable[[], Any]) -> Iterator[Callable[[], bool]]:
+def meanwhile(work: Callable[[], Any]) -> Generator[Callable[[], bool]]:
     """Work in another thread; yields whether it goes on. What it raises is raised at the end."""
     raised: list[BaseException] = []
 
@@ -108,7 +108,7 @@ def test_a_copy_of_the_structure_shares_every_tensor_and_nothing_else() -> None:
     model = support.tiny("gemma2")[1]
     made = structure(model)
     assert made.config is not model.config and made.lm_head.weight is made.model.embed_tokens.weight
-    pairs = list(zip(made.parameters(), model.parameters(), strict=True))
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = list(zip(made.parameters(), model.parameters(), strict=True))
     pairs += zip(made.buffers(), model.buffers(), strict=True)
     assert pairs and all(one is other for one, other in pairs)
     assert not {id(m) for m in made.modules()} & {id(m) for m in model.modules()}

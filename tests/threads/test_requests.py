@@ -181,7 +181,7 @@ def test_by_hand_a_thread_goes_on_with_its_own_request_alone(target: str) -> Non
     decoder = fresh("llama", target).runner(threads=1).decoder
     rows = [row.tolist() for row in PROMPTS]
 
-    def steps(index: int, first: np.ndarray[Any, Any], count: int) -> list[int]:
+    def steps(index: int, first: np.ndarray[Any, Any], count: int) -> bool:
         tokens = [int(first.argmax())]
         for _ in range(count - 1):
             tokens.append(int(decoder.decode(tokens[-1:]).argmax()))

@@ -125,6 +125,8 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
             return status("deactivate")
 
     class ExecObj:
+        kept: dict[int, Any]
+
         def __init__(self, context: Any, program: Program) -> None:
             assert program.state == "active", "an ExecObj needs an active program"
             self.state, self.runs, self.kept = "idle", 0, dict.fromkeys(adapters, np.zeros(0))

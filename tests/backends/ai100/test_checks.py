@@ -31,7 +31,8 @@ def found(module: Module, options: Ai100Options = OPTIONS) -> list[str]:
 
 def append(module: Module, op: str, *inputs: ir.Value | None, dtype: ir.DataType | None = None) -> None:
     node = ir.node(op, inputs, metadata_props={SOURCE_KEY: SOURCE})
-    node.outputs[0].dtype = dtype
+    if dtype is not None:
+        node.outputs[0].dtype = dtype
     module.graph.append(node)
 
 

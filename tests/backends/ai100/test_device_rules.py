@@ -34,15 +34,15 @@ def model(function: Any, inputs: dict[str, str], **attributes: Any) -> onnx.Mode
     return helper.make_model(graph, opset_imports=imports, functions=[proto], ir_version=8)
 
 
-def opened(proto: onnx.ModelProto) -> ort.InferenceSession:
+def opened(proto: onnx.ModelProto) -> Any:
     return ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def session(function: Any, inputs: dict[str, str], **attributes: Any) -> ort.InferenceSession:
+def session(function: Any, inputs: dict[str, str], **attributes: Any) -> Any:
     return opened(model(function, inputs, **attributes))
 
 
-def unread() -> ort.InferenceSession:
+def unread() -> Any:
     """A read whose rule came from the emulator, as in the emulator."""
     proto = model(operators.CtxGather, GATHER_INPUTS)
     give_rules(proto, unread=math.nan)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -75,7 +76,7 @@ def test_a_reset_sets_states_to_zero(tmp_path: Path) -> None:
     sizes = Specialization("Decode", "decode", {"batch_size": 1, "seq_len": 1})
     (tmp_path / "specializations.json").write_text(specializations.dumps([sizes], "named"))
     session = EmulatedSession(tmp_path / "m.onnx", threads=1)
-    feeds = dict.fromkeys(("input_ids", "position_ids"), np.zeros((1, 1), np.int64))
+    feeds: dict[str, Any] = dict.fromkeys(("input_ids", "position_ids"), np.zeros((1, 1), np.int64))
     counted = []
     for runs in (3, 2, 1):
         session.reset()

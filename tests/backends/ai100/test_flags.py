@@ -32,9 +32,10 @@ def test_mapping_is_the_contract(key: str, value: Any) -> None:
 
 @given(KEYS.filter(lambda k: k.replace("_", "-") not in {n.lower() for n in NEW.flags} | {"compile-only"}))
 def test_an_unknown_flag_is_refused_or_forced(key: str) -> None:
+    given: dict[str, Any] = {key: 3}
     with pytest.raises(CompileError, match=f"no flag {key}: the nearest is "):
-        resolve(**{key: 3})
-    assert resolve(force=True, **{key: 3}).arguments == (f"-{key.replace('_', '-')}=3",)
+        resolve(**given)
+    assert resolve(force=True, **given).arguments == (f"-{key.replace('_', '-')}=3",)
 
 
 def test_the_nearest_flag_is_named() -> None:
@@ -43,7 +44,7 @@ def test_the_nearest_flag_is_named() -> None:
 
 
 def test_flags_keep_their_order_and_either_spelling() -> None:
-    given = {"mos": 2, "aic-enable-depth-first": True, "qpc_crc": False, "aic_num_of_activations": 3}
+    given: dict[str, Any] = {"mos": 2, "aic-enable-depth-first": True, "qpc_crc": False, "aic_num_of_activations": 3}
     assert resolve(**given).arguments == ("-mos=2", "-aic-enable-depth-first", "-aic-num-of-activations=3")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -19,7 +20,7 @@ STATES = [f"past_{role}.{layer}" for layer in LAYERS for role in ("key", "value"
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama") / "out"
     model = QEFFAutoModelForCausalLM._opened(support.Lowered("llama"))
-    options = {"prefill_seq_len": 8, "ctx_len": 48, "batch_size": 2, "num_devices": 2, "num_cores": 14}
+    options: dict[str, Any] = {"prefill_seq_len": 8, "ctx_len": 48, "batch_size": 2, "num_devices": 2, "num_cores": 14}
     model.compile(
         target="ai100", emit_only=True, compile_dir=folder, mxfp6_matmul=True, mxint8_kv_cache=True, **options
     )

@@ -278,7 +278,7 @@ def test_a_tool_that_fails_is_told(emitted: Path, sdk: Path) -> None:
     assert not (emitted / qnn.CONVERTED).exists() and "$QNN_SDK_ROOT" in (emitted / qnn.EXTENSIONS).read_text()
 
 
-def edit(name: str, change: Callable[[Any], None], folder: Path) -> None:
+def edit(name: str, change: Callable[[Any], object], folder: Path) -> None:
     path = folder / name
     text = path.read_text()
     data = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)

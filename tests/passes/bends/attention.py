@@ -207,6 +207,6 @@ def heads_joined_by_a_weight(module: Module) -> None:
     assert isinstance(heads, int) and isinstance(width, int) and isinstance(features, int)
     weight = np.random.default_rng(0).normal(size=(heads, width, features))
     b = at(merge)
-    own = b("Einsum", split, b.const(weight, np.float32), equation="bthd,hdk->btk", shape=joined.shape)
-    own.dtype = joined.dtype
+    each = b.const(weight, np.float32)
+    own = b("Einsum", split, each, equation="bthd,hdk->btk", shape=joined.shape, dtype=joined.dtype)
     Rewriter(module, "bend").substitute(merge, own)

@@ -54,6 +54,7 @@ def replace_logits(module: Module, make: Callable[[OpBuilder, ir.Value], ir.Valu
     end = ir.node("Identity", [old])
     module.graph.append(end)
     new = make(at(end), old)
+    assert old.dtype is not None
     new.shape, new.dtype = old.shape, old.dtype
     module.graph.remove(end, safe=True)
     old.name, new.name = "inner", "logits"

@@ -129,8 +129,8 @@ def angles_of_the_first_row(module: Module) -> None:
     assert angles is not None and angles.shape is not None
     (concat,) = angles.consumers()
     b = at(concat)
-    first = b("Slice", angles, b.const([0]), b.const([1]), b.const([0]), shape=[1, *angles.shape.dims[1:]])
-    first.dtype = angles.dtype
+    shape = [1, *angles.shape.dims[1:]]
+    first = b("Slice", angles, b.const([0]), b.const([1]), b.const([0]), shape=shape, dtype=angles.dtype)
     for index in range(2):
         concat.replace_input_with(index, first)
     turns = list(concat.outputs[0].consumers())  # cosines and sines, and the axis of heads behind each
