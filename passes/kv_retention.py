@@ -17,8 +17,8 @@ from qeff_ir.passing.base import Pass, Phase, Rewriter, register, registered_pas
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import depends_on, operand
 from qeff_ir.passing.options import nearest
+from qeff_ir.passing.shapes import carry_on
 
-from ._mask_shapes import carry_on
 from .kv_layouts import LAYOUTS, Layout, Slots
 
 

@@ -12,9 +12,7 @@ from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import LOGITS, POSITIONS
 from qeff_ir.passing.base import Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import Exactly, Expect
-from qeff_ir.passing.matching import depends_on
-
-_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"})
+from qeff_ir.passing.selection import head_of, keep_columns
 
 
 @register
@@ -44,44 +42,9 @@ class LastLogits(Pass):
         logits = module.port(LOGITS)
         if logits.shape is not None and logits.shape[1] == 1:
             raise PassError("the logits are those of one token of each row already: last-logits has run before")
-        tail = _row_wise_tail(logits, set(module.graph.inputs))
-        if not tail or tail[-1].op_type != "MatMul":
-            raise PassError(
-                "the logits are not a matrix product of one hidden state per token, so one token cannot be selected "
-                "before the LM head"
-            )
+        head = head_of(module)
         if not rewriter.rewrite("selection"):
             return
-        head = tail[-1]
-        hidden = head.inputs[0]
-        assert hidden is not None and hidden.shape is not None
-        b = rewriter.at(head)
+        b = rewriter.at(head[-1])
         positions = b("Cast", module.port(POSITIONS), to=ir.DataType.INT32)
-        column = b("ArgMax", positions, axis=1, keepdims=1)
-        index = b("Unsqueeze", column, b.const([2]))
-        shape = ir.Shape([hidden.shape[0], 1, hidden.shape[2]])
-        last = b("GatherND", hidden, index, batch_dims=1, shape=shape, dtype=hidden.dtype)
-        head.replace_input_with(0, last)
-        for node in tail:
-            out = node.outputs[0]
-            if out.shape is not None:
-                out.shape = ir.Shape([out.shape[0], 1, *out.shape.dims[2:]])
-
-
-def _row_wise_tail(logits: ir.Value, inputs: set[ir.Value]) -> list[ir.Node]:
-    """Nodes from the logits up to the LM head, all of which treat each token by itself.
-
-    What stands beside the logits in them is the same for every token: it depends on none of the graph's inputs.
-    """
-    tail: list[ir.Node] = []
-    value = logits
-    while (node := value.producer()) is not None:
-        if node.op_type == "MatMul":
-            weight = node.inputs[1]
-            return [*tail, node] if weight is not None and not depends_on(weight, inputs) else tail
-        data = [v for v in node.inputs if v is not None and depends_on(v, inputs)]
-        if node.op_type not in _ELEMENTWISE or len(data) != 1:
-            return tail
-        tail.append(node)
-        value = data[0]
-    return tail
+        keep_columns(head, b("ArgMax", positions, axis=1, keepdims=1), 1, rewriter)

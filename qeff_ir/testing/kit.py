@@ -92,6 +92,7 @@ def hold_pass(
     item: Pass | str,
     *,
     target: str = "onnxruntime",
+    pipeline: Pipeline | None = None,
     examples: int = 25,
     shrink: bool = True,
     seen: Callable[[int], None] | None = None,
@@ -105,6 +106,7 @@ def hold_pass(
         item: The pass, or a text (``fuse-gates{alpha=2}``). It stands where the target has one of that name, else at
             the end of its phase.
         target: Whose pipeline.
+        pipeline: Another pipeline for the target, in which the pass stands.
         examples: Number of decoders; they are the same at each call.
         shrink: Whether to look for the smallest decoder that shows a fault, which takes longer than to find one.
         seen: Called with the number of decoders so far.
@@ -114,10 +116,10 @@ def hold_pass(
 
     Raises:
         NotHeldError: It does not hold, or the pass changed no decoder.
-        PipelineError: `item` is a text that cannot be read, or is not one pass.
+        PipelineError: `item` is a text that cannot be read, or is not one pass; `pipeline` is without it.
         ValueError: `examples` is less than 1.
     """
-    before, made, _ = _placed(item, target)
+    before, made, _ = _placed(item, target, pipeline)
 
     def one(recipe: Recipe, request: Request, held: Held) -> None:
         module = prepare(build(recipe).module, request)
@@ -141,6 +143,7 @@ def hold_package(
     item: Pass | str,
     *,
     target: str = "onnxruntime",
+    pipeline: Pipeline | None = None,
     examples: int = 10,
     shrink: bool = True,
     seen: Callable[[int], None] | None = None,
@@ -150,7 +153,7 @@ def hold_package(
     Args, Returns, Raises:
         See `hold_pass`. A package of the AI 100 runs in the emulator.
     """
-    before, made, after = _placed(item, target)
+    before, made, after = _placed(item, target, pipeline)
     backend = find_backend(target)
 
     def one(recipe: Recipe, request: Request, held: Held) -> None:
@@ -169,9 +172,9 @@ def hold_package(
     return _hold(made.name, one, examples, shrink, seen)
 
 
-def _placed(item: Pass | str, target: str) -> tuple[Pipeline, Pass, Pipeline]:
-    """The target's passes before the pass, the pass, and those after it."""
-    own = Pipeline.parse(find_backend(target).pipeline)
+def _placed(item: Pass | str, target: str, pipeline: Pipeline | None) -> tuple[Pipeline, Pass, Pipeline]:
+    """The passes before the pass, the pass, and those after it."""
+    own = Pipeline.parse(find_backend(target).pipeline) if pipeline is None else pipeline
     given_passes = Pipeline.parse(item).passes if isinstance(item, str) else (item,)
     if len(given_passes) != 1:
         raise PipelineError(f"'{item}' has {len(given_passes)} passes: give one")
@@ -179,6 +182,8 @@ def _placed(item: Pass | str, target: str) -> tuple[Pipeline, Pass, Pipeline]:
     place = next((i for i, other in enumerate(own.passes) if other.name == made.name), None)
     if place is not None:
         return Pipeline(own.passes[:place]), made, Pipeline(own.passes[place + 1 :])
+    if pipeline is not None:
+        raise PipelineError(f"the pipeline has no pass {made.name}: put it where it belongs")
     whole = own.add(made).passes
     place = next(i for i, other in enumerate(whole) if other is made)
     return Pipeline(whole[:place]), made, Pipeline(whole[place + 1 :])

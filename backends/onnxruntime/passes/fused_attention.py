@@ -8,11 +8,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from passes.attention import does_more
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import POSITIONS
 from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
 from qeff_ir.passing.matching import constant, made_by, operand
+from qeff_ir.passing.scores import does_more
 
 from ._rows import SWAP, flattening, rows, size
 from .kernels import ORT_DOMAIN
