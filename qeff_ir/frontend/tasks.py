@@ -12,7 +12,7 @@ class Task:
 
     Attributes:
         auto: Name of transformers' auto class.
-        shapes: The options of `compile` that say its shapes.
+        shapes: The options of `compile` that say its shapes; of a source with several programs, those of all.
         graph_name: What the AI 100 contract calls the specializations of a model without a cache (§4.2).
         retains: Whether a run leaves states for the next one.
     """

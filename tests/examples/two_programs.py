@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qeff_ir.frontend.forward_source import ForwardFolder, ForwardOptions
 from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.tasks import CAUSAL_LM, EMBEDDING
 from qeff_ir.ir.module import Module
 
 HIDDEN = "hidden"
@@ -19,6 +21,8 @@ class WithHiddenStates(FolderSource):
     Args:
         folder: The folder.
     """
+
+    task = replace(CAUSAL_LM, shapes=(*CAUSAL_LM.shapes, *EMBEDDING.shapes[:1]))
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MIXED = "adapters/test_matrix.py::test_every_row_of_a_mixed_batch_answers_as_peft_does"
+_SENTENCES = "auto/test_sentence_folders.py"
 PROPERTIES = {
     "P2 saved": "properties/test_modules.py::test_p1_p2_saving_and_loading_is_the_identity",
     "P1 text": "properties/test_modules.py::test_p1_every_change_shows_in_the_text",
@@ -35,7 +36,7 @@ PROPERTIES = {
     "files of others": "debug/test_plain.py",
     "node counts": "passes/test_node_counts.py",
     "refusals": "passes/test_refusals.py",
-    "Auto classes": "adapters/test_auto.py",
+    "Auto classes": "auto/test_adapters.py",
     "AI 100 device": "backends/ai100/test_device.py",
     "AI 100 device rules": "backends/ai100/test_device_rules.py",
     "AI 100 emulator": "backends/ai100/test_emulator.py",
@@ -48,19 +49,19 @@ PROPERTIES = {
     "merged adapters": "adapters/test_matrix.py::test_a_merged_adapter_answers_as_peft_does",
     "adapters of llama": f"{_MIXED}[llama-onnxruntime]",
     "adapters of bloom": f"{_MIXED}[bloom-onnxruntime]",
-    "adapters that are loaded": "adapters/test_auto.py::test_what_is_left_open_fits_all_that_is_loaded",
-    "adapters in blocks": "adapters/test_auto.py::test_what_a_block_without_adapters_changes_stays_as_in_peft",
+    "adapters that are loaded": "auto/test_adapters.py::test_what_is_left_open_fits_all_that_is_loaded",
+    "adapters in blocks": "auto/test_adapters.py::test_what_a_block_without_adapters_changes_stays_as_in_peft",
     "AI 100 SDK": "backends/ai100/test_sdk.py",
     "filled context": "runtime/test_generate.py::test_the_context_can_be_filled_to_the_last_token",
     "lengths of requests": "runtime/test_request.py::test_a_length_of_the_caller_is_not_cut",
     "slots of rows": "runtime/test_wrong_calls.py::test_slots_that_are_not_there",
     "several answers": "runtime/test_generate.py::test_several_answers_to_each_of_several_prompts",
     "texts": "runtime/test_texts.py",
-    "encoder inputs": "test_auto_forward.py::test_all_tokens_and_masks_of_truth_values_are_known",
-    "texts of sentence models": "test_sentence_folders.py::test_texts_are_prepared_as_the_library_does_it[onnxruntime]",
-    "modules of sentence models": "test_sentence_folders.py::test_all_modules_take_part[dense-onnxruntime]",
-    "longest texts": "test_sentence_folders.py::test_the_longest_text_is_the_librarys",
-    "poolings of sentence models": "test_sentence_folders.py::test_only_marked_tokens_count_before_linear_layers",
+    "encoder inputs": "auto/test_forward.py::test_all_tokens_and_masks_of_truth_values_are_known",
+    "texts of sentence models": f"{_SENTENCES}::test_texts_are_prepared_as_the_library_does_it[onnxruntime]",
+    "modules of sentence models": f"{_SENTENCES}::test_all_modules_take_part[dense-onnxruntime]",
+    "longest texts": f"{_SENTENCES}::test_the_longest_text_is_the_librarys",
+    "poolings of sentence models": f"{_SENTENCES}::test_only_marked_tokens_count_before_linear_layers",
     "checkpoints": "frontend/test_loaders.py::test_both_load_the_same_or_refuse",
     "two tensors": "frontend/test_loaders.py::test_two_tensors_are_compared_up_to_the_first_difference",
     "code of a folder": "frontend/test_weights.py::test_code_that_may_run_is_part_of_what_a_folder_is",
@@ -84,7 +85,7 @@ PROPERTIES = {
     "garbage": "test_garbage.py",
     "kit": "examples/test_kit.py",
     "AI 100 QNN": "backends/ai100/test_qnn.py",
-    "sizes of images": "test_auto_forward.py::test_the_height_of_an_image_comes_before_its_width",
+    "sizes of images": "auto/test_forward.py::test_the_height_of_an_image_comes_before_its_width",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
 

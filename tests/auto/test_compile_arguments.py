@@ -12,7 +12,7 @@ from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.auto.compile_arguments import _KNOWN, compiler_flags
 from qeff_ir.errors import CompileError
 
-CONTRACT = Path(__file__).parents[1] / "backends" / "ai100" / "contract.md"
+CONTRACT = Path(__file__).parents[2] / "backends" / "ai100" / "contract.md"
 ELSEWHERE = {
     "compile_dir", "seq_len", "prefill_seq_len", "ctx_len", "batch_size", "num_devices", "num_cores",
     "mxfp6_matmul", "mxint8_kv_cache", "encoder_ctx_len", "skip_vision", "skip_lang", "img_size",
