@@ -494,7 +494,7 @@ def test_all_linear_layers_are_those_that_peft_adapts(name: str) -> None:
     """Without the LM head, and without products of parameters that belong to no linear layer."""
     module = support.canonical(name)
     support.apply(module, "last-logits,lora{targets=all-linear}")
-    theirs = get_peft_model(copy.deepcopy(base(name)), LoraConfig(target_modules="all-linear"))  # pyright: ignore
+    theirs = get_peft_model(copy.deepcopy(base(name)), LoraConfig(target_modules="all-linear"))
     assert {found.layer for found in module.adapters} == set(theirs.targeted_module_names)
 
 

@@ -125,7 +125,7 @@ def test_rows_of_a_narrow_checkpoint_are_mapped_not_loaded(tmp_path: Path) -> No
     ids = np.array([[5, 96, 5], [0, 1, 2]])
     rows = TokenTable(weight).vectors(ids)
     assert rows.dtype == np.float32
-    np.testing.assert_array_equal(rows, model.get_input_embeddings().weight.detach().float().numpy()[ids])  # pyright: ignore
+    np.testing.assert_array_equal(rows, model.get_input_embeddings().weight.detach().float().numpy()[ids])
     data = stored(weight)
     assert data.nbytes == 32 * VOCAB * 2
     while not isinstance(data, np.memmap):

@@ -190,7 +190,8 @@ def test_by_hand_a_thread_goes_on_with_its_own_request_alone(target: str) -> Non
     first = decoder.prefill(rows[0])
     other: list[Any] = []
     thread = threading.Thread(target=lambda: other.append(decoder.prefill(rows[1])))
-    thread.start(), thread.join()
+    thread.start()
+    thread.join()
     with pytest.raises(
         RuntimeInputError, match=r"another thread's: prefill and decode in one thread, inside `with dec"
     ):
