@@ -20,6 +20,7 @@ from qeff_ir.errors import PassError
 from qeff_ir.ir import dialect
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Rewriter
+from qeff_ir.passing.matching import made_by
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.testing.trace import compare, session_trace
 from tests import support
@@ -179,8 +180,8 @@ def final_softcap_moved(module: Module) -> None:
 def sinks_dropped(module: Module) -> None:
     for node in attentions(module):
         sinks = node.inputs[4]
-        assert sinks is not None
-        none = Rewriter(module, "fault").constant(np.full(sinks.shape.numpy(), -60000.0, np.float32))  # type: ignore[union-attr]
+        assert sinks is not None and sinks.shape is not None
+        none = Rewriter(module, "fault").constant(np.full(sinks.shape.numpy(), -60000.0, np.float32))
         node.replace_input_with(4, none)
 
 
@@ -217,13 +218,14 @@ def heads_grouped_wrongly(module: Module) -> None:
 
 
 def rotation_backwards(module: Module) -> None:
-    site = next(n for n in module.graph if n.op_type == "Concat" and n.inputs[0].producer().op_type == "Neg")  # type: ignore[union-attr]
-    negation = site.inputs[0].producer()  # type: ignore[union-attr]
+    site = next(n for n in module.graph if n.op_type == "Concat" and made_by(n.inputs[0], "Neg") is not None)
+    negation = made_by(site.inputs[0], "Neg")
     assert negation is not None
     b = Rewriter(module, "fault").at(site)
     first, second = negation.inputs[0], site.inputs[1]
+    assert second is not None
     site.replace_input_with(0, first)
-    site.replace_input_with(1, b("Neg", second, shape=second.shape, dtype=second.dtype))  # type: ignore[union-attr]
+    site.replace_input_with(1, b("Neg", second, shape=second.shape, dtype=second.dtype))
 
 
 def no_position_bias(module: Module) -> None:
@@ -264,8 +266,9 @@ def _forget(module: Module, node: ir.Node, index: int) -> None:
 def _keep_padding(module: Module, node: ir.Node, index: int) -> None:
     """Padding, whose position is -1, looks like a token."""
     positions = node.inputs[index]
+    assert positions is not None
     b = Rewriter(module, "fault").at(node)
-    node.replace_input_with(index, b("Abs", positions, shape=positions.shape, dtype=positions.dtype))  # type: ignore[union-attr]
+    node.replace_input_with(index, b("Abs", positions, shape=positions.shape, dtype=positions.dtype))
 
 
 def recurrent_state_forgotten(module: Module) -> None:

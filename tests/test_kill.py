@@ -64,7 +64,9 @@ def run(x):
         (("run",), "return f(x, 1)", "pass", "pass"),
     ],
 )
-def test_an_edit_finds_a_piece_of_syntax_however_it_is_laid_out(inner, old, new, made) -> None:
+def test_an_edit_finds_a_piece_of_syntax_however_it_is_laid_out(
+    inner: tuple[str, ...], old: str, new: str, made: str
+) -> None:
     assert made in replaced(_SOURCE, inner, old, new)
 
 
@@ -76,13 +78,13 @@ def test_an_edit_finds_a_piece_of_syntax_however_it_is_laid_out(inner, old, new,
         (("A", "run"), "f(x, 1)", "f(x,1)", "what stands there"),
     ],
 )
-def test_an_edit_that_is_not_one_edit_is_refused(inner, old, new, says) -> None:
+def test_an_edit_that_is_not_one_edit_is_refused(inner: tuple[str, ...], old: str, new: str, says: str) -> None:
     with pytest.raises(EditError, match=says):
         replaced(_SOURCE, inner, old, new)
 
 
 @pytest.mark.parametrize(("where", "count"), [("run", "names [0-9]{2,}"), ("passes.attention.nothing", "names 0")])
-def test_a_place_is_one_place(where, count) -> None:
+def test_a_place_is_one_place(where: str, count: str) -> None:
     with pytest.raises(EditError, match=count):
         find(ROOT, where)
 

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,13 +42,13 @@ _BAD_NAMES = [
 
 
 @pytest.mark.parametrize("name", [*_BAD_NAMES, None, 5, ["a"], "é" * 65])
-def test_a_name_that_could_lead_elsewhere_is_refused(name):
+def test_a_name_that_could_lead_elsewhere_is_refused(name: Any) -> None:
     with pytest.raises(ModelLoadError, match=r"the architecture is .* not a plain name"):
         plain_name(name, "the architecture")
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "layer_0.weight", "c++", "Ärger", "x" * 128])
-def test_a_plain_name_is_itself(name):
+def test_a_plain_name_is_itself(name: str) -> None:
     assert plain_name(name, "the architecture") == name
 
 
@@ -58,13 +60,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_file_and_a_link_inside_are_read(folder):
+def test_a_file_and_a_link_inside_are_read(folder: Path) -> None:
     (folder / "link.json").symlink_to("config.json")
     assert read_json(folder / "config.json") == read_json(folder / "link.json") == {"a": [1, {"b": 2}]}
     assert regular_file(folder / "link.json") == (folder / "config.json").resolve()
 
 
-def test_the_hubs_cache_links_into_its_blobs(tmp_path):
+def test_the_hubs_cache_links_into_its_blobs(tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "123", tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -80,7 +82,7 @@ def test_the_hubs_cache_links_into_its_blobs(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["link out", "link to a neighbor", "dangling", "loop", "fifo", "device", "folder", "missing", "NUL", "long"]
 )
-def test_what_is_not_a_file_of_the_folder_is_refused_without_waiting(folder, kind):
+def test_what_is_not_a_file_of_the_folder_is_refused_without_waiting(folder: Path, kind: str) -> None:
     path = folder / "x.json"
     match kind:
         case "link out":
@@ -111,7 +113,7 @@ def test_what_is_not_a_file_of_the_folder_is_refused_without_waiting(folder, kin
     assert "\n" not in str(caught.value)
 
 
-def test_a_large_file_is_refused(folder):
+def test_a_large_file_is_refused(folder: Path) -> None:
     with (folder / "big.txt").open("wb") as file:
         file.truncate(1 << 33)
     with pytest.raises(ModelLoadError, match=r"8,589,934,592 bytes, at most 268,435,456"):
@@ -119,7 +121,7 @@ def test_a_large_file_is_refused(folder):
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
-def test_json_is_read_to_a_depth(opening):
+def test_json_is_read_to_a_depth(opening: str) -> None:
     closing = "]" if opening == "[" else "}"
 
     def nested(depth: int) -> str:
@@ -132,20 +134,20 @@ def test_json_is_read_to_a_depth(opening):
 
 
 @pytest.mark.parametrize("text", ["", "{", b"\xff\xfe\xff", "\udcff", '{"a" 1}', "1" * 5000])
-def test_what_is_not_json_is_one_sentence(text):
+def test_what_is_not_json_is_one_sentence(text: str | bytes) -> None:
     with pytest.raises(PackageError, match="it cannot be read as JSON") as caught:
         parse_json(text, "it", PackageError)
     assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
-def unlisted(folder, monkeypatch):
+def unlisted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that the disk does not list; nothing stops root from listing one by its mode."""
     (folder / "sub").mkdir()
     (folder / "sub" / "b.txt").write_text("b")
 
-    def failing(call):
-        def list_(path="."):
+    def failing(call: Callable[[Any], Any]) -> Callable[..., Any]:
+        def list_(path: Any = ".") -> Any:
             if Path(path) == folder / "sub":
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
             return call(path)
@@ -157,7 +159,7 @@ def unlisted(folder, monkeypatch):
     return folder
 
 
-def test_files_below_a_folder_are_listed_and_links_not_followed(folder):
+def test_files_below_a_folder_are_listed_and_links_not_followed(folder: Path) -> None:
     (folder / "sub").mkdir()
     (folder / "sub" / "b.txt").write_text("b")
     (folder / "other").symlink_to(folder / "sub")
@@ -166,7 +168,7 @@ def test_files_below_a_folder_are_listed_and_links_not_followed(folder):
     assert files_below(folder, "b.*") == [folder / "sub" / "b.txt"]
 
 
-def test_a_folder_that_is_not_listed_is_not_an_empty_one(unlisted):
+def test_a_folder_that_is_not_listed_is_not_an_empty_one(unlisted: Path) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         files_below(unlisted)
     with pytest.raises(ModelLoadError, match=r"sub' cannot be listed \(Input/output error\): restore it"):
@@ -175,7 +177,7 @@ def test_a_folder_that_is_not_listed_is_not_an_empty_one(unlisted):
         list_folder(unlisted / "sub", error=ModelLoadError)
 
 
-def test_a_package_with_a_folder_that_is_not_listed_is_not_sealed(unlisted):
+def test_a_package_with_a_folder_that_is_not_listed_is_not_sealed(unlisted: Path) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         seal(unlisted, Manifest("onnxruntime", "key", True, {}, {MAIN: ProgramRecord("Model", {})}))
     assert not (unlisted / "package.json").exists()

@@ -21,7 +21,7 @@ class Turns:
     @property
     def mine(self) -> bool:
         """Whether this thread has the turn."""
-        return self._lock._is_owned()  # type: ignore[attr-defined]  # as `threading.Condition` asks it
+        return self._lock._is_owned()  # pyright: ignore[reportAttributeAccessIssue]  # as `threading.Condition` asks it
 
     def take(self) -> AbstractContextManager[object]:
         """A turn, for a `with` statement; it waits for the turn of another thread.

@@ -97,7 +97,7 @@ class _Builder(Rotated):
             inner = self.node("Tanh", self.node("Div", logits, cap, shape=logits.shape), shape=logits.shape)
             logits = self.pair("Mul", inner, cap, shape=logits.shape)
         if logits.producer().op_type == "Identity":  # pyright: ignore[reportOptionalMemberAccess]
-            return logits.producer().inputs[0]  # type: ignore[union-attr, return-value]
+            return logits.producer().inputs[0]  # pyright: ignore[reportOptionalMemberAccess, reportReturnType]
         return logits
 
     def layer(self, index: int, layer: Layer, x: ir.Value) -> ir.Value:

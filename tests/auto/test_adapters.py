@@ -228,8 +228,9 @@ def test_merging_reads_no_weight_before_it_is_written(two: tuple[Path, PeftModel
     module = support.canonical(NAME)
     run_pipeline(module, Pipeline((merge.MergeLora(adapter=str(two[0])),)), check=2)
     value = next(v for n, v in module.graph.initializers.items() if n.endswith("0.mlp.down_proj.weight"))
+    assert value.const_value is not None
     with pytest.raises(pytest.fail.Exception, match="a tensor was read"):
-        value.const_value.numpy()  # type: ignore[union-attr]
+        value.const_value.numpy()
 
 
 class Twice(torch.nn.Module):
@@ -477,7 +478,8 @@ def test_single_mode_has_the_names_of_the_contract() -> None:
     support.apply(module, "last-logits,lora{mode=single rank=5 targets=q_proj retained=true}")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert module.input(name).shape == (5, 32)
-    assert module.output(f"{name}_RetainedState").producer().name == f"{name}_identity"  # type: ignore[union-attr]
+    producer = module.output(f"{name}_RetainedState").producer()
+    assert producer is not None and producer.name == f"{name}_identity"
 
 
 def test_single_mode_names_the_factors_of_a_table_as_peft_does() -> None:
@@ -494,7 +496,7 @@ def test_all_linear_layers_are_those_that_peft_adapts(name: str) -> None:
     """Without the LM head, and without products of parameters that belong to no linear layer."""
     module = support.canonical(name)
     support.apply(module, "last-logits,lora{targets=all-linear}")
-    theirs = get_peft_model(copy.deepcopy(base(name)), LoraConfig(target_modules="all-linear"))  # pyright: ignore
+    theirs = get_peft_model(copy.deepcopy(base(name)), LoraConfig(target_modules="all-linear"))
     assert {found.layer for found in module.adapters} == set(theirs.targeted_module_names)
 
 

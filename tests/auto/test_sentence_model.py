@@ -60,7 +60,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def compiled(target: str) -> QEFFAutoModel:
         model = QEFFAutoModel.from_pretrained(get_model_path())
         assert model._source is not None
-        model._source.lower = _lowered().clone  # type: ignore[method-assign]
+        model._source.lower = _lowered().clone
         folder = tmp_path_factory.mktemp(target) / "package"
         model.compile(target=target, seq_len=LENGTHS, batch_size=4, emit_only=True, compile_dir=folder)
         return model

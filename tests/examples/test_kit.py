@@ -38,7 +38,8 @@ def test_a_fault_is_told_with_the_decoder_that_shows_it(hold: Callable[..., Any]
     with planted(fuse_products._fuse, old, f"{old}[::-1]"), pytest.raises(NotHeldError) as caught:
         hold(FuseProducts(), examples=12)
     assert str(caught.value).startswith("fuse-products does not hold: ")
-    note = "\n".join(caught.value.__cause__.__notes__)  # type: ignore[union-attr]
+    cause: Any = caught.value.__cause__
+    note = "\n".join(cause.__notes__)
     assert "recipe:   Recipe(" in note and "fuse-products" in note and "bundle: " in note
     assert hold(FuseProducts(), examples=4).changed > 0  # the fault has gone with the block
 

@@ -40,6 +40,8 @@ class Model(torch.nn.Module):
     Scores end as weights, which are 0 where a slot is later than the token.
     """
 
+    embeddings: Tensor
+
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -50,7 +52,7 @@ class Model(torch.nn.Module):
         self.register_buffer("ids", torch.arange(LONGEST)[None])
 
     def compute(self, ids: Tensor, positions: Tensor, keys: Tensor, past: int, slots: Tensor) -> Tensor:
-        hidden = self.embeddings[ids]  # type: ignore[index]
+        hidden = self.embeddings[ids]
         scores = (hidden @ keys[:, 0].transpose(1, 2))[:, None]
         rows, run = ids.shape
         given = {"x": hidden, "scores": scores, "batch": rows, "run": run, "past": past, "slots": keys.shape[2]}

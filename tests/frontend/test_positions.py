@@ -74,12 +74,14 @@ class StoredMask(torch.nn.Module):
 class Rows(torch.nn.Module):
     """``[batch, 1, seq, width]``: the rows of a table, on axes that are put before them."""
 
+    table: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("table", torch.arange(2.0 * LONGEST).reshape(LONGEST, 2))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
-        found = torch.nn.functional.embedding(torch.arange(input_ids.shape[1]), self.table)[None, None]  # type: ignore[arg-type]
+        found = torch.nn.functional.embedding(torch.arange(input_ids.shape[1]), self.table)[None, None]
         first, second = found.chunk(2, dim=-1)
         return torch.stack([second, first], dim=-1).reshape_as(found) + torch.zeros(input_ids.shape[0], 1, 1, 1)
 
@@ -87,13 +89,15 @@ class Rows(torch.nn.Module):
 class Counted(torch.nn.Module):
     """``[batch, seq, width]``: rows of a table by a count, on as many rows as the positions have."""
 
+    table: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("table", torch.arange(2.0 * LONGEST).reshape(LONGEST, 2))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
         count = torch.arange(input_ids.shape[1]).expand(position_ids.shape[0], -1) + 2
-        return torch.nn.functional.embedding(count, self.table) + 0 * position_ids[:, :, None]  # type: ignore[arg-type]
+        return torch.nn.functional.embedding(count, self.table) + 0 * position_ids[:, :, None]
 
 
 class Kinds(torch.nn.Module):

@@ -324,7 +324,7 @@ def test_a_model_keeps_its_training_mode() -> None:
 def test_the_training_mode_is_kept_when_lowering_fails() -> None:
     _, model = build("llama")
     model.train()
-    model.model.layers[1].mlp.forward = lambda x: x * float(x.sum())  # type: ignore[method-assign]
+    model.model.layers[1].mlp.forward = lambda x: x * float(x.sum())
     with pytest.raises(UnsupportedModelError):
         MemorySource(model).lower()
     assert all(m.training for m in model.modules())

@@ -56,7 +56,7 @@ def test_a_model_is_handed_its_cache_by_the_name_that_its_code_has(name: str) ->
     own = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     signature = inspect.signature(one)
     *first, rest = signature.parameters.values()
-    one.__signature__ = signature.replace(parameters=[*first, own, rest])  # pyright: ignore[reportFunctionMemberAccess]
+    one.__signature__ = signature.replace(parameters=[*first, own, rest])
     model.__class__ = type("Written", (type(model),), {"forward": one})
     assert cache_argument(model.forward) == name
     assert [state.input for state in lower(model, memory_weights(model)).states][:2] == ["past_key.0", "past_value.0"]

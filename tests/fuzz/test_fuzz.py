@@ -21,7 +21,7 @@ from qeff_ir.errors import ModelLoadError, QeffError
 from tests.fuzz import __main__ as command
 from tests.fuzz import slices
 from tests.fuzz.base import base
-from tests.fuzz.damage import JUNK, junk
+from tests.fuzz.damage import JUNK, Draw, junk
 from tests.fuzz.families import FAMILIES, WrongError
 from tests.fuzz.record import Record
 
@@ -46,8 +46,8 @@ def test_a_sample_of_every_family_is_clean(family: str) -> None:
     assert outcome.inputs * len(FAMILIES) >= _SAMPLE
 
 
-def _plant(monkeypatch: pytest.MonkeyPatch, fault) -> slices.Outcome:
-    def family(draw, folder: Path) -> None:
+def _plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], object]) -> slices.Outcome:
+    def family(draw: Draw, folder: Path) -> None:
         number = draw(st.integers(0, 1000))
         (folder / "input").write_text(str(number))
         if number > 100:
@@ -97,7 +97,9 @@ def _endless(_folder: Path) -> None:
         (lambda _folder: bytearray(1 << 34), "MemoryError"),
     ],
 )
-def test_each_kind_of_fault_is_told(monkeypatch: pytest.MonkeyPatch, fault, says: str) -> None:
+def test_each_kind_of_fault_is_told(
+    monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], object], says: str
+) -> None:
     outcome = _plant(monkeypatch, fault)
     assert len(outcome.faults) == 1
     assert re.search(says, next(iter(outcome.faults)))
@@ -159,7 +161,7 @@ def test_an_input_that_does_not_end_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_slice_is_the_same_each_time_and_other_seeds_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def family(draw, folder: Path) -> None:
+    def family(draw: Draw, folder: Path) -> None:
         raise KeyError(draw(st.integers(0, 1 << 60)))
 
     monkeypatch.setitem(FAMILIES, "planted", family)
@@ -169,7 +171,7 @@ def test_a_slice_is_the_same_each_time_and_other_seeds_are_others(monkeypatch: p
 
 
 def test_a_fault_is_replayed_by_its_family_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def family(draw, folder: Path) -> None:
+    def family(draw: Draw, folder: Path) -> None:
         number = draw(st.integers(0, 1 << 60))
         if number > 1 << 20:
             raise KeyError(number)

@@ -117,7 +117,7 @@ def test_ten_thousand_mutations_are_read_or_refused() -> None:
         except QeffError:
             refused += 1
         else:
-            [s.order for s in found.states], [s.input for s in found.states]
+            _ = [s.order for s in found.states], [s.input for s in found.states]
             assert all(s.ctx_dim for s in found.states if s.has_slots)
     assert 5_000 < refused < 10_000
 

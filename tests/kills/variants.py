@@ -121,7 +121,7 @@ class Bench:
             module.__dict__.update(self._moved(done, edition).__dict__)
             return report
 
-        real, compiler.run_pipeline = compiler.run_pipeline, passes  # pyright: ignore[reportAttributeAccessIssue]
+        real, compiler.run_pipeline = compiler.run_pipeline, passes
         try:
             self._compile(variant, edition, out)
         finally:
@@ -176,7 +176,7 @@ class Bench:
             self._done[variant.name] = module.clone(), report
             return report
 
-        compiler.run_pipeline = passes  # pyright: ignore[reportAttributeAccessIssue]
+        compiler.run_pipeline = passes
         try:
             self._compile(variant, OLD, out)
         finally:

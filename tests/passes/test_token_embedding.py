@@ -111,7 +111,8 @@ def test_transformers_generates_the_same(host: QEFFAutoModelForCausalLM) -> None
 def test_another_row_is_another_token(host: QEFFAutoModelForCausalLM) -> None:
     """The comparison above tells when the host looks up the wrong rows."""
     first = logits(host)[0]
-    table = tiny("llama")[1].get_input_embeddings().weight.detach().numpy().copy()  # pyright: ignore
+    model: Any = tiny("llama")[1]
+    table = model.get_input_embeddings().weight.detach().numpy().copy()
     session = host.runner().decoder.session
     np.testing.assert_array_equal(Decoder(session, TokenTable(ir.tensor(table))).prefill(PROMPTS), first)
     table[PROMPTS[0][-1]] += 0.5
@@ -119,13 +120,14 @@ def test_another_row_is_another_token(host: QEFFAutoModelForCausalLM) -> None:
 
 
 def test_rows_of_a_narrow_checkpoint_are_mapped_not_loaded(tmp_path: Path) -> None:
-    model = build("llama")[1].to(dtype=torch.bfloat16)  # pyright: ignore
+    model: Any = build("llama")[1]
+    model.to(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     weight = open_source(tmp_path).weights()["model.embed_tokens.weight"]
     ids = np.array([[5, 96, 5], [0, 1, 2]])
     rows = TokenTable(weight).vectors(ids)
     assert rows.dtype == np.float32
-    np.testing.assert_array_equal(rows, model.get_input_embeddings().weight.detach().float().numpy()[ids])  # pyright: ignore
+    np.testing.assert_array_equal(rows, model.get_input_embeddings().weight.detach().float().numpy()[ids])
     data = stored(weight)
     assert data.nbytes == 32 * VOCAB * 2
     while not isinstance(data, np.memmap):

@@ -14,7 +14,7 @@ from qeff_ir.ir.module import Module
 from qeff_ir.ir.printer import to_text
 from qeff_ir.ir.snapshot import load_module
 from qeff_ir.passing.base import Pass, Rewriter
-from qeff_ir.passing.instrument import Dump, Instrument, PrintIR
+from qeff_ir.passing.instrument import Dump, Instrument, Moment, PrintIR
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.report import PassRun, Report
@@ -87,9 +87,9 @@ def test_an_instrument_can_fail_a_pass(module: Module) -> None:
 
 
 def test_printing_is_filtered_by_pass_and_by_moment(module: Module) -> None:
-    def said(*moments: str, only: set[str] | None = None) -> list[str]:
+    def said(*moments: Moment, only: set[str] | None = None) -> list[str]:
         stream = io.StringIO()
-        printer = PrintIR(moments, only, stream)  # type: ignore[arg-type]
+        printer = PrintIR(moments, only, stream)
         with pytest.raises(PassError):
             run_pipeline(
                 module.clone(), Pipeline((*Pipeline.parse("canonicalize,fp16-clip,fp16-clip").passes, Failing())),

@@ -97,7 +97,7 @@ def attack(module: Module, rewriter: Rewriter) -> None:
         for node in function:
             node.outputs[0].dtype = ir.DataType.BFLOAT16
             node.attributes.clear()
-    module.specializations[0].symbols["batch_size"] = 77  # type: ignore[index]
+    module.specializations[0].symbols["batch_size"] = 77  # pyright: ignore[reportIndexIssue]
     module.model.metadata_props["spoilt"] = module.graph.metadata_props["spoilt"] = "yes"
     module.graph.name = module.name = "spoilt"
     raise PassError("no")

@@ -36,7 +36,7 @@ def test_the_root_is_the_last_operator() -> None:
 @pytest.mark.parametrize("index", range(len(RICH)))
 def test_nothing_is_lost(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[str] = []
-    for rules in (canonicalize._RULES, RewriteRuleSet([r._rule for r in canonicalize._RULES])):  # type: ignore[attr-defined]
+    for rules in (canonicalize._RULES, RewriteRuleSet([r._rule for r in canonicalize._RULES])):  # pyright: ignore[reportAttributeAccessIssue]
         monkeypatch.setattr(canonicalize, "_RULES", rules)
         module = prepare(build(RICH[index]).module, LONG)
         run_pipeline(module, Pipeline.parse("canonicalize"))
@@ -49,7 +49,7 @@ def test_a_wrong_root_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
     for root in (None, "Loop"):
         module = prepare(build(RICH[1]).module, LONG)
-        rules = rooted(r._rule for r in canonicalize._RULES)  # type: ignore[attr-defined]
+        rules = rooted(r._rule for r in canonicalize._RULES)  # pyright: ignore[reportAttributeAccessIssue]
         for rule in rules:
             assert isinstance(rule, Rooted)
             rule._root = root or rule._root

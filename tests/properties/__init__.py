@@ -22,7 +22,7 @@ def scaled(share: float) -> Callable[[T], T]:
     """
     if settings.get_current_profile_name() in ("nightly", "hunt"):
         share = 1.0
-    return settings(max_examples=max(1, round(settings().max_examples * share)))  # type: ignore[return-value]
+    return settings(max_examples=max(1, round(settings().max_examples * share)))
 
 
 RICH = [

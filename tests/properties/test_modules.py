@@ -47,7 +47,7 @@ def interface(module: Module) -> list[tuple[str | None, object, str]]:
     return [(v.name, v.dtype, str(v.shape)) for v in (*module.graph.inputs, *module.graph.outputs)]
 
 
-def weights(module: Module) -> dict[str, object]:
+def weights(module: Module) -> dict[str, Any]:
     """The tensor objects themselves, by the name of the parameter."""
     return {
         v.metadata_props[WEIGHT_KEY]: v.const_value
@@ -67,7 +67,7 @@ def test_p1_p2_saving_and_loading_is_the_identity(case: tuple[Recipe, Request]) 
         assert back.facts() == module.facts()
         for name, tensor in weights(module).items():
             found = weights(back)[name]
-            assert found.tobytes() == tensor.tobytes(), name  # type: ignore[attr-defined]
+            assert found.tobytes() == tensor.tobytes(), name
         again = module.clone()
         assert to_text(again) == to_text(module)
         again.graph.outputs.pop()
@@ -97,7 +97,7 @@ def _ring(module: Module) -> None:
 
 
 def _other_size(module: Module) -> None:
-    module.specializations[0].symbols["ctx_len"] += 1  # type: ignore[index]
+    module.specializations[0].symbols["ctx_len"] += 1  # pyright: ignore[reportIndexIssue]
 
 
 def _other_type(module: Module) -> None:
@@ -169,7 +169,7 @@ def _undeclared_dim(module: Module) -> None:
 
 
 def _specialization_without_size(module: Module) -> None:
-    del module.specializations[0].symbols["ctx_len"]  # type: ignore[attr-defined]
+    del module.specializations[0].symbols["ctx_len"]  # pyright: ignore[reportIndexIssue]
 
 
 def _untyped_input(module: Module) -> None:

@@ -41,8 +41,9 @@ def test_no_bar_where_none_is_wanted_nor_for_a_moment(
 
 
 def test_a_terminal_shows_a_bar_for_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     with _Progress(3, None) as progress:
         progress._due -= 2.0  # two seconds later
         progress.advance(3)
-    assert "100%" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "100%" in terminal.getvalue()

@@ -221,7 +221,7 @@ def test_slots_that_are_not_there(slots: Any, adapted: QEffAutoPeftModelForCausa
     decoder = adapted.runner().decoder
     before = decoder.lora_ids
     for given in (np.array(slots), slots):
-        decoder.lora_ids = given  # pyright: ignore[reportAttributeAccessIssue]
+        decoder.lora_ids = given
         try:
             one_sentence(lambda: decoder.prefill([[5], [6]]), RuntimeInputError, "give 2 numbers of at most 4")
         finally:

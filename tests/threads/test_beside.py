@@ -170,7 +170,8 @@ def test_a_compilation_that_fails_leaves_everything_as_it_was(
             MemorySource(model).lower()
     assert calls
     after = state()
-    after[4].pop("nan", None), before[4].pop("nan", None)  # not equal to itself
+    for states in (after, before):
+        states[4].pop("nan", None)  # not equal to itself
     for now, was in zip(after, before, strict=True):
         assert now == was
     lowering("llama")
@@ -198,7 +199,8 @@ def test_others_are_warned_while_this_thread_is_not() -> None:
             speak()
             assert not heard and not seen
             thread = threading.Thread(target=speak)
-            thread.start(), thread.join()
+            thread.start()
+            thread.join()
             assert len(heard) == len(seen) == 1
     finally:
         log.removeHandler(handler)

@@ -70,7 +70,7 @@ def test_lists_of_texts(target: str) -> None:
         wanted = [theirs("llama", i)[0, PROMPTS[i].shape[1] :].tolist() for i in order]
 
         def job() -> Any:
-            return model.generate(prompts=texts, tokenizer=_Words(), **ASK).generated_ids == wanted  # type: ignore[arg-type]
+            return model.generate(prompts=texts, tokenizer=_Words(), **ASK).generated_ids == wanted  # pyright: ignore[reportArgumentType]
 
         return job
 
@@ -160,7 +160,7 @@ def test_another_model_may_answer_within_a_request(target: str) -> None:
 
 def test_a_stream_that_is_read_slowly_lets_others_go_on() -> None:
     model = compiled("llama", "onnxruntime")
-    streamer = TextIteratorStreamer(_Words())  # type: ignore[arg-type]
+    streamer = TextIteratorStreamer(_Words())  # pyright: ignore[reportArgumentType]
     thread = threading.Thread(target=lambda: model.generate(PROMPTS[0], streamer=streamer, **ASK))
     thread.start()
     first = next(iter(streamer))
@@ -190,7 +190,8 @@ def test_by_hand_a_thread_goes_on_with_its_own_request_alone(target: str) -> Non
     first = decoder.prefill(rows[0])
     other: list[Any] = []
     thread = threading.Thread(target=lambda: other.append(decoder.prefill(rows[1])))
-    thread.start(), thread.join()
+    thread.start()
+    thread.join()
     with pytest.raises(
         RuntimeInputError, match=r"another thread's: prefill and decode in one thread, inside `with dec"
     ):

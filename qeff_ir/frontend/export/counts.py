@@ -97,7 +97,8 @@ _LAYOUT = ("int", "List[int]", "Optional[int]", "Optional[List[int]]")
 
 def argument(node: Node, name: str) -> Any:
     """What an operator is given for an argument of its schema; `None` where that is its default."""
-    for index, spec in enumerate(node.target._schema.arguments):  # pyright: ignore
+    operator: Any = node.target
+    for index, spec in enumerate(operator._schema.arguments):
         if spec.name == name:
             return node.args[index] if index < len(node.args) else node.kwargs.get(name)
     return None
@@ -272,7 +273,8 @@ class Flow:
             if counted and node.target in _CUTS and self.is_frame(node) and not self.is_uniform(node.args[0]):
                 return True
         if node.target in _TRIANGLES:
-            rows, columns = node.args[0].meta["val"].shape[-2:]  # pyright: ignore
+            matrix: Any = node.args[0]
+            rows, columns = matrix.meta["val"].shape[-2:]
             return (self.sizes.counted(rows) or self.sizes.counted(columns)) and str(rows) != str(columns)
         return (node.target in _SUMS or node.target in REDUCES) and self._sums_tokens(node)
 

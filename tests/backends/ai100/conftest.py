@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
 from backends.ai100 import sdk
 from backends.ai100.backend import BACKEND
@@ -20,7 +21,7 @@ OPTIONS = Ai100Options(prefill_seq_len=8, ctx_len=40, batch_size=2)
 class Tiny:
     """A tiny random model with sliding windows, lowered and emitted once."""
 
-    model: object
+    model: PreTrainedModel
     module: Module
     folder: Path
 

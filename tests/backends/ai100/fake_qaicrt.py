@@ -84,7 +84,7 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
         log.append(call)
         return bad if call == fail else ok
 
-    class Dims(list):  # type: ignore[type-arg]
+    class Dims(list[Any]):
         """`BufferDimensionsVecRef`."""
 
     class QBuffer:

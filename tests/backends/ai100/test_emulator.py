@@ -40,7 +40,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def reference(tiny: Tiny, prompts: list[list[int]]) -> Trace:
-    return reference_trace(tiny.model, prompts, STEPS)  # type: ignore[arg-type]
+    return reference_trace(tiny.model, prompts, STEPS)
 
 
 def test_it_answers_as_transformers_does(
@@ -96,7 +96,7 @@ def test_nothing_that_an_earlier_request_has_left_is_read(name: str, prompts: li
             for value in (*session._states.values(), *session._spare.values()):
                 value.update_inplace(np.full(value.shape(), fill, np.float32))
 
-        session.reset = leave  # type: ignore[method-assign]
+        session.reset = leave
         return [decoder.prefill(prompts), *(decoder.decode([5 + step, 9]) for step in range(6))]
 
     clean, left = answer(0.0), answer(np.nan)
