@@ -78,7 +78,6 @@ PROPERTIES = {
     "derived weights": "examples/test_fuse_products.py",
     "lengths of caches": "examples/test_compute_context_length.py",
     "drafts": "examples/test_target_logits.py",
-    "attention in blocks": "examples/test_blocked_attention.py",
     "passes of others together": "examples/test_all_together.py",
     "copied heads": "examples/test_replicate_kv_heads.py",
     "garbage": "test_garbage.py",
