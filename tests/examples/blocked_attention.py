@@ -6,6 +6,7 @@ M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018, ar
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,11 +47,11 @@ class BlockedAttention(Pass):
             elif max(lengths) <= self.block:
                 rewriter.missed(node, "all keys are in one block")
             elif (count := blocks(lengths, self.block)) is None:
-                rewriter.missed(node, "no number of blocks fits all specializations")
+                rewriter.missed(node, "a specialization has less keys than blocks")
             elif (mask := operand(node, 3)) is not None and mask.shape is None:
                 rewriter.missed(node, "the shape of the mask is not known")
             elif rewriter.rewrite(f"{count} blocks"):
-                rewriter.substitute(node, _blocked(Scores.of(node, rewriter.at(node)), count))
+                rewriter.substitute(node, _blocked(Scores.of(node, rewriter.at(node)), lengths, count))
         rewriter.sweep()
         operators.attach(module.model)
 
@@ -66,17 +67,22 @@ def _lengths(module: Module, keys: ir.Value | None) -> set[int]:
 
 
 def blocks(lengths: set[int], block: int) -> int | None:
-    """The least number of blocks of at most `block` keys, none of them empty (see `Split`, ``num_outputs``)."""
-    least = -(-max(lengths) // block)
-    return next((n for n in range(least, min(lengths) + 1) if all((n - 1) * -(-s // n) < s for s in lengths)), None)
+    """The least number of blocks of at most `block` keys; `None` where one would be empty."""
+    count = -(-max(lengths) // block)
+    return count if count <= min(lengths) else None
 
 
-def _blocked(parts: Scores, count: int) -> ir.Value:
-    b, mask, queries = parts.b, parts.mask, parts.queries()
-    keys, values = _split(parts, parts.keys, 2, count), _split(parts, parts.values, 2, count)
+def bounds(length: int, count: int) -> list[int]:
+    """Where the blocks begin, and where the last ends: their sizes differ by one at most."""
+    return [index * length // count for index in range(count + 1)]
+
+
+def _blocked(parts: Scores, lengths: set[int], count: int) -> ir.Value:
+    b, mask, queries, ends = parts.b, parts.mask, parts.queries(), _ends(parts, lengths, count)
+    keys, values = _split(parts, parts.keys, 2, ends), _split(parts, parts.values, 2, ends)
     masks: list[ir.Value | None] = [mask] * count
     if mask is not None and mask.shape is not None and mask.shape[-1] != 1:
-        masks = [*_split(parts, mask, len(mask.shape) - 1, count)]
+        masks = [*_split(parts, mask, len(mask.shape) - 1, ends)]
     top = total = mixed = None
     for key, value, hidden in zip(keys, values, masks, strict=True):
         scores = parts.of_keys(queries, key, hidden)
@@ -98,8 +104,19 @@ def _blocked(parts: Scores, count: int) -> ir.Value:
     return parts.joined(b("Div", mixed, total))
 
 
-def _split(parts: Scores, value: ir.Value, axis: int, count: int) -> tuple[ir.Value, ...]:
-    """Blocks along an axis, of the same size but for the last."""
-    dims = None if value.shape is None else [None if i == axis else d for i, d in enumerate(value.shape.dims)]
-    shapes = [None if dims is None else ir.Shape(dims) for _ in range(count)]
-    return parts.b.several("Split", value, axis=axis, num_outputs=count, shapes=shapes, dtype=value.dtype)
+def _ends(parts: Scores, lengths: set[int], count: int) -> list[ir.Value]:
+    """`bounds`, each ``[1]``: constants where all specializations agree, else computed of the number of keys."""
+    b = parts.b
+    if len(lengths) == 1:
+        return [b.const([at]) for at in bounds(*lengths, count)]
+    length = b("Shape", parts.keys, start=2, end=3)
+    return [b("Div", b("Mul", length, b.const([index])), b.const([count])) for index in range(count + 1)]
+
+
+def _split(parts: Scores, value: ir.Value, axis: int, ends: list[ir.Value]) -> list[ir.Value]:
+    """The blocks of a value along an axis."""
+    b, dims = parts.b, [None if i == axis else d for i, d in enumerate(value.shape.dims if value.shape else ())]
+    return [
+        b("Slice", value, *side, b.const([axis]), shape=ir.Shape(dims), dtype=value.dtype)
+        for side in itertools.pairwise(ends)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,26 @@ from qeff_ir.arrays import Array
 from qeff_ir.debug.drive import drive, make_plan
 from qeff_ir.errors import PackageError, PipelineError, RuntimeInputError, VerificationError
 from qeff_ir.ir import ports
-from qeff_ir.ir.module import Module
-from qeff_ir.ir.ports import CACHE_ROW, EMBEDDINGS, LOGITS, MASK, POSITIONS, TOKENS, Run
+from qeff_ir.ir.module import Module, Specialization
+from qeff_ir.ir.ports import (
+    CACHE_ROW,
+    EMBEDDINGS,
+    KEPT_LOGITS,
+    LOGITS,
+    MASK,
+    POSITIONS,
+    READ_LENGTH,
+    TOKENS,
+    Port,
+    Run,
+)
 from qeff_ir.ir.printer import fingerprint, to_text
 from qeff_ir.ir.snapshot import load_module, save_module
 from qeff_ir.passing import Pipeline
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.encoder import Encoder
 from qeff_ir.runtime.interface import interface_of
+from qeff_ir.runtime.runs import fitted, last
 from tests import support
 from tests.debug.models import plain
 
@@ -184,3 +197,54 @@ def test_a_part_of_a_graph_that_takes_vectors_is_run_without_their_table() -> No
     support.apply(module, "token-embedding")
     module.states = []
     assert drive(module, make_plan(module)).outputs
+
+
+def test_an_input_whose_length_counts_is_as_long_as_its_specialization() -> None:
+    port = Port("num_logits_to_keep", KEPT_LOGITS, np.dtype(np.int64), ("num_logits_to_keep", 1))
+    assert port.is_fed and port.feed(RUN).shape == (1, 1)
+    sizes = {"seq_len": 4, "num_logits_to_keep": 3}
+    assert port.feed(dataclasses.replace(RUN, sizes=sizes)).tolist() == [[0], [0], [0]]
+    assert READ_LENGTH.needs is not None and READ_LENGTH.needs(RUN) == 2
+    assert READ_LENGTH.needs(dataclasses.replace(RUN, positions=np.full((2, 2), -1))) == 1
+
+
+def test_a_run_goes_into_the_smallest_specialization_that_takes_it() -> None:
+    port = Port("num_logits_to_keep", KEPT_LOGITS, np.dtype(np.int64), ("num_logits_to_keep", 1))
+    known = [
+        Specialization(f"{length} {keep}", "decode", {"seq_len": length, "num_logits_to_keep": keep})
+        for length, keep in ((8, 1), (8, 4), (4, 4), (4, 3), (2, 1))
+    ]
+
+    def taken(columns: int, keep: int) -> Run:
+        run = Run(np.full((1, columns), 7), np.arange(columns)[None], keep=keep)
+        return fitted(run, [port], known)
+
+    for columns, keep, length, kept in ((2, 1, 2, 1), (2, 2, 4, 3), (4, 4, 4, 4), (5, 1, 8, 1), (1, 1, 2, 1)):
+        assert taken(columns, keep).sizes == {"seq_len": length, "num_logits_to_keep": kept}
+    assert taken(3, 1).tokens.tolist() == [[7, 7, 7, 0]] and taken(3, 1).positions.tolist() == [[0, 1, 2, -1]]
+    with pytest.raises(RuntimeInputError, match="no compiled shapes take a run of seq_len=9, num_logits_to_keep=1 or"):
+        taken(9, 1)
+
+
+def test_the_last_logits_are_found_wherever_a_graph_puts_them() -> None:
+    """All tokens, the last one, or the last three, of rows with four, two and no tokens."""
+    logits = np.random.default_rng(0).normal(size=(3, 4, 5))
+    positions = np.array([[0, 1, 2, 3], [6, 7, -1, -1], [-1, -1, -1, -1]])
+    run = Run(np.zeros((3, 4), np.int64), positions, keep=2)
+    wanted = np.stack([logits[0, 2:4], logits[1, 0:2]])
+    np.testing.assert_array_equal(last(logits, run)[:2], wanted)
+    kept = np.stack([logits[0, 1:4], logits[1, 0:3], logits[2, 0:3]])
+    np.testing.assert_array_equal(last(kept, run)[:2], wanted)
+    one = np.stack([logits[0, 3:4], logits[1, 1:2], logits[2, :1]])
+    np.testing.assert_array_equal(last(one, dataclasses.replace(run, keep=1))[:2], wanted[:, 1:])
+
+
+def test_inputs_of_a_run_stand_behind_the_states_in_the_order_of_their_roles() -> None:
+    module = support.canonical("llama")
+    support.apply(module, 'lora{mode=slots n=2 rank=2 targets="q_proj" retained=true}')
+    for role in (KEPT_LOGITS, READ_LENGTH, CACHE_ROW):
+        module.add_input(ir.val(ports.name_of(role), shape=ir.Shape(["n"]), dtype=ir.DataType.INT64), role)
+    names = [str(value.name) for value in module.graph.inputs]
+    at = names.index(module.states[-1].input) + 1
+    assert names[at : at + 4] == ["comp_ctx_lengths", "batch_index", "num_logits_to_keep", "lora_ids"]
+    assert names[at + 4] == module.adapters[0].name and module.find(KEPT_LOGITS) is not None

@@ -351,3 +351,34 @@ def test_an_emitted_folder_is_the_same_wherever_it_is_written(tiny: Tiny, tmp_pa
         for root in (tmp_path / "here", tmp_path / "there/deeper")
     )
     assert len(first) >= 5 and first == second
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "dims", "at", "expected"),
+    [
+        ("comp_ctx_lengths", TensorProto.INT64, ["comp_ctx_lengths"], None, set[str]()),
+        ("comp_ctx_lengths", TensorProto.INT64, ["comp_ctx_lengths"], 2, {"inputs"}),
+        ("comp_ctx_lengths", TensorProto.INT32, ["comp_ctx_lengths"], None, {"dtype-shape"}),
+        ("comp_ctx_lengths", TensorProto.INT64, ["comp_ctx_lengths", 1], None, {"dtype-shape"}),
+        ("num_logits_to_keep", TensorProto.INT64, ["num_logits_to_keep", 1], None, {"dtype-shape"}),  # of one token
+        (
+            "batch_index",
+            TensorProto.INT64,
+            ["batch_size", 1],
+            None,
+            {"dtype-shape"},
+        ),  # states have no rows of their own
+    ],
+)
+def test_inputs_of_a_run_behind_the_states(
+    folder: Path, name: str, kind: int, dims: list[str | int], at: int | None, expected: set[str]
+) -> None:
+    value = helper.make_tensor_value_info(name, kind, dims)
+    edit_model(folder, lambda m: m.graph.input.insert(len(m.graph.input) if at is None else at, value))
+    for symbol in ("comp_ctx_lengths", "num_logits_to_keep"):
+        edit_json(
+            folder,
+            "specializations.json",
+            lambda d, symbol=symbol: [s["symbols"].update({symbol: "4"}) for s in d["specializations"]],
+        )
+    assert codes(folder) == expected
