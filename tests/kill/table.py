@@ -31,6 +31,7 @@ PROPERTIES = {
     "ports": "ir/test_ports.py",
     "sources": "ir/test_sources.py",
     "expectations": "passing/test_expect.py",
+    "inference": "passing/test_inference.py",
     "fused products": "examples/test_fuse_products.py",
     "files of others": "debug/test_plain.py",
     "node counts": "passes/test_node_counts.py",
