@@ -142,7 +142,7 @@ class _Tokens:
         if mask is None:
             one = b("Slice", hidden, b.const([0]), b.const([1]), b.const([2]))
             ones = b("Add", b("Mul", one, self.number(0.0)), self.number(1.0))
-            self.mask = b("Squeeze", ones, b.const([2]), dtype=_FLOAT)
+            self.mask = b("Squeeze", ones, b.const([2]))
         else:
             self.mask = b("Cast", mask, to=_FLOAT)
             self.some = b("ReduceMax", self.mask, b.const([1]), keepdims=1)

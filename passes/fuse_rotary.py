@@ -80,9 +80,7 @@ def _for_every_row(half: ir.Value, x: ir.Value, halves: dict[ir.Value, ir.Value]
         return half
     if half not in halves:
         rows = b("Concat", b("Shape", x, start=0, end=1), b.const([1, 1]), axis=0)
-        halves[half] = b(
-            "Expand", half, rows, dtype=half.dtype, shape=ir.Shape([*x.shape.dims[:1], *half.shape.dims[1:]])
-        )
+        halves[half] = b("Expand", half, rows, shape=ir.Shape([*x.shape.dims[:1], *half.shape.dims[1:]]))
     return halves[half]
 
 

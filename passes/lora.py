@@ -206,7 +206,7 @@ class _Branches:
     def _plus(self, last: ir.Node, delta: ir.Value, b: OpBuilder) -> ir.Value:
         """What a node returns and `delta`: a `Sum`, which no runtime fuses, so the base model's numbers stay."""
         old = last.outputs[0]
-        return b("Sum", self._again(last, b), delta, shape=old.shape, dtype=old.dtype)
+        return b("Sum", self._again(last, b), delta, shape=old.shape)
 
     def _plus_bias(self, total: ir.Value, last: ir.Node, bias: ir.Value, b: OpBuilder, *, flat: bool) -> ir.Value:
         old = last.outputs[0]
@@ -219,7 +219,7 @@ class _Branches:
                 tokens = b("Shape", self.module.port(POSITIONS))
                 full = b("Concat", tokens, b.const([width]), axis=0)
                 bias = b("Reshape", b("Expand", bias, full), b.const([-1, width]))
-        return b("Sum", total, bias, shape=old.shape, dtype=old.dtype)
+        return b("Sum", total, bias, shape=old.shape)
 
     def _again(self, node: ir.Node, b: OpBuilder) -> ir.Value:
         """What a node returns, without the users it has."""

@@ -114,9 +114,7 @@ def _merge(uses: list[Layer], factors: Factors, rewriter: Rewriter) -> None:
         transpose = made_by(use.node.inputs[index], "Transpose")
         read = own
         if transpose is not None:
-            read = rewriter.at(use.node)(
-                "Transpose", own, perm=[1, 0], shape=transpose.outputs[0].shape, dtype=own.dtype
-            )
+            read = rewriter.at(use.node)("Transpose", own, perm=[1, 0])
         use.node.replace_input_with(index, read)
 
 

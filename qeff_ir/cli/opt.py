@@ -87,6 +87,7 @@ def command(
             run_pipeline(module, steps, instruments=stack, check=check)
         except Exception as error:
             if report is not None and recorder.data:
+                recorder.data["failed"]["bundle"] = str(capture.written) if capture.written is not None else None
                 write_report(report, recorder.data)
             if capture.written is None:
                 raise

@@ -80,15 +80,19 @@ def pipeline_table(report: dict[str, Any]) -> Grid:
     Args:
         report: `qeff_ir.passing.manager.Report` as JSON data, which is how a package keeps it.
     """
-    table = grid("pass", "what it did", "nodes", "time", right=("nodes", "time"))
     runs: list[dict[str, Any]] = report["passes"]
+    driven = any(run.get("error") is not None for run in runs)
+    error = ["error"] if driven else []
+    table = grid("pass", "what it did", "nodes", *error, "time", right=("nodes", "error", "time"))
     for run in runs:
         before, after = run["nodes"]
-        table.add_row(Text(run["id"], style="cyan"), _deeds(run), _change(before, after), seconds(run["seconds"]))
+        told = [f"{run['error']:.1e}"] if driven else []
+        name = Text(run["id"], style="cyan")
+        table.add_row(name, _deeds(run), _change(before, after), *told, seconds(run["seconds"]))
     if runs:
         total = seconds(sum(r["seconds"] for r in runs))
         nodes = _change(runs[0]["nodes"][0], runs[-1]["nodes"][1])
-        table.add_row(f"{len(runs)} passes", "", nodes, total, style="bold")
+        table.add_row(f"{len(runs)} passes", "", nodes, *([""] if driven else []), total, style="bold")
     return table
 
 

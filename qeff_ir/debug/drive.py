@@ -38,6 +38,8 @@ _OTHER = 3
 _FORMULA = re.compile(r"[A-Za-z_]\w{0,60}(?: ?[-+*] ?(?:[A-Za-z_]\w{0,60}|\d{1,6})){1,8}")
 """A dim that is computed of others, as exporters write them: ``past_sequence_length + sequence_length``."""
 _DECODE_STEPS = 3
+_MOST_CHUNKS = 64
+"""Chunks of a prefill that fills the context; a longer context is not filled, as each pass is driven."""
 _SHOWN = 8
 _MAX_ELEMENTS = 1 << 31
 
@@ -86,7 +88,11 @@ def sizes_of(module: Module) -> dict[str, int]:
 
 
 def make_plan(module: Module, seed: int = 0) -> Plan:
-    """The trace for a module and all that passes make of it."""
+    """The trace for a module and all that passes make of it.
+
+    The first row fills the caches to the last slot, past a turn of every ring that is shorter, unless the context is
+    longer than `_MOST_CHUNKS` chunks.
+    """
     sizes, random = sizes_of(module), np.random.default_rng(seed)
     if not is_decoder(module):
         feeds = {v.name or "": _random(v, sizes, random) for v in module.graph.inputs}
@@ -97,7 +103,9 @@ def make_plan(module: Module, seed: int = 0) -> Plan:
         raise RuntimeInputError(f"the logits of {module.name} have no fixed width: no token can be drawn")
     (batch, chunk), room = _dims(module.port(POSITIONS), sizes), _room(module, sizes)
     steps = min(_DECODE_STEPS, room - 1)
-    wanted = itertools.cycle((chunk + chunk // 2 + 1, max(1, chunk // 3), 2 * chunk))
+    fills = -(-room // chunk) <= _MOST_CHUNKS
+    longest = room if fills else chunk + chunk // 2 + 1
+    wanted = itertools.cycle((longest, max(1, chunk // 3), 2 * chunk))
     prompts = [random.integers(0, last, min(n, room - steps)) for n in itertools.islice(wanted, batch)]
     runs = _prefill(prompts, chunk)
     for step in range(steps):
@@ -235,7 +243,7 @@ def _open(module: Module, folder: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1  # sums in the same order every time
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what cannot be run is raised, and told once
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -66,12 +66,12 @@ class Equivalence(Instrument):
             EquivalenceError: It answers otherwise than before the pass.
         """
         assert self._plan is not None and self._before is not None
-        if not run.modified:
-            self.errors[run.id] = 0.0
-            return
-        after = drive(module, self._plan)
-        self.errors[run.id] = self._compare(after, self._before)
-        self._before = after
+        error = 0.0
+        if run.modified:
+            after = drive(module, self._plan)
+            error = self._compare(after, self._before)
+            self._before = after
+        self.errors[run.id] = run.stats.error = error
 
     def _compare(self, after: Answers, before: Answers) -> float:
         found = [

@@ -22,8 +22,9 @@ class Recorder(Instrument):
     Attributes:
         data: The report as plain data once the pipeline has ended, or failed: `Report.to_json` with ``model``, a
             ``diff`` in each pass, ``origins``, one entry for each Hugging Face module and pass of the final graph, and
-            ``failed``: pass, class, code and message of the error, or `None`. A failing pass that an instrument found
-            wrong is among the passes, with what it changed; one that did not get to its end is not.
+            ``failed``: pass, class, code and message of the error, and the bundle where one was written, or `None`. A
+            failing pass that an instrument found wrong is among the passes, with what it changed; one that did not get
+            to its end is not.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class Recorder(Instrument):
         """Put together what there is."""
         kind, code = describe(error)
         self._finish(self._report, module_before)
-        self.data["failed"] = {"id": id, "error": kind, "code": code, "message": str(error)}
+        self.data["failed"] = {"id": id, "error": kind, "code": code, "message": str(error), "bundle": None}
 
     def after_pipeline(self, report: Report, module: Module) -> None:
         """Put all together."""

@@ -5,6 +5,7 @@ It shows the data of `qeff_ir.debug.recorder.Recorder`, the same that ``--report
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -66,7 +67,11 @@ def _failure(failed: dict[str, Any] | None) -> str:
         return ""
     kind = escape(failed["error"] + (f" [{failed['code']}]" if failed["code"] else ""))
     title = f"{escape(failed['id'])} failed, and was undone <small>{kind}</small>"
-    return f"<section class=failure role=alert><h2>{title}</h2><pre>{escape(failed['message'])}</pre></section>\n"
+    bundle = failed.get("bundle")
+    command = f"qeff bisect {shlex.quote(bundle)}" if bundle else ""
+    more = f"<p>Bundle: <code>{escape(bundle)}</code></p><p>Next: <code>{escape(command)}</code></p>" if bundle else ""
+    text = f"<h2>{title}</h2><pre>{escape(failed['message'])}</pre>{more}"
+    return f"<section class=failure role=alert>{text}</section>\n"
 
 
 def _breakable(pipeline: str) -> str:
@@ -80,7 +85,8 @@ def _timeline(passes: Sequence[dict[str, Any]]) -> str:
     rows = "".join(_timeline_row(p, slowest, largest) for p in passes)
     return (
         "<section><h2>Time and graph size</h2><div class=scroll><table class=bars><thead><tr><th>pass</th>"
-        "<th>time</th><th></th><th>nodes after</th><th></th><th>rewrites</th><th>left alone</th></tr></thead>"
+        "<th>time</th><th></th><th>nodes after</th><th></th><th>rewrites</th>"
+        "<th>left alone</th><th>error</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div></section>\n"
     )
 
@@ -90,12 +96,13 @@ def _timeline_row(run: dict[str, Any], slowest: float, largest: int) -> str:
     change = f"<small>{after - before:+d}</small>".replace("-", "−") if after != before else ""
     missed = len(run["missed"])
     left = f"<span class=warn>{missed}</span>" if missed else "<span class=dim>–</span>"
+    error = "<span class=dim>–</span>" if run["error"] is None else f"{run['error']:.1e}"
     fired = sum(run["fired"].values()) or "<span class=dim>–</span>"
     return (
         f'<tr{"" if run["modified"] else " class=idle"}><th><a href="#{_anchor(run)}">{escape(run["id"])}</a></th>'
         f"<td class=n>{_seconds(run['seconds'])}</td><td>{_bar([(run['seconds'] / slowest, 'time')])}</td>"
         f"<td class=n>{after} {change}</td><td>{_size_bar(before / largest, after / largest)}</td>"
-        f"<td class=n>{fired}</td><td class=n>{left}</td></tr>"
+        f"<td class=n>{fired}</td><td class=n>{left}</td><td class=n>{error}</td></tr>"
     )
 
 

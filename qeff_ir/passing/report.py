@@ -56,10 +56,12 @@ class PassStats:
     Attributes:
         fired: Rewrites by rule name.
         missed: Sites that were not rewritten.
+        error: What the numeric check measured, ``max|error| / rms`` of the worst run; `None` where it did not run.
     """
 
     fired: Counter[str] = field(default_factory=Counter[str])
     missed: list[Missed] = field(default_factory=list[Missed])
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Report:
                     "missed": [{"source": m.source, "reason": m.reason} for m in r.stats.missed],
                     "sites": r.sites,
                     "left": [asdict(m) for m in r.stats.missed],
+                    "error": r.stats.error,
                 }
                 for r in self.runs
             ],

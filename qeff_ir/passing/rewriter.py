@@ -15,6 +15,7 @@ from qeff_ir.errors import PassError
 from qeff_ir.ir.module import PASS_KEY, SOURCE_KEY, Module
 from qeff_ir.ir.sources import set_sources, sources_of
 from qeff_ir.passing.hiding import hidden_weights
+from qeff_ir.passing.inference import Inference
 from qeff_ir.passing.report import Missed, PassStats
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ class OpBuilder:
         dtype: ir.DataType | None = None,
         **attributes: Any,
     ) -> ir.Value:
-        """Insert one node with one output and return that output, typed when `shape` and `dtype` are given."""
+        """Insert one node with one output, and return that output.
+
+        Its `shape` and `dtype` are what ONNX infers from the operator and its inputs, unless they are given.
+        """
         (out,) = self.several(op_type, *inputs, domain=domain, shapes=[shape], dtype=dtype, **attributes)
         return out
 
@@ -60,7 +64,7 @@ class OpBuilder:
         dtype: ir.DataType | None = None,
         **attributes: Any,
     ) -> tuple[ir.Value, ...]:
-        """Insert one node with an output for each of `shapes` (`None` for one that is not known); return the outputs.
+        """Insert one node with an output for each of `shapes` (`None` for one that is to be inferred); return them.
 
         ``gate, up = b.several("Split", both, sizes, axis=-1, shapes=[…, …])``
         """
@@ -70,11 +74,15 @@ class OpBuilder:
             self._rewriter.stamp(node, *self._anchors)
         if self._after:
             self._place = node
-        for out, shape in zip(node.outputs, shapes, strict=True):
+        complete = dtype is not None and None not in shapes
+        found = [(dtype, None)] * len(shapes) if complete else self._rewriter.inference.outputs(node)
+        for out, shape, (own_dtype, own_shape) in zip(node.outputs, shapes, found, strict=True):
+            shape = own_shape if shape is None else shape
+            kind = own_dtype if dtype is None else dtype
             if shape is not None:
-                out.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)
-            if dtype is not None:
-                out.dtype = dtype
+                out.shape = ir.Shape(shape)  # of its own: shapes can be changed
+            if kind is not None:
+                out.dtype = kind
         return tuple(node.outputs)
 
     def const(self, value: Any, dtype: Any = np.int64) -> ir.Value:
@@ -92,6 +100,7 @@ class Rewriter:
         count: Rewrites admitted so far.
         refused: Whether a rewrite was wanted after the budget was spent.
         done: Sites that were changed in place.
+        inference: Tells what new nodes make.
     """
 
     def __init__(self, module: Module, pass_id: str, budget: int | None = None) -> None:
@@ -104,6 +113,7 @@ class Rewriter:
         self.done: set[ir.Node] = set()
         self._limit = _LEAST_LIMIT + _REWRITES_PER_NODE * len(module.graph)
         self._inserted = 0
+        self.inference = Inference(module.model.opset_imports)
         self._known = set(ir.traversal.RecursiveGraphIterator(module.graph))
         self._recent: deque[str] = deque(maxlen=6)
 
@@ -257,8 +267,7 @@ class Rewriter:
     def substitute(self, node: ir.Node, value: ir.Value) -> None:
         """What `replace` does, as a part of a larger rewrite that has been admitted already."""
         old = node.outputs[0]
-        if value.shape is None:
-            value.shape = old.shape
+        value.shape = _completed(value.shape, old.shape)
         if value.type is None:
             value.type = old.type
         if old.is_graph_output():
@@ -279,6 +288,14 @@ class Rewriter:
     def sweep(self) -> None:
         """Drop nodes and initializers that nothing uses any more."""
         common.RemoveUnusedNodesPass()(self.module.model)
+
+
+def _completed(shape: ir.Shape | None, old: ir.Shape | None) -> ir.Shape | None:
+    """A shape, with sizes that it leaves open taken from what it takes the place of."""
+    if shape is None or old is None or len(shape) != len(old):
+        return old if shape is None else shape
+    pairs = zip(shape.dims, old.dims, strict=True)
+    return ir.Shape([known if isinstance(own, ir.SymbolicDim) and own.value is None else own for own, known in pairs])
 
 
 class _Counted:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +70,7 @@ def test_opt_checks_the_numbers_of_the_whole_stock_pipeline(qeff: Qeff, saved: P
         assert (said.code, said.err) == (0, "")
         assert f"Report:  {report}\n" in said.out
         text = report.read_text()
+        assert re.search(r"^\s*pass +what it did +nodes +error +time$", said.out, re.MULTILINE)
         assert text.startswith("<!doctype html>") if suffix == ".html" else json.loads(text)["version"] == 1
 
 
@@ -109,7 +112,8 @@ def test_a_wrong_pass_is_found_reduced_and_replayed_unattended(
     bundle, small = tmp_path / "a bundle; of blanks", tmp_path / "small"
     first, _, rest = PIPELINE.partition(",last-logits")
     words = ("opt", llama, "-p", f"{first},flipped-sign,last-logits{rest}", "--check", 4, "--bundle", bundle)
-    complaint = qeff(*words).complaint
+    complaint = qeff(*words, "--report", tmp_path / "report.html").complaint
+    assert f"<code>qeff bisect {escape(shlex.quote(str(bundle)))}</code>" in (tmp_path / "report.html").read_text()
     assert complaint.startswith("qeff: error: pass flipped-sign: [equivalence] it changed behavior: 'logits' of run ")
     assert complaint.endswith(f"; next: qeff bisect '{bundle}'\n")
     said = qeff("bisect", bundle)

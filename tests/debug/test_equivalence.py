@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +14,8 @@ from backends import backend_names
 from qeff_ir.debug.drive import drive, make_plan
 from qeff_ir.debug.equivalence import Equivalence, error_of
 from qeff_ir.errors import PassError, PipelineError, QeffError, RuntimeInputError
-from qeff_ir.ir.module import Module
+from qeff_ir.ir.module import Module, Specialization
+from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from tests import support
@@ -40,8 +42,8 @@ def test_a_module_without_specializations_gets_small_sizes() -> None:
     module = support.lowered("mistral")
     assert not module.specializations
     plan = make_plan(module)
-    assert [run.tokens.shape for run in plan.runs] == [(2, 4), (2, 4), (2, 1), (2, 1), (2, 1)]
-    assert (plan.runs[0].positions[1] == -1).all()  # the shorter prompt idles in the first chunk
+    assert [run.tokens.shape for run in plan.runs] == [(2, 4)] * 6 + [(2, 1)] * 3
+    assert (plan.runs[0].positions[1] == -1).all()  # the shorter prompt idles in the first chunks
     assert set(check(module, "canonicalize,fuse-norms").errors) == {"canonicalize", "fuse-norms"}
 
 
@@ -50,6 +52,50 @@ def test_level_4_drives_from_python_too() -> None:
     with pytest.raises(PassError, match=r"pass flipped-sign: .*it changed behavior"):
         run_pipeline(module, Pipeline.parse("fuse-norms,flipped-sign"), check=4)
     assert run_pipeline(support.canonical("llama"), Pipeline.parse("fuse-norms"), check=4).runs[0].modified
+
+
+@dataclass(frozen=True, slots=True)
+class LosesASlot(Pass):
+    """Does not store the token of one position."""
+
+    name: ClassVar[str] = "loses-a-slot"
+    position: int = 0
+
+    def run(self, module: Module, rewriter: Rewriter) -> None:
+        for node in [node for node in module.graph if node.op_type == "CacheUpdate"]:
+            b, positions = rewriter.at(node), node.inputs[2]
+            if rewriter.rewrite("slot"):
+                lost = b("Equal", positions, b.const(self.position))
+                node.replace_input_with(2, b("Where", lost, b.const(-1), positions))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("position", [0, 20, 46, 47])
+def test_every_slot_is_driven_up_to_the_last(name: str, position: int) -> None:
+    module = support.canonical(name)
+    assert {s.symbols["ctx_len"] for s in module.specializations} == {48}
+    with pytest.raises(PassError, match="it changed behavior"):
+        run_pipeline(module, Pipeline((LosesASlot(position),)), check=4)
+    run_pipeline(module, Pipeline((LosesASlot(48),)), check=4)
+
+
+def test_a_long_context_is_not_filled() -> None:
+    module = support.canonical("llama")
+    for chunk in (1, 2):
+        module.specializations = [Specialization("Prefill", {"batch_size": 1, "seq_len": chunk, "ctx_len": 64 * chunk})]
+        assert max(run.positions.max() for run in make_plan(module).runs) == 64 * chunk - 1
+    module.specializations = [Specialization("Prefill", {"batch_size": 1, "seq_len": 2, "ctx_len": 129})]
+    assert [run.tokens.shape for run in make_plan(module).runs] == [(1, 2)] * 2 + [(1, 1)] * 3
+
+
+def test_the_report_has_the_error_of_each_pass() -> None:
+    module, numeric = support.canonical("llama"), Equivalence()
+    report = run_pipeline(module, Pipeline.parse("canonicalize,fuse-norms"), instruments=[numeric], check=4)
+    assert [run.stats.error for run in report.runs] == [0.0, numeric.errors["fuse-norms"]]
+    assert [entry["error"] for entry in report.to_json()["passes"]] == [*numeric.errors.values()]
+    assert numeric.errors["fuse-norms"] > 0.0
+    report = run_pipeline(support.canonical("llama"), Pipeline.parse("fuse-norms"), check=2)
+    assert report.runs[0].stats.error is None
 
 
 @pytest.mark.parametrize("level", [-1, 5, 99, 1.5, "2", None])

@@ -107,13 +107,38 @@ def test_a_pipeline_that_fails_has_a_report_too(monkeypatch: pytest.MonkeyPatch,
         run_pipeline(module, Pipeline.parse(f"fuse-norms,{check}"), instruments=instruments, check=level)
     data = recorder.data
     kind = ("EquivalenceError", "equivalence") if level == 4 else ("VerificationError", "state-pair")
-    assert data["failed"] == {"id": check, "error": kind[0], "code": kind[1], "message": str(error.value)}
+    assert data["failed"] == {
+        "id": check,
+        "error": kind[0],
+        "code": kind[1],
+        "message": str(error.value),
+        "bundle": None,
+    }
     assert [p["id"] for p in data["passes"]] == (["fuse-norms", check] if level == 4 else ["fuse-norms"])
     assert sum(sum(o["ops"].values()) for o in data["origins"]) == len(module.graph)  # as it was before the pass
     page = Page(to_html(data))
     assert page.open == []
     assert str(error.value) in page.texts
     assert f"{check} failed, and was undone " in page.texts
+
+
+def test_the_banner_of_a_failure_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong_passes.register_all(monkeypatch)
+    recorder = Recorder()
+    with pytest.raises(PassError):
+        run_pipeline(support.canonical("llama"), Pipeline.parse("breaks-facts"), instruments=[recorder])
+    assert "qeff bisect" not in to_html(recorder.data)
+    recorder.data["failed"]["bundle"] = "a <bundle>"
+    page = Page(to_html(recorder.data))
+    assert page.open == [] and {"a <bundle>", "qeff bisect 'a <bundle>'"} <= set(page.texts)
+
+
+def test_the_page_shows_the_error_of_each_pass() -> None:
+    recorder = Recorder()
+    pipeline = Pipeline.parse("canonicalize,fuse-norms")
+    report = run_pipeline(support.canonical("llama"), pipeline, instruments=[Equivalence(), recorder])
+    shown = Page(to_html(recorder.data)).texts
+    assert [f"{run.stats.error:.1e}" in shown for run in report.runs] == [True, True]
 
 
 def test_everything_is_escaped() -> None:

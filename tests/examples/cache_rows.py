@@ -53,15 +53,15 @@ class CacheRows(Pass):
         if not rewriter.rewrite("state"):
             return state
         b = rewriter.at(next(iter(module.graph)))  # before all that looks at the states
-        rows = b("Squeeze", ids, b.const([1]), shape=["batch_size"], dtype=ir.DataType.INT64)
-        own = b("Gather", past, rows, axis=0, shape=past.shape, dtype=past.dtype)
+        rows = b("Squeeze", ids, b.const([1]))
+        own = b("Gather", past, rows, axis=0)
         for node in past.consumers():
             for index, value in enumerate(node.inputs):
                 if value is past and node is not own.producer():
                     node.replace_input_with(index, own)
         wide = ir.Shape([ROWS, *state.shape[1:]])
         after = rewriter.after(update)
-        kept = after("ScatterND", past, ids, result, shape=wide, dtype=result.dtype)
+        kept = after("ScatterND", past, ids, result, shape=wide)
         module.graph.outputs[list(module.graph.outputs).index(result)] = kept
         result.name, kept.name = f"{state.input}.of_run", result.name
         past.shape = wide

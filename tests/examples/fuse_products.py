@@ -65,13 +65,9 @@ def _fuse(group: list[ir.Node], rewriter: Rewriter) -> None:
     own = [source.rpartition(".")[2] for node in group for source in sources_of(node)]
     both = side_by_side(rewriter, f"{_parent(first)}.{'_and_'.join(own)}.weight", parts)
     b = rewriter.at(*group)
-    weight = both.value
-    if both.transposed:
-        weight = b("Transpose", weight, perm=[1, 0], shape=both.features, dtype=weight.dtype)
-    shapes = [node.outputs[0].shape for node in group]
-    leading = [] if shapes[0] is None else list(shapes[0].dims[:-1])
-    product = b("MatMul", x, weight, shape=ir.Shape([*leading, both.features[1]]), dtype=first.outputs[0].dtype)
+    weight = b("Transpose", both.value, perm=[1, 0]) if both.transposed else both.value
+    product = b("MatMul", x, weight)
     sizes = b.const([part.features[1] for part in parts])
-    split = b.several("Split", product, sizes, axis=-1, shapes=shapes, dtype=product.dtype)
+    split = b.several("Split", product, sizes, axis=-1, shapes=[None] * len(parts))
     for node, value in zip(group, split, strict=True):
         rewriter.substitute(node, value)

@@ -98,8 +98,7 @@ class Branch:
         product = self.nodes[0]
         weight = self._repeated(rewriter, self.weight.value, self.weight.out_axis, times)
         if self.weight.transposed:
-            features = self.weight.features[0], self.weight.features[1] * times
-            weight = rewriter.at(product)("Transpose", weight, perm=[1, 0], shape=features, dtype=weight.dtype)
+            weight = rewriter.at(product)("Transpose", weight, perm=[1, 0])
         product.replace_input_with(1, weight)
         for node in self.nodes:
             flat = node.outputs[0].shape is not None and len(node.outputs[0].shape) == 3

@@ -52,13 +52,13 @@ class RepetitionPenalty(Pass):
         real = b("Cast", b("GreaterOrEqual", positions, b.const(0)), to=ir.DataType.FLOAT)
         here = b("OneHot", ids, b.const(vocabulary), b.const([0, 1], "float32"), axis=-1)
         of_run = b("ReduceMax", b("Mul", here, b("Unsqueeze", real, b.const([2]))), b.const([1]), keepdims=0)
-        now = b("Max", before, of_run, shape=past.shape, dtype=past.dtype)
+        now = b("Max", before, of_run)
         factor = b.const(self.penalty, "float32")
         lower = b(
             "Where", b("Less", logits, b.const(0.0, "float32")), b("Mul", logits, factor), b("Div", logits, factor)
         )
         seen = b("Greater", b("Unsqueeze", now, b.const([1])), b.const(0.0, "float32"))
-        changed = b("Where", seen, lower, logits, shape=logits.shape, dtype=logits.dtype)
+        changed = b("Where", seen, lower, logits)
         outputs, name = module.graph.outputs, logits.name
         outputs[outputs.index(logits)] = changed
         logits.name, changed.name, now.name = f"{name}.plain", name, state.output

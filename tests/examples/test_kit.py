@@ -71,7 +71,7 @@ class Louder(Pass):
         assert node is not None and node.inputs[0] is not None
         value = node.inputs[0]
         b = rewriter.at(node)
-        scaled = b("Mul", value, b.const(1.01, "float32"), shape=value.shape, dtype=value.dtype)
+        scaled = b("Mul", value, b.const(1.01, "float32"))
         if rewriter.rewrite("logits"):
             node.replace_input_with(0, scaled)
 

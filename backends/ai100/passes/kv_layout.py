@@ -27,9 +27,9 @@ class Scatter(Layout):
         """``past -> CtxScatter -> retained``; the layer reads ``CtxGather(retained)``."""
         past, new = node.inputs[:2]
         b = self.rewriter.at(node)
-        shape, dtype = ir.Shape(state.shape), node.outputs[0].dtype
+        shape = ir.Shape(state.shape)
         readers = list(node.outputs[0].consumers())
-        retained = b("CtxScatter", past, self._written(slots), new, domain=CTX_DOMAIN, shape=shape, dtype=dtype)
+        retained = b("CtxScatter", past, self._written(slots), new, domain=CTX_DOMAIN)
         read = b(
             "CtxGather",
             retained,
@@ -37,13 +37,12 @@ class Scatter(Layout):
             self.shared("count", slots, lambda b: b("Squeeze", self.length(slots))),
             domain=CTX_DOMAIN,
             shape=shape,
-            dtype=dtype,
         )
         # The mask hides what a key slot without a token gives; anything else must not even see it.
         masked = state.kind == "key" and all(_hides_keys(reader, node.outputs[0]) for reader in readers)
         if not masked:
             empty = self.shared("empty rows", slots, lambda b: b("Unsqueeze", self._empty(slots), b.const([1, 3])))
-            read = b("Where", empty, b.const(0.0, np.float32), read, shape=shape, dtype=dtype)
+            read = b("Where", empty, b.const(0.0, np.float32), read, shape=shape)
         for reader in readers:
             for index, value in enumerate(reader.inputs):
                 if value is node.outputs[0]:

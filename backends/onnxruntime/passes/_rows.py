@@ -31,7 +31,7 @@ def rows(value: ir.Value | None, heads: int, width: int, b: OpBuilder) -> ir.Val
     if rotary is not None:
         attributes: dict[str, Any] = {a.name: a.value for a in rotary.attributes.values()} | {"num_heads": heads}
         plain = rows(rotary.inputs[0], heads, width, b)
-        return b("RotaryEmbedding", plain, *rotary.inputs[1:], dtype=value.dtype, **attributes)
+        return b("RotaryEmbedding", plain, *rotary.inputs[1:], **attributes)
     swap = made_by(value, "Transpose")
     if swap is not None and list(swap.attributes["perm"].as_ints()) == SWAP:
         split = swap.inputs[0]
@@ -42,7 +42,7 @@ def rows(value: ir.Value | None, heads: int, width: int, b: OpBuilder) -> ir.Val
         flat = merge.inputs[0]
         if flat.shape is not None and len(flat.shape) == 3 and size(flat, 2) == heads * width:
             return flat
-    return b("Reshape", split, b.const([0, 0, heads * width]), dtype=value.dtype)
+    return b("Reshape", split, b.const([0, 0, heads * width]))
 
 
 def flattening(node: ir.Node, features: int) -> ir.Node | None:

@@ -144,7 +144,7 @@ def _fuse(
     for write, present in zip(writes, kernel.outputs[1:], strict=True):
         rewriter.substitute(write, present)
     if real is not None:
-        mixed = b("Where", real, mixed, b.const(0.0, np.float32), dtype=mixed.dtype)
+        mixed = b("Where", real, mixed, b.const(0.0, np.float32))
     flat = flattening(node, heads * width)
     if flat is None:
         split = b("Reshape", mixed, b.const([0, 0, heads, width]))

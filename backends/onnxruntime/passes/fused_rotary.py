@@ -108,7 +108,7 @@ def _fuse(node: ir.Node, positions: ir.Value, shared: dict[object, ir.Value], re
     slots = past.shape[2]
     first = rewriter.at(next(iter(rewriter.graph)))
     if "positions" not in shared:  # padding has position -1; what the kernel makes of its row is not kept
-        shared["positions"] = first("Max", positions, first.const(0), shape=positions.shape, dtype=positions.dtype)
+        shared["positions"] = first("Max", positions, first.const(0))
     if slots not in shared:
         count = first("Squeeze", first("Shape", past, start=2, end=3))
         shared[slots] = first("Unsqueeze", first("Range", first.const(0), count, first.const(1)), first.const([0]))
