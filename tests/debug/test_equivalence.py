@@ -82,9 +82,11 @@ def test_every_slot_is_driven_up_to_the_last(name: str, position: int) -> None:
 def test_a_long_context_is_not_filled() -> None:
     module = support.canonical("llama")
     for chunk in (1, 2):
-        module.specializations = [Specialization("Prefill", {"batch_size": 1, "seq_len": chunk, "ctx_len": 64 * chunk})]
+        module.specializations = [
+            Specialization("Prefill", "prefill", {"batch_size": 1, "seq_len": chunk, "ctx_len": 64 * chunk})
+        ]
         assert max(run.positions.max() for run in make_plan(module).runs) == 64 * chunk - 1
-    module.specializations = [Specialization("Prefill", {"batch_size": 1, "seq_len": 2, "ctx_len": 129})]
+    module.specializations = [Specialization("Prefill", "prefill", {"batch_size": 1, "seq_len": 2, "ctx_len": 129})]
     assert [run.tokens.shape for run in make_plan(module).runs] == [(1, 2)] * 2 + [(1, 1)] * 3
 
 

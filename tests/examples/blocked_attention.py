@@ -108,7 +108,7 @@ def _ends(parts: Scores, lengths: set[int], count: int) -> list[ir.Value]:
     """`bounds`, each ``[1]``: constants where all specializations agree, else computed of the number of keys."""
     b = parts.b
     if len(lengths) == 1:
-        return [b.const([at]) for at in bounds(*lengths, count)]
+        return [b.const([at]) for at in bounds(min(lengths), count)]
     length = b("Shape", parts.keys, start=2, end=3)
     return [b("Div", b("Mul", length, b.const([index])), b.const([count])) for index in range(count + 1)]
 

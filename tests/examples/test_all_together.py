@@ -57,7 +57,7 @@ def test_they_compose(name: str, tmp_path: Path) -> None:
     own, start = np.array([4, 1]), np.tile(np.arange(8), (2, 1))
     found = logits_of(session, Run(np.array([r[:8] for r in rows]), start, cache_rows=own))[:, 0]
     np.testing.assert_allclose(found, [e[7] for e in expected], atol=1e-4)
-    done, rejected = np.array([8, 8]), 0
+    done, rejected, tokens = np.array([8, 8]), 0, np.zeros((2, K), np.int64)
     while (done + K <= end).all():
         strangers = Run(random.integers(1, 97, (2, 8)), start, cache_rows=np.array([0, 3]))
         logits_of(session, strangers)

@@ -60,8 +60,8 @@ def test_what_fits_one_block_is_left_to_the_stock_pass() -> None:
 )
 def test_no_block_is_empty_in_any_specialization(lengths: set[int], block: int, count: int | None) -> None:
     assert blocked_attention.blocks(lengths, block) == count
-    for length in lengths if count is not None else ():
-        ends = blocked_attention.bounds(length, count)
+    for length, parts in ((length, count) for length in lengths if count is not None):
+        ends = blocked_attention.bounds(length, parts)
         sizes = [end - start for start, end in itertools.pairwise(ends)]
         assert sum(sizes) == length and all(0 < size <= block for size in sizes)
 

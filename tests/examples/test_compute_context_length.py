@@ -42,6 +42,7 @@ def test_it_answers_as_transformers_over_every_length(name: str, tmp_path: Path)
     rows = np.random.default_rng(1).integers(1, 97, (2, 47)).tolist()
     expected = [[support.forward(name, row[: i + 1]) for i in range(len(row))] for row in rows]
     np.testing.assert_allclose(own.prefill([rows[0][:10], rows[1][:5]]), [expected[0][9], expected[1][4]], atol=1e-4)
+    found = np.zeros(0)
     for step in range(37):
         found = own.decode([rows[0][10 + step], rows[1][5 + step]])
         np.testing.assert_allclose(found, [expected[0][10 + step], expected[1][5 + step]], atol=1e-4)

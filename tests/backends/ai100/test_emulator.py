@@ -13,7 +13,7 @@ from backends.ai100 import operators, specializations
 from backends.ai100.backend import BACKEND
 from backends.ai100.emulator import EmulatedSession
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.module import Specialization
+from qeff_ir.ir.module import RunPhase, Specialization
 from qeff_ir.numerics import bound, depth
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.session import Session
@@ -146,8 +146,10 @@ def test_it_reads_flat_specializations(folder: Path, prompts: list[list[int]], s
 
 def test_phases_are_those_of_the_module_and_names_those_of_the_contract(tmp_path: Path) -> None:
     """A prefill of one token is none of decode, and a name tells nothing."""
-    runs = {"a": ("prefill", 1), "b": ("decode", 4), "c": ("prefill", 8), "Decode": ("forward", 3)}
-    module = [Specialization(n, phase, {"seq_len": size}) for n, (phase, size) in runs.items()]  # type: ignore[arg-type]
+    runs: dict[str, tuple[RunPhase, int]] = {
+        "a": ("prefill", 1), "b": ("decode", 4), "c": ("prefill", 8), "Decode": ("forward", 3)
+    }  # fmt: skip
+    module = [Specialization(n, phase, {"seq_len": size}) for n, (phase, size) in runs.items()]
     path = tmp_path / specializations.FILE
     path.write_text(specializations.dumps(module[:3], "named"))
     found = specializations.load(path, module)
