@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -130,13 +130,15 @@ class Decoder:
                 f"compile with ctx_len={longest} or more"
             )
         chunk = self.prefill_len
-        chunks = -(-longest // chunk)
+        cuts = [self._cut(row, len(tokens)) for row, tokens in enumerate(rows)]
+        chunks = max(map(len, cuts))
         ids = np.zeros((self.batch_size, chunks * chunk), dtype=np.int64)
         positions = np.full_like(ids, -1)
         for row, tokens in enumerate(rows):
-            start = (chunks - -(-len(tokens) // chunk)) * chunk
-            ids[row, start : start + len(tokens)] = tokens
-            positions[row, start : start + len(tokens)] = np.arange(len(tokens))
+            for number, (first, end) in enumerate(cuts[row], chunks - len(cuts[row])):
+                at = slice(number * chunk, number * chunk + end - first)
+                ids[row, at] = tokens[first:end]
+                positions[row, at] = np.arange(first, end)
         logits = np.empty(0, dtype=np.float32)
         with self.turns.join():
             started = time.perf_counter()
@@ -192,6 +194,17 @@ class Decoder:
         self.timings.tokens += int(active.sum())
         return logits
 
+    def _cut(self, row: int, length: int) -> list[tuple[int, int]]:
+        """Where each part of a prompt of a row begins and ends, none longer than a prefill run."""
+        return [(start, min(start + self.prefill_len, length)) for start in range(0, length, self.prefill_len)]
+
+    def _told(self, run: Run) -> Run:
+        """A run with what a request gives beside tokens."""
+        return run
+
+    def _heard(self, outputs: Mapping[str, Array]) -> None:
+        """Take note of what a run returned beside logits."""
+
     def _run(self, ids: Array, positions: Array, lora_ids: Array | None) -> Array:
         ids = np.where(positions < 0, 0, ids)  # whatever stands at padding: a look-up would still have to find it
         slots = np.zeros(self.batch_size, dtype=np.int64)
@@ -205,7 +218,9 @@ class Decoder:
                 )
             slots = slots.astype(np.int64)  # a copy: another thread may write meanwhile
         embed = None if self._table is None else self._table.vectors
-        run = Run(ids, np.ascontiguousarray(positions), slots, embed=embed)
+        run = self._told(Run(ids, np.ascontiguousarray(positions), slots, embed=embed))
         inputs = {port.name: port.feed(run) for port in self.session.interface.inputs}
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue
-        return self.session.run(inputs)[self._logits][:, 0]
+        outputs = self.session.run(inputs)
+        self._heard(outputs)
+        return outputs[self._logits][:, 0]

@@ -78,6 +78,8 @@ PROPERTIES = {
     "garbage": "test_garbage.py",
     "kit": "examples/test_kit.py",
     "AI 100 QNN": "backends/ai100/test_qnn.py",
+    "encoders": "frontend/test_encoders.py",
+    "pictures in prompts": "frontend/test_pictures.py",
     "sizes of images": "test_auto_forward.py::test_the_height_of_an_image_comes_before_its_width",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
