@@ -95,8 +95,8 @@ MODELS: dict[str, TinyMultimodal] = {
     "qwen2_5_vl": TinyMultimodal(
         "qwen2_5_vl",
         _both("qwen2_5_vl_text", _GRID),
-        {"pixel_values": (32, 96), "image_grid_thw": [[1, 8, 4]]},
-        8,
+        {"pixel_values": (24, 96), "image_grid_thw": [[1, 6, 4]]},
+        6,  # in two windows, one smaller than the other
         planes=True,
     ),
     "qwen3_vl": TinyMultimodal(
@@ -146,20 +146,27 @@ def tiny(name: str) -> PreTrainedModel:
     return build(name)
 
 
-def build(name: str) -> PreTrainedModel:
+@functools.cache
+def lively(name: str) -> PreTrainedModel:
+    """A tiny model whose answers change from token to token, and with the picture; do not change it."""
+    return build(name, initializer_range=0.3, post_norm=0.0)
+
+
+def build(name: str, initializer_range: float = 0.05, post_norm: float | None = None) -> PreTrainedModel:
     """A tiny model of one's own."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     case = MODELS[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(case.model_type, **case.config)
+    text = {**case.config["text_config"], "initializer_range": initializer_range}
+    config = AutoConfig.for_model(case.model_type, **{**case.config, "text_config": text})
     make: Callable[..., Any] = AutoModelForImageTextToText.from_config
     model = make(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "post_" in key and "language_model" in key:
-                parameter.add_(case.post_norm)
+                parameter.add_(case.post_norm if post_norm is None else post_norm)
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif parameter.dim() > 2 or not parameter.any():  # patches that outweigh what is added to them

@@ -75,7 +75,7 @@ def lower_encoder(model: PreTrainedModel, weights: Weights, example: Example, mo
         with fake:
             inputs = {name: torch.empty(value.shape, dtype=torch.float32) for name, value in floats.items()}
         what = f"has an {modality} encoder that cannot be traced"
-        with export_patches(), reset_model_state(model), as_unsupported(model, what):
+        with export_patches(segments=False), reset_model_state(model), as_unsupported(model, what):
             exported = torch.export.export(
                 step,
                 (),
@@ -123,7 +123,7 @@ def find_features(model: PreTrainedModel, example: Example, modality: str = "ima
         quiet(),
         attributes_kept(model),
         reset_model_state(model),
-        export_patches(),
+        export_patches(segments=False),
         as_unsupported(model, f"has an {modality} encoder that cannot be run"),
         fake,
     ):

@@ -52,14 +52,16 @@ def registered(attention: Mapping[str, Function], masks: Mapping[str, Function])
 
 
 @contextlib.contextmanager
-def export_patches() -> Generator[None]:
+def export_patches(*, segments: bool = True) -> Generator[None]:
     """transformers' own export patches, and those of torch's tracer, in this thread, while the block lasts.
+
+    Those for `segments` want parts of a picture that are alike; at a fixed size they need not be.
 
     Each is a function that is put in the place of another, in a module or class of the whole process. Of what torch
     says about itself meanwhile (that it is compiling, exporting, tracing), other threads hear nothing either.
     """
     with contextlib.ExitStack() as stack:
-        for path, name, factory in (*_PATCHES["onnx"], *_PATCHES["dynamo"]):
+        for path, name, factory in (*_PATCHES["onnx"], *(_PATCHES["dynamo"] if segments else ())):
             owner = import_dotted_path(path, missing_ok=True)
             if owner is not None:
                 stack.enter_context(replaced(owner, name, factory))

@@ -78,6 +78,7 @@ PROPERTIES = {
     "garbage": "test_garbage.py",
     "kit": "examples/test_kit.py",
     "AI 100 QNN": "backends/ai100/test_qnn.py",
+    "pictures and text": "test_image_text.py",
     "encoders": "frontend/test_encoders.py",
     "pictures in prompts": "frontend/test_pictures.py",
     "sizes of images": "test_auto_forward.py::test_the_height_of_an_image_comes_before_its_width",
