@@ -13,6 +13,7 @@ _HOMES = {
     "QEFFAutoModel": "embedding",
     "QEFFAutoModelForCTC": "heads",
     "QEFFAutoModelForCausalLM": "causal_lm",
+    "QEFFAutoModelForImageTextToText": "image_text",
     "QEFFAutoModelForSequenceClassification": "heads",
     "QEFFAutoModelForTokenClassification": "heads",
     "QEffAutoLoraModelForCausalLM": "finite_adapters",

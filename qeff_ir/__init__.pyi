@@ -5,6 +5,7 @@ from qeff_ir.auto.finite_adapters import QEffAutoLoraModelForCausalLM as QEffAut
 from qeff_ir.auto.heads import QEFFAutoModelForCTC as QEFFAutoModelForCTC
 from qeff_ir.auto.heads import QEFFAutoModelForSequenceClassification as QEFFAutoModelForSequenceClassification
 from qeff_ir.auto.heads import QEFFAutoModelForTokenClassification as QEFFAutoModelForTokenClassification
+from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText as QEFFAutoModelForImageTextToText
 from qeff_ir.auto.peft_model import QEffPeftModelForCausalLM as QEffPeftModelForCausalLM
 
 __version__: str

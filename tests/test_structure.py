@@ -99,7 +99,8 @@ def test_no_file_outside_of_backends_asks_for_a_target_by_name() -> None:
 
 
 PUBLIC = {
-    qeff_ir: """QEFFAutoModel QEFFAutoModelForCTC QEFFAutoModelForCausalLM QEFFAutoModelForSequenceClassification
+    qeff_ir: """QEFFAutoModel QEFFAutoModelForCTC QEFFAutoModelForCausalLM QEFFAutoModelForImageTextToText
+        QEFFAutoModelForSequenceClassification
         QEFFAutoModelForTokenClassification QEffAutoLoraModelForCausalLM QEffAutoPeftModelForCausalLM
         QEffPeftModelForCausalLM""",
     passing: """AllSites AnyNumber AtLeast Dump Exactly Expect Instrument Missed OpBuilder Pass PassRun Phase Pipeline

@@ -41,8 +41,8 @@ class Ai100Backend(Backend):
     Options: ClassVar[type[CompileOptions]] = Ai100Options
     names_hidden_states: ClassVar[bool] = True
     pipeline: ClassVar[str] = (
-        "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,"
-        "kv-retention{layout=scatter},attention{impl=grouped},fp16-clip,legalize"
+        "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,image-merge,"
+        "kv-retention{layout=scatter},attention{impl=grouped},fp16-clip,join-planes,legalize"
     )
 
     def missing(self, options: CompileOptions | None = None) -> str | None:

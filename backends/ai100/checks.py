@@ -16,8 +16,11 @@ from qeff_ir.ir.ports import (
     ADAPTER_ROW,
     CACHE_ROW,
     EMBEDDINGS,
+    FIRST_ROW,
     KEPT_LOGITS,
     LOGITS,
+    NEXT_ROW,
+    PICTURE_TOKENS,
     POSITIONS,
     READ_LENGTH,
     TOKENS,
@@ -36,6 +39,10 @@ _CONSTANT_IN_FUNCTIONS = {
     "Slice": ((1, "start"), (2, "end"), (3, "axes")),
 }
 """Inputs that must be constants inside functions, because the compiler compiles a function by itself."""
+
+
+_BESIDE_POSITIONS = (FIRST_ROW, PICTURE_TOKENS)
+"""Roles of what is given beside the positions, for pictures (contract §1.8)."""
 
 
 def violations(module: Module, options: Ai100Options, sdk: Sdk) -> Iterator[Violation]:
@@ -122,12 +129,18 @@ def _states(module: Module) -> Iterator[Violation]:
     rows = [name_of(role) for role in (READ_LENGTH, CACHE_ROW, KEPT_LOGITS) if role in roles]
     rows += [name_of(ADAPTER_ROW)] if any(a.slots for a in module.adapters) else []
     adapters = [a.name for a in module.adapters]
-    expected = [*tokens, name_of(POSITIONS), *(s.input for s in module.states), *rows, *adapters]
+    shared = [s for s in module.states if s.written_by_host]
+    own = [s for s in module.states if not s.written_by_host]
+    beside = [str(v.name) for v, role in zip(module.graph.inputs, roles, strict=True) if role in _BESIDE_POSITIONS]
+    expected = [*tokens, *(s.input for s in shared), name_of(POSITIONS), *beside]
+    expected += [*(s.input for s in own), *rows, *adapters]
     if not all(a.retained for a in module.adapters):
         yield Violation("state-pair", "adapters must be retained: put lora{retained=true} into the pipeline")
     elif [v.name for v in module.graph.inputs] != expected:
         yield Violation("inputs", f"the inputs must be {', '.join(expected[:4])}, ... in this order")
-    expected = [name_of(LOGITS), *(s.output for s in module.states), *(a.output for a in module.adapters)]
+    given_back = [str(v.name) for v in module.graph.outputs if module.role_of(v) is NEXT_ROW]
+    expected = [name_of(LOGITS), *(s.output for s in shared), *given_back]
+    expected += [*(s.output for s in own), *(a.output for a in module.adapters)]
     if [v.name for v in module.graph.outputs] != expected:
         yield Violation("outputs", f"the outputs must be {', '.join(expected[:3])}, ... in this order")
 

@@ -37,6 +37,11 @@ _RUN_INPUTS: dict[str, list[str | int]] = {
     "lora_ids": ["batch_size", 1],
 }
 """What a run may be given behind the states, int64 (contract §1.1), in order."""
+_ROWS = ("vision_embeds", "deepstack_features")
+"""Rows that a vision program makes and a language program keeps, in the order of its inputs (§1.8 and §1.9)."""
+_BESIDE = ("image_idx", "mm_token_type_ids")
+"""What a language program is given beside positions."""
+_NEXT = "image_idx_output"
 _ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
@@ -92,6 +97,7 @@ def violations(folder: Path) -> Iterator[Violation]:
     yield from _interface(graph)
     yield from _specializations(graph, recorded, sdk)
     retains = _retains(graph)
+    listed = retains or _ROWS[0] in _by_name(graph.outputs)
     if "commands" in command:
         form = specializations.form_of(recorded)
         sizes = [s.symbols for s in specializations.load(folder / specializations.FILE)] if form is not None else []
@@ -99,13 +105,13 @@ def violations(folder: Path) -> Iterator[Violation]:
         yield from qnn_violations(command["commands"], models[0].name, inputs, outputs, sizes, folder)
         yield from _weights(proto, folder)
         return
-    if retains and not (folder / CUSTOM_IO).is_file():
+    if listed and not (folder / CUSTOM_IO).is_file():
         yield Violation("file", f"{folder} has no {CUSTOM_IO}: emit the package again")
         return
-    if retains:
+    if listed:
         yield from _custom_io(graph, _text(folder / CUSTOM_IO))
     yield from _weights(proto, folder)
-    yield from _command(command["argv"], models[0].name, folder, sdk, retains=retains)
+    yield from _command(command["argv"], models[0].name, folder, sdk, retains=retains, listed=listed)
 
 
 def _is_command(data: Any) -> bool:
@@ -178,6 +184,9 @@ def _retains(graph: gs.Graph) -> bool:
 
 def _forward_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
     """A forward pass: its batch comes first, token ids before their mask, both int64 (§1.10)."""
+    if _ROWS[0] in outputs:
+        yield from _vision_interface(inputs, outputs)
+        return
     for name, tensor in inputs.items():
         shape = list(tensor.shape or [])
         if not shape or shape[0] != "batch_size":
@@ -191,12 +200,39 @@ def _forward_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         yield Violation("outputs", "there is no output")
 
 
+def _vision_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
+    """A vision program: all sizes are fixed, and so are the names of what it makes (§1.8 and §1.9)."""
+    for name, tensor in (*inputs.items(), *outputs.items()):
+        shape = list(tensor.shape or [])
+        if not shape or not all(isinstance(size, int) for size in shape):
+            yield Violation("dtype-shape", f"{name} is {shape}, not of a fixed size")
+    if list(outputs) != [name for name in _ROWS if name in outputs]:
+        yield Violation("outputs", f"the outputs of a vision program must be {', '.join(_ROWS)} in order")
+    yield from _rows({name: outputs[name] for name in _ROWS if name in outputs}, 1)
+
+
+def _rows(tensors: dict[str, Any], batch: int | str) -> Iterator[Violation]:
+    """Rows are ``[batch, rows, hidden]``, those for layers as many and as wide."""
+    whole = list(tensors[_ROWS[0]].shape or []) if _ROWS[0] in tensors else []
+    for name, tensor in tensors.items():
+        shape = list(tensor.shape or [])
+        inner = shape if name == _ROWS[0] else shape[1:]
+        fixed = all(isinstance(size, int) for size in [*shape[: len(shape) - len(inner)], *inner[1:]])
+        if tensor.dtype != np.float32 or len(inner) != 3 or inner[0] != batch or inner != whole or not fixed:
+            wanted = f"[{batch}, rows, hidden]" if name == _ROWS[0] else f"[layers, *{whole}]"
+            yield Violation("dtype-shape", f"{name} is {tensor.dtype} {shape}, not float32 {wanted}")
+
+
 def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
     for name in sorted(n for n in outputs if n.endswith(_SUFFIX) and n.removesuffix(_SUFFIX) not in inputs):
         yield Violation("state-pair", f"output {name} has no input {name.removesuffix(_SUFFIX)}")
-    retained = [n for n in inputs if n not in (_EMBEDS, "input_ids", "position_ids", *_RUN_INPUTS)]
+    retained = [n for n in inputs if n not in (_EMBEDS, "input_ids", "position_ids", *_RUN_INPUTS, *_BESIDE)]
     adapters = [n for n in retained if _ADAPTER.search(n)]
-    states = [n for n in retained if n not in adapters]
+    rows = [n for n in _ROWS if n in retained]
+    states = [n for n in retained if n not in (*adapters, *rows)]
+    if bool(rows) != (_BESIDE[0] in inputs) or bool(rows) != (_NEXT in outputs):
+        yield Violation("inputs", f"{_ROWS[0]}, {_BESIDE[0]} and the output {_NEXT} belong together: keep all or none")
+    yield from _rows({name: inputs[name] for name in rows}, "batch_size")
     for name in retained:
         if name + _SUFFIX not in outputs:
             yield Violation("state-pair", f"input {name} has no output {name}{_SUFFIX}")
@@ -211,7 +247,8 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
             yield Violation("inputs", f"input {name} has no {other} beside it")
     expected += [n for n in _RUN_INPUTS if n in inputs] + adapters
     tokens = [n for n in (_EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
-    if list(inputs) != [*tokens, "position_ids", *expected]:
+    beside = [n for n in _BESIDE if n in inputs]
+    if list(inputs) != [*tokens, *rows, "position_ids", *beside, *expected]:
         first = ", ".join(tokens)
         yield Violation("inputs", f"the inputs must be {first}, position_ids, past_key.0, past_value.0, ... in order")
     embeds = inputs.get(_EMBEDS)
@@ -221,16 +258,23 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
             found = f"{embeds.dtype} {shape}"
             yield Violation("dtype-shape", f"{_EMBEDS} is {found}, not float32 [batch_size, seq_len, hidden]")
     returned = [n.removesuffix(_SUFFIX) for n in outputs if n.endswith(_SUFFIX)]
+    handed = [*(n + _SUFFIX for n in rows if n in returned), *([_NEXT] if _NEXT in outputs else [])]
     returned = [
         *sorted((n for n in returned if _STATE.fullmatch(n) is not None), key=_order),
         *(n for n in adapters if n in returned),
     ]
-    if list(outputs) != ["logits", *(name + _SUFFIX for name in returned)]:
+    if list(outputs) != ["logits", *handed, *(name + _SUFFIX for name in returned)]:
         yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
-    for name in ("input_ids", "position_ids"):
+    for name in ("input_ids", "position_ids", _BESIDE[1]):
         tensor = inputs.get(name)
-        if tensor is not None and (tensor.dtype != np.int64 or tensor.shape != ["batch_size", "seq_len"]):
+        shapes: list[list[str | int]] = [["batch_size", "seq_len"]]
+        if rows and name == "position_ids":
+            shapes.append([4, "batch_size", "seq_len"])  # places on further axes (§1.1)
+        if tensor is not None and (tensor.dtype != np.int64 or list(tensor.shape) not in shapes):
             yield Violation("dtype-shape", f"{name} is {tensor.dtype} {tensor.shape}, not int64 [batch_size, seq_len]")
+    for name, tensor in ((_BESIDE[0], inputs.get(_BESIDE[0])), (_NEXT, outputs.get(_NEXT))):
+        if tensor is not None and (tensor.dtype != np.int64 or list(tensor.shape) != ["batch_size", 1]):
+            yield Violation("dtype-shape", f"{name} is {tensor.dtype} {tensor.shape}, not int64 [batch_size, 1]")
     logits = outputs.get("logits")
     if logits is not None:
         shape = list(logits.shape or [])
@@ -244,18 +288,20 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         if given is not None and (given.dtype != np.int64 or list(given.shape or []) != wanted):
             sizes = ", ".join(map(str, wanted))
             yield Violation("dtype-shape", f"{name} is {given.dtype} {given.shape}, not int64 [{sizes}]")
-    rows = "full_batch_size" if "batch_index" in inputs else "batch_size"
+    batch = "full_batch_size" if "batch_index" in inputs else "batch_size"
     for name in retained:
         before, after = inputs[name], outputs.get(name + _SUFFIX)
         shape = list(before.shape or [])
         if name in adapters:
             if not all(isinstance(size, int) for size in shape):
                 yield Violation("dtype-shape", f"the adapter {name} is {shape}, not of a fixed size")
+        elif name in rows:
+            pass  # seen to above
         elif name.startswith(_STEMS[3:]):
-            if shape[:1] != [rows] or any(isinstance(d, str) for d in shape[1:]):
-                yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is {rows}")
-        elif len(shape) != 4 or shape[0] != rows:
-            yield Violation("dtype-shape", f"{name} is {shape}, not [{rows}, heads, slots, width]")
+            if shape[:1] != [batch] or any(isinstance(d, str) for d in shape[1:]):
+                yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is {batch}")
+        elif len(shape) != 4 or shape[0] != batch:
+            yield Violation("dtype-shape", f"{name} is {shape}, not [{batch}, heads, slots, width]")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
 
@@ -286,19 +332,24 @@ def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Viola
 
 
 def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
-    """Each state is listed as input and as output, in one precision, and nothing else is (§4.3)."""
+    """Each state is listed as input and as output, in one precision, and nothing else is (§4.3).
+
+    Of a vision program, everything is listed, in half precision (§1.9).
+    """
     entries = dict(_ENTRY.findall(text))
     if _ENTRY.sub("", text) != "" or len(entries) != len(_ENTRY.findall(text)):
         yield Violation("custom-io", f"{CUSTOM_IO} is not a list of one IOName and Precision for each tensor")
     names = {name for name in _by_name(graph.outputs) if name.endswith(_SUFFIX)}
     names |= {name.removesuffix(_SUFFIX) for name in names}
+    if not names:
+        names = {*_by_name(graph.inputs), *_by_name(graph.outputs)}
     for name in sorted(names ^ set(entries)):
         what = "lacks" if name in names else "has the unknown tensor"
         yield Violation("custom-io", f"{CUSTOM_IO} {what} {name}: it lists every state twice, and nothing else")
-    adapters = {name for name in entries if _ADAPTER.search(name)}
-    if any(entries[name] != "float16" for name in adapters):
-        yield Violation("custom-io", f"{CUSTOM_IO} has adapters of another precision than float16")
-    precisions = {precision for name, precision in entries.items() if name not in adapters}
+    halves = {name for name in entries if _ADAPTER.search(name) or name.removesuffix(_SUFFIX) in _ROWS}
+    if any(entries[name] != "float16" for name in halves):
+        yield Violation("custom-io", f"{CUSTOM_IO} has adapters or rows of another precision than float16")
+    precisions = {precision for name, precision in entries.items() if name not in halves}
     if len(precisions) > 1 or not precisions <= _PRECISIONS:
         found = ", ".join(sorted(precisions))
         yield Violation("custom-io", f"{CUSTOM_IO} has the precisions {found}: use float16 or mxint8 for all states")
@@ -340,7 +391,9 @@ def _weights(proto: onnx.ModelProto, folder: Path) -> Iterator[Violation]:
             yield Violation("external-data", f"{location}, which holds {tensor.name}, is missing or too short")
 
 
-def _command(argv: list[str], model: str, folder: Path, sdk: Sdk, *, retains: bool) -> Iterator[Violation]:
+def _command(
+    argv: list[str], model: str, folder: Path, sdk: Sdk, *, retains: bool, listed: bool
+) -> Iterator[Violation]:
     """The command starts as the SDK wants, names files of the folder only, and asks for retained states where there are
     some (§4.1 and §4.6)."""
     given: dict[str, str] = {}
@@ -352,7 +405,9 @@ def _command(argv: list[str], model: str, folder: Path, sdk: Sdk, *, retains: bo
         yield Violation("command", f"the command does not start with {' '.join(head)}")
     required = {"m": model, "network-specialization-config": specializations.FILE, "aic-binary-dir": "qpc"}
     if retains:
-        required |= {"retained-state": "", "custom-IO-list-file": CUSTOM_IO}
+        required |= {"retained-state": ""}
+    if listed:
+        required |= {"custom-IO-list-file": CUSTOM_IO}
     for flag, value in required.items():
         if given.get(flag) != value:
             yield Violation("command", f"the command has not -{flag}{'=' + value if value else ''}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from backends.ai100.qnn import files
 from backends.ai100.qnn.request import requested
 from backends.ai100.sdk import Sdk
 from qeff_ir.ir.module import Module
-from qeff_ir.ir.ports import MASK, POSITIONS
+from qeff_ir.ir.ports import MASK, POSITIONS, ROWS_OUTPUT
 from qeff_ir.ir.residents import AdapterInput, State
 from qeff_ir.storage import save_model
 
@@ -61,15 +61,16 @@ def emit(module: Module, folder: Path, options: Ai100Options, sdk: Sdk, hardware
         commands = files.emit(module, model, folder, options, asked)
         _write_json(folder / COMMAND, {"sdk": sdk.version, "commands": commands})
         return
-    if module.states:
-        (folder / CUSTOM_IO).write_text(
-            custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None, module.adapters)
-        )
+    listed = custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None, module.adapters)
+    if any(module.role_of(v) is ROWS_OUTPUT for v in module.graph.outputs):
+        listed = halves(str(v.name) for v in (*module.graph.inputs, *module.graph.outputs))
+    if listed:
+        (folder / CUSTOM_IO).write_text(listed)
     partition = user.partition
     if partition is None and options.num_devices > 1:
         partition = f"mdp_ts_{options.num_devices}.json"
         _write_json(folder / partition, tensor_slicing(options.num_devices, options.num_cores))
-    argv = command(model, options, sdk, user, hardware, partition, retains=bool(module.states))
+    argv = command(model, options, sdk, user, hardware, partition, retains=bool(module.states), custom_io=bool(listed))
     _write_json(folder / COMMAND, {"sdk": sdk.version, "argv": argv})
 
 
@@ -82,6 +83,7 @@ def command(
     partition: str | None,
     *,
     retains: bool = True,
+    custom_io: bool = True,
 ) -> list[str]:
     """The compiler's command line, to be run inside the package's folder; without states it is shorter (§4.6)."""
     own = {
@@ -101,7 +103,7 @@ def command(
         *user.arguments,
         *(["-sub-functions"] if user.sub_functions else []),
         f"-network-specialization-config={specializations.FILE}",
-        *([f"-custom-IO-list-file={CUSTOM_IO}"] if retains else []),
+        *([f"-custom-IO-list-file={CUSTOM_IO}"] if custom_io else []),
         f"-aic-binary-dir={BINARY_FOLDER}",
     ]
 
@@ -109,15 +111,20 @@ def command(
 def custom_io(states: Sequence[State], precision: str | None, adapters: Sequence[AdapterInput] = ()) -> str:
     """``custom_io.yaml``: each state as input and as output, in `precision` or its own half-sized one (§4.3).
 
-    Adapters follow, always float16.
+    Rows of an encoder are always float16, and so are adapters, which follow.
     """
     entries: list[str] = []
     for state in states:
         stored = precision or ("bfloat16" if state.dtype == ir.DataType.BFLOAT16 else "float16")
+        stored = "float16" if state.written_by_host else stored
         entries += [f" - IOName: {name}\n   Precision: {stored}\n\n" for name in (state.input, state.output)]
     names = [name for item in adapters for name in (item.name, item.output)]
-    entries += [f" - IOName: {name}\n   Precision: float16\n\n" for name in names]
-    return "".join(entries)
+    return "".join(entries) + halves(names)
+
+
+def halves(names: Iterable[str]) -> str:
+    """Entries of ``custom_io.yaml`` for tensors in half precision."""
+    return "".join(f" - IOName: {name}\n   Precision: float16\n\n" for name in names)
 
 
 def tensor_slicing(num_devices: int, num_cores: int) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class EmulatedSession:
         shapes = self._programs[0].states
         if any(p.states != shapes for p in self._programs):
             raise PackageError(f"the states of {model} differ in size between its specializations: compile again")
-        self._adapters = {item.name for item in self.interface.adapters}
+        self._written = {item.name for item in self.interface.adapters}
+        self._written |= {state.input for state in self.interface.states if state.written_by_host}
         self._states = {name: _zeros(shape) for name, shape in shapes.items()}
         self._spare = {name: _zeros(shape) for name, shape in shapes.items()}
         self._lock = threading.Lock()
@@ -105,9 +106,9 @@ class EmulatedSession:
         self._states[name].update_inplace(np.ascontiguousarray(contents))
 
     def reset(self) -> None:
-        """Set all states but the adapters to zero."""
+        """Set all states to zero that runs write."""
         for name, value in self._states.items():
-            if name not in self._adapters:
+            if name not in self._written:
                 value.update_inplace(np.zeros(value.shape(), dtype=np.float32))
 
 

@@ -20,7 +20,7 @@ class OnnxRuntimeBackend(Backend):
     title: ClassVar[str] = "this CPU"
     runner: ClassVar[str] = "ONNX Runtime"
     pipeline: ClassVar[str] = (
-        "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,"
+        "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,image-merge,"
         "kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-rotary,ort-kernels"
     )
 

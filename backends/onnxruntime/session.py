@@ -58,6 +58,7 @@ class OrtSession:
         self._states = {
             s.output: (s.input, ort.OrtValue.ortvalue_from_numpy(_zeros(s.shape, fixed))) for s in module.states
         }
+        self._written = {s.input: self._states[s.output][1] for s in module.states if s.written_by_host}
         self._adapters = {a.name: _Adapter(a) for a in module.adapters}
         self._bindings = {
             tuple(sized(port, s.symbols) for port in self.interface.inputs): self._bind(s.symbols)
@@ -96,11 +97,16 @@ class OrtSession:
 
     def write(self, name: str, data: Array, slot: int | None = None) -> None:
         """See `qeff_ir.runtime.session.Session.write`."""
+        if name in self._written:
+            self._written[name].update_inplace(np.ascontiguousarray(data, dtype=np.float32))
+            return
         self._adapters[name].data[... if slot is None else slot] = data
 
     def reset(self) -> None:
-        """Set all states to zero."""
-        for _, value in self._states.values():
+        """Set all states to zero that runs write."""
+        for name, value in self._states.values():
+            if name in self._written:
+                continue
             value.numpy().fill(0)  # the buffer itself: a cache of zeros to copy from would cost as much again
 
     def _bind(self, symbols: Mapping[str, int]) -> _Binding:

@@ -19,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.export import ExportedProgram
 from torch.fx import _symbolic_trace
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
 from transformers.exporters.utils import _PATCHES, import_dotted_path
@@ -51,14 +52,16 @@ def registered(attention: Mapping[str, Function], masks: Mapping[str, Function])
 
 
 @contextlib.contextmanager
-def export_patches() -> Generator[None]:
+def export_patches(*, segments: bool = True) -> Generator[None]:
     """transformers' own export patches, and those of torch's tracer, in this thread, while the block lasts.
+
+    Those for `segments` want parts of a picture that are alike; at a fixed size they need not be.
 
     Each is a function that is put in the place of another, in a module or class of the whole process. Of what torch
     says about itself meanwhile (that it is compiling, exporting, tracing), other threads hear nothing either.
     """
     with contextlib.ExitStack() as stack:
-        for path, name, factory in (*_PATCHES["onnx"], *_PATCHES["dynamo"]):
+        for path, name, factory in (*_PATCHES["onnx"], *(_PATCHES["dynamo"] if segments else ())):
             owner = import_dotted_path(path, missing_ok=True)
             if owner is not None:
                 stack.enter_context(replaced(owner, name, factory))
@@ -99,6 +102,30 @@ def supports_attention_interface(model: PreTrainedModel) -> bool:
 def has_experts(model: PreTrainedModel) -> bool:
     """Whether the model's experts go through `ExpertsInterface`."""
     return model._can_set_experts_implementation()
+
+
+def axes_of_positions(model: PreTrainedModel) -> int:
+    """On how many axes a model gives each token a place while it generates, its position in the text included."""
+    ids = torch.ones((1, 4), dtype=torch.long)
+    mixin: Any = model
+    places = mixin._prepare_position_ids_for_generation(ids, {"attention_mask": torch.ones_like(ids)})
+    return 1 if places.dim() < 3 else int(places.shape[0])
+
+
+def places(model: PreTrainedModel, ids: torch.Tensor, arguments: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Where a model puts the tokens of a prompt, ``[1, tokens]``, while it generates: ``[axes, 1, tokens]``."""
+    mixin: Any = model
+    given = {**arguments, "attention_mask": torch.ones_like(ids)}
+    return mixin._prepare_position_ids_for_generation(ids, given)
+
+
+def unchecked(told: Function) -> Function:
+    """`os.getenv` as transformers asks it whether to check that placeholders and rows are as many: no trace knows."""
+
+    def answer(name: str, default: str | None = None) -> str | None:
+        return "1" if name == "TRANSFORMERS_DISABLE_TORCH_CHECK" else told(name, default)
+
+    return answer
 
 
 def tensor_tables(module: torch.nn.Module) -> tuple[TensorTable, TensorTable]:
@@ -179,6 +206,11 @@ _FEWEST = 2
 def python_dispatcher() -> AbstractContextManager[None]:
     """What tracing tensors with symbolic sizes takes, so that composite operators do not fix the sizes."""
     return enable_python_dispatcher()
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """What it takes to compute with real tensors while torch traces."""
+    return _disable_current_modes()
 
 
 def changes_arguments(operator: Any) -> bool:

@@ -218,6 +218,51 @@ def EveryToken(slots: INT64, position_ids: INT64) -> BOOL:  # noqa: N802
 
 
 @script(_qeff, default_opset=op)
+def SpreadTokens(past: T, values: INT64, position_ids: INT64) -> INT64:  # noqa: N802
+    """Numbers of the tokens of this run at their positions in the context; 0 at all others.
+
+    Args:
+        past: A cache with a slot for each position (its length is all that counts), ``[B, H, C, D]``.
+        values: A number for each token of this run, ``[B, S]``.
+        position_ids: Position of each token of this run, ``[B, S]``, -1 for padding.
+
+    Returns:
+        ``[B, C]``.
+    """
+    zero = op.Constant(value_int=0)
+    slot = op.Range(zero, op.Squeeze(op.Shape(past, start=2, end=3)), op.Constant(value_int=1))
+    one = op.Constant(value_ints=[1])
+    here = op.Equal(op.Unsqueeze(position_ids, one), op.Unsqueeze(slot, one))
+    return op.ReduceSum(op.Where(here, op.Unsqueeze(values, one), zero), op.Constant(value_ints=[2]), keepdims=0)
+
+
+@script(_qeff, default_opset=op)
+def MergeRows(embeds: T, mask: BOOL, rows: T, first: INT64) -> tuple[T, INT64]:  # noqa: N802
+    """Put rows that an encoder made in the place of tokens, in order.
+
+    Args:
+        embeds: A vector for each token, ``[B, S, W]``.
+        mask: The tokens that stand for a row, ``[B, S]``.
+        rows: Rows of each row of the batch, ``[B, V, W]``.
+        first: The row that the next such token stands for, ``[B, 1]``. A token beyond the last row stays what it is: a
+            model may generate the token that stands for rows.
+
+    Returns:
+        The vectors, ``[B, S, W]``, and `first` for the next run, ``[B, 1]``.
+    """
+    one = op.Constant(value_ints=[1])
+    chosen = op.Cast(mask, to=7)
+    at = op.Add(op.Sub(op.CumSum(chosen, op.Constant(value_int=1)), one), first)
+    count = op.Shape(rows, start=1, end=2)
+    there = op.And(mask, op.Less(at, count))
+    place = op.Max(op.Min(at, op.Sub(count, one)), op.Constant(value_ints=[0]))
+    two = op.Constant(value_ints=[2])
+    taken = op.GatherND(rows, op.Unsqueeze(place, two), batch_dims=1)
+    merged = op.Where(op.Unsqueeze(there, two), taken, embeds)
+    return merged, op.Add(first, op.ReduceSum(chosen, one, keepdims=1))
+
+
+@script(_qeff, default_opset=op)
 def Attention(q: T, k: T, v: T, mask: BOOL, scale: float = 1.0, softcap: float = 0.0) -> T:  # noqa: N802
     """The standard `Attention`, under a name that the exporter takes for opaque; the frontend renames it at once."""
     return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)
@@ -245,6 +290,8 @@ OPS = {
         StateNext,
         LinearAttention,
         EveryToken,
+        SpreadTokens,
+        MergeRows,
         Attention,
         LayerInput,
         LayerOutput,

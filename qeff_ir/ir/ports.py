@@ -16,6 +16,9 @@ import onnx_ir as ir
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PipelineError, RuntimeInputError
 
+AXES = 3
+"""Axes that a token may have a place on: time, height and width."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -30,6 +33,9 @@ class Run:
         embed: Looks up the vectors of tokens, float32 ``[batch, seq, hidden]``, where the host has to.
         keep: Tokens of each row, the last ones, whose logits are asked for.
         sizes: Of the specialization that the run is given to, by symbol; none where sizes are free.
+        first_rows: Row of an encoder that each row's next placeholder stands for, int64 ``[batch, 1]``. 0 by default.
+        planes: Place of each token on three axes, int64 ``[3, batch, seq]``. Its position on each by default.
+        types: 1 (of some models another number) for tokens of a picture, int64 ``[batch, seq]``. 0 by default.
     """
 
     tokens: Array
@@ -39,6 +45,9 @@ class Run:
     embed: Callable[[Array], Array] | None = None
     keep: int = 1
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+    first_rows: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    planes: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    types: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         rows = len(self.tokens)
@@ -46,6 +55,12 @@ class Run:
             object.__setattr__(self, "adapters", np.zeros(rows, dtype=np.int64))
         if not len(self.cache_rows):
             object.__setattr__(self, "cache_rows", np.arange(rows, dtype=np.int64))
+        if not len(self.first_rows):
+            object.__setattr__(self, "first_rows", np.zeros((rows, 1), dtype=np.int64))
+        if not len(self.planes):
+            object.__setattr__(self, "planes", np.repeat(np.maximum(self.positions, 0)[None], AXES, axis=0))
+        if not len(self.types):
+            object.__setattr__(self, "types", np.zeros_like(self.positions))
 
 
 Feed = Callable[[Run], Array]
@@ -107,6 +122,14 @@ KEPT_LOGITS = define(Role("kept-logits", "last tokens to return logits of, int64
 ADAPTER_ROW = define(Role("adapter-row", "slot of each row's adapter, int64 [batch, 1]", lambda r: r.adapters[:, None]))
 MASK = define(Role("mask", "1 for tokens and 0 for padding, int64 [batch, seq]"))
 TOKEN_TYPES = define(Role("token-types", "segment of each token, int64 [batch, seq]"))
+ROWS = define(Role("rows", "what an encoder made for placeholders, float32 [batch, rows, hidden]"))
+ROWS_OUTPUT = define(Role("made-rows", "what an encoder makes for placeholders, float32", is_output=True))
+FIRST_ROW = define(
+    Role("first-row", "the row that the next placeholder stands for, int64 [batch, 1]", lambda r: r.first_rows)
+)
+NEXT_ROW = define(Role("next-row", "the same for the next run, int64 [batch, 1]", is_output=True))
+PLANES = define(Role("planes", "place of each token on three axes, int64 [3, batch, seq]", lambda run: run.planes))
+PICTURE_TOKENS = define(Role("picture-tokens", "tokens of a picture, int64 [batch, seq]", lambda run: run.types))
 LOGITS = define(Role("logits", "scores of the vocabulary, float32 [batch, tokens, vocab]", is_output=True))
 
 _TRANSFORMERS: dict[str, Role] = {
@@ -119,6 +142,11 @@ _TRANSFORMERS: dict[str, Role] = {
     "batch_index": CACHE_ROW,
     "num_logits_to_keep": KEPT_LOGITS,
     "lora_ids": ADAPTER_ROW,
+    "vision_embeds": ROWS,
+    "deepstack_features": ROWS,
+    "image_idx": FIRST_ROW,
+    "image_idx_output": NEXT_ROW,
+    "mm_token_type_ids": PICTURE_TOKENS,
     "logits": LOGITS,
 }
 """Roles by the names that transformers and the AI 100 contract (§1.1) have for them."""

@@ -1,4 +1,4 @@
-"""Residents: what stays on the device between two runs. A run writes the states, and the host writes the adapters.
+"""Residents: what stays on the device between two runs. A run writes the states, the host writes rows and adapters.
 
 A kind of state is one row of `KINDS`: its names, its order, where its context axis is and how a run writes it.
 """
@@ -23,14 +23,15 @@ class Kind:
         name: What the tensor holds, in a word.
         stem: Of the graph input, before the number of the layer (AI 100 contract §1.1 and §1.6).
         update: What a run does: it appends an entry for each token, slides a window of the last ones, or replaces all
-            of the tensor.
+            of the tensor. ``host``: it only reads it, and the host writes it before the first run of a request; there
+            is one for all layers, and its name has no number.
         context_axis: The axis of the tokens, where there is an entry for each; `None` for what the tokens so far
             amount to.
     """
 
     name: str
     stem: str
-    update: Literal["append", "slide", "replace"]
+    update: Literal["append", "slide", "replace", "host"]
     context_axis: int | None = None
 
 
@@ -55,6 +56,8 @@ define(Kind("value", "past_value", "append", context_axis=2))
 define(Kind("indexer", "past_indexer", "append", context_axis=2))
 define(Kind("conv", "conv_state", "slide"))
 define(Kind("recurrent", "recurrent_state", "replace"))
+define(Kind("rows", "vision_embeds", "host"))
+define(Kind("layer-rows", "deepstack_features", "host"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +65,9 @@ class State:
     """One tensor that the device keeps between two runs.
 
     Attributes:
-        layer: Index of the decoder layer.
+        layer: Index of the decoder layer; 0 for what all layers have together.
         kind: What the tensor holds, a row of `KINDS`: keys or values of tokens, an indexer's keys, the last inputs of a
-            convolution, or a recurrence's state.
+            convolution, a recurrence's state, or rows of an encoder.
         shape: Symbols and sizes, for example ``("batch_size", 8, "ctx_len", 64)`` for ``[batch, kv_heads, ctx,
             head_dim]``.
         dtype: Element type in the graph; a backend may store another one.
@@ -88,7 +91,8 @@ class State:
     @property
     def input(self) -> str:
         """Name of the graph input that takes the state (AI 100 naming)."""
-        return f"{KINDS[self.kind].stem}.{self.layer}" + (f".{self.index}" if self.index else "")
+        layer = "" if self.written_by_host else f".{self.layer}"
+        return KINDS[self.kind].stem + layer + (f".{self.index}" if self.index else "")
 
     @property
     def output(self) -> str:
@@ -97,8 +101,13 @@ class State:
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """By what the states of a module are sorted: layer, kind, index."""
-        return self.layer, list(KINDS).index(self.kind), self.index
+        """By what the states of a module are sorted: layer, kind, index; what all layers have together comes first."""
+        return (-1 if self.written_by_host else self.layer), list(KINDS).index(self.kind), self.index
+
+    @property
+    def written_by_host(self) -> bool:
+        """Whether runs only read it; a session keeps it when the other states are forgotten."""
+        return KINDS[self.kind].update == "host"
 
     @property
     def has_slots(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ import numpy as np
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.ports import ADAPTER_ROW, KEPT_LOGITS, LOGITS, Run
-from qeff_ir.runtime.runs import logits_of
+from qeff_ir.runtime.runs import fitted, last
 from qeff_ir.runtime.session import Session
 from qeff_ir.runtime.token_table import TokenTable
 from qeff_ir.runtime.turns import Turns
@@ -132,13 +132,15 @@ class Decoder:
                 f"compile with ctx_len={longest} or more"
             )
         chunk = self.prefill_len
-        chunks = -(-longest // chunk)
+        cuts = [self._cut(row, len(tokens)) for row, tokens in enumerate(rows)]
+        chunks = max(map(len, cuts))
         ids = np.zeros((self.batch_size, chunks * chunk), dtype=np.int64)
         positions = np.full_like(ids, -1)
         for row, tokens in enumerate(rows):
-            start = (chunks - -(-len(tokens) // chunk)) * chunk
-            ids[row, start : start + len(tokens)] = tokens
-            positions[row, start : start + len(tokens)] = np.arange(len(tokens))
+            for number, (first, end) in enumerate(cuts[row], chunks - len(cuts[row])):
+                at = slice(number * chunk, number * chunk + end - first)
+                ids[row, at] = tokens[first:end]
+                positions[row, at] = np.arange(first, end)
         logits = np.empty(0, dtype=np.float32)
         with self.turns.join():
             started = time.perf_counter()
@@ -194,6 +196,17 @@ class Decoder:
         self.timings.tokens += int(active.sum())
         return logits
 
+    def _cut(self, row: int, length: int) -> list[tuple[int, int]]:
+        """Where each part of a prompt of a row begins and ends, none longer than a prefill run."""
+        return [(start, min(start + self.prefill_len, length)) for start in range(0, length, self.prefill_len)]
+
+    def _told(self, run: Run) -> Run:
+        """A run with what a request gives beside tokens."""
+        return run
+
+    def _heard(self, outputs: Mapping[str, Array]) -> None:
+        """Take note of what a run returned beside logits."""
+
     def _run(self, ids: Array, positions: Array, lora_ids: Array | None) -> Array:
         ids = np.where(positions < 0, 0, ids)  # whatever stands at padding: a look-up would still have to find it
         slots = np.zeros(self.batch_size, dtype=np.int64)
@@ -208,5 +221,9 @@ class Decoder:
             slots = slots.astype(np.int64)  # a copy: another thread may write meanwhile
         embed = None if self._table is None else self._table.vectors
         run = Run(ids, np.ascontiguousarray(positions), slots, embed=embed)
+        inputs = self.session.interface.inputs
+        run = self._told(fitted(run, inputs, self.session.specializations))
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue
-        return logits_of(self.session, run)[:, 0]
+        outputs = self.session.run({port.name: port.feed(run) for port in inputs})
+        self._heard(outputs)
+        return last(outputs[self._logits], run)[:, 0]

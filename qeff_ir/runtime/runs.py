@@ -50,7 +50,8 @@ def fitted(run: Run, inputs: Sequence[Port], specializations: Sequence[Specializ
     best = min(fitting, key=lambda s: [s.symbols[name] for name in needs])
     more = ((0, 0), (0, best.symbols[LENGTH] - columns))
     tokens, positions = np.pad(run.tokens, more), np.pad(run.positions, more, constant_values=-1)
-    return dataclasses.replace(run, tokens=tokens, positions=positions, sizes=best.symbols)
+    planes, types = np.pad(run.planes, ((0, 0), *more)), np.pad(run.types, more)
+    return dataclasses.replace(run, tokens=tokens, positions=positions, planes=planes, types=types, sizes=best.symbols)
 
 
 def last(logits: Array, run: Run) -> Array:

@@ -39,9 +39,9 @@ class Session(Protocol):
         ...
 
     def write(self, name: str, data: Array, slot: int | None = None) -> None:
-        """Replace what an adapter input holds, from the next run on; nothing else changes.
+        """Replace what an input for adapters or for rows of an encoder holds, from the next run on.
 
-        Adapters are zero, which is the base model, until they are written.
+        Adapters are zero, which is the base model, until they are written; so are rows.
 
         Args:
             name: The input.
@@ -67,5 +67,5 @@ class Session(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget all states (set them to zero); adapters stay."""
+        """Forget all states that runs write (set them to zero); adapters and rows stay."""
         ...

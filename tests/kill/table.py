@@ -93,6 +93,9 @@ PROPERTIES = {
     "kit": "examples/test_kit.py",
     "AI 100 QNN": "backends/ai100/test_qnn.py",
     "sizes of images": "auto/test_forward.py::test_the_height_of_an_image_comes_before_its_width",
+    "pictures and text": "test_image_text.py",
+    "encoders": "frontend/test_encoders.py",
+    "pictures in prompts": "frontend/test_pictures.py",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
 

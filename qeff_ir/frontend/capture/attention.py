@@ -19,6 +19,7 @@ from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import private
 from qeff_ir.frontend.capture import experts, ops, recurrences
 from qeff_ir.frontend.capture.states import CapturingCache
+from qeff_ir.ir import dialect
 
 IMPLEMENTATION = "qeff"
 """Name of our attention and mask functions in transformers' registries."""
@@ -42,8 +43,17 @@ def _positions_mask(
         return torch.ops.qeff.every_token(slots, position_ids)
     batch = torch.arange(position_ids.shape[0])[:, None, None, None]
     head = torch.zeros((1, 1, 1, 1), dtype=torch.long)
-    mask = mask_function(batch, head, position_ids[:, None, :, None], slots[:, None, None, :])
-    return mask.expand(position_ids.shape[0], 1, position_ids.shape[1], slots.shape[1])
+    queries, seen = position_ids[:, None, :, None], slots[:, None, None, :]
+    if _cache.of_run is not None:  # what is looked up is in the context, and a later token is seen if it is of this run
+        # A layout may say the positions of slots once for all rows, and each row is looked up by itself.
+        known = torch.where(seen == dialect.UNWRITTEN, torch.zeros_like(batch), seen)
+        held = (seen <= queries) | ((_cache.of_run[batch, known] == 1) & (seen == known))
+        mask = mask_function(batch, head, queries.clamp(min=0), known) & held & (queries >= 0)
+    else:
+        mask = mask_function(batch, head, queries, seen)
+    mask = mask.expand(position_ids.shape[0], 1, position_ids.shape[1], slots.shape[1])
+    _cache.masks.append(mask)
+    return mask
 
 
 def _additive_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:

@@ -24,6 +24,8 @@ _lib.define("layer_output(Tensor hidden) -> Tensor")
 _lib.define("state_window(Tensor past, Tensor new, Tensor position_ids) -> Tensor")
 _lib.define("state_next(Tensor window, Tensor position_ids, int size) -> Tensor")
 _lib.define("every_token(Tensor slots, Tensor position_ids) -> Tensor")
+_lib.define("spread_tokens(Tensor past, Tensor values, Tensor position_ids) -> Tensor")
+_lib.define("merge_rows(Tensor embeds, Tensor mask, Tensor rows, Tensor first) -> (Tensor, Tensor)")
 _lib.define(
     "linear_attention(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor past, Tensor position_ids, "
     "float delta) -> (Tensor, Tensor)"
@@ -60,6 +62,14 @@ def _like_linear(
     return torch.empty_like(v), torch.empty_like(past)
 
 
+def _like_spread(past: Tensor, values: Tensor, position_ids: Tensor) -> Tensor:
+    return values.new_empty((values.shape[0], past.shape[2]))
+
+
+def _like_merge(embeds: Tensor, mask: Tensor, rows: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(embeds), torch.empty_like(first)
+
+
 torch.library.register_fake("qeff::cache_update", _like_past)
 torch.library.register_fake("qeff::cache_positions", _like_positions)
 torch.library.register_fake("qeff::attention", _like_attention)
@@ -69,6 +79,8 @@ torch.library.register_fake("qeff::layer_output", torch.empty_like)
 torch.library.register_fake("qeff::state_window", _like_window)
 torch.library.register_fake("qeff::state_next", _like_next)
 torch.library.register_fake("qeff::every_token", _like_mask)
+torch.library.register_fake("qeff::spread_tokens", _like_spread)
+torch.library.register_fake("qeff::merge_rows", _like_merge)
 torch.library.register_fake("qeff::linear_attention", _like_linear)
 
 
@@ -94,6 +106,8 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.qeff.state_window.default: _opaque("StateWindow"),
     torch.ops.qeff.state_next.default: _opaque("StateNext", "size"),
     torch.ops.qeff.every_token.default: _opaque("EveryToken"),
+    torch.ops.qeff.spread_tokens.default: _opaque("SpreadTokens"),
+    torch.ops.qeff.merge_rows.default: _opaque("MergeRows"),
     torch.ops.qeff.linear_attention.default: _opaque("LinearAttention", "delta"),
 }
 """How torch's exporter translates each op."""

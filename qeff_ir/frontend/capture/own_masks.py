@@ -5,7 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.frontend.export.given import TYPES
 from qeff_ir.ir.module import SOURCE_KEY
+
+_BY_POSITION = ("position_ids", TYPES)
+"""Inputs that may be looked up by slot: positions say where a token is, not what it is, and the kinds of tokens are of
+runs that hold whole pictures."""
 
 _PLACED = ("CachePositions", "StateWindow", "LinearAttention")
 """Ops that look at the positions in a state."""
@@ -60,8 +65,7 @@ def _makers(value: ir.Value) -> set[str]:
         current = todo.pop()
         node = current.producer()
         if node is None:
-            # Positions say where a token is, not what it is.
-            made.update({"input"} if current.is_graph_input() and current.name != "position_ids" else ())
+            made.update({"input"} if current.is_graph_input() and current.name not in _BY_POSITION else ())
             continue
         made.add(node.op_type)
         new = [v for v in node.inputs if v is not None and v not in seen and v.dtype != ir.DataType.FLOAT]

@@ -199,6 +199,10 @@ class CapturingCache(Cache):
         self.count = count
         super().__init__(layers=cast("list[Any]", self.captured))  # one list: a model may add layers while it runs
         self.position_ids = position_ids
+        self.of_run: Tensor | None = None
+        """Where masks look things up by the position of a token: 1 for positions of this run, ``[batch, ctx]``."""
+        self.masks: list[Tensor] = []
+        """Those that were made for it."""
         self.mask_layer = 0
         self.recurrent: Tensor | None = None
         self.recurrent_calls = 0
@@ -212,7 +216,29 @@ class CapturingCache(Cache):
                 return query_length, 0
             self.mask_layer = attention[0]
         layer = self.attention_layer()
+        if self.of_run is not None:
+            layer = self.whole_layer()
         return (query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
+
+    def whole_layer(self) -> AttentionLayer:
+        """A layer without a window, which has a slot for each position.
+
+        Raises:
+            UnsupportedModelError: Every layer has a window.
+        """
+        layers = [layer for layer in self.captured if isinstance(layer, AttentionLayer)]
+        whole = next((layer for layer in layers if layer.window is None), None)
+        if whole is None:
+            raise UnsupportedModelError(
+                "masks depend on which tokens are of a picture, and each layer has a window: no cache tells how long "
+                "the context is"
+            )
+        return whole
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a model is to take a run for a later one than the prompt; a graph of pictures is that of a prompt."""
+        return self.of_run is None and super().is_initialized
 
     def attention_layer(self) -> AttentionLayer | None:
         """The layer that the next mask is for; `None` when no layer has attention."""

@@ -135,7 +135,7 @@ class Flow:
         self.graph, self.sizes, self.counts, self.examples = program.graph_module.graph, sizes, counts, examples
         self.questions: list[Node] = []
         users = {sizes.inputs[str(name)] for name in program.graph_signature.user_inputs}
-        positions = {node for node in users if node.meta["val"].dim() == 2 and node.name != tokens}
+        positions = {node for node in users if node.name == sizes.positions}
         self._held = users - positions
         self._given = set(positions)
         """All that follows from the given positions."""

@@ -5,6 +5,7 @@ The example is a run as transformers has it: the cache holds ``past`` tokens whe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +35,22 @@ class Sizes:
         run: Symbols of the tokens of this run.
         past: The symbol of the tokens before it.
         keys: Symbols of the slots of caches, and the first input that has each.
+        positions: Name of the placeholder of the positions.
     """
 
-    def __init__(self, program: ExportedProgram, tokens: str, positions: str, counted: str) -> None:
+    def __init__(
+        self, program: ExportedProgram, tokens: str, positions: str, counted: str, given: Sequence[str] = ()
+    ) -> None:
         self.inputs = {node.name: node for node in program.graph_module.graph.nodes if node.op == "placeholder"}
         self.batch: set[Any] = set()
         self.run: set[Any] = set()
         self.past: set[Any] = set()
         self.keys: dict[Any, Node] = {}
+        self.positions = positions
         for name in program.graph_signature.user_inputs:
             node = self.inputs[str(name)]
+            if name in given:
+                continue
             shape = [symbols_of(size) for size in node.meta["val"].shape]
             if name == counted:
                 self.past |= shape[0]

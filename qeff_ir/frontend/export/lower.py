@@ -35,6 +35,7 @@ from qeff_ir.frontend.capture.own_thread import alone
 from qeff_ir.frontend.capture.states import CapturingCache
 from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.checkpoint.weights import Weights
+from qeff_ir.frontend.export.given import Given
 from qeff_ir.frontend.export.limits import plain_rotary
 from qeff_ir.frontend.export.positions import give_positions
 from qeff_ir.frontend.export.quiet import quiet
@@ -57,11 +58,13 @@ _IR_VERSION = 11
 """Opset 24 needs IR version 11 or later."""
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 """Color codes of a terminal."""
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+"""What of a module holds the functions that run after it: transformers records hidden states by some of its own."""
 PREFIX = "hf."
-"""Scope of the model inside `_Step`; taken off every name."""
+"""Scope of the model inside `Step`; taken off every name."""
 
 
-def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> Module:
+def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False, given: Given | None = None) -> Module:
     """Lower a causal LM with retained states.
 
     Layers that are shown to be copies of each other are traced once (`qeff_ir.frontend.layers.kinds`).
@@ -70,15 +73,17 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> M
         model: The model; its parameters may be on the meta device. Unchanged on return.
         weights: Where each parameter and persistent buffer is.
         whole: Whether to trace every layer all the same.
+        given: What it is given beside tokens; nothing by default.
 
     Returns:
-        A module with inputs ``input_ids``, ``position_ids`` (int64 ``[batch_size, seq_len]``) and the states, and
-        outputs ``logits`` (float32 ``[batch_size, seq_len, vocab]``) and the new states.
+        A module with inputs ``input_ids``, ``position_ids`` (int64 ``[batch_size, seq_len]``), the states and what is
+        given, and outputs ``logits`` (float32 ``[batch_size, seq_len, vocab]``), the new states and what is given back.
 
     Raises:
         UnsupportedModelError: The model has no cache, its attention is not causal or builds its own masks, or something
             in it cannot be traced.
     """
+    given = Given() if given is None else given
     with (
         alone(),
         evaluating(model),
@@ -89,11 +94,11 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> M
         quiet(),
         plain_rotary(model) as original,
     ):
-        states, fold = _states_and_fold(model, fake, whole=whole)
-        module = None if fold is None else _folded(model, weights, states, fold, fake)
+        states, fold = _states_and_fold(model, given, fake, whole=whole)
+        module = None if fold is None else _folded(model, weights, states, given, fold, fake)
         if module is None:
             with attributes_kept(model):
-                module = _module(_trace(model, states, fake), model, weights, states)
+                module = _module(_trace(model, states, given, fake), model, weights, states, given)
     if original is not None:
         known = module.dims["ctx_len"].maximum
         module.dims["ctx_len"] = Dim("ctx_len", original if known is None else min(known, original))
@@ -103,7 +108,7 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False) -> M
 
 
 def _folded(
-    model: PreTrainedModel, weights: Weights, states: list[State], fold: Fold, fake: FakeTensorMode
+    model: PreTrainedModel, weights: Weights, states: list[State], given: Given, fold: Fold, fake: FakeTensorMode
 ) -> Module | None:
     """The module made from one layer of each kind; `None` when the cut graph is not a chain of layers."""
     kept = [s for s in states if s.layer in fold.states]
@@ -111,7 +116,7 @@ def _folded(
     tensors = {**{n: tensor_adapters.TorchTensor(b, name=n) for n, b in buffers}, **weights}
     try:
         with attributes_kept(model), cut(model, fold.path, fold.traced), marked(model, fold.path):
-            module = _module(_trace(model, kept, fake), model, cut_weights(weights, fold), kept)
+            module = _module(_trace(model, kept, given, fake), model, cut_weights(weights, fold), kept, given)
     except UnsupportedModelError:  # what the whole model does tells, and what it says is about itself
         return None
     layers = find_layers(module, fold, tensors)
@@ -122,59 +127,81 @@ def _folded(
 
 
 def _module(
-    traced: tuple[torch.onnx.ONNXProgram, int | None], model: PreTrainedModel, weights: Weights, states: list[State]
+    traced: tuple[torch.onnx.ONNXProgram, int | None],
+    model: PreTrainedModel,
+    weights: Weights,
+    states: list[State],
+    given: Given,
 ) -> Module:
     program, limit = traced
     graph_model = clean(program.model, weights, states)
     _mark_layers(graph_model.graph, model)
     refuse_own_masks(graph_model.graph, type(model).__name__)
     module = Module(graph_model, type(model).__name__, states)
-    _name_dims(module, model, limit)
+    for port in (*given.inputs, *given.outputs):
+        module.ports[port.name] = port.role.name
+    _name_dims(module, model, given, limit)
     return module
 
 
-class _Step(torch.nn.Module):
+class Step(torch.nn.Module):
     """One run of a decoder with explicit states, the function that is traced."""
 
-    def __init__(self, model: PreTrainedModel, states: list[State]) -> None:
+    def __init__(self, model: PreTrainedModel, states: list[State], given: Given) -> None:
         super().__init__()
         self.hf = model
         self.states = states
+        self.given = given
         parameters = inspect.signature(model.forward).parameters
         kinds = {p.kind for p in parameters.values()}
         self.takes_positions = "position_ids" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
         self.cache_argument = cache_argument(model.forward)
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor], counted: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[torch.Tensor],
+        counted: torch.Tensor,
+        given: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         cache = CapturingCache(self.hf, position_ids, dict(zip(self.states, past, strict=True)), count=counted.shape[0])
-        out = self.run(input_ids, position_ids, cache)
+        out, results = self.run(input_ids, position_ids, cache, given)
         for state in cache.found():
             raise UnsupportedModelError(f"layer {state.layer} keeps a {state.kind} state in one run and not in another")
-        return (out.logits, *(cache.result(state) for state in self.states))
+        return (out.logits, *(cache.result(state) for state in self.states), *results)
 
-    def run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: CapturingCache) -> Any:
-        """The model's own outputs."""
+    def run(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: CapturingCache,
+        given: dict[str, torch.Tensor],
+    ) -> tuple[Any, list[torch.Tensor]]:
+        """The model's own outputs, and what is given back."""
         arguments: dict[str, Any] = {self.cache_argument: cache, "use_cache": True}
         if self.takes_positions:
             arguments["position_ids"] = position_ids
-        with tracing(cache):
-            return self.hf(input_ids=input_ids, **arguments)
+        with tracing(cache), self.given.calling(self.hf, given, cache) as call:
+            out = self.hf(input_ids=input_ids, **(arguments | call.arguments))
+        return out, call.results
 
 
-def _states_and_fold(model: PreTrainedModel, fake: FakeTensorMode, *, whole: bool) -> tuple[list[State], Fold | None]:
+def _states_and_fold(
+    model: PreTrainedModel, given: Given, fake: FakeTensorMode, *, whole: bool
+) -> tuple[list[State], Fold | None]:
     """What the model keeps between tokens, and which of its layers are to be traced (`None`: all of them)."""
-    ids, _ = _inputs([], fake)
-    step = _Step(model, [])
+    step = Step(model, [], given)
+    with fake:
+        ids, values = example_inputs(given)
 
     def run(cache: CapturingCache) -> None:
         with fake:
-            step.run(ids, ids.clone(), cache)
+            step.run(ids, cache.position_ids, cache, values)
 
     def fold(states: list[State]) -> Fold | None:
         with attributes_kept(model):
-            return find_fold(model, lambda kept: _prepared(model, states, kept, fake))
+            return find_fold(model, lambda kept: _prepared(model, states, given, kept, fake))
 
     expected: list[State] | None = None
     if not whole:
@@ -191,36 +218,50 @@ def _states_and_fold(model: PreTrainedModel, fake: FakeTensorMode, *, whole: boo
     return states, None if whole or states == expected else fold(states)
 
 
-def _inputs(states: list[State], fake: FakeTensorMode) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Token ids (or positions), and states, for a run on fake tensors."""
+def _inputs(
+    states: list[State], given: Given, fake: FakeTensorMode
+) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Token ids (or positions), states, and what is given beside them, for a run on fake tensors."""
     with fake:
-        ids = torch.zeros((_BATCH, _SEQ), dtype=torch.long)
+        ids, values = example_inputs(given)
         past = [torch.zeros([_example(state, dim) for dim in state.shape]) for state in states]
-    return ids, past
+    return ids, past, values
+
+
+def example_inputs(given: Given) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Token ids (or positions), and what is given beside them, in the fake mode that is active."""
+    sizes = {"batch_size": _BATCH, "seq_len": _SEQ}
+    values = {
+        port.name: torch.zeros([sizes[d] if isinstance(d, str) else d for d in port.shape], dtype=port.dtype)
+        for port in given.inputs
+    }
+    return torch.zeros((_BATCH, _SEQ), dtype=torch.long), values
 
 
 def _prepared(
-    model: PreTrainedModel, states: list[State], kept: frozenset[int] | None, fake: FakeTensorMode
+    model: PreTrainedModel, states: list[State], given: Given, kept: frozenset[int] | None, fake: FakeTensorMode
 ) -> Prepared:
     """A run of the model with the states of some layers only, for `find_fold`."""
     states = [s for s in states if kept is None or s.layer in kept]
-    ids, past = _inputs(states, fake)
+    ids, past, values = _inputs(states, given, fake)
     with fake:
         positions = ids.clone()
-    inputs = {name_of(TOKENS): ids, name_of(POSITIONS): positions, **dict(zip(states, past, strict=True))}
+    held = dict(zip(states, past, strict=True))
+    inputs = {name_of(TOKENS): ids, name_of(POSITIONS): positions, **values, **held}
 
     def work() -> Sequence[torch.Tensor]:
         with export_patches(), reset_model_state(model), fake:
-            return _Step(model, states)(ids, positions, past, torch.zeros(_CTX - _SEQ))
+            results = Step(model, states, given)(ids, positions, past, torch.zeros(_CTX - _SEQ), values)
+            return results[: 1 + len(states)]
 
     return inputs, work
 
 
 def _trace(
-    model: PreTrainedModel, states: list[State], fake: FakeTensorMode
+    model: PreTrainedModel, states: list[State], given: Given, fake: FakeTensorMode
 ) -> tuple[torch.onnx.ONNXProgram, int | None]:
     """The program, and the longest context that it holds for."""
-    ids, past = _inputs(states, fake)
+    ids, past, values = _inputs(states, given, fake)
     with fake:
         counted = torch.zeros(_CTX - _SEQ)
     dynamic = torch.export.Dim.DYNAMIC
@@ -229,25 +270,36 @@ def _trace(
         "position_ids": {0: dynamic, 1: dynamic},
         "past": [{i: dynamic for i, dim in enumerate(state.shape) if isinstance(dim, str)} for state in states],
         "counted": {0: dynamic},
+        "given": {
+            port.name: {i: dynamic for i, dim in enumerate(port.shape) if isinstance(dim, str)} for port in given.inputs
+        },
     }
     with export_patches(), reset_model_state(model), as_unsupported(model, "cannot be traced"):
         exported = torch.export.export(
-            _Step(model, states),
+            Step(model, states, given),
             (),
-            kwargs={"input_ids": ids, "position_ids": ids.clone(), "past": past, "counted": counted},
+            kwargs={
+                "input_ids": ids,
+                "position_ids": ids.clone(),
+                "past": past,
+                "counted": counted,
+                "given": values,
+            },
             dynamic_shapes=shapes,
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         spell_out_complex(exported)
         drop_idle_squeezes(exported)
-        _, limit = give_positions(exported, "input_ids", "position_ids", "counted", type(model).__name__)
+        beside = [f"given_{port.name}" for port in given.inputs]
+        _, limit = give_positions(exported, "input_ids", "position_ids", "counted", type(model).__name__, beside)
         program = convert(
             exported,
-            [name_of(TOKENS), name_of(POSITIONS), *(s.input for s in states), "counted"],
-            [name_of(LOGITS), *(s.output for s in states)],
+            [name_of(TOKENS), name_of(POSITIONS), *(s.input for s in states), "counted", *values],
+            [name_of(LOGITS), *(s.output for s in states), *(port.name for port in given.outputs)],
         )
-    program.model.graph.inputs.pop()  # what counted is not read any more
+    inputs = program.model.graph.inputs
+    inputs[:] = [value for value in inputs if value.name != "counted"]  # what counted is not read any more
     return program, limit
 
 
@@ -333,7 +385,7 @@ def _mark_layers(graph: ir.Graph, model: PreTrainedModel) -> None:
                 value.metadata_props[LAYER_KEY] = "parameter"
 
 
-def _name_dims(module: Module, model: PreTrainedModel, limit: int | None) -> None:
+def _name_dims(module: Module, model: PreTrainedModel, given: Given, limit: int | None) -> None:
     """Replace the exporter's symbols by ours, on the inputs and everywhere else; `limit` is the longest context."""
     renames: dict[str, str] = {}
     for role in (TOKENS, POSITIONS):
@@ -344,7 +396,13 @@ def _name_dims(module: Module, model: PreTrainedModel, limit: int | None) -> Non
         shape = module.input(state.input).shape
         assert shape is not None
         renames |= {str(made): name for made, name in zip(shape, state.shape, strict=True) if isinstance(name, str)}
+    for port in given.inputs:
+        shape = module.input(port.name).shape
+        assert shape is not None
+        renames |= {str(made): name for made, name in zip(shape, port.shape, strict=True) if isinstance(name, str)}
     rename_symbols(module.graph, renames)
+    for port in given.outputs:
+        module.output(port.name).shape = ir.Shape(port.shape)
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
     limits = [n for n in (longest, limit) if isinstance(n, int)]
@@ -357,14 +415,16 @@ def _name_dims(module: Module, model: PreTrainedModel, limit: int | None) -> Non
 
 @contextlib.contextmanager
 def attributes_kept(model: PreTrainedModel) -> Generator[None]:
-    """Take back what the model's own code stores on its modules while it runs on fake tensors."""
-    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
+    """Take back what the model's own code stores on its modules while it runs on fake tensors, hooks included."""
+    own = [vars(module) for module in model.modules()]
+    hooks = [attributes[name] for attributes in own for name in _HOOKS]
+    saved = [(held, dict(held)) for held in (*own, *hooks)]
     try:
         yield
     finally:
-        for attributes, before in saved:
-            attributes.clear()
-            attributes.update(before)
+        for held, before in saved:
+            held.clear()
+            held.update(before)
 
 
 @contextlib.contextmanager

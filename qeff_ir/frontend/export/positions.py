@@ -13,7 +13,7 @@ one, and `torch.vmap` makes the batch of it: whatever they are, what was ``[seq,
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,7 +37,7 @@ _END = 2**63 - 1
 
 
 def give_positions(
-    program: ExportedProgram, tokens: str, positions: str, counted: str, name: str
+    program: ExportedProgram, tokens: str, positions: str, counted: str, name: str, given: Sequence[str] = ()
 ) -> tuple[int, int | None]:
     """Let what follows from a count follow from the given positions, in place.
 
@@ -50,6 +50,7 @@ def give_positions(
         counted: Name of the placeholder whose size is the number of tokens that the cache says that it holds; nothing
             reads it afterwards.
         name: The model's class, for messages.
+        given: Names of further placeholders, whose sizes tell nothing of tokens and caches.
 
     Returns:
         How many nodes now use positions where they used a count, and the longest context that the trace holds for
@@ -59,7 +60,7 @@ def give_positions(
         UnsupportedModelError: A count reaches what the run returns all the same (`Flow.refuse_counts`).
     """
     graph = program.graph_module.graph
-    sizes = Sizes(program, tokens, positions, counted)
+    sizes = Sizes(program, tokens, positions, counted, given)
     _drop_checks(graph)
     examples = [Example(program, sizes, tokens, run, past) for run, past in _EXAMPLES]
     flow = Flow(program, sizes, tokens, {}, examples[:2])

@@ -39,3 +39,38 @@ def drop_idle_squeezes(program: ExportedProgram) -> None:
             if isinstance(size, int) and size != 1:
                 node.replace_all_uses_with(value)
                 graph.erase_node(node)
+
+
+def cut_splits(program: ExportedProgram) -> None:
+    """Write each piece of a split as a slice, in place: torch's exporter makes a sequence of the pieces."""
+    aten = torch.ops.aten
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target not in (aten.split_with_sizes.default, aten.split.Tensor):
+            continue
+        value, _, *rest = node.args
+        axis, start = (rest[0] if rest else 0), 0
+        starts: list[int] = []
+        for piece in node.meta["val"]:
+            starts.append(start)
+            start += piece.shape[axis]
+        for user in list(node.users):
+            begin = starts[user.args[1]]
+            with graph.inserting_before(user):
+                piece = call(aten.slice.Tensor, value, axis, begin, begin + user.meta["val"].shape[axis])
+            user.replace_all_uses_with(piece)
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def give_biases(program: ExportedProgram) -> None:
+    """Give each convolution over three axes a bias, of zeros, in place: torch's exporter makes one of a wrong shape."""
+    aten = torch.ops.aten
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is aten.conv3d.default and (len(node.args) < 3 or node.args[2] is None):
+            weight = node.args[1].meta["val"]
+            with graph.inserting_before(node):
+                zeros = graph.call_function(aten.full.default, ([int(weight.shape[0])], 0.0))
+                zeros.meta["val"] = weight.new_empty(int(weight.shape[0]))
+            node.args = (*node.args[:2], zeros, *node.args[3:])

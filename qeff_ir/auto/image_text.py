@@ -1,0 +1,311 @@
+"""`QEFFAutoModelForImageTextToText`: models of pictures and text, as an encoder and a language model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from backends import find_backend
+from backends.options import CompileOptions, default_prefill
+from qeff_ir.auto.arguments import hub_arguments, model_name
+from qeff_ir.auto.compile_arguments import compiler_flags
+from qeff_ir.auto.compiled_model import CompiledModel
+from qeff_ir.compiler import Compiled, Pipelines, Watch
+from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError
+from qeff_ir.frontend.picture_source import VISION, PictureFolder, PictureMemory, PictureSource, auto_class
+from qeff_ir.frontend.source import find_folder
+from qeff_ir.ir.ports import AXES, PLANES
+from qeff_ir.package import SIDE_FOLDER, opened, program_folder
+from qeff_ir.runtime.picture_form import PictureForm
+from qeff_ir.side_files import read_generation_config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from qeff_ir.arrays import Array
+    from qeff_ir.runtime.generation import SessionLM
+    from qeff_ir.runtime.picture_decoder import Pictured, PictureDecoder
+    from qeff_ir.runtime.session import Session
+
+_KEPT = 32
+"""Pictures whose rows are kept, so that the next question about one does not encode it again."""
+
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""What processors call the tokens of pictures."""
+
+
+class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
+    """A model of pictures and text that is compiled instead of run by torch.
+
+        model = QEFFAutoModelForImageTextToText.from_pretrained("my-model")
+        model.compile(prefill_seq_len=128, ctx_len=2048, image_size=(336, 336), num_images=2)
+        model.generate(**processor(images=images, text=text, return_tensors="pt"), max_new_tokens=50)
+
+    The package has two programs: ``vision`` makes rows of one picture, and the language model, which keeps the rows of
+    up to `num_images` pictures, reads them in the place of placeholder tokens.
+
+    Args:
+        model: A transformers model in memory, which stays unchanged.
+        processor: Its processor, which says what it makes of a picture.
+
+    Raises:
+        ModelLoadError: It is something else.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        self._open(PictureMemory(model, processor))
+
+    def _open(self, source: PictureSource | None) -> None:
+        super()._open(source)
+        self._model = source
+        self._runner: _Runner | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        kv_offload: bool = True,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Open a model folder or a hub id; no weight is loaded.
+
+        Args:
+            pretrained_model_name_or_path: The folder or id.
+            kv_offload: Whether encoder and language model are two programs; one for both is not supported.
+            trust_remote_code: Whether code that comes with the model may run.
+            kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
+
+        Raises:
+            ModelLoadError: There is no such model, it cannot be read, or an argument asks for what is not supported.
+        """
+        if kv_offload is not True:
+            raise ModelLoadError("kv_offload=False asks for one program for pictures and text: leave it out")
+        hub = hub_arguments(kwargs)
+        folder = find_folder(model_name(pretrained_model_name_or_path), **hub)
+        return cls._opened(PictureFolder(folder, trust_remote_code=trust_remote_code))
+
+    def compile(
+        self,
+        *,
+        image_size: tuple[int, int],
+        num_images: int = 1,
+        target: str = "auto",
+        prefill_seq_len: int | None = None,
+        ctx_len: int = 1024,
+        batch_size: int = 1,
+        num_cores: int = 16,
+        num_devices: int = 1,
+        mxfp6_matmul: bool = False,
+        mxint8_kv_cache: bool = False,
+        weight_free: bool = False,
+        compile_dir: str | Path | None = None,
+        pipeline: Pipelines = None,
+        emit_only: bool = False,
+        force_flags: bool = False,
+        watch: Watch | None = None,
+        **compiler_options: Any,
+    ) -> dict[str, str]:
+        """Compile for a target; an equal package in the cache is used as it is.
+
+        Args:
+            image_size: Height and width of a picture, as it is given to the processor.
+            num_images: Pictures that a prompt may have.
+            target: See `qeff_ir.auto.causal_lm.QEFFAutoModelForCausalLM.compile`, as for all others.
+            prefill_seq_len: Tokens of a prompt that one prefill run takes; a picture may take several runs, unless its
+                tokens see one another.
+            ctx_len: Prompt, rows of pictures and new tokens together.
+            batch_size: Rows of a run.
+            num_cores: Cores of the device.
+            num_devices: Devices that share the model.
+            mxfp6_matmul: Compress constant matmul weights on the device.
+            mxint8_kv_cache: Compress the KV cache on the device.
+            weight_free: Emit AI 100 graphs without weights.
+            compile_dir: Folder of the package; one in the cache when not given.
+            pipeline: Other pipelines than the target's own, one for both programs, or by ``main`` and ``vision``.
+            emit_only: Write the package without running the target's compiler.
+            force_flags: Hand unknown compiler flags on instead of refusing them.
+            watch: Told of every step.
+            compiler_options: Any other flag of the target's compiler.
+
+        Returns:
+            Paths of the programs, ``vision_qpc_path`` and ``lang_qpc_path``, as the AI 100 contract has it (§1.9).
+
+        Raises:
+            QeffError: See `qeff_ir.compiler.compile_model`.
+        """
+        size = _checked_size(image_size)
+        if type(num_images) is not int or num_images < 1:
+            raise CompileError(f"num_images must be a whole number of at least 1, not {num_images!r}")
+        if self._model is not None:
+            self._source = self._model.for_pictures(size, num_images)
+            assert self._source.pictured is not None
+            rows = self._source.pictured.form.rows * num_images
+            if rows >= ctx_len:
+                raise CompileError(
+                    f"{num_images} pictures of {size[0]} x {size[1]} take {rows} tokens, and ctx_len is {ctx_len}: "
+                    "raise it, or ask for fewer or smaller pictures"
+                )
+        options = CompileOptions(
+            prefill_seq_len=default_prefill(ctx_len) if prefill_seq_len is None else prefill_seq_len,
+            ctx_len=ctx_len,
+            batch_size=batch_size,
+            graph_name="Vision",
+            num_cores=num_cores,
+            num_devices=num_devices,
+            mxfp6_matmul=mxfp6_matmul,
+            mxint8_kv_cache=mxint8_kv_cache,
+            weight_free=weight_free,
+            flags=compiler_flags(compiler_options),
+            force_flags=force_flags,
+        )
+        self._compile(options, compile_dir, target=target, pipeline=pipeline, emit_only=emit_only, watch=watch)
+        folder = self.package.folder
+        paths = {"vision_qpc_path": program_folder(folder, VISION), "lang_qpc_path": folder}
+        return {name: str(path / "qpc" if (path / "qpc").is_dir() else path) for name, path in paths.items()}
+
+    def _accept(self, made: Compiled) -> None:
+        super()._accept(made)
+        self._runner = None
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """`transformers.generate` over the compiled model.
+
+        Args:
+            inputs: Token ids, int64 ``[batch, tokens]``; also as ``input_ids=``, with ``attention_mask=``.
+            kwargs: What else the processor returns, and everything that transformers' ``generate`` takes.
+
+        Returns:
+            Token ids as transformers returns them.
+
+        Raises:
+            RuntimeInputError: The request does not fit the compiled model.
+            PackageError: The model is not compiled.
+        """
+        runner = self.runner()
+        with runner.model.decoder.request():
+            return runner.generate(inputs, kwargs)
+
+    def runner(self, threads: int | None = None) -> _Runner:
+        """The sessions that `generate` uses, opened on first use.
+
+        Raises:
+            PackageError: The model is not compiled, or its package is damaged.
+        """
+        with self._lock:
+            if self._runner is None:
+                from qeff_ir.runtime.generation import SessionLM
+                from qeff_ir.runtime.picture_decoder import PictureDecoder
+
+                package = self.package
+                with opened(package.folder, package.manifest.key):
+                    backend, side = find_backend(package.manifest.target), package.folder / SIDE_FOLDER
+                    decoder = PictureDecoder(backend.open(package.folder, threads=threads))
+                    vision = backend.open(program_folder(package.folder, VISION), threads=threads)
+                    model = SessionLM(decoder, self.config, read_generation_config(side))
+                    self._runner = _Runner(model, decoder, vision, PictureForm.read(side))
+            return self._runner
+
+
+class _Runner:
+    """Both sessions of a package, and the rows of the pictures that it has seen."""
+
+    def __init__(self, model: SessionLM, decoder: PictureDecoder, vision: Session, form: PictureForm) -> None:
+        self.model, self.decoder, self.form = model, decoder, form
+        self._vision = vision
+        self._rows: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
+        self._skeleton: PreTrainedModel | None = None
+
+    def generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """Answer one batch, for a thread that has its turn."""
+        ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        given = {name: kwargs.pop(name) for name in (*self.form.inputs, *_TYPES) if name in kwargs}
+        if not hasattr(ids, "tolist") or getattr(ids, "ndim", 0) != 2:
+            return self.model.generate_now(inputs, **kwargs)  # which says what is wrong
+        self.decoder.prompts = self._prompts(ids, mask, given)
+        try:
+            return self.model.generate_now(inputs, **kwargs)
+        finally:
+            self.decoder.prompts = ()
+
+    def _prompts(self, ids: Any, mask: Any, given: dict[str, Any]) -> list[Pictured]:
+        from qeff_ir.runtime.picture_decoder import Pictured
+
+        real = np.ones(tuple(ids.shape), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
+        if real.shape != tuple(ids.shape):
+            return []  # told by `generate_now`
+        tokens = [np.asarray(row)[keep] for row, keep in zip(ids, real, strict=True)]
+        counts = self.form.counts([row.tolist() for row in tokens])
+        arrays = {name: _array(value) for name, value in given.items() if name in self.form.inputs}
+        if arrays and not any(counts):
+            raise RuntimeInputError("there are pictures, and the text has no placeholder for one: give both together")
+        pictures = self.form.split(arrays, counts)
+        types = next((np.asarray(given[name]) for name in _TYPES if given.get(name) is not None), None)
+        prompts: list[Pictured] = []
+        for row, own in enumerate(pictures):
+            kinds = None if types is None else types[row][real[row]]
+            prompts.append(Pictured(self._encoded(own), self._planes(tokens[row], kinds, own), kinds))
+        return prompts
+
+    def _encoded(self, pictures: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        """Rows of the pictures of a prompt, one after the other."""
+        made = [self._encode(picture) for picture in pictures]
+        return {name: np.concatenate([one[name] for one in made], axis=-2) for name in (made[0] if made else ())}
+
+    def _encode(self, picture: Mapping[str, Array]) -> dict[str, Array]:
+        ports = self._vision.interface.inputs
+        feeds = {port.name: np.ascontiguousarray(picture[port.name], dtype=port.dtype) for port in ports}
+        digest = hashlib.sha256(b"".join(feeds[port.name].tobytes() for port in ports)).digest()
+        if digest not in self._rows:
+            made = self._vision.run(feeds)
+            self._rows[digest] = {name: np.squeeze(rows, axis=-3).astype(np.float32) for name, rows in made.items()}
+            while len(self._rows) > _KEPT:
+                self._rows.popitem(last=False)
+        self._rows.move_to_end(digest)
+        return self._rows[digest]
+
+    def _planes(self, ids: Array, types: Array | None, pictures: Sequence[Mapping[str, Array]]) -> Array | None:
+        """Places of a prompt's tokens, as the model itself finds them; `None` where it has none."""
+        import torch
+
+        from qeff_ir.frontend import private
+        from qeff_ir.frontend.checkpoint.skeleton import empty_model
+
+        shapes = [len(port.shape) for port in self.decoder.session.interface.inputs if port.role is PLANES]
+        joined = any(port.shape[0] == 1 + AXES for port in self.decoder.session.interface.inputs)
+        if not pictures or not (shapes or joined):
+            return None
+        if self._skeleton is None:
+            self._skeleton = empty_model(self.model.config, auto=auto_class())
+        arguments: dict[str, torch.Tensor] = {}
+        for name, form in self.form.inputs.items():
+            if form.numbers is not None:
+                whole = np.concatenate([picture[name] for picture in pictures], axis=form.axis)
+                arguments[name] = torch.from_numpy(whole)
+        if types is not None:
+            arguments["mm_token_type_ids"] = torch.from_numpy(types)[None]
+        places = private.places(self._skeleton, torch.from_numpy(ids)[None], arguments)
+        return places[-AXES:, 0].numpy()
+
+
+def _checked_size(size: object) -> tuple[int, int]:
+    """Height and width.
+
+    Raises:
+        CompileError: They are not two whole numbers.
+    """
+    pair: tuple[Any, ...] = tuple(size) if isinstance(size, list | tuple) else (size, size)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if len(pair) != 2 or any(type(n) is not int or n < 1 for n in pair):
+        raise CompileError(f"image_size is {size!r}: give height and width in pixels")
+    return pair[0], pair[1]
+
+
+def _array(value: Any) -> Array:
+    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)

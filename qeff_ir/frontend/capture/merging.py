@@ -1,0 +1,119 @@
+"""Where rows of an encoder enter a language model: each such place is captured as one op.
+
+Models put rows in the place of placeholder tokens by `torch.Tensor.masked_scatter`, which starts at row 0 in each run;
+some add rows to the hidden states of a layer by ``x[mask] = x[mask] + rows``. Both become `MergeRows`, which knows the
+row that a run begins with, so that a picture may span the chunks of a prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.frontend.capture.own_thread import replaced
+
+Tensor = torch.Tensor
+
+
+class Merging(TorchFunctionMode):
+    """Captures merges while the block lasts.
+
+    Args:
+        first: The row that the next placeholder stands for, int64 ``[batch, 1]``.
+        count: Rows of each row of the batch.
+
+    Attributes:
+        next: `first` after the run; `None` until something was merged.
+    """
+
+    def __init__(self, first: Tensor, count: int) -> None:
+        super().__init__()
+        self.first, self.count = first, count
+        self.next: Tensor | None = None
+
+    @contextlib.contextmanager
+    def capturing(self) -> Generator[None]:
+        """The block; transformers' own patches for export, which replace the method too, come before."""
+        with replaced(Tensor, "masked_scatter", lambda _: self.merge), self:
+            yield
+
+    def merge(self, embeds: Tensor, mask: Tensor, rows: Any) -> Tensor:
+        """`embeds` ``[batch, seq, width]`` with rows of each row of the batch, all after one another, at the mask."""
+        chosen = _of_tokens(mask)
+        if isinstance(rows, ChosenRows):
+            return torch.where(chosen.unsqueeze(-1), rows.whole, embeds)
+        own = rows.reshape(embeds.shape[0], self.count, embeds.shape[-1])
+        merged, self.next = torch.ops.qeff.merge_rows(embeds, chosen, own, self.first)
+        return merged
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.masked_scatter:
+            return self.merge(*args, **(kwargs or {}))
+        if func is Tensor.__bool__ and args[0].dtype is torch.bool and type(args[0]) is not Tensor:
+            return True  # "is there any placeholder?": what follows does nothing where there is none
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].dim() == 3:
+            mask = _mask_of(args[1])
+            if mask is not None and func is Tensor.__getitem__:
+                return ChosenRows(args[0], mask, self)
+            if mask is not None:
+                held, _, value = args
+                if isinstance(value, ChosenRows) or value.dim() == 2:
+                    held.copy_(self.merge(held, mask, value))
+                else:
+                    held.copy_(torch.where(mask.unsqueeze(-1), value, held))
+                return None
+        return func(*args, **(kwargs or {}))
+
+
+class ChosenRows:
+    """``x[mask]`` while a model is traced: the vectors of the tokens that a mask chooses.
+
+    How many there are, no trace can know. Rows that are added to them are added at the places of the tokens.
+    """
+
+    def __init__(self, whole: Tensor, mask: Tensor, merging: Merging) -> None:
+        self.whole, self.mask, self.merging = whole, mask, merging
+
+    def __add__(self, rows: Tensor) -> ChosenRows:
+        at_tokens = self.merging.merge(torch.zeros_like(self.whole), self.mask, rows)
+        return ChosenRows(self.whole + at_tokens, self.mask, self.merging)
+
+    __radd__ = __add__
+
+    def _same(self, *_: Any, **__: Any) -> ChosenRows:
+        return self
+
+    clone = view = reshape = flatten = to = _same
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse.
+
+        Raises:
+            UnsupportedModelError: Always: only sums are understood.
+        """
+        raise UnsupportedModelError(
+            f"the model chooses vectors of tokens by a mask and asks for their '{name}': only rows that are added to "
+            "them are captured"
+        )
+
+
+def _of_tokens(mask: Tensor) -> Tensor:
+    """A mask of tokens, ``[batch, seq]``, from one that may have the axis of the vectors as well."""
+    if mask.dim() == 2:
+        return mask
+    return mask.squeeze(-1) if mask.shape[-1] == 1 else mask[..., 0]
+
+
+def _mask_of(index: Any) -> Tensor | None:
+    """The mask in an index that chooses vectors of tokens; `None` for any other index."""
+    if isinstance(index, tuple):
+        rest: tuple[Any, ...] = index[1:]  # pyright: ignore[reportUnknownVariableType]
+        index = index[0] if all(i is Ellipsis or i == slice(None) for i in rest) else None  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(index, Tensor) and index.dtype is torch.bool and index.dim() in (2, 3):
+        return _of_tokens(index)
+    return None

@@ -1,0 +1,114 @@
+"""Partial evaluation while an encoder is traced: what follows from the geometry of its input alone is a constant.
+
+Towers compute positions, windows and splits from the sizes of pictures. At one size these are constants, and so is all
+that follows from them: a function of real tensors alone is called for real, and the trace sees its result.
+
+What comes from the pixels of the example alone has a *shadow* as well, its value on the example, until a weight comes
+in: a Python number, a length or a choice of rows that depends on it is that of the example. So a tower that drops
+pictures without content is one for pictures with content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from qeff_ir.frontend.private import without_modes
+
+Tensor = torch.Tensor
+
+_FACTORIES = frozenset({torch.arange, torch.linspace, torch.tensor})
+"""What makes numbers of numbers; other factories make room, which the trace keeps unless it is for whole numbers."""
+
+_ASK = frozenset(
+    {Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__bool__, Tensor.__index__, Tensor.__float__}
+    | {torch.nonzero, Tensor.nonzero, torch.unique, Tensor.unique, torch.unique_consecutive}
+    | {torch.repeat_interleave, Tensor.repeat_interleave, torch.bincount}
+)
+"""What asks for numbers, or makes a length of them."""
+
+
+class PartialEvaluation(TorchFunctionMode):
+    """Computes what is known while the block lasts; everything else is traced.
+
+    Args:
+        examples: Values of inputs of the trace, by the tensors that stand for them.
+    """
+
+    def __init__(self, examples: Mapping[Tensor, Tensor]) -> None:
+        super().__init__()
+        # By identity, and held: another tensor at the same address would be taken for it.
+        self._shadows: dict[int, tuple[Tensor, Tensor]] = {id(t): (t, value) for t, value in examples.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves):
+            return func(*args, **kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if all(type(tensor) is Tensor for tensor in tensors):
+            return self._real(func, args, kwargs, any_tensor=bool(tensors))
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], self._chosen(args[1]), *args[2:])
+        if any(self._value(tensor) is None for tensor in tensors):
+            return func(*args, **kwargs)
+        known_args, known_kwargs = pytree.tree_map(self._value, (args, kwargs))
+        if func in _ASK:
+            return _compute(func, known_args, known_kwargs)
+        out = func(*args, **kwargs)
+        if getattr(func, "__name__", "") != "__get__" and not _writes(func):
+            self._shade(out, _compute(func, known_args, known_kwargs))
+        return out
+
+    def _real(self, func: Callable[..., Any], args: Any, kwargs: Any, *, any_tensor: bool) -> Any:
+        """The result of a function of real tensors; of numbers alone, where it makes numbers."""
+        if not any_tensor and func not in _FACTORIES and not _makes_whole_numbers(func, kwargs):
+            return func(*args, **kwargs)
+        return _compute(func, args, kwargs)
+
+    def _value(self, leaf: Any) -> Any:
+        """What an argument is on the example; `None` for a tensor of which that is not known."""
+        if not isinstance(leaf, Tensor) or type(leaf) is Tensor:
+            return leaf
+        found = self._shadows.get(id(leaf))
+        return None if found is None else found[1]
+
+    def _shade(self, made: Any, value: Any) -> None:
+        for one, known in zip(pytree.tree_leaves(made), pytree.tree_leaves(value), strict=True):
+            if isinstance(one, Tensor) and isinstance(known, Tensor) and type(one) is not Tensor:
+                self._shadows[id(one)] = one, known
+
+    def _chosen(self, index: Any) -> Any:
+        """An index whose masks, where they are known, have become the places that they choose."""
+        parts: tuple[Any, ...] = cast("tuple[Any, ...]", index) if isinstance(index, tuple) else (index,)
+        masks = [p for p in parts if isinstance(p, Tensor) and p.dtype is torch.bool and type(p) is not Tensor]
+        if not masks or any(self._value(mask) is None for mask in masks):
+            return index
+        found: list[Any] = []
+        for part in parts:
+            known = self._value(part)
+            is_mask = isinstance(known, Tensor) and known.dtype is torch.bool
+            found += _compute(torch.nonzero, (known,), {"as_tuple": True}) if is_mask else [known]
+        return tuple(found)
+
+
+def _compute(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    with without_modes():
+        return func(*args, **kwargs)
+
+
+def _makes_whole_numbers(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a factory fills a tensor that cannot hold weights or activations."""
+    named = getattr(func, "__name__", "") in ("zeros", "ones", "full", "empty")
+    dtype = kwargs.get("dtype")
+    return named and isinstance(dtype, torch.dtype) and not dtype.is_floating_point
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether a function changes its first argument."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

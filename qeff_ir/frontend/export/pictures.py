@@ -1,0 +1,189 @@
+"""A language model that is given the rows of an encoder: transformers' own ``forward`` with ``mm_encoder_outputs``.
+
+Beside the rows, some models take places of tokens on three axes, and some let the tokens of a picture see one another,
+which tokens those are being an input too. Both are asked of the model, not of its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers.exporters.exporter_dynamo import reset_model_state
+
+from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.frontend import private
+from qeff_ir.frontend.capture.attention import captured
+from qeff_ir.frontend.capture.merging import Merging
+from qeff_ir.frontend.capture.own_thread import alone, replaced
+from qeff_ir.frontend.capture.states import CapturingCache
+from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
+from qeff_ir.frontend.checkpoint.weights import Weights
+from qeff_ir.frontend.export.encoders import ROWS as NAMES
+from qeff_ir.frontend.export.features import DEEPSTACK, Features
+from qeff_ir.frontend.export.given import TYPES, Call, Given, GivenPort
+from qeff_ir.frontend.export.lower import Step, as_unsupported, attributes_kept, example_inputs, lower
+from qeff_ir.frontend.export.quiet import quiet
+from qeff_ir.frontend.private import export_patches
+from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import AXES, FIRST_ROW, NEXT_ROW, PICTURE_TOKENS, PLANES, ROWS
+
+Tensor = torch.Tensor
+
+PLACES = "rope_position_ids"
+"""Name of the input for places on three axes, until a target joins them to the positions."""
+
+_TYPE_ARGUMENTS = ("token_type_ids", TYPES)
+"""What a forward pass calls the input that says which tokens are of a picture."""
+
+
+class Pictures(Given):
+    """Rows of pictures, and what a model wants to know of their tokens.
+
+    Args:
+        model: The model.
+        modality: ``image``, ``video`` or ``audio``.
+        features: The form of its encoder's output, for one picture.
+        count: Pictures that the context may hold.
+        types: Whether its masks may depend on which tokens are of a picture.
+
+    Raises:
+        UnsupportedModelError: The model has no way in for rows, or gives tokens places on another number of axes.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, modality: str, features: Features, count: int, *, types: bool = True
+    ) -> None:
+        name, parameters = type(model).__name__, inspect.signature(model.forward).parameters
+        if "mm_encoder_outputs" not in parameters:
+            raise UnsupportedModelError(
+                f"{name} takes no mm_encoder_outputs, by which models of transformers are given what their encoder "
+                "made: it cannot be split into an encoder and a language model"
+            )
+        with attributes_kept(model):
+            axes = private.axes_of_positions(model) - 1
+        if axes not in (0, AXES):
+            raise UnsupportedModelError(f"{name} gives tokens places on {axes} axes: only {AXES}, or none, are known")
+        self.modality, self.features, self.axes = modality, features, axes
+        self.types = next((n for n in _TYPE_ARGUMENTS if n in parameters), None) if types else None
+        shape = ("batch_size", count * features.rows, features.width)
+        layers = (len(features.layers), *shape)
+        found = [
+            GivenPort(NAMES[modality], shape, torch.float32, ROWS),
+            *([GivenPort(DEEPSTACK, layers, torch.float32, ROWS)] if features.layers else []),
+            GivenPort("image_idx", ("batch_size", 1), torch.int64, FIRST_ROW),
+            *([GivenPort(PLACES, (AXES, "batch_size", "seq_len"), torch.int64, PLANES)] if axes else []),
+            *([GivenPort(TYPES, ("batch_size", "seq_len"), torch.int64, PICTURE_TOKENS)] if self.types else []),
+        ]
+        self.inputs = tuple(found)
+        self.outputs = (GivenPort("image_idx_output", ("batch_size", 1), torch.int64, NEXT_ROW),)
+
+    @contextlib.contextmanager
+    def calling(self, model: PreTrainedModel, values: Mapping[str, Tensor], cache: CapturingCache) -> Generator[Call]:
+        """See `Given.calling`."""
+        merging = Merging(values["image_idx"], values[NAMES[self.modality]].shape[1])
+        arguments: dict[str, object] = {"mm_encoder_outputs": {self.modality: self._filled(values)}}
+        if self.axes:
+            arguments["position_ids"] = torch.cat([cache.position_ids[None], values[PLACES]])
+        if self.types is not None:
+            cache.of_run = _by_position(torch.ones_like(cache.position_ids), cache)
+            arguments[self.types] = _by_position(values[TYPES], cache)
+        call = Call(arguments, [])
+        with replaced(os, "getenv", private.unchecked), merging.capturing():
+            yield call
+        if merging.next is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} puts rows of its encoder in no place of a token: this way in is not captured"
+            )
+        call.results.append(merging.next)
+
+    def _filled(self, values: Mapping[str, Tensor]) -> Any:
+        """The encoder's output made of the inputs, rows of all rows of the batch after one another."""
+        rows, features = values[NAMES[self.modality]], self.features
+        layers = values.get(DEEPSTACK)
+        flat = [] if layers is None else [layer.reshape(-1, features.width) for layer in layers.unbind(0)]
+        return features.filled(rows.reshape(-1, features.width), flat)
+
+
+def _by_position(types: Tensor, cache: CapturingCache) -> Tensor:
+    """The types of the tokens of this run, ``[batch, seq]``, at their positions in the context, ``[batch, ctx]``.
+
+    Tokens of earlier runs count as text: a run that has a token of a picture has all of the picture.
+    """
+    whole = cache.whole_layer()
+    if whole.slots is None:
+        return types + 0
+    return torch.ops.qeff.spread_tokens(whole.slots, types, cache.position_ids)
+
+
+def lower_language(
+    model: PreTrainedModel, weights: Weights, features: Features, modality: str = "image", count: int = 1
+) -> Module:
+    """Lower the language model of a multimodal one, given rows of its encoder.
+
+    Args:
+        model: As for `qeff_ir.frontend.export.lower.lower`.
+        weights: As there.
+        features: The form of what the encoder makes of one picture (`qeff_ir.frontend.export.encoders.find_features`).
+        modality: ``image``, ``video`` or ``audio``.
+        count: Pictures that the context may hold.
+
+    Returns:
+        A module as of a causal LM, with further inputs ``vision_embeds`` ``[batch_size, count * rows, width]``, of some
+        models ``deepstack_features`` ``[layers, batch_size, count * rows, width]``, ``rope_position_ids`` ``[3,
+        batch_size, seq_len]`` and ``mm_token_type_ids`` ``[batch_size, seq_len]``; and ``image_idx``, which the output
+        ``image_idx_output`` goes on from, both ``[batch_size, 1]``.
+
+    Raises:
+        UnsupportedModelError: See `Pictures` and `qeff_ir.frontend.export.lower.lower`.
+    """
+    types = _masks_follow_types(model, Pictures(model, modality, features, count))
+    return lower(model, weights, given=Pictures(model, modality, features, count, types=types))
+
+
+def _masks_follow_types(model: PreTrainedModel, pictures: Pictures) -> bool:
+    """Whether a mask depends on which tokens are of a picture, found by a run on fake tensors."""
+    if pictures.types is None:
+        return False
+    with (
+        alone(),
+        evaluating(model),
+        torch.no_grad(),
+        captured(model),
+        fake_weights(model) as fake,
+        quiet(),
+        attributes_kept(model),
+        reset_model_state(model),
+        export_patches(),
+        as_unsupported(model, "cannot be run with a cache"),
+        fake,
+    ):
+        ids, values = example_inputs(pictures)
+        cache, follow = CapturingCache(model, ids, {}), _Follow(values[TYPES])
+        with follow:
+            Step(model, [], pictures).run(ids, ids, cache, values)
+    return any(mask in follow for mask in cache.masks)
+
+
+class _Follow(TorchFunctionMode):
+    """Notes which tensors follow from one while the block lasts."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self._held = {id(start): start}  # by identity, and held
+
+    def __contains__(self, tensor: object) -> bool:
+        return id(tensor) in self._held
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(leaf in self for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)):
+            self._held |= {id(leaf): leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)}
+        return out

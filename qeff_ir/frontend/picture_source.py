@@ -1,0 +1,230 @@
+"""Where a model of pictures and text comes from; its package has an encoder, and a language model given rows."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qeff_ir.errors import CompileError, ModelLoadError, QeffError, UnsupportedModelError, first_line
+from qeff_ir.frontend.source import FolderSource, MemorySource, Source
+from qeff_ir.ir.module import Module
+from qeff_ir.package import MAIN
+from qeff_ir.runtime.picture_form import PictureForm, form_of_inputs
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from qeff_ir.frontend.checkpoint.weights import Weights
+    from qeff_ir.frontend.export.features import Features
+
+VISION = "vision"
+"""The program that encodes pictures; the main one is the language model (AI 100 contract §1.8)."""
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """What a model is compiled for, beside text.
+
+    Attributes:
+        form: What a processor makes of one picture.
+        example: Just that, for a picture of noise.
+        features: What the encoder makes of it.
+    """
+
+    form: PictureForm
+    example: Mapping[str, torch.Tensor]
+    features: Features
+
+
+class PictureSource(Source):
+    """A model of pictures and text, see `for_pictures`."""
+
+    pictured: Pictured | None = None
+
+    def programs(self) -> Mapping[str, Callable[[], Module]]:
+        """See `Source.programs`."""
+        return {MAIN: self.lower, VISION: self.lower_vision}
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model, with weights or without."""
+        raise NotImplementedError
+
+    def image_processor(self) -> Any:
+        """transformers' image processor of the model."""
+        raise NotImplementedError
+
+    def for_pictures(self, size: tuple[int, int], count: int) -> PictureSource:
+        """The model, to be compiled for up to `count` pictures of `size` (height and width) in a prompt.
+
+        Raises:
+            CompileError: The image processor does not take such pictures.
+            UnsupportedModelError: The model has no encoder of its own.
+        """
+        from qeff_ir.frontend.export.encoders import find_features
+        from qeff_ir.frontend.export.features import encoder_of
+
+        model = self.skeleton()
+        takes = inspect.signature(encoder_of(model, "image")).parameters
+        token = getattr(self.config, "image_token_id", None)
+        if not isinstance(token, int):
+            raise UnsupportedModelError(
+                f"the configuration of {type(model).__name__} has no image_token_id: no token stands for a picture"
+            )
+        random, processor = np.random.default_rng(0), self.image_processor()
+        noise = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(2)]
+        one, pair, rows = (
+            {name: value for name, value in _processed(processor, nested).items() if name in takes}
+            for nested in ([noise[:1]], [noise], [noise[:1], noise[1:]])
+        )
+        if not one:
+            raise CompileError(f"{type(processor).__name__} makes nothing that {type(model).__name__} takes")
+        arrays = [{name: value.numpy() for name, value in made.items()} for made in (one, pair, rows)]
+        features = find_features(model, one)
+        found = copy.copy(self)
+        form = PictureForm(size, token, features.rows, count, form_of_inputs(*arrays))
+        found.pictured = Pictured(form, one, features)
+        return found
+
+    def _known(self) -> Pictured:
+        if self.pictured is None:
+            raise CompileError("the size of the pictures is not known: give image_size=(height, width)")
+        return self.pictured
+
+    def _language(self, model: PreTrainedModel, weights: Weights) -> Module:
+        from qeff_ir.frontend.export.pictures import lower_language
+
+        known = self._known()
+        return lower_language(model, weights, known.features, count=known.form.count)
+
+    def _vision(self, model: PreTrainedModel, weights: Weights) -> Module:
+        from qeff_ir.frontend.export.encoders import lower_encoder
+
+        return lower_encoder(model, weights, self._known().example)
+
+    def lower_vision(self) -> Module:
+        """Lower the encoder; see `Source.lower`."""
+        raise NotImplementedError
+
+
+class PictureFolder(PictureSource, FolderSource):
+    """A model folder with its image processor."""
+
+    def lower(self) -> Module:
+        """See `Source.lower`."""
+        return self._language(*self._load())
+
+    def lower_vision(self) -> Module:
+        """See `PictureSource.lower_vision`."""
+        return self._vision(*self._load())
+
+    def skeleton(self) -> PreTrainedModel:
+        """See `PictureSource.skeleton`."""
+        return self._load()[0]
+
+    def image_processor(self) -> Any:
+        """See `PictureSource.image_processor`.
+
+        Raises:
+            ModelLoadError: There is none that can be read.
+        """
+        from transformers import AutoImageProcessor
+
+        loader: Any = AutoImageProcessor
+        try:
+            return loader.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
+        except Exception as error:  # transformers raises whatever its many processors raise
+            raise ModelLoadError(
+                f"{self.folder} has no image processor that can be read ({first_line(error)}): put the model's "
+                "preprocessor_config.json there"
+            ) from error
+
+    def identity(self) -> dict[str, Any] | None:
+        """See `Source.identity`; with what it is compiled for."""
+        known = super().identity()
+        return None if known is None or self.pictured is None else {**known, "pictures": self.pictured.form.to_json()}
+
+    def save_side_files(self, folder: Path) -> None:
+        """See `Source.save_side_files`; with the form of pictures."""
+        super().save_side_files(folder)
+        self._known().form.write(folder)
+
+    def _auto(self) -> Any:
+        return auto_class()
+
+
+class PictureMemory(PictureSource, MemorySource):
+    """A transformers model in memory with its processor.
+
+    Args:
+        model: The model.
+        processor: Its processor, or its image processor alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        super().__init__(model)
+        self.processor = processor
+
+    def lower(self) -> Module:
+        """See `Source.lower`."""
+        model = self.copy()
+        return self._language(model, _memory(model))
+
+    def lower_vision(self) -> Module:
+        """See `PictureSource.lower_vision`."""
+        model = self.copy()
+        return self._vision(model, _memory(model))
+
+    def skeleton(self) -> PreTrainedModel:
+        """See `PictureSource.skeleton`."""
+        return self.copy()
+
+    def image_processor(self) -> Any:
+        """See `PictureSource.image_processor`."""
+        return getattr(self.processor, "image_processor", self.processor)
+
+    def save_side_files(self, folder: Path) -> None:
+        """See `Source.save_side_files`; with the processor and the form of pictures."""
+        super().save_side_files(folder)
+        self.processor.save_pretrained(folder)
+        self._known().form.write(folder)
+
+
+def auto_class() -> Any:
+    """transformers' auto class of these models."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText
+
+
+def _memory(model: PreTrainedModel) -> Weights:
+    from qeff_ir.frontend.checkpoint.weights import memory_weights
+
+    return memory_weights(model)
+
+
+def _processed(processor: Any, images: list[list[Any]]) -> dict[str, torch.Tensor]:
+    """What an image processor makes of the pictures of several prompts.
+
+    Raises:
+        CompileError: It does not take them.
+    """
+    import torch
+
+    try:
+        made: Mapping[str, Any] = processor(images=images, return_tensors="pt")
+        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+    except QeffError:
+        raise
+    except Exception as error:  # processors raise whatever their many steps raise
+        height, width = images[0][0].shape[:2]
+        raise CompileError(
+            f"{type(processor).__name__} does not take a picture of {height} x {width} ({first_line(error)}): give "
+            "another image_size"
+        ) from error

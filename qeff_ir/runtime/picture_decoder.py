@@ -1,0 +1,137 @@
+"""Prefill and decode of a language model that is given rows of an encoder in the place of some tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from qeff_ir.arrays import Array
+from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.ir.ports import AXES, NEXT_ROW, PICTURE_TOKENS, Run
+from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """What a prompt has beside its tokens.
+
+    Attributes:
+        rows: By the name of the resident, float32 ``[rows, hidden]`` (``[layers, rows, hidden]`` where they are for
+            layers): one for each placeholder, in order. Empty for a prompt of text alone.
+        planes: Place of each token on three axes, int64 ``[3, tokens]``; its position on each by default.
+        types: 0 for text, int64 ``[tokens]``; text alone by default.
+    """
+
+    rows: Mapping[str, Array] = field(default_factory=dict[str, Array])
+    planes: Array | None = None
+    types: Array | None = None
+
+
+class PictureDecoder(Decoder):
+    """A `Decoder` whose prompts may have pictures.
+
+    Args:
+        session: The session.
+
+    Raises:
+        PackageError: The session keeps no rows, or see `Decoder`.
+
+    Attributes:
+        capacity: Rows that the context of each prompt may hold.
+        whole: Whether a picture must lie in one prefill run: its tokens see one another.
+        prompts: What the prompts of the next `prefill` have beside tokens; fewer than the batch are repeated, each next
+            to its own copies.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._residents = {s.input: s for s in session.interface.states if s.written_by_host}
+        if not self._residents:
+            raise PackageError("the package keeps no rows of an encoder: open it as a causal LM")
+        sizes = {state.shape[-2] for state in self._residents.values()}
+        self.capacity = max(size for size in sizes if isinstance(size, int))
+        self.whole = session.interface.input(PICTURE_TOKENS) is not None
+        self.prompts: Sequence[Pictured] = ()
+        self._rows: list[Pictured] = [Pictured()] * self.batch_size
+        self._first = np.zeros((self.batch_size, 1), dtype=np.int64)
+        port = session.interface.output(NEXT_ROW)
+        self._next = None if port is None else port.name
+
+    def prefill(self, rows: Sequence[Sequence[int]], lora_ids: Array | None = None) -> Array:
+        """See `Decoder.prefill`; writes the rows of `prompts` first.
+
+        Raises:
+            RuntimeInputError: A picture is longer than a prefill run, where it must lie in one, or see `Decoder`.
+        """
+        with self.turns.join():
+            given = list(self.prompts) or [Pictured()]
+            copies, left = divmod(self.batch_size, len(given))
+            if left:
+                raise RuntimeInputError(
+                    f"there are {len(given)} prompts with pictures for a batch of {self.batch_size}: give one for each"
+                )
+            self._rows = [prompt for prompt in given for _ in range(copies)]
+            for name, state in self._residents.items():
+                shape = [self.batch_size if isinstance(size, str) else size for size in state.shape]
+                self.session.write(name, self._written(name, shape))
+            self._first = np.zeros((self.batch_size, 1), dtype=np.int64)
+            logits = super().prefill(rows, lora_ids)
+            self._first = np.full((self.batch_size, 1), self.capacity)  # a placeholder that is generated is a token
+        return logits
+
+    def _written(self, name: str, shape: Sequence[int]) -> Array:
+        """The rows of all prompts as a resident holds them; zeros behind those that there are."""
+        held = np.zeros(shape, dtype=np.float32)
+        for index, prompt in enumerate(self._rows):
+            rows = prompt.rows.get(name)
+            if rows is not None:
+                held[..., index, : rows.shape[-2], :] = rows
+        return held
+
+    def _cut(self, row: int, length: int) -> list[tuple[int, int]]:
+        types = self._rows[row].types
+        if not self.whole or types is None:
+            return super()._cut(row, length)
+        pieces: list[tuple[int, int]] = []
+        start = 0
+        for first, end in [*_blocks(types), (length, length)]:
+            if end - first > self.prefill_len:
+                raise RuntimeInputError(
+                    f"a picture takes {end - first} tokens, which must lie in one prefill run, and those have "
+                    f"{self.prefill_len}: compile with prefill_seq_len={end - first} or more"
+                )
+            while end - start > self.prefill_len:  # as much as fits, but nothing of the picture
+                cut = min(start + self.prefill_len, first)
+                pieces.append((start, cut))
+                start = cut
+        return [*pieces, (start, length)] if length > start else pieces
+
+    def _told(self, run: Run) -> Run:
+        planes, types = np.zeros((AXES, *run.tokens.shape), dtype=np.int64), np.zeros_like(run.tokens)
+        for index, prompt in enumerate(self._rows):
+            at = run.positions[index]
+            planes[:, index] = np.maximum(at, 0) if prompt.planes is None else _places(prompt.planes, at)
+            if prompt.types is not None:
+                inside = (at >= 0) & (at < len(prompt.types))
+                types[index, inside] = prompt.types[at[inside]]
+        return replace(run, first_rows=self._first, planes=planes, types=types)
+
+    def _heard(self, outputs: Mapping[str, Array]) -> None:
+        if self._next is not None:
+            self._first = outputs[self._next]
+
+
+def _places(planes: Array, positions: Array) -> Array:
+    """Places of tokens by their positions, ``[3, seq]``: those of new tokens go on from the last one's."""
+    known = planes[:, np.clip(positions, 0, planes.shape[1] - 1)]
+    return known + np.maximum(positions - planes.shape[1] + 1, 0)
+
+
+def _blocks(types: Array) -> list[tuple[int, int]]:
+    """Where each run of tokens that are no text begins and ends."""
+    marked = np.concatenate([[0], (types != 0).astype(np.int64), [0]])
+    edges = np.flatnonzero(np.diff(marked))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

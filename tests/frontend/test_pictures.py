@@ -1,0 +1,165 @@
+"""The language model of a multimodal one, given rows: as transformers answers, however the prompt is cut."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from backends import find_backend
+from backends.options import CompileOptions
+from qeff_ir.errors import RuntimeInputError, UnsupportedModelError
+from qeff_ir.frontend.checkpoint.weights import memory_weights
+from qeff_ir.frontend.export.encoders import find_features
+from qeff_ir.frontend.export.features import encode, read_features
+from qeff_ir.frontend.export.pictures import Pictures, lower_language
+from qeff_ir.ir.module import Module
+from qeff_ir.numerics import bound, depth, error_over_rms
+from qeff_ir.passing import Pipeline, run_pipeline
+from qeff_ir.runtime.picture_decoder import Pictured, PictureDecoder
+from qeff_ir.specialize import specialize
+from tests import multimodal, support
+from tests.multimodal import IMAGE, MODELS
+
+TARGETS = ["onnxruntime", "ai100"]
+STEPS, CHUNK = 4, 8
+OPTIONS = CompileOptions(prefill_seq_len=CHUNK, ctx_len=192, batch_size=2)
+
+
+@functools.cache
+def _lowered(name: str) -> Module:
+    model = multimodal.tiny(name)
+    form = find_features(model, multimodal.picture(name))
+    return lower_language(model, memory_weights(model), form, count=2)
+
+
+def opened(name: str, target: str, folder: Path) -> tuple[PictureDecoder, int]:
+    """A decoder over a tiny model's language program, and the program's depth."""
+    module = _lowered(name).clone()
+    specialize(module, OPTIONS)
+    backend = find_backend(target)
+    run_pipeline(module, Pipeline.parse(backend.pipeline))
+    backend.check(module, OPTIONS)
+    backend.emit(module, folder, OPTIONS)
+    return PictureDecoder(backend.open(folder, threads=1)), depth(module)
+
+
+@functools.cache
+def prompts(name: str) -> list[tuple[list[int], list[dict[str, torch.Tensor]]]]:
+    """Two prompts: one with two pictures between words, one of words alone that is shorter."""
+    rng, count = np.random.default_rng(3), MODELS[name].rows
+    words = [rng.integers(4, 60, n).tolist() for n in (5, 3, 4, 7)]
+    ids = [*words[0], *[IMAGE] * count, *words[1], *[IMAGE] * count, *words[2]]
+    return [(ids, [multimodal.picture(name, seed) for seed in (5, 9)]), (words[3], [])]
+
+
+def pictured(name: str, ids: list[int], pictures: list[dict[str, torch.Tensor]]) -> Pictured:
+    """What the host would give beside the tokens."""
+    model, case = multimodal.tiny(name), MODELS[name]
+    if not pictures:
+        return Pictured()
+    with torch.no_grad():
+        found = [read_features(model, encode(model, "image", one)) for one in pictures]
+    rows = {"vision_embeds": torch.cat([rows for _, rows, _ in found]).numpy()}
+    if found[0][2]:
+        layers = [torch.cat(parts) for parts in zip(*(deep for _, _, deep in found), strict=True)]
+        rows["deepstack_features"] = torch.stack(layers).numpy()
+    types = (torch.tensor([ids]) == IMAGE).long()
+    planes = None
+    if case.planes:
+        grids = torch.cat([one["image_grid_thw"] for one in pictures])
+        places, _ = model.model.get_rope_index(torch.tensor([ids]), types, image_grid_thw=grids)
+        planes = places[:, 0].numpy()
+    return Pictured(rows, planes, types[0].numpy() if case.types else None)
+
+
+@functools.cache
+def reference(name: str) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Of each prompt transformers' logits of each step in double precision, ``[steps, vocab]``, and its new tokens."""
+    model, case = copy.deepcopy(multimodal.tiny(name)).double(), MODELS[name]
+    found = []
+    for ids, pictures in prompts(name):
+        given: dict[str, Any] = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+        for key in case.picture if pictures else ():
+            joined = torch.cat([one[key] for one in pictures], dim=1 if name == "idefics3" else 0)
+            given[key] = joined.double() if joined.is_floating_point() else joined
+        types = (given["input_ids"] == IMAGE).long()
+        given |= {case.types: types} if case.types else {"mm_token_type_ids": types} if case.planes else {}
+        with torch.no_grad():
+            out = model.generate(
+                **given, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        found.append((torch.cat(out.logits).numpy(), out.sequences[0, -STEPS:].numpy()))
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_with_and_without_pictures_answer_as_in_transformers(name: str, target: str, tmp_path: Path) -> None:
+    decoder, products = opened(name, target, tmp_path)
+    asked = prompts(name)
+    for _ in range(2):  # the second time over what the first has left
+        decoder.prompts = [pictured(name, *prompt) for prompt in asked]
+        logits = [decoder.prefill([ids for ids, _ in asked])]
+        for step in range(STEPS - 1):
+            logits.append(decoder.decode([int(new[step]) for _, new in reference(name)]))
+    for row, (right, tokens) in enumerate(reference(name)):
+        found = np.stack([one[row] for one in logits])
+        assert error_over_rms(found, right) <= bound(products), row
+        assert found.argmax(axis=1).tolist() == tokens.tolist()
+    seen, words = (pictured(name, *prompt) for prompt in asked)
+    decoder.prompts = [dataclasses.replace(seen, rows={n: 0 * rows for n, rows in seen.rows.items()}), words]
+    other = decoder.prefill([ids for ids, _ in asked])
+    assert error_over_rms(other[0], reference(name)[0][0][0]) > 0.1  # the pictures are seen
+    assert error_over_rms(other[1], reference(name)[1][0][0]) <= bound(products)
+
+
+def test_a_placeholder_that_is_generated_is_a_token(tmp_path: Path) -> None:
+    decoder, products = opened("llava", "onnxruntime", tmp_path)
+    (ids, pictures), (words, _) = prompts("llava")
+    decoder.prompts = [pictured("llava", ids, pictures), Pictured()]
+    decoder.prefill([ids, words])
+    logits = decoder.decode([IMAGE, IMAGE])[1]
+    model = multimodal.tiny("llava")
+    with torch.no_grad():
+        right = model(input_ids=torch.tensor([[*words, IMAGE]])).logits[0, -1].numpy()
+    assert error_over_rms(logits, right) <= bound(products)
+
+
+def test_a_picture_whose_tokens_see_one_another_is_not_cut(tmp_path: Path) -> None:
+    decoder, _ = opened("gemma3", "onnxruntime", tmp_path)
+    ids, pictures = prompts("gemma3")[0]
+    decoder.prompts = [pictured("gemma3", ids, pictures), Pictured()]
+    decoder.prefill([ids, [5]])
+    assert decoder.whole and decoder._cut(0, len(ids)) == [(0, 5), (5, 12), (12, 20)]
+    assert decoder._cut(1, 20) == [(0, 8), (8, 16), (16, 20)]
+    long = np.ones(9, dtype=np.int64)
+    decoder.prompts = [Pictured({}, None, long), Pictured()]
+    with pytest.raises(RuntimeInputError, match=r"takes 9 tokens.* and those have 8: compile with prefill_seq_len=9"):
+        decoder.prefill([[5] * 9, [5]])
+
+
+def test_a_model_without_a_way_in_is_refused() -> None:
+    form = find_features(multimodal.tiny("llava"), multimodal.picture("llava"))
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM takes no mm_encoder_outputs"):
+        Pictures(support.tiny("llama")[1], "image", form, 1)
+
+
+def test_inputs_are_those_that_the_model_reads() -> None:
+    names = {name: [str(v.name) for v in _lowered(name).graph.inputs if "past" not in str(v.name)] for name in MODELS}
+    common = {"input_ids", "position_ids", "vision_embeds", "image_idx"}
+    assert {name: set(found) - common for name, found in names.items()} == {
+        "llava": set(),
+        "llava_next": set(),
+        "gemma3": {"mm_token_type_ids"},
+        "qwen2_5_vl": {"rope_position_ids"},
+        "qwen3_vl": {"rope_position_ids", "deepstack_features"},
+        "idefics3": set(),
+    }

@@ -1,0 +1,183 @@
+"""`QEFFAutoModelForImageTextToText`: from a folder and a processor's output to transformers' tokens."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qeff_ir import QEFFAutoModelForImageTextToText
+from qeff_ir.errors import CompileError, ModelLoadError, PackageError, RuntimeInputError, UnsupportedModelError
+from qeff_ir.package import MAIN, SIDE_FOLDER, open_package
+from qeff_ir.runtime.picture_form import FILE
+from tests import multimodal, processors, support
+from tests.processors import PROCESSORS
+
+NEW = 6
+SHAPES: dict[str, Any] = {"prefill_seq_len": 8, "ctx_len": 192, "batch_size": 2, "num_images": 2}
+
+
+@functools.cache
+def processor(name: str) -> Any:
+    return processors.processor(name)
+
+
+def texts(name: str) -> list[str]:
+    """Two pictures between words, and one before some."""
+    place = PROCESSORS[name].place
+    return [f"w5 w6 {place} w7 w8 w9 {place} w10 w11", f"{place} w12 w13 w14"]
+
+
+def pictures(name: str, seeds: list[int]) -> list[np.ndarray[Any, Any]]:
+    return [processors.picture(PROCESSORS[name].size, seed) for seed in seeds]
+
+
+def processed(name: str, images: list[list[Any]], text: list[str]) -> dict[str, Any]:
+    return dict(processor(name)(images=images, text=text, return_tensors="pt", padding=True))
+
+
+def expected(name: str, images: list[Any], text: str) -> list[int]:
+    """transformers' greedy answer to one prompt."""
+    given = processed(name, [images], [text])
+    out = support.generate(multimodal.lively(name), **given, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    return out[0, -NEW:].tolist()
+
+
+def answered(model: QEFFAutoModelForImageTextToText, **given: Any) -> list[list[int]]:
+    out = model.generate(**given, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    return out[:, -NEW:].tolist()
+
+
+def compiled(name: str, out: Path, target: str = "onnxruntime", **more: Any) -> QEFFAutoModelForImageTextToText:
+    """The tiny model of a folder, compiled."""
+    folder = out / "model"
+    if not folder.exists():
+        multimodal.lively(name).save_pretrained(folder)
+        processor(name).save_pretrained(folder)
+    model = QEFFAutoModelForImageTextToText.from_pretrained(folder)
+    paths = model.compile(
+        target=target, image_size=PROCESSORS[name].size, compile_dir=out / target, emit_only=True, **{**SHAPES, **more}
+    )
+    assert paths == {"vision_qpc_path": str(out / target / "vision"), "lang_qpc_path": str(out / target)}
+    return model
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> QEFFAutoModelForImageTextToText:
+    return compiled("llava", tmp_path_factory.mktemp("llava"))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_tokens_are_those_of_transformers(name: str, target: str, tmp_path: Path) -> None:
+    model = compiled(name, tmp_path, target)
+    text, images = texts(name), [pictures(name, [1, 2]), pictures(name, [3])]
+    right = [expected(name, own, said) for own, said in zip(images, text, strict=True)]
+    assert answered(model, **processed(name, images, text)) == right
+    # Fewer pictures than before, and a row without one.
+    words = "w20 w21 w22"
+    given = processed(name, [pictures(name, [4])], [text[1]])
+    other = expected(name, pictures(name, [4]), text[1])
+    ids = processor(name).tokenizer([words], return_tensors="pt", add_special_tokens=True)["input_ids"]
+    with torch.no_grad():
+        plain = support.generate(
+            multimodal.lively(name), input_ids=ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )[0, -NEW:].tolist()
+    width = given["input_ids"].shape[1]
+    blank = width - ids.shape[1]
+    given["input_ids"] = torch.cat([given["input_ids"], torch.nn.functional.pad(ids, (blank, 0))])
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["attention_mask"][1, :blank] = 0
+    for key in ("token_type_ids", "mm_token_type_ids"):
+        if key in given:
+            given[key] = torch.cat([given[key], torch.zeros_like(given[key])])
+    for key, form in model.runner().form.inputs.items():
+        if form.axis != form.row_axis:
+            given[key] = torch.cat([given[key], torch.zeros_like(given[key])], dim=form.row_axis)
+    assert answered(model, **given) == [other, plain]
+    assert other != right[1]  # the pictures are seen
+
+
+def test_a_model_in_memory_answers_alike(tmp_path: Path) -> None:
+    model = QEFFAutoModelForImageTextToText(multimodal.lively("llava"), processor("llava"))
+    model.compile(image_size=PROCESSORS["llava"].size, target="onnxruntime", compile_dir=tmp_path / "out", **SHAPES)
+    text, images = texts("llava"), [pictures("llava", [1, 2]), pictures("llava", [3])]
+    right = [expected("llava", own, said) for own, said in zip(images, text, strict=True)]
+    given = processed("llava", images, text)
+    assert answered(model, **given) == right
+    again = QEFFAutoModelForImageTextToText.from_package(tmp_path / "out")
+    assert answered(again, **given) == right
+    with pytest.raises(PackageError, match="cannot be compiled again"):
+        again.compile(image_size=(4, 4))
+
+
+def test_a_picture_that_was_seen_is_not_encoded_again(llava: QEFFAutoModelForImageTextToText) -> None:
+    runner = llava.runner()
+    images = [pictures("llava", [30, 31]), pictures("llava", [30])]
+    before = len(runner._rows)
+    first = answered(llava, **processed("llava", images, texts("llava")))
+    assert len(runner._rows) == before + 2
+    assert answered(llava, **processed("llava", images, texts("llava"))) == first
+
+
+def test_programs_and_what_they_are_for_are_part_of_the_package(
+    llava: QEFFAutoModelForImageTextToText, tmp_path: Path
+) -> None:
+    folder = llava.package.folder
+    assert list(open_package(folder).programs) == [MAIN, "vision"]
+    again = QEFFAutoModelForImageTextToText.from_pretrained(folder.parent / "model")
+    arguments: dict[str, Any] = {"target": "onnxruntime", "compile_dir": folder, "emit_only": True}
+    again.compile(image_size=PROCESSORS["llava"].size, **arguments, **SHAPES)
+    assert again.package.cached
+    again.compile(
+        image_size=PROCESSORS["llava"].size, **{**arguments, "compile_dir": tmp_path}, **{**SHAPES, "num_images": 1}
+    )
+    assert again.package.manifest.key != llava.package.manifest.key
+    form = json.loads((folder / SIDE_FOLDER / FILE).read_text())
+    assert (form["rows"], form["count"], form["token"]) == (16, 2, multimodal.IMAGE)
+    (tmp_path / SIDE_FOLDER / FILE).write_text("{}")
+    with pytest.raises(PackageError, match="was altered"):
+        QEFFAutoModelForImageTextToText.from_package(tmp_path)
+
+
+def test_requests_that_do_not_fit_are_told(llava: QEFFAutoModelForImageTextToText) -> None:
+    text, images = texts("llava"), [pictures("llava", [1, 2]), pictures("llava", [3])]
+    given = processed("llava", images, text)
+    without = {name: value for name, value in given.items() if name != "pixel_values"}
+    three = processed("llava", [pictures("llava", [1, 2, 3]), []], ["<image> <image> w4 <image>", "w5"])
+    cut = {**given, **{name: given[name][:, 3:] for name in ("input_ids", "attention_mask")}}
+    for wrong, message in (
+        (without, r"placeholders for 3 pictures, and 'pixel_values' is missing"),
+        ({**given, "pixel_values": given["pixel_values"][:2]}, r"pixel_values is \[2, 3, 16, 16\]"),
+        ({**given, "pixel_values": given["pixel_values"][..., :8]}, r"of the compiled size \(20 x 14\) gives"),
+        (three, r"a prompt has 3 pictures, the model is compiled for 2: compile with num_images=3"),
+        ({**given, "input_ids": given["input_ids"].where(given["input_ids"] != multimodal.IMAGE, 5)}, "no placeholder"),
+        (cut, "placeholders, and a picture of the compiled size"),
+        ({**given, "pixel_value": 5}, r"does not take pixel_value"),
+    ):
+        with pytest.raises(RuntimeInputError, match=message):
+            answered(llava, **wrong)
+    assert answered(llava, **given) == [expected("llava", own, said) for own, said in zip(images, text, strict=True)]
+
+
+def test_what_cannot_be_compiled_is_told(llava: QEFFAutoModelForImageTextToText, tmp_path: Path) -> None:
+    folder = llava.package.folder.parent / "model"
+    with pytest.raises(ModelLoadError, match="kv_offload=False asks for one program"):
+        QEFFAutoModelForImageTextToText.from_pretrained(folder, kv_offload=False)
+    model = QEFFAutoModelForImageTextToText.from_pretrained(folder)
+    for arguments, message in (
+        ({"image_size": (0, 4)}, "image_size is"),
+        ({"image_size": "large"}, "image_size is 'large'"),
+        ({"image_size": (16, 16), "num_images": 0}, "num_images must be"),
+        ({"image_size": (16, 16), "num_images": 8, "ctx_len": 128}, "8 pictures of 16 x 16 take 128 tokens"),
+    ):
+        with pytest.raises(CompileError, match=message):
+            model.compile(**arguments)
+    support.tiny("llama")[1].save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="does not load"):
+        QEFFAutoModelForImageTextToText.from_pretrained(tmp_path).compile(image_size=(16, 16))
