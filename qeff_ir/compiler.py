@@ -248,9 +248,9 @@ def _read(backend: Backend, source: Source, given: Mapping[str, Any]) -> Compile
             raise CompileError(
                 f"{_architecture(source)} has no option {field.name}: its shapes are {', '.join(task.shapes)}"
             )
-    options = read_options(backend, given)
+    options = replace(read_options(backend, given), graph_name=task.graph_name)
     if not task.retains:
-        return replace(options, graph_name=task.graph_name)
+        return options
     if options.ctx_len < options.prefill_seq_len:
         raise CompileError(
             f"ctx_len={options.ctx_len} is less than prefill_seq_len={options.prefill_seq_len}: the context must "

@@ -92,7 +92,8 @@ def processor(name: str) -> Any:
     from transformers.models.auto import image_processing_auto
 
     case = PROCESSORS[name]
-    images = image_processing_auto.get_image_processor_class_from_name(case.images)(**case.sizes)
+    kind: Any = image_processing_auto.get_image_processor_class_from_name(case.images)
+    images = kind(**case.sizes)
     if not case.kind:
         return OfGrids(images, tokenizer(case.special))
     return getattr(transformers, case.kind)(image_processor=images, tokenizer=tokenizer(case.special), **case.arguments)

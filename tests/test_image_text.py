@@ -134,9 +134,8 @@ def test_programs_and_what_they_are_for_are_part_of_the_package(
     arguments: dict[str, Any] = {"target": "onnxruntime", "compile_dir": folder, "emit_only": True}
     again.compile(image_size=PROCESSORS["llava"].size, **arguments, **SHAPES)
     assert again.package.cached
-    again.compile(
-        image_size=PROCESSORS["llava"].size, **{**arguments, "compile_dir": tmp_path}, **{**SHAPES, "num_images": 1}
-    )
+    fewer: dict[str, Any] = {**arguments, **SHAPES, "compile_dir": tmp_path, "num_images": 1}
+    again.compile(image_size=PROCESSORS["llava"].size, **fewer)
     assert again.package.manifest.key != llava.package.manifest.key
     form = json.loads((folder / SIDE_FOLDER / FILE).read_text())
     assert (form["rows"], form["count"], form["token"]) == (16, 2, multimodal.IMAGE)
@@ -170,12 +169,13 @@ def test_what_cannot_be_compiled_is_told(llava: QEFFAutoModelForImageTextToText,
     with pytest.raises(ModelLoadError, match="kv_offload=False asks for one program"):
         QEFFAutoModelForImageTextToText.from_pretrained(folder, kv_offload=False)
     model = QEFFAutoModelForImageTextToText.from_pretrained(folder)
-    for arguments, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"image_size": (0, 4)}, "image_size is"),
         ({"image_size": "large"}, "image_size is 'large'"),
         ({"image_size": (16, 16), "num_images": 0}, "num_images must be"),
         ({"image_size": (16, 16), "num_images": 8, "ctx_len": 128}, "8 pictures of 16 x 16 take 128 tokens"),
-    ):
+    )
+    for arguments, message in wrong:
         with pytest.raises(CompileError, match=message):
             model.compile(**arguments)
     support.tiny("llama")[1].save_pretrained(tmp_path)

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from backends import find_backend
-from backends.options import CompileOptions, default_prefill
+from backends.options import default_prefill
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.compiler import Compiled, Pipelines, Watch
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError
-from qeff_ir.frontend.picture_source import VISION, PictureFolder, PictureMemory, PictureSource, auto_class
+from qeff_ir.frontend.picture_source import VISION, PictureFolder, PictureMemory, PictureSource
 from qeff_ir.frontend.source import find_folder
+from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
 from qeff_ir.ir.ports import AXES, PLANES
 from qeff_ir.package import SIDE_FOLDER, opened, program_folder
 from qeff_ir.runtime.picture_form import PictureForm
@@ -153,19 +154,18 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
                     f"{num_images} pictures of {size[0]} x {size[1]} take {rows} tokens, and ctx_len is {ctx_len}: "
                     "raise it, or ask for fewer or smaller pictures"
                 )
-        options = CompileOptions(
-            prefill_seq_len=default_prefill(ctx_len) if prefill_seq_len is None else prefill_seq_len,
-            ctx_len=ctx_len,
-            batch_size=batch_size,
-            graph_name="Vision",
-            num_cores=num_cores,
-            num_devices=num_devices,
-            mxfp6_matmul=mxfp6_matmul,
-            mxint8_kv_cache=mxint8_kv_cache,
-            weight_free=weight_free,
-            flags=compiler_flags(compiler_options),
-            force_flags=force_flags,
-        )
+        options = {
+            "prefill_seq_len": default_prefill(ctx_len) if prefill_seq_len is None else prefill_seq_len,
+            "ctx_len": ctx_len,
+            "batch_size": batch_size,
+            "num_cores": num_cores,
+            "num_devices": num_devices,
+            "mxfp6_matmul": mxfp6_matmul,
+            "mxint8_kv_cache": mxint8_kv_cache,
+            "weight_free": weight_free,
+            "force_flags": force_flags,
+            **compiler_flags(compiler_options),
+        }
         self._compile(options, compile_dir, target=target, pipeline=pipeline, emit_only=emit_only, watch=watch)
         folder = self.package.folder
         paths = {"vision_qpc_path": program_folder(folder, VISION), "lang_qpc_path": folder}
@@ -283,7 +283,7 @@ class _Runner:
         if not pictures or not (shapes or joined):
             return None
         if self._skeleton is None:
-            self._skeleton = empty_model(self.model.config, auto=auto_class())
+            self._skeleton = empty_model(self.model.config, auto=IMAGE_TEXT_TO_TEXT.auto_class())
         arguments: dict[str, torch.Tensor] = {}
         for name, form in self.form.inputs.items():
             if form.numbers is not None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from qeff_ir.errors import CompileError, ModelLoadError, QeffError, UnsupportedModelError, first_line
 from qeff_ir.frontend.source import FolderSource, MemorySource, Source
+from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
 from qeff_ir.ir.module import Module
 from qeff_ir.package import MAIN
 from qeff_ir.runtime.picture_form import PictureForm, form_of_inputs
@@ -46,6 +47,7 @@ class Pictured:
 class PictureSource(Source):
     """A model of pictures and text, see `for_pictures`."""
 
+    task = IMAGE_TEXT_TO_TEXT
     pictured: Pictured | None = None
 
     def programs(self) -> Mapping[str, Callable[[], Module]]:
@@ -155,9 +157,6 @@ class PictureFolder(PictureSource, FolderSource):
         super().save_side_files(folder)
         self._known().form.write(folder)
 
-    def _auto(self) -> Any:
-        return auto_class()
-
 
 class PictureMemory(PictureSource, MemorySource):
     """A transformers model in memory with its processor.
@@ -194,13 +193,6 @@ class PictureMemory(PictureSource, MemorySource):
         super().save_side_files(folder)
         self.processor.save_pretrained(folder)
         self._known().form.write(folder)
-
-
-def auto_class() -> Any:
-    """transformers' auto class of these models."""
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText
 
 
 def _memory(model: PreTrainedModel) -> Weights:

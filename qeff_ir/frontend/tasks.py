@@ -13,7 +13,7 @@ class Task:
     Attributes:
         auto: Name of transformers' auto class.
         shapes: The options of `compile` that say its shapes; of a source with several programs, those of all.
-        graph_name: What the AI 100 contract calls the specializations of a model without a cache (§4.2).
+        graph_name: What the AI 100 contract calls the specializations of a program without a cache (§4.2).
         retains: Whether a run leaves states for the next one.
     """
 
@@ -30,6 +30,7 @@ class Task:
 
 
 CAUSAL_LM = Task("AutoModelForCausalLM", ("prefill_seq_len", "ctx_len", "batch_size"), retains=True)
+IMAGE_TEXT_TO_TEXT = Task("AutoModelForImageTextToText", CAUSAL_LM.shapes, graph_name="Vision", retains=True)
 EMBEDDING = Task("AutoModel", graph_name="Embedding")
 SEQUENCE_CLASSIFICATION = Task("AutoModelForSequenceClassification", graph_name="SeqClassification")
 TOKEN_CLASSIFICATION = Task("AutoModelForTokenClassification", graph_name="TokenClassification")

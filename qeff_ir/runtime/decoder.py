@@ -80,6 +80,7 @@ class Decoder:
         if logits.shape[1:2] != (1,) and interface.input(KEPT_LOGITS) is None:
             raise PackageError("the package returns the logits of all tokens: put last-logits into the pipeline")
         self.session = session
+        self._logits = logits.name
         self._table = table
         specializations = session.specializations
         prefill = [s for s in specializations if s.phase == "prefill"] or specializations

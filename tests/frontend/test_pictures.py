@@ -14,6 +14,7 @@ import torch
 
 from backends import find_backend
 from backends.options import CompileOptions
+from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError, UnsupportedModelError
 from qeff_ir.frontend.checkpoint.weights import memory_weights
 from qeff_ir.frontend.export.encoders import find_features
@@ -82,7 +83,8 @@ def pictured(name: str, ids: list[int], pictures: list[dict[str, torch.Tensor]])
 @functools.cache
 def reference(name: str) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
     """Of each prompt transformers' logits of each step in double precision, ``[steps, vocab]``, and its new tokens."""
-    model, case = copy.deepcopy(multimodal.tiny(name)).double(), MODELS[name]
+    model: Any = copy.deepcopy(multimodal.tiny(name)).double()
+    case = MODELS[name]
     found = []
     for ids, pictures in prompts(name):
         given: dict[str, Any] = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
@@ -104,7 +106,7 @@ def reference(name: str) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any
 @pytest.mark.parametrize("name", MODELS)
 def test_prompts_with_and_without_pictures_answer_as_in_transformers(name: str, target: str, tmp_path: Path) -> None:
     decoder, products = opened(name, target, tmp_path)
-    asked = prompts(name)
+    asked, logits = prompts(name), list[Array]()
     for _ in range(2):  # the second time over what the first has left
         decoder.prompts = [pictured(name, *prompt) for prompt in asked]
         logits = [decoder.prefill([ids for ids, _ in asked])]
