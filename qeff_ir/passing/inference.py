@@ -64,7 +64,7 @@ class Inference:
                 imports = [onnx.helper.make_opsetid(domain, version) for domain, version in self._opsets.items()]
                 inferred = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=imports)
                 found = [inferred.get(name) for name in outputs]
-        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError):
+        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError):
             return None  # an operator of a runtime, or a wrong node: checks tell of those
         return [_found(kind) for kind in found]
 
