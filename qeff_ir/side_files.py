@@ -82,6 +82,16 @@ def read_tokenizer(folder: Path, error: type[QeffError] = PackageError) -> PreTr
         return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
+def read_processor(folder: Path, error: type[QeffError] = PackageError) -> Any:
+    """The processor of pictures and text; arguments and errors are those of `read_tokenizer`."""
+    read_tokenizer(folder, error)  # which looks at each file first
+    from transformers import AutoProcessor
+
+    loader: Any = AutoProcessor
+    with _one_sentence(f"{folder} has no processor that can be read", error):
+        return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
 def _is_side_file(path: Path) -> bool:
     return path.suffix in (".json", ".txt", ".jinja", ".model", ".tiktoken") and "safetensors" not in path.name
 

@@ -15,7 +15,7 @@ from backends.options import default_prefill
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
-from qeff_ir.compiler import Compiled, Pipelines, Watch
+from qeff_ir.compiler import Compiled, Watch
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.picture_source import VISION, PictureFolder, PictureMemory, PictureSource
 from qeff_ir.frontend.source import find_folder
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qeff_ir.arrays import Array
+    from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.runtime.generation import SessionLM
     from qeff_ir.runtime.picture_decoder import Pictured, PictureDecoder
     from qeff_ir.runtime.session import Session
@@ -108,7 +109,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         mxint8_kv_cache: bool = False,
         weight_free: bool = False,
         compile_dir: str | Path | None = None,
-        pipeline: Pipelines = None,
+        pipeline: Pipeline | str | None = None,
         emit_only: bool = False,
         force_flags: bool = False,
         watch: Watch | None = None,
@@ -130,7 +131,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
             mxint8_kv_cache: Compress the KV cache on the device.
             weight_free: Emit AI 100 graphs without weights.
             compile_dir: Folder of the package; one in the cache when not given.
-            pipeline: Other pipelines than the target's own, one for both programs, or by ``main`` and ``vision``.
+            pipeline: Another pipeline than the target's own, or edits of it, for both programs.
             emit_only: Write the package without running the target's compiler.
             force_flags: Hand unknown compiler flags on instead of refusing them.
             watch: Told of every step.
@@ -142,18 +143,6 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         Raises:
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
-        size = _checked_size(image_size)
-        if type(num_images) is not int or num_images < 1:
-            raise CompileError(f"num_images must be a whole number of at least 1, not {num_images!r}")
-        if self._model is not None:
-            self._source = self._model.for_pictures(size, num_images)
-            assert self._source.pictured is not None
-            rows = self._source.pictured.form.rows * num_images
-            if rows >= ctx_len:
-                raise CompileError(
-                    f"{num_images} pictures of {size[0]} x {size[1]} take {rows} tokens, and ctx_len is {ctx_len}: "
-                    "raise it, or ask for fewer or smaller pictures"
-                )
         options = {
             "prefill_seq_len": default_prefill(ctx_len) if prefill_seq_len is None else prefill_seq_len,
             "ctx_len": ctx_len,
@@ -166,7 +155,48 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
             "force_flags": force_flags,
             **compiler_flags(compiler_options),
         }
-        self._compile(options, compile_dir, target=target, pipeline=pipeline, emit_only=emit_only, watch=watch)
+        return self.compile_with(
+            options,
+            image_size=image_size,
+            num_images=num_images,
+            target=target,
+            compile_dir=compile_dir,
+            pipeline=pipeline,
+            emit_only=emit_only,
+            watch=watch,
+        )
+
+    def compile_with(
+        self,
+        options: Mapping[str, Any],
+        *,
+        image_size: tuple[int, int],
+        num_images: int,
+        compile_dir: str | Path | None = None,
+        **rest: Any,
+    ) -> dict[str, str]:
+        """`compile` with its options by name.
+
+        Args:
+            options: Shapes, and what the target takes beside them, compiler flags too.
+            image_size: See `compile`, as for all others.
+            num_images: Pictures that a prompt may have.
+            compile_dir: Folder of the package.
+            rest: ``target``, ``pipeline``, ``emit_only`` and ``watch``.
+        """
+        size, ctx_len = _checked_size(image_size), options["ctx_len"]
+        if type(num_images) is not int or num_images < 1:
+            raise CompileError(f"num_images must be a whole number of at least 1, not {num_images!r}")
+        if self._model is not None:
+            self._source = self._model.for_pictures(size, num_images)
+            assert self._source.pictured is not None
+            rows = self._source.pictured.form.rows * num_images
+            if rows >= ctx_len:
+                raise CompileError(
+                    f"{num_images} pictures of {size[0]} x {size[1]} take {rows} tokens, and ctx_len is {ctx_len}: "
+                    "raise it, or ask for fewer or smaller pictures"
+                )
+        self._compile(options, compile_dir, **rest)
         folder = self.package.folder
         paths = {"vision_qpc_path": program_folder(folder, VISION), "lang_qpc_path": folder}
         return {name: str(path / "qpc" if (path / "qpc").is_dir() else path) for name, path in paths.items()}

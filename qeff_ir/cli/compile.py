@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qeff_ir.cli import pictures
 from qeff_ir.cli.models import compile_source, open_model
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.tables import show_programs
@@ -27,6 +28,11 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the package; in the cache by default.")
     ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="Height and width of pictures, for a model of pictures and text.", metavar="HxW"),
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures that a prompt may have.", min=1)] = 1,
     report: Annotated[
         Path | None,
         typer.Option(help="Write what the passes did (to each program) as JSON.", metavar="FILE"),
@@ -39,7 +45,10 @@ def command(
     Any other option is a flag of the AI 100 compiler, and comes after MODEL (--aic-enable-depth-first, --mos 1).
     """
     started = time.perf_counter()
-    compiled = compile_source(open_model(model, request), request, out)
+    if image_size is None:
+        compiled = compile_source(open_model(model, request), request, out)
+    else:
+        compiled = pictures.compile_pictures(model, request, pictures.size_of(image_size), num_images, out).package
     show_programs(compiled.manifest)
     if compiled.cached:
         line(("Nothing to do: ", "green"), "an equal package was there already.")
@@ -50,6 +59,9 @@ def command(
         _write_report(report, reports if len(reports) > 1 else reports[MAIN])
         line("Report:   ", str(report))
     needs_model = request.token_embedding == "host"
+    if image_size is not None:
+        line("Next:     ", (f'qeff run {shlex.quote(str(compiled.folder))} --image FILE --prompt "…"', "bold"))
+        return
     _say_next(compiled, f"{shlex.quote(model)} --token-embedding host" if needs_model else None)
 
 

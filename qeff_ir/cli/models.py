@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from qeff_ir.frontend.source import Source
     from qeff_ir.passing.manager import PassRun
 
-_STEPS = {
+STEPS = {
     "weights": "Reading the weight files",
     "lower": "Lowering the model to ONNX",
     "emit": "Writing the package",
     "compile": "Running the target's compiler",
 }
+"""What is shown while a step runs."""
 
 
 def open_model(name: str, request: Request) -> Source:
@@ -58,11 +59,11 @@ def compile_source(source: Source, request: Request, out: Path | None = None, *,
     target, why = choose_target(request.target)
     if announce:
         show(Text(why, style="dim"))
-    with working(_STEPS["weights"]) as say:
+    with working(STEPS["weights"]) as say:
 
         def watch(step: str, run: PassRun | None) -> None:
             if run is None:
-                say(_STEPS.get(step, f"Running the pass {step}"))
+                say(STEPS.get(step, f"Running the pass {step}"))
 
         return compile_model(
             source,

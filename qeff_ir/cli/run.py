@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qeff_ir.cli import pictures
 from qeff_ir.cli.models import compile_source, open_model, open_tokenizer
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.terminal import line, seconds, show, working
@@ -27,6 +29,10 @@ def command(
         str, typer.Argument(help="A package, a model folder or a hub id.", metavar="MODEL_OR_OUT", show_default=False)
     ],
     prompt: Annotated[list[str], typer.Option(help="A prompt; may be given more than once.", show_default=False)],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture that the prompt is about; may be given more than once.", metavar="FILE"),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Length of the answers; else the model's own default.", min=1)
     ] = None,
@@ -65,6 +71,12 @@ def command(
     )
     if stream and len(prompt) > 1:
         raise RuntimeInputError(f"--stream shows one prompt, but got {len(prompt)}: leave it out, or give one prompt")
+    if image:
+        if len(prompt) > 1:
+            raise RuntimeInputError(f"--image belongs to one prompt, but got {len(prompt)}: give one prompt")
+        _seed(seed)
+        pictures.answer(model, image, prompt[0], request, {**settings, "stream": stream})
+        return
     opened = open_runnable(model, request)
     with working("Opening the session"):
         from qeff_ir.package import SIDE_FOLDER
@@ -75,10 +87,7 @@ def command(
         raise RuntimeInputError(
             f"--stream needs a batch of 1, the package is compiled for {runner.decoder.batch_size}: leave it out"
         )
-    if seed is not None:
-        from transformers import set_seed
-
-        set_seed(seed)
+    _seed(seed)
     if stream:
         result = _stream(opened, tokenizer, prompt[0], settings)
     else:
@@ -88,6 +97,13 @@ def command(
             line((asked, "cyan"), answer)
     show()
     line((_timing(result), "dim"))
+
+
+def _seed(seed: int | None) -> None:
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
 
 
 def open_runnable(name: str, request: Request) -> QEFFAutoModelForCausalLM:

@@ -1,0 +1,160 @@
+"""``--image`` of ``qeff run`` and ``--image-size`` of ``qeff compile``: models of pictures and text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from qeff_ir.cli.models import STEPS
+from qeff_ir.cli.request import Request
+from qeff_ir.cli.terminal import line, quiet_transformers, show, working
+from qeff_ir.errors import CompileError, PackageError, RuntimeInputError, first_line
+from qeff_ir.reading import path_of, regular_file
+
+if TYPE_CHECKING:
+    from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
+    from qeff_ir.compiler import Compiled
+    from qeff_ir.passing.manager import PassRun
+
+_SIZE = re.compile(r"([1-9]\d{0,5})[x,]([1-9]\d{0,5})")
+_PIXELS = 1 << 26
+"""Pixels of the largest picture that is read."""
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Height and width from ``336x336``.
+
+    Raises:
+        CompileError: It is something else.
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise CompileError(f"--image-size is {text!a:.40}: give height and width in pixels, as 336x336")
+    return int(found[1]), int(found[2])
+
+
+def compile_pictures(
+    model: str, request: Request, size: tuple[int, int], count: int, out: Path | None = None
+) -> QEFFAutoModelForImageTextToText:
+    """Compile a model of pictures and text.
+
+    Args:
+        model: A model folder or hub id.
+        request: The shared options.
+        size: Height and width of a picture.
+        count: Pictures of a prompt.
+        out: Folder of the package; in the cache by default.
+
+    Raises:
+        QeffError: See `qeff_ir.auto.image_text.QEFFAutoModelForImageTextToText.compile`.
+    """
+    if request.token_embedding != "graph":
+        raise CompileError("--token-embedding host is for models of text alone: leave it out")
+    from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
+    from qeff_ir.compiler import choose_target
+
+    target, why = choose_target(request.target)
+    show(Text(why, style="dim"))
+    quiet_transformers()
+    with working(f"Opening {model}"):
+        found = QEFFAutoModelForImageTextToText.from_pretrained(model, trust_remote_code=request.trust_remote_code)
+    with working(STEPS["weights"]) as say:
+
+        def watch(step: str, run: PassRun | None) -> None:
+            if run is None:
+                say(STEPS.get(step, f"Running the pass {step}"))
+
+        found.compile_with(
+            request.options(), image_size=size, num_images=count, target=target, compile_dir=out,
+            pipeline=request.pipeline, emit_only=request.emit_only, watch=watch,
+        )  # fmt: skip
+    return found
+
+
+def answer(model: str, images: Sequence[Path], prompt: str, request: Request, settings: dict[str, Any]) -> Compiled:
+    """Answer one prompt about pictures, and print the answer.
+
+    Args:
+        model: A package, or a model, which is compiled into the cache for pictures of the size of the first.
+        images: The pictures.
+        prompt: The prompt.
+        request: The shared options.
+        settings: Arguments of ``generate``; with ``stream``, the answer is printed as it grows.
+
+    Raises:
+        QeffError: A picture cannot be read, or the model cannot be compiled, opened or run.
+    """
+    from qeff_ir.package import SIDE_FOLDER, is_package
+    from qeff_ir.side_files import read_processor
+
+    pictures, stream = [read_picture(path) for path in images], settings.pop("stream")
+    folder = path_of(model, "the model")
+    if is_package(folder):
+        from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
+
+        if request.given:
+            options = ", ".join(f"--{n.replace('_', '-')}" for n in request.given)
+            raise PackageError(f"{model} is compiled already: leave out {options}")
+        found = QEFFAutoModelForImageTextToText.from_package(folder)
+    else:
+        found = compile_pictures(model, request, (pictures[0].height, pictures[0].width), len(pictures))
+    with working("Opening the session"):
+        quiet_transformers()
+        processor = read_processor(found.package.folder / SIDE_FOLDER)
+        found.runner()
+    try:
+        inputs = dict(processor(images=[pictures], text=[asked(processor, prompt, len(pictures))], return_tensors="pt"))
+    except Exception as error:  # processors raise whatever their many steps raise
+        raise RuntimeInputError(
+            f"the processor does not take the prompt and its pictures ({first_line(error)}): write the "
+            "prompt as the model's card has it"
+        ) from error
+    if stream:
+        from transformers import TextStreamer
+
+        settings["streamer"] = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = found.generate(**inputs, **settings)
+    if not stream:
+        new = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        line((prompt, "cyan"), " ", new[0])
+    return found.package
+
+
+def asked(processor: Any, prompt: str, count: int) -> str:
+    """A prompt with a place for each picture: by the model's chat template, or as the user wrote it.
+
+    A prompt without places and without a template has them in front.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": prompt}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    place = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or "<image>"
+    return prompt if place in prompt else " ".join([place] * count + [prompt])
+
+
+def read_picture(path: Path) -> Any:
+    """A picture from a file.
+
+    Raises:
+        RuntimeInputError: It cannot be read, is too large, or Pillow is not installed.
+    """
+    file = regular_file(path_of(path, "--image", RuntimeInputError), error=RuntimeInputError)
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise RuntimeInputError("pictures are read by Pillow, which is not installed: pip install pillow") from error
+    try:
+        with Image.open(file) as found:
+            if found.width * found.height > _PIXELS:
+                raise RuntimeInputError(
+                    f"{path} has {found.width * found.height:,} pixels, at most {_PIXELS:,} are read: make it smaller"
+                )
+            return found.convert("RGB")
+    except RuntimeInputError:
+        raise
+    except Exception as error:  # Pillow has an error for each of its formats
+        raise RuntimeInputError(f"{path} is not a picture that Pillow reads ({first_line(error)})") from error

@@ -1,0 +1,66 @@
+"""``qeff compile --image-size`` and ``qeff run --image``: pictures from files, as a user gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests import multimodal, processors, support
+from tests.processors import PROCESSORS
+
+from .conftest import Qeff
+
+SIZE = PROCESSORS["llava"].size
+PROMPT = "w5 w6 <image> w7 w8"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    multimodal.lively("llava").save_pretrained(folder)
+    processors.processor("llava").save_pretrained(folder)
+    Image.fromarray(processors.picture(SIZE, 1)).save(folder / "cat.png")
+    Image.fromarray(processors.picture((8, 8), 1)).save(folder / "dot.png")
+    return folder
+
+
+def right(prompt: str) -> str:
+    """transformers' answer of four words."""
+    processor = processors.processor("llava")
+    given = processor(images=[[processors.picture(SIZE, 1)]], text=[prompt], return_tensors="pt")
+    out = support.generate(multimodal.lively("llava"), **given, max_new_tokens=4, do_sample=False)
+    return processor.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+
+
+def test_a_package_answers_about_a_picture(qeff: Qeff, model: Path, tmp_path: Path) -> None:
+    common = ("--target", "onnxruntime", "--prefill-seq-len", "8", "--ctx-len", "64")
+    size = f"{SIZE[0]}x{SIZE[1]}"
+    said = qeff("compile", model, "-o", tmp_path / "out", "--image-size", size, "--num-images", "2", *common)
+    assert (said.code, said.err) == (0, "") and "--image FILE --prompt" in said.out
+    ask = ("--image", model / "cat.png", "--prompt", PROMPT, "--max-new-tokens", "4")
+    answer = right(PROMPT)
+    assert len(answer.split()) == 4
+    assert answer in qeff("run", tmp_path / "out", *ask).out
+    assert answer in qeff("run", tmp_path / "out", *ask, "--stream").out
+    assert answer in qeff("run", model, *ask, *common).out
+    small = qeff("run", tmp_path / "out", "--image", model / "dot.png", "--prompt", PROMPT, "--max-new-tokens", "4")
+    assert small.code == 0  # this processor brings any picture to its own size
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "--image", "cat.png", "--prompt", "a", "--prompt", "b"), "--image belongs to one prompt, but got 2"),
+        (("run", "--image", "none.png", "--prompt", "a"), "none.png' cannot be read"),
+        (("run", "--image", "config.json", "--prompt", "a"), "config.json is not a picture that Pillow reads"),
+        (("compile", "--image-size", "336"), "--image-size is '336': give height and width in pixels, as 336x336"),
+        (("compile", "--image-size", "8x8", "--token-embedding", "host"), "is for models of text alone"),
+        (("compile", "--image-size", "90x90", "--num-images", "9"), "9 pictures of 90 x 90 take 144 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_told(words: tuple[str, ...], message: str, qeff: Qeff, model: Path) -> None:
+    named = [str(model / word) if word.endswith((".png", ".json")) else word for word in words[1:]]
+    said = qeff(words[0], model, *named, "--target", "onnxruntime")
+    assert said.code == 2 and message in " ".join(said.err.split())
