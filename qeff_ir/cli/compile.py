@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qeff_ir.cli import pictures
 from qeff_ir.cli.models import compile_source, open_model
+from qeff_ir.cli.pictures import compile_pictures, size_of
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.tables import show_programs
 from qeff_ir.cli.terminal import line, seconds
@@ -48,7 +48,7 @@ def command(
     if image_size is None:
         compiled = compile_source(open_model(model, request), request, out)
     else:
-        compiled = pictures.compile_pictures(model, request, pictures.size_of(image_size), num_images, out).package
+        compiled = compile_pictures(model, request, size_of(image_size), num_images, out).package
     show_programs(compiled.manifest)
     if compiled.cached:
         line(("Nothing to do: ", "green"), "an equal package was there already.")

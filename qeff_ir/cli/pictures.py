@@ -75,7 +75,9 @@ def compile_pictures(
     return found
 
 
-def answer(model: str, images: Sequence[Path], prompt: str, request: Request, settings: dict[str, Any]) -> Compiled:
+def answer_about(
+    model: str, images: Sequence[Path], prompt: str, request: Request, settings: dict[str, Any]
+) -> Compiled:
     """Answer one prompt about pictures, and print the answer.
 
     Args:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qeff_ir.cli import pictures
 from qeff_ir.cli.models import compile_source, open_model, open_tokenizer
+from qeff_ir.cli.pictures import answer_about
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.terminal import line, seconds, show, working
 from qeff_ir.errors import PackageError, RuntimeInputError
@@ -75,7 +75,7 @@ def command(
         if len(prompt) > 1:
             raise RuntimeInputError(f"--image belongs to one prompt, but got {len(prompt)}: give one prompt")
         _seed(seed)
-        pictures.answer(model, image, prompt[0], request, {**settings, "stream": stream})
+        answer_about(model, image, prompt[0], request, {**settings, "stream": stream})
         return
     opened = open_runnable(model, request)
     with working("Opening the session"):
