@@ -34,6 +34,8 @@ class KVRetention(Pass):
     ``ring=auto`` keeps only as many slots of a sliding-window layer as the window and one prefill chunk need
     (``window + prefill_seq_len - 1``), where this is shorter than the context; ``ring=off`` never does.
 
+    Establishes ``<layout>-layout`` too (``scatter-layout``), which a pass that works on one layout requires.
+
     Needs: specializations, and every mask that limits a windowed layer computed from that layer's slot positions.
     """
 
@@ -49,15 +51,22 @@ class KVRetention(Pass):
         default="auto", metadata={"help": "whether sliding-window layers reuse their slots"}
     )
 
+    def established(self) -> frozenset[str]:
+        """Which layout it is too: ``scatter-layout``, say."""
+        return self.establishes | {f"{self.layout}-layout"}
+
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Choose the rings, size the states, lower every write and every slot-position node.
 
         Raises:
-            PassError: The module has no specializations, or a cache is written twice.
+            PassError: The module has no specializations, a cache is written twice, or all have another layout already.
         """
         if not module.specializations:
             raise PassError("kv-retention sizes the caches: set the module's specializations before it")
         if not self.sites(module):  # no cache, or all are lowered: their sizes must not grow again
+            other = next((n for n in LAYOUTS if n != self.layout and f"{n}-layout" in module.properties), None)
+            if other is not None and module.states:
+                raise PassError(f"the caches have the layout {other} already: lower the model again for {self.layout}")
             return
         for window in sorted({s.window for s in module.states if s.window is not None}):
             if self.ring == "auto" and _ring_fits(module, window):

@@ -72,7 +72,7 @@ class Pass(ABC):
         name: Stable name in pipelines, lower-case with dashes.
         phase: Where in a pipeline it belongs; `Pipeline.add` puts it there.
         requires: Properties that must hold before the pass.
-        establishes: Properties that hold after it.
+        establishes: Properties that hold after it, whatever its options are (see `established`).
         invalidates: Properties that it may destroy.
         changes_interface: Whether it may change names, types or shapes of graph inputs and outputs, or states.
         changes_weights: Whether it may add, alter or drop weights; they are shared references otherwise.
@@ -103,6 +103,10 @@ class Pass(ABC):
         Raises:
             PassError: The pass cannot keep its promise on this module; the manager restores the module.
         """
+
+    def established(self) -> frozenset[str]:
+        """Properties that hold after the pass with its options; by default those that it `establishes`."""
+        return self.establishes
 
     def sites(self, module: Module) -> list[ir.Node]:
         """Nodes that the pass should rewrite, found apart from how it matches: too many rather than too few.

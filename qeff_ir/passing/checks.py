@@ -244,7 +244,7 @@ def _check_properties(run: Transition) -> None:
         problem = properties.problem(name, run.after)
         if problem is None:
             continue
-        if name in run.item.establishes:
+        if name in run.item.established():
             raise PassError(f"it declares that it establishes '{name}', but {problem}")
         if properties.problem(name, run.before) is None:
             raise PassError(f"it destroys '{name}' without declaring that it invalidates it: {problem}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 
 import qeff_ir.passing.checks as checks
 import qeff_ir.passing.plugins as plugins
@@ -16,6 +16,7 @@ from qeff_ir.ir.module import Module
 from qeff_ir.ir.printer import fingerprint, structure
 from qeff_ir.passing.base import Pass, Rewriter, registered_passes
 from qeff_ir.passing.instrument import Instrument, Watch
+from qeff_ir.passing.options import as_text, options
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.report import REPORT_VERSION, PassRun, Report
 
@@ -39,11 +40,24 @@ def check_order(pipeline: Pipeline, properties: set[str]) -> None:
     for name, item in pipeline:
         for missing in sorted(item.requires - held):
             by = f"{destroyed[missing]} destroys it before" if missing in destroyed else "no pass before establishes it"
-            makers = [n for n, cls in registered_passes().items() if missing in cls.establishes]
+            makers = [maker for name_, cls in registered_passes().items() for maker in _makers(name_, cls, missing)]
             way = f"; put {' or '.join(makers)} before {name}" if makers else ""
             raise PipelineError(f"{name} requires the property '{missing}', but {by}{way}")
         destroyed |= dict.fromkeys(item.invalidates, name)
-        held = (held - item.invalidates) | item.establishes
+        held = (held - item.invalidates) | item.established()
+
+
+def _makers(name: str, cls: type[Pass], wanted: str) -> Iterator[str]:
+    """The pass as a pipeline writes it, where it establishes a property: always, or with one value of an option."""
+    if wanted in cls.establishes:
+        yield name
+        return
+    if any(option.default is MISSING for option in options(cls).values()):
+        return
+    for option in options(cls).values():
+        for value in option.kinds:
+            if isinstance(value, str) and wanted in cls(**{option.field: value}).established():
+                yield f"{name}{{{option.name}={as_text(value)}}}"
 
 
 def run_pipeline(
@@ -122,7 +136,7 @@ def _run(
         if rewriter.refused:
             rewriter.sweep()  # of what was built for rewrites that were then refused
         rewriter.adopt()
-        module.properties = (snapshot.properties - item.invalidates) | item.establishes
+        module.properties = (snapshot.properties - item.invalidates) | item.established()
         checks.check(checks.Transition(item, snapshot, module, rewriter, sites), check)
         _check_undone(module, snapshot, id, forms)
         after = fingerprint(module)

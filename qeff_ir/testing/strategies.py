@@ -234,7 +234,7 @@ def orders(draw: st.DrawFn, text: str) -> str:
         item = draw(st.sampled_from(able))
         rest.remove(item)
         items.append(item)
-        held |= Pipeline.parse(item).passes[0].establishes
+        held |= Pipeline.parse(item).passes[0].established()
     return ",".join(items)
 
 

@@ -26,7 +26,7 @@ class ComputeContextLength(Pass):
 
     name: ClassVar[str] = "compute-context-length"
     phase: ClassVar[Phase] = Phase.LOWER
-    requires: ClassVar[frozenset[str]] = frozenset({"states-lowered"})
+    requires: ClassVar[frozenset[str]] = frozenset({"states-lowered", "scatter-layout"})
     changes_interface: ClassVar[bool] = True
     expect: ClassVar[Expect] = AllSites()
 

@@ -89,6 +89,7 @@ PROPERTIES = {
     "drafts": "examples/test_target_logits.py",
     "passes of others together": "examples/test_all_together.py",
     "copied heads": "examples/test_replicate_kv_heads.py",
+    "layouts": "passing/test_manager.py::test_a_layout_is_a_property_that_can_be_required",
     "garbage": "test_garbage.py",
     "kit": "examples/test_kit.py",
     "AI 100 QNN": "backends/ai100/test_qnn.py",

@@ -321,3 +321,19 @@ def test_a_second_run_of_the_structural_passes_changes_nothing(name: str) -> Non
     support.apply(module, "canonicalize")  # infers the shapes of what the fusions made
     (again,) = support.apply(module, "canonicalize").runs
     assert not again.modified
+
+
+def test_a_layout_is_a_property_that_can_be_required() -> None:
+    module = support.canonical("llama")
+    needs = make(lambda module, rewriter: None, requires=frozenset({"scatter-layout"}))
+    before = Pipeline.parse("kv-retention{layout=tensor-scatter}")
+    with pytest.raises(PipelineError) as error:
+        run_pipeline(module, Pipeline((*before.passes, needs)))
+    assert str(error.value) == (
+        "made requires the property 'scatter-layout', but no pass before establishes it; "
+        "put kv-retention{layout=scatter} before made"
+    )
+    run_pipeline(module, Pipeline((*Pipeline.parse("kv-retention{layout=scatter}").passes, needs)))
+    assert "scatter-layout" in module.properties and "tensor-scatter-layout" not in module.properties
+    with pytest.raises(PassError, match="the caches have the layout scatter already: lower the model again"):
+        run_pipeline(module, before)

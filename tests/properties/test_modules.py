@@ -226,7 +226,7 @@ def test_p5_p8_p9_every_pass_keeps_its_word(case: tuple[Recipe, Request], stock:
             if item.changes_weights:
                 first = now
             assert now.keys() == first.keys() and all(now[n] is first[n] for n in now), item.name
-            assert item.establishes <= module.properties
+            assert item.establishes <= item.established() <= module.properties
             if item.idempotent:
                 again, form = module.clone(), structure(module)
                 run_pipeline(again, step, check=0)
