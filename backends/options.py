@@ -11,8 +11,8 @@ class CompileOptions:
     """The options of every target. A target's own are the fields of a subclass (`backends.base.Backend.Options`).
 
     Fields are read as the options of a pass are (`qeff_ir.passing.options`): ``help`` in the metadata is the line of
-    the command line's help, ``path`` marks a file that is part of what is compiled. A field ``flags`` of a subclass
-    takes whatever else a user gives, by name.
+    the command line's help, ``path`` marks the path of a file, ``least`` is the least number that is taken (1 by
+    default). A field ``flags`` of a subclass takes whatever else a user gives, by name.
 
     Attributes:
         title: Heading of a target's own options in the command line's help.
@@ -20,7 +20,6 @@ class CompileOptions:
         ctx_len: Slots of the KV cache: prompt and generated tokens together.
         batch_size: Rows of a run.
         seq_len: Lengths of the inputs of a model without a cache, one specialization for each.
-        graph_name: What such a specialization is called.
     """
 
     title: ClassVar[str] = ""
@@ -29,7 +28,6 @@ class CompileOptions:
     ctx_len: int = 128
     batch_size: int = 1
     seq_len: tuple[int, ...] = ()
-    graph_name: str = "Embedding"
 
 
 def default_prefill(ctx_len: object) -> int:

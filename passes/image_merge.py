@@ -77,7 +77,8 @@ class ImageMerge(Pass):
             if rewriter.rewrite("rows"):
                 _take_over(module.graph, node.outputs[1], found.after)
                 rewriter.substitute(node, merged)
-        rewriter.sweep()
+        if rewriter.count:
+            rewriter.sweep()
         operators.attach(module.model)
         given = [value for value in module.graph.inputs if module.role_of(value) is ROWS]
         if self.rows == "retained" and given:

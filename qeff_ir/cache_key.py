@@ -52,6 +52,7 @@ def package_key(
         "files": files,
         "weight files": choice(),
         "options": asdict(options),
+        "name": source.task.graph_name,
         "flag files": {n: digest_file(Path(v)) for n, v in as_given(options).items() if _is_file(v)},
         "programs": {name: str(pipeline) for name, pipeline in steps.items()},
         "plugins": _plugin_digests([source, *(item for pipeline in steps.values() for item in pipeline.passes)]),
@@ -119,7 +120,10 @@ def _plugin_digests(parts: Iterable[object]) -> dict[str, str]:
 
 
 def _is_file(value: object) -> bool:
-    return isinstance(value, str | Path) and Path(value).is_file()
+    try:
+        return isinstance(value, str | Path) and Path(value).is_file()
+    except (OSError, ValueError):  # a text that no file has for a name
+        return False
 
 
 def _weight_digests(module: Module) -> dict[str, str]:

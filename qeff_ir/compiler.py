@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +125,7 @@ def compile_model(
     """
     target, _ = choose_target(target)
     backend = find_backend(target)
-    options = _read(backend, source, as_given(options) if isinstance(options, CompileOptions) else options)
+    options = _read(backend, source, options)
     backend.check_options(options)
     missing = None if emit_only else backend.missing(options)
     if missing is not None:
@@ -155,6 +155,7 @@ def compile_model(
                     if name not in lowered:
                         tell("lower", None)
                     module = lowered.pop(name) if name in lowered else lower()
+                    specialize(module, options, source.task.graph_name)
                     report = _build(module, backend, options, steps[name], emit_only, partial, name, placed, tell)
                     found.programs[name] = ProgramRecord(module.name, report)
                     found.tables |= _tables(module, source)
@@ -199,7 +200,6 @@ def _build(
     tell: Watch,
 ) -> dict[str, Any]:
     """Make the files of one program; returns what the passes did."""
-    specialize(module, options)
     report: Report = run_pipeline(module, steps, tell)
     backend.check(module, options)
     tell("emit", None)
@@ -240,15 +240,16 @@ def table_record(table: ir.TensorProtocol) -> TableRecord:
     return TableRecord(tuple(int(d) for d in table.shape.numpy()), numbers_digest(table))
 
 
-def _read(backend: Backend, source: Source, given: Mapping[str, Any]) -> CompileOptions:
+def _read(backend: Backend, source: Source, asked: CompileOptions | Mapping[str, Any]) -> CompileOptions:
     """The options of the target, with the shapes of the source's task."""
-    task = source.task
+    task, given = source.task, as_given(asked) if isinstance(asked, CompileOptions) else asked
     for field in fields(CompileOptions):
-        if field.name not in task.shapes and given.get(field.name, field.default) != field.default:
+        named = field.name in given and (given is asked or given[field.name] != field.default)
+        if named and field.name not in task.shapes:
             raise CompileError(
                 f"{_architecture(source)} has no option {field.name}: its shapes are {', '.join(task.shapes)}"
             )
-    options = replace(read_options(backend, given), graph_name=task.graph_name)
+    options = read_options(backend, given)
     if not task.retains:
         return options
     if options.ctx_len < options.prefill_seq_len:

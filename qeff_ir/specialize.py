@@ -7,16 +7,16 @@ from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module, RunPhase, Specialization
 
 
-def specialize(module: Module, options: CompileOptions) -> None:
+def specialize(module: Module, options: CompileOptions, name: str = "Embedding") -> None:
     """Set the shapes to compile for: one prefill chunk, and one token (only the latter for chunks of one token).
 
-    A module without a cache gets one specialization for each length.
+    A module without a cache gets one specialization for each length, which has the `name`.
 
     Raises:
         CompileError: The context, or a length, is longer than the model's positions.
     """
     if "ctx_len" not in module.dims:
-        module.specializations = _lengths(module, options)
+        module.specializations = _lengths(module, options, name)
         return
     limit = module.dims["ctx_len"].maximum
     if limit is not None and options.ctx_len > limit:
@@ -31,7 +31,7 @@ def specialize(module: Module, options: CompileOptions) -> None:
     module.specializations = [Specialization(n, phase, {**common, "seq_len": s}) for n, (phase, s) in runs.items()]
 
 
-def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
+def _lengths(module: Module, options: CompileOptions, name: str) -> list[Specialization]:
     """The specializations of a module without a cache (names as the AI 100 contract's §4.2)."""
     common = {"batch_size": options.batch_size}
     if module.padding is not None and module.padding.one_row and options.batch_size != 1:
@@ -40,7 +40,7 @@ def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
             "token, it reads the last column of each): use batch_size=1, or set pad_token_id in its configuration"
         )
     if "seq_len" not in module.dims:
-        return [Specialization(options.graph_name, "forward", common)]
+        return [Specialization(name, "forward", common)]
     limit = module.dims["seq_len"].maximum
     lengths = sorted(set(options.seq_len))
     if not lengths:
@@ -49,5 +49,5 @@ def _lengths(module: Module, options: CompileOptions) -> list[Specialization]:
         raise CompileError(
             f"seq_len={lengths[-1]} is more than the {limit} positions of {module.name}: use {limit} or less"
         )
-    names = [options.graph_name] if len(lengths) == 1 else [f"{options.graph_name}_{i}" for i in range(len(lengths))]
-    return [Specialization(name, "forward", {**common, "seq_len": n}) for name, n in zip(names, lengths, strict=True)]
+    names = [name] if len(lengths) == 1 else [f"{name}_{i}" for i in range(len(lengths))]
+    return [Specialization(own, "forward", {**common, "seq_len": n}) for own, n in zip(names, lengths, strict=True)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from backends import find_backend, preferred
 from backends.base import Backend
@@ -21,9 +22,17 @@ FLAGS = "flags"
 
 
 def as_given(asked: CompileOptions) -> dict[str, Any]:
-    """Options by name, flags among them: what `read_options` reads."""
+    """Options by name, flags among them: what `read_options` reads.
+
+    Raises:
+        CompileError: A flag has the name of an option.
+    """
     given = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
-    return given | dict(given.pop(FLAGS, {}))
+    flags: Mapping[str, Any] = given.pop(FLAGS, {})
+    twice = next((name for name in flags if name in given), None)
+    if twice is not None:
+        raise CompileError(f"{twice} is an option of its own: give it as that, not as a flag")
+    return {**given, **flags}
 
 
 def read_options(backend: Backend, given: Mapping[str, Any]) -> CompileOptions:
@@ -31,36 +40,46 @@ def read_options(backend: Backend, given: Mapping[str, Any]) -> CompileOptions:
 
     Args:
         backend: The target.
-        given: Values by name: of its fields, of flags where it takes them, or of another target's options, which do
-            nothing here: a warning names those that differ from what that target does anyway.
+        given: Values by name: of its fields, of flags where it takes them; where it takes none, of another target's
+            options, which do nothing here: a warning names those that differ from what that target does anyway.
 
     Raises:
         CompileError: A value is of the wrong type, or no target takes a name.
     """
     declared = options(backend.Options)
-    own = {name: value for name, value in given.items() if name in declared and name != FLAGS}
-    rest = {n: str(value) if isinstance(value, Path) else value for n, value in given.items() if n not in own}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    own = {name: value for name, value in plain.items() if name in declared and name != FLAGS}
+    rest = {name: value for name, value in plain.items() if name not in own}
     if FLAGS not in declared:
         _tell_elsewhere(backend, rest)
         rest = {}
     for name, value in own.items():
-        _check(declared[name], value)
+        own[name] = _checked(declared[name], value)
     for name, value in rest.items():
         _check_flag(name, value)
     values: dict[str, Any] = own if FLAGS not in declared else {**own, FLAGS: rest}
     return backend.Options(**values)
 
 
-def _check(option: Option, value: Any) -> None:
-    """Refuse a value of the wrong type; lengths of several are the task's (`qeff_ir.specialize`)."""
-    if option.field == "seq_len":
-        wrong = next((length for length in value if type(length) is not int or length < 1), None)
-        if wrong is not None:
-            raise CompileError(f"seq_len must be whole numbers of at least 1, not {wrong!r}")
-    elif not option.takes(value) or (type(value) is int and value < 1):
-        wanted = {int: "a whole number of at least 1", bool: "True or False", str: "a text", None: "None"}
-        kinds = " or ".join(wanted.get(kind, repr(kind)) for kind in option.kinds)
-        raise CompileError(f"{option.field} must be {kinds}, not {value!r}")
+def _checked(option: Option, value: Any) -> Any:
+    """The value of an option.
+
+    Raises:
+        CompileError: It is of another type, or less than the least that is taken.
+    """
+    name, (first, *_) = option.field, option.kinds
+    if typing.get_origin(first) is tuple:
+        numbers = cast("list[Any]", list(value)) if isinstance(value, list | tuple) else []
+        wrong = [n for n in numbers if type(n) is not int or n < option.least]
+        if wrong or not isinstance(value, list | tuple):
+            said = wrong[0] if wrong else value
+            raise CompileError(f"{name} must be whole numbers of at least {option.least}, not {said!r}")
+        return tuple(numbers)
+    if option.takes(value) and not (type(value) is int and value < option.least):
+        return value
+    known = {int: f"a whole number of at least {option.least}", bool: "True or False", str: "a text", float: "a number"}
+    kinds = " or ".join(known.get(kind, repr(kind)) for kind in option.kinds)
+    raise CompileError(f"{name} must be {kinds}, not {value!r}")
 
 
 def _check_flag(name: str, value: Any) -> None:

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import pytest
 
 from backends import find_backend, option_types
-from backends.ai100.options import Ai100Options
+from backends.ai100.options import Ai100Options, own
 from backends.options import CompileOptions
-from qeff_ir.errors import CompileError
+from qeff_ir.compiler import _read
+from qeff_ir.errors import CompileError, PipelineError
 from qeff_ir.target_options import as_given, read_options
 from tests import support
 from tests.examples.reference_target import ReferenceBackend
@@ -37,6 +38,8 @@ def test_fields_are_taken_and_the_rest_are_flags() -> None:
         ({"weight_free": None}, "weight_free must be True or False, not None"),
         ({"qnn_config": 3}, "qnn_config must be a text or None, not 3"),
         ({"seq_len": (8, True)}, "seq_len must be whole numbers of at least 1, not True"),
+        ({"seq_len": 8}, "seq_len must be whole numbers of at least 1, not 8"),
+        ({"seq_len": [8, 0]}, "seq_len must be whole numbers of at least 1, not 0"),
         ({"mos": {1}}, "the flag mos is {1}: give a text, a number, or a list of them"),
     ],
 )
@@ -63,17 +66,39 @@ def test_what_no_target_takes_is_refused() -> None:
         read_options(ORT, {"num_cores": 99})
 
 
+def test_paths_are_texts_and_lists_are_tuples() -> None:
+    read = read_options(AI100, {"qnn_config": Path("/x/y.json"), "seq_len": [8, 16]})
+    assert read == Ai100Options(qnn_config="/x/y.json", seq_len=(8, 16))
+
+
+def test_an_option_is_not_given_as_a_flag_too() -> None:
+    with pytest.raises(CompileError, match=r"^ctx_len is an option of its own: give it as that, not as a flag$"):
+        as_given(Ai100Options(ctx_len=256, flags={"ctx_len": 64}))
+
+
+def test_what_is_read_can_be_read_again() -> None:
+    given = {"ctx_len": 64, "prefill_seq_len": 8, "mos": 1}
+    source, read = support.Lowered("llama"), read_options(AI100, given)
+    assert _read(AI100, source, read) == _read(AI100, source, given) == read
+
+
 def test_a_target_from_outside_has_options_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True)
     class Slices(CompileOptions):
         slices: int = field(default=2, metadata={"help": "Slices."})
+        level: int = field(default=0, metadata={"help": "Level.", "least": 0})
+        num_cores: int = field(default=4, metadata={"help": "Cores."})
 
     class Sliced(ReferenceBackend):
         Options: ClassVar[type[CompileOptions]] = Slices
 
     assert read_options(Sliced(), {"slices": 3}) == Slices(slices=3)
+    assert read_options(Sliced(), as_given(Slices())) == Slices()
+    with pytest.raises(CompileError, match=r"^level must be a whole number of at least 0, not -1$"):
+        read_options(Sliced(), {"level": -1})
+    assert own(Slices(ctx_len=64, num_cores=2)) == Ai100Options(ctx_len=64)
     monkeypatch.setattr("qeff_ir.target_options.preferred", list)
-    with pytest.raises(CompileError, match=r"^reference has no option slice: it takes prefill_seq_len, .*, slices$"):
+    with pytest.raises(CompileError, match=r"^reference has no option slice: it takes prefill_seq_len, .*, num_cores$"):
         read_options(Sliced(), {"slice": 3})
 
 
@@ -81,11 +106,31 @@ def test_the_command_line_has_the_options_of_the_targets_here() -> None:
     assert option_types() == [Ai100Options]
 
 
+def test_two_targets_with_one_option_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qeff_ir.cli import request
+
+    monkeypatch.setattr(request, "option_types", lambda: [Ai100Options, Ai100Options])
+    with pytest.raises(PipelineError, match="two options of the command line are named 'num_cores'"):
+        request._of_targets()
+
+
+def test_only_what_is_given_reaches_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default of one target is not a wish for another."""
+    from qeff_ir import QEFFAutoModelForCausalLM
+
+    seen: list[dict[str, Any]] = []
+    model = QEFFAutoModelForCausalLM._opened(support.Lowered("llama"))
+    monkeypatch.setattr(model, "_compile", lambda given, *_, **__: seen.append(given))
+    model.compile(ctx_len=64)
+    assert seen == [{"prefill_seq_len": 32, "ctx_len": 64, "batch_size": 1}]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"seq_len": 8}, "has no option seq_len: its shapes are prefill_seq_len, ctx_len, batch_size"),
-        ({"graph_name": "x"}, "has no option graph_name"),
+        ({"graph_name": "x"}, "has no flag graph_name"),
+        ({"seq_len": ()}, "has no option seq_len"),
     ],
 )
 def test_shapes_of_another_task_are_refused(options: dict[str, Any], message: str) -> None:

@@ -51,7 +51,7 @@ def own(options: CompileOptions) -> Ai100Options:
     """The options of this target: as they are, or what every target has with the defaults of this one."""
     if isinstance(options, Ai100Options):
         return options
-    return Ai100Options(**{item.name: getattr(options, item.name) for item in fields(options)})
+    return Ai100Options(**{item.name: getattr(options, item.name) for item in fields(CompileOptions)})
 
 
 Options = Ai100Options

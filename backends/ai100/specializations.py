@@ -89,6 +89,11 @@ def _numbered(names: Sequence[str]) -> list[str]:
     counts, seen = Counter(names), Counter[str]()
     unique: list[str] = []
     for name in names:
-        unique.append(name if counts[name] == 1 else f"{name}_{seen[name]}")
-        seen[name] += 1
+        if counts[name] > 1:
+            while f"{name}_{seen[name]}" in counts:  # another has that name of its own
+                seen[name] += 1
+            unique.append(f"{name}_{seen[name]}")
+            seen[name] += 1
+        else:
+            unique.append(name)
     return unique

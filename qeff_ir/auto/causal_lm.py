@@ -106,18 +106,12 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
         prefill_seq_len: int | None = None,
         ctx_len: int = 128,
         batch_size: int = 1,
-        num_cores: int = 16,
-        num_devices: int = 1,
-        mxfp6_matmul: bool = False,
-        mxint8_kv_cache: bool = False,
-        weight_free: bool = False,
         compile_dir: str | Path | None = None,
         pipeline: Pipeline | str | None = None,
         token_embedding: TokenEmbedding = "graph",
         emit_only: bool = False,
-        force_flags: bool = False,
         watch: Watch | None = None,
-        **compiler_options: Any,
+        **options: Any,
     ) -> str:
         """Compile for a target; an equal package in the cache is used as it is.
 
@@ -127,19 +121,15 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
                 less.
             ctx_len: Prompt and new tokens together.
             batch_size: Rows of a run.
-            num_cores: Cores of the device.
-            num_devices: Devices that share the model.
-            mxfp6_matmul: Compress constant matmul weights on the device.
-            mxint8_kv_cache: Compress the KV cache on the device.
-            weight_free: Emit the AI 100 graph without weights; its compiler binds them from safetensors by itself.
             compile_dir: Folder of the package; one in the cache when not given.
             pipeline: Another pipeline than the target's own, or edits of it (``+my-pass,-fuse-rotary``).
             token_embedding: Who looks up the vectors of the tokens. ``host``: the package leaves their table out, and
                 its rows are read from the checkpoint.
             emit_only: Write the package without running the target's compiler.
-            force_flags: Hand unknown compiler flags on instead of refusing them.
             watch: Told of every step, see `qeff_ir.compiler.Watch`.
-            compiler_options: Any other flag of the target's compiler (``aic_enable_depth_first=True``).
+            options: What the target takes beside that, by name. Of the AI 100 (`backends.ai100.options.Ai100Options`):
+                ``num_cores``, ``num_devices``, ``mxfp6_matmul``, ``mxint8_kv_cache``, ``weight_free``, ``enable_qnn``,
+                any flag of its compiler (``aic_enable_depth_first=True``), and ``force_flags`` for those not known.
 
         Returns:
             Path of the package (AI 100, compiled: of the ``qpc`` folder in it, as the contract has it).
@@ -147,20 +137,14 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
         Raises:
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
-        options = {
+        given = {
             "prefill_seq_len": default_prefill(ctx_len) if prefill_seq_len is None else prefill_seq_len,
             "ctx_len": ctx_len,
             "batch_size": batch_size,
-            "num_cores": num_cores,
-            "num_devices": num_devices,
-            "mxfp6_matmul": mxfp6_matmul,
-            "mxint8_kv_cache": mxint8_kv_cache,
-            "weight_free": weight_free,
-            "force_flags": force_flags,
-            **compiler_flags(compiler_options),
+            **compiler_flags(options),
         }
         return self._compile(
-            options,
+            given,
             compile_dir,
             target=target,
             pipeline=pipeline,

@@ -83,16 +83,11 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
         target: str = "auto",
         seq_len: int | Sequence[int] | None = None,
         batch_size: int = 1,
-        num_cores: int = 16,
-        num_devices: int = 1,
-        mxfp6_matmul: bool = False,
-        weight_free: bool = False,
         compile_dir: str | Path | None = None,
         pipeline: Pipeline | str | None = None,
         emit_only: bool = False,
-        force_flags: bool = False,
         watch: Watch | None = None,
-        **compiler_options: Any,
+        **options: Any,
     ) -> str:
         """Compile for a target; an equal package in the cache is used as it is.
 
@@ -100,16 +95,13 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
             target: ``auto`` (AI 100 when its SDK is installed, else ONNX Runtime), ``onnxruntime`` or ``ai100``.
             seq_len: Lengths of the inputs, one specialization for each; a run takes the smallest that fits.
             batch_size: Rows of a run.
-            num_cores: Cores of the device.
-            num_devices: Devices that share the model.
-            mxfp6_matmul: Compress constant matmul weights on the device.
-            weight_free: Emit the AI 100 graph without weights; its compiler binds them from safetensors by itself.
             compile_dir: Folder of the package; one in the cache when not given.
             pipeline: Another pipeline than `pipeline_for` makes, or edits of it (``+my-pass,-fuse-rotary``).
             emit_only: Write the package without running the target's compiler.
-            force_flags: Hand unknown compiler flags on instead of refusing them.
             watch: Told of every step, see `qeff_ir.compiler.Watch`.
-            compiler_options: Any other flag of the target's compiler (``aic_enable_depth_first=True``).
+            options: What the target takes beside that, by name. Of the AI 100 (`backends.ai100.options.Ai100Options`):
+                ``num_cores``, ``num_devices``, ``mxfp6_matmul``, ``mxint8_kv_cache``, ``weight_free``, ``enable_qnn``,
+                any flag of its compiler (``aic_enable_depth_first=True``), and ``force_flags`` for those not known.
 
         Returns:
             Path of the package (AI 100, compiled: of the ``qpc`` folder in it, as the contract has it).
@@ -118,21 +110,16 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
         lengths = self.default_length if seq_len is None else seq_len
-        options = {
+        given = {
             "seq_len": tuple(lengths) if isinstance(lengths, Sequence) else (lengths,),
             "batch_size": batch_size,
-            "num_cores": num_cores,
-            "num_devices": num_devices,
-            "mxfp6_matmul": mxfp6_matmul,
-            "weight_free": weight_free,
-            "force_flags": force_flags,
-            **compiler_flags(compiler_options),
+            **compiler_flags(options),
         }
         check_compile_arguments({"target": target, "pipeline": pipeline})
         target, _ = choose_target(target)
         steps = chosen(pipeline, self.pipeline_for(target))
         return self._compile(
-            options,
+            given,
             compile_dir,
             target=target,
             pipeline=steps,

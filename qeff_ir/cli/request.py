@@ -14,6 +14,7 @@ import typer
 from backends import option_types
 from backends.options import CompileOptions, default_prefill
 from qeff_ir.cli.flags import flags_of
+from qeff_ir.errors import PipelineError
 
 R = TypeVar("R")
 
@@ -89,10 +90,12 @@ def _of_targets() -> list[inspect.Parameter]:
             if item.name in shared or "help" not in item.metadata:
                 continue
             flag = (f"--{item.name.replace('_', '-')}",) if hints[item.name] is bool else ()
-            least = 1 if hints[item.name] is int else None
+            least = item.metadata.get("least", 1) if hints[item.name] is int else None
             option = typer.Option(*flag, help=item.metadata["help"], min=least, rich_help_panel=kind.title)
             annotation = Annotated[hints[item.name], option]
             keyword = inspect.Parameter.KEYWORD_ONLY
+            if item.name in found or item.name in {f.name for f in fields(Request)}:
+                raise PipelineError(f"two options of the command line are named '{item.name}': rename that of a target")
             found[item.name] = inspect.Parameter(item.name, keyword, default=item.default, annotation=annotation)
     return list(found.values())
 

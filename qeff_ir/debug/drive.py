@@ -1,8 +1,8 @@
 """Run any module on one trace: chunked prefill of unequal prompts, then decode steps, states carried over.
 
 A module is driven by what it says of itself: its states are fed back, its dims take the sizes of its specializations or
-small ones, whatever a pass did to the shape of a cache or to the logits. A graph that is no decoder (a plain ONNX file)
-is run once on random inputs.
+small ones, whatever a pass did to the shape of a cache or to the logits. A graph that is not a decoder (a plain ONNX
+file) is run once on random inputs.
 """
 
 from __future__ import annotations

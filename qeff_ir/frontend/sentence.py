@@ -2,7 +2,7 @@
 
 Format: ``modules.json`` lists the modules in order, each with a folder of its own and, where it has options, a
 ``config.json`` (https://sbert.net/docs/package_reference/sentence_transformer/models.html). The tables below name every
-file and field that the library acts on; ``tests/frontend/test_sentence_fields.py`` reads the library for more.
+file and field that the library acts on; ``tests/auto/test_sentence_folders.py`` holds each against the library.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Task:
 
     auto: str
     shapes: tuple[str, ...] = ("seq_len", "batch_size")
-    graph_name: str = ""
+    graph_name: str = "Embedding"
     retains: bool = False
 
     def auto_class(self) -> Any:
@@ -31,7 +31,7 @@ class Task:
 
 CAUSAL_LM = Task("AutoModelForCausalLM", ("prefill_seq_len", "ctx_len", "batch_size"), retains=True)
 IMAGE_TEXT_TO_TEXT = Task("AutoModelForImageTextToText", CAUSAL_LM.shapes, graph_name="Vision", retains=True)
-EMBEDDING = Task("AutoModel", graph_name="Embedding")
+EMBEDDING = Task("AutoModel")
 SEQUENCE_CLASSIFICATION = Task("AutoModelForSequenceClassification", graph_name="SeqClassification")
 TOKEN_CLASSIFICATION = Task("AutoModelForTokenClassification", graph_name="TokenClassification")
 CTC = Task("AutoModelForCTC", graph_name="CTC")

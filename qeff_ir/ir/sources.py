@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from qeff_ir.ir.module import SOURCE_KEY
 
-_BETWEEN = " + "
-"""Between two paths; no path that a checkpoint has contains it."""
+_BETWEEN = ".."
+"""Between two paths; none contains it, for torch's names of modules have no dot and are not empty."""
 
 
 def sources_of(node: ir.Node) -> tuple[str, ...]:

@@ -56,6 +56,8 @@ class Inference:
         types = {name: _type(value) for name, value in given}
         try:
             if (node.domain, node.op_type) in operators.known():
+                if None in node.inputs:
+                    return None  # ONNX counts the types of a function's inputs through, and knows no gap
                 function = _body(node.domain, node.op_type)
                 found = onnx.shape_inference.infer_function_output_types(function, [*types.values()], proto.attribute)
             else:

@@ -55,9 +55,9 @@ def _makers(name: str, cls: type[Pass], wanted: str) -> Iterator[str]:
     if any(option.default is MISSING for option in options(cls).values()):
         return
     for option in options(cls).values():
-        for value in option.kinds:
-            if isinstance(value, str) and wanted in cls(**{option.field: value}).established():
-                yield f"{name}{{{option.name}={as_text(value)}}}"
+        made = {v: wanted in cls(**{option.field: v}).established() for v in option.kinds if isinstance(v, str)}
+        if len(set(made.values())) > 1:  # the option decides
+            yield from (f"{name}{{{option.name}={as_text(value)}}}" for value, holds in made.items() if holds)
 
 
 def run_pipeline(

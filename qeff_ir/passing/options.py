@@ -31,6 +31,7 @@ class Option:
         default: Value when the pipeline says nothing; `dataclasses.MISSING` when it must be given.
         help: One line.
         path: Whether it names a file or folder that is read; the field's metadata say so (``"path": True``).
+        least: Of a target's whole number, the least that is taken; the field's metadata say so (``"least": 0``).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Option:
     default: Any
     help: str
     path: bool = False
+    least: int = 1
 
     @property
     def values(self) -> str:
@@ -70,6 +72,7 @@ def options(cls: type[Any]) -> dict[str, Option]:
             default,
             field.metadata.get("help", ""),
             bool(field.metadata.get("path")),
+            field.metadata.get("least", 1),
         )
     return found
 
@@ -104,12 +107,12 @@ def as_text(value: Any) -> str:
 
 
 def _reads_as_other(text: str) -> bool:
-    """Whether a text, unquoted, could be read as a value that is no text."""
+    """Whether a text, unquoted, could be read as a value of another kind."""
     return text in ("none", "true", "false") or read(text, float) is not MISFIT
 
 
 MISFIT = object()
-"""What `read` says of a word that is no value of the kind."""
+"""The result of `read` for a word that is not a value of the kind."""
 
 
 def read(word: str, kind: Any) -> Any:

@@ -16,7 +16,7 @@ _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"
 def head_of(module: Module) -> list[ir.Node]:
     """Nodes from the logits up to the LM head, which is the last of them; all treat each token by itself.
 
-    What stands beside the logits in them is the same for every token: it depends on none of the graph's inputs.
+    Their other operands are the same for every token: they depend on none of the graph's inputs.
 
     Raises:
         PassError: The logits do not come from a matrix product over the tokens.

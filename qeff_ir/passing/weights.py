@@ -45,7 +45,7 @@ class Stored:
 
 
 def stored(product: ir.Node) -> Stored | None:
-    """The stored weight of a ``MatMul``; `None` where its second operand is no weight of two axes."""
+    """The stored weight of a ``MatMul``; `None` where its second operand is not a weight of two axes."""
     if product.op_type != "MatMul" or product.domain != "":
         return None
     transpose = made_by(product.inputs[1], "Transpose")

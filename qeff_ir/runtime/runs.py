@@ -11,7 +11,7 @@ from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.module import Specialization
 from qeff_ir.ir.ports import LOGITS, Port, Run
-from qeff_ir.runtime.interface import LENGTH
+from qeff_ir.runtime.interface import BATCH, LENGTH
 from qeff_ir.runtime.session import Session
 
 
@@ -38,15 +38,22 @@ def fitted(run: Run, inputs: Sequence[Port], specializations: Sequence[Specializ
     """The run with the sizes of the smallest specialization that takes it, and with its padding on the right.
 
     Raises:
-        RuntimeInputError: None takes it: it has too many columns, or one of the lengths that it needs is compiled for
-            none of them.
+        RuntimeInputError: None takes it: it has too many columns or another number of rows, or one of the lengths that
+            it needs is compiled for none of them.
     """
-    columns, needs = run.tokens.shape[1], {LENGTH: run.tokens.shape[1]}
-    needs |= {str(p.shape[0]): p.role.needs(run) for p in inputs if p.role is not None and p.role.needs is not None}
-    fitting = [s for s in specializations if all(s.symbols.get(n, 0) >= least for n, least in needs.items())]
+    rows, columns = run.tokens.shape
+    needs = {LENGTH: columns}
+    for port in inputs:
+        if port.role is not None and port.role.needs is not None:
+            symbol = str(port.shape[0])
+            needs[symbol] = max(needs.get(symbol, 0), port.role.needs(run))
+    of_rows = [s for s in specializations if s.symbols.get(BATCH, rows) == rows]
+    fitting = [s for s in of_rows if all(s.symbols.get(n, 0) >= least for n, least in needs.items())]
     if not fitting:
         wanted = ", ".join(f"{name}={least}" for name, least in needs.items())
-        raise RuntimeInputError(f"no compiled shapes take a run of {wanted} or more: compile for such sizes")
+        raise RuntimeInputError(
+            f"no compiled shapes take a run of {rows} rows and {wanted} or more: compile for such sizes"
+        )
     best = min(fitting, key=lambda s: [s.symbols[name] for name in needs])
     more = ((0, 0), (0, best.symbols[LENGTH] - columns))
     tokens, positions = np.pad(run.tokens, more), np.pad(run.positions, more, constant_values=-1)

@@ -59,6 +59,7 @@ def test_both_programs_run_over_the_same_weights(
     encoder = Encoder(backend.open(program_folder(package.folder, HIDDEN), threads=1))
     found = encoder.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
     np.testing.assert_allclose(next(iter(found.values())), hidden, atol=1e-5)
+    assert [s.name for s in encoder.session.specializations] == ["Embedding"]
     files = list(package.folder.rglob("weights/*.safetensors"))
     assert len(files) == 2 and files[0].samefile(files[1])
     assert package.manifest.programs[HIDDEN].report["passes"] != package.manifest.programs[MAIN].report["passes"]

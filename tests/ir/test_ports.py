@@ -222,8 +222,11 @@ def test_a_run_goes_into_the_smallest_specialization_that_takes_it() -> None:
     for columns, keep, length, kept in ((2, 1, 2, 1), (2, 2, 4, 3), (4, 4, 4, 4), (5, 1, 8, 1), (1, 1, 2, 1)):
         assert taken(columns, keep).sizes == {"seq_len": length, "num_logits_to_keep": kept}
     assert taken(3, 1).tokens.tolist() == [[7, 7, 7, 0]] and taken(3, 1).positions.tolist() == [[0, 1, 2, -1]]
-    with pytest.raises(RuntimeInputError, match="no compiled shapes take a run of seq_len=9, num_logits_to_keep=1 or"):
+    with pytest.raises(RuntimeInputError, match="a run of 1 rows and seq_len=9, num_logits_to_keep=1 or"):
         taken(9, 1)
+    rows = [dataclasses.replace(s, symbols={**s.symbols, "batch_size": 2}) for s in known]
+    with pytest.raises(RuntimeInputError, match="a run of 1 rows and"):
+        fitted(Run(np.full((1, 2), 7), np.arange(2)[None]), [port], rows)
 
 
 def test_the_last_logits_are_found_wherever_a_graph_puts_them() -> None:

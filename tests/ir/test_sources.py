@@ -24,6 +24,7 @@ from tests import support
         (["gate", "up"], "gate+up"),
         (["m.0.mlp.up", "m.1.mlp.up"], "m.0.mlp.up+m.1.mlp.up"),
         (["m.a", "lm_head"], "m.a+lm_head"),
+        (["m.a + b", "m.c"], "m.a + b+c"),
         (["m.0.mlp.up", "m.0.mlp.gate", "m.0.mlp.up"], "m.0.mlp.up+gate"),
     ],
 )

@@ -154,6 +154,9 @@ def test_phases_are_those_of_the_module_and_names_those_of_the_contract(tmp_path
     path.write_text(specializations.dumps(module[:3], "named"))
     found = specializations.load(path, module)
     assert [s.name for s in found] == ["Prefill_0", "Decode", "Prefill_1"]
+    same = [Specialization(name, "forward", {"seq_len": n}) for n, name in enumerate(("A", "A", "A_0"), 1)]
+    path.write_text(specializations.dumps(same, "named"))
+    assert [s.name for s in specializations.load(path)] == ["A_1", "A_2", "A_0"]
     assert [s.phase for s in found] == ["prefill", "decode", "prefill"]
     assert {s.phase for s in specializations.load(path)} == {"forward"}
     path.write_text(specializations.dumps(module, "flat"))
