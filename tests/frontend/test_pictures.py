@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.masking_utils import create_causal_mask
 
 from backends import find_backend
 from backends.options import CompileOptions
@@ -152,6 +153,63 @@ def test_a_model_without_a_way_in_is_refused() -> None:
     form = find_features(multimodal.tiny("llava"), multimodal.picture("llava"))
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM takes no mm_encoder_outputs"):
         Pictures(support.tiny("llama")[1], "image", form, 1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (lambda types: torch.where(types == 0, 0, -1), "lets words see later words"),
+        (lambda types: torch.where(types == 1, 0, -1), "lets tokens of a picture see later pictures"),
+    ],
+)
+def test_a_model_whose_other_tokens_see_later_ones_is_refused(groups: Any, message: str) -> None:
+    def masks(
+        config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Any, position_ids: Any,
+        token_type_ids: Any, is_first_iteration: bool = False,
+    ) -> Any:  # fmt: skip
+        return create_causal_mask(
+            config.get_text_config(), inputs_embeds, attention_mask, past_key_values, position_ids,
+            block_sequence_ids=groups(token_type_ids),
+        )  # fmt: skip
+
+    model = multimodal.build("gemma3")
+    model.create_masks_for_generate = masks
+    form = find_features(model, multimodal.picture("gemma3"))
+    with pytest.raises(UnsupportedModelError, match=message):
+        lower_language(model, memory_weights(model), form)
+
+
+def test_types_of_tokens_for_another_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forward = multimodal.build("llava"), multimodal.build("llava").forward
+
+    def routed(mm_encoder_outputs: Any = None, moe_mm_token_type_ids: Any = None, **rest: Any) -> Any:
+        return forward(mm_encoder_outputs=mm_encoder_outputs, **rest)
+
+    monkeypatch.setattr(model, "forward", routed)
+    form = find_features(model, multimodal.picture("llava"))
+    with pytest.raises(UnsupportedModelError, match="takes moe_mm_token_type_ids, types of tokens that are not for"):
+        Pictures(model, "image", form, 1)
+
+
+@pytest.mark.parametrize("asked", ["placeholders", "vectors"])
+def test_only_a_branch_on_placeholders_is_taken(asked: str) -> None:
+    model = multimodal.build("llava")
+    inner, forward = model.model, model.model.forward
+
+    def branching(input_ids: Any = None, **rest: Any) -> Any:
+        kept = inner.get_input_embeddings()(input_ids)
+        if ((input_ids == IMAGE).unsqueeze(-1) if asked == "placeholders" else kept > 1e6).any():
+            return forward(input_ids=input_ids, **rest)
+        return forward(input_ids=input_ids * 0, **rest)
+
+    inner.forward = branching
+    form = find_features(model, multimodal.picture("llava"))
+    if asked == "vectors":
+        with pytest.raises(UnsupportedModelError, match="branches on what only a run knows"):
+            lower_language(model, memory_weights(model), form)
+    else:
+        module = lower_language(model, memory_weights(model), form)
+        assert [n.op_type for n in module.graph].count("MergeRows") == 1
 
 
 def test_inputs_are_those_that_the_model_reads() -> None:
