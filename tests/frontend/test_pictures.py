@@ -16,7 +16,7 @@ from transformers.masking_utils import create_causal_mask
 from backends import find_backend
 from backends.options import CompileOptions
 from qeff_ir.arrays import Array
-from qeff_ir.errors import RuntimeInputError, UnsupportedModelError
+from qeff_ir.errors import PackageError, RuntimeInputError, UnsupportedModelError
 from qeff_ir.frontend.checkpoint.weights import memory_weights
 from qeff_ir.frontend.export.encoders import find_features
 from qeff_ir.frontend.export.features import encode, read_features
@@ -24,6 +24,7 @@ from qeff_ir.frontend.export.pictures import Pictures, lower_language
 from qeff_ir.ir.module import Module
 from qeff_ir.numerics import bound, depth, error_over_rms
 from qeff_ir.passing import Pipeline, run_pipeline
+from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.picture_decoder import Pictured, PictureDecoder
 from qeff_ir.specialize import specialize
 from tests import multimodal, support
@@ -147,6 +148,47 @@ def test_a_picture_whose_tokens_see_one_another_is_not_cut(tmp_path: Path) -> No
     decoder.prompts = [Pictured({}, None, long), Pictured()]
     with pytest.raises(RuntimeInputError, match=r"takes 9 tokens.* and those have 8: compile with prefill_seq_len=9"):
         decoder.prefill([[5] * 9, [5]])
+
+
+def test_a_prompt_that_is_refused_leaves_the_request_before(tmp_path: Path) -> None:
+    decoder, _ = opened("llava", "onnxruntime", tmp_path)
+    (ids, pictures), (words, _) = prompts("llava")
+    given = [pictured("llava", ids, pictures), Pictured()]
+
+    def begun() -> None:
+        decoder.prompts = given
+        decoder.prefill([ids, words])
+
+    begun()
+    decoder.decode([5, 6])
+    right = decoder.decode([7, 8])
+    begun()
+    decoder.decode([5, 6])
+    few = given[0].rows["vision_embeds"]
+    for wrong, prompt, message in (
+        (Pictured(), [5] * 193, "a context of 192"),
+        (Pictured({"vision_embeds": np.concatenate([few, few])}), [5], r"has 64 rows, and a prompt may have 32"),
+        (Pictured({}, None, np.ones(2, dtype=np.int64)), [5], r"the types are \[2\] for a prompt of 1 tokens"),
+    ):
+        decoder.prompts = [wrong, Pictured()]
+        with pytest.raises(RuntimeInputError, match=message):
+            decoder.prefill([prompt, [5]])
+    np.testing.assert_array_equal(decoder.decode([7, 8]), right)
+
+
+def test_pictures_are_those_of_one_prefill(tmp_path: Path) -> None:
+    decoder, _ = opened("llava", "onnxruntime", tmp_path)
+    (ids, pictures), (words, _) = prompts("llava")
+    blank = decoder.prefill([ids, words])
+    decoder.prompts = [pictured("llava", ids, pictures), Pictured()]
+    assert error_over_rms(decoder.prefill([ids, words])[0], blank[0]) > 0.1
+    np.testing.assert_array_equal(decoder.prefill([ids, words]), blank)
+
+
+def test_a_package_of_pictures_is_not_a_causal_lm(tmp_path: Path) -> None:
+    decoder, _ = opened("llava", "onnxruntime", tmp_path)
+    with pytest.raises(PackageError, match="open it with QEFFAutoModelForImageTextToText"):
+        Decoder(decoder.session)
 
 
 def test_a_model_without_a_way_in_is_refused() -> None:
