@@ -68,8 +68,9 @@ def compile_pictures(
             if run is None:
                 say(STEPS.get(step, f"Running the pass {step}"))
 
+        shapes = {name: None for name in ("prefill_seq_len", "ctx_len") if name not in request.given}
         found.compile_with(
-            request.options(), image_size=size, num_images=count, target=target, compile_dir=out,
+            {**request.options(), **shapes}, image_size=size, num_images=count, target=target, compile_dir=out,
             pipeline=request.pipeline, emit_only=request.emit_only, watch=watch,
         )  # fmt: skip
     return found

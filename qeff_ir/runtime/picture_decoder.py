@@ -67,8 +67,8 @@ class PictureDecoder(Decoder):
         """See `Decoder.prefill`; writes the rows of `prompts` first.
 
         Raises:
-            RuntimeInputError: A picture is longer than a prefill run, where it must lie in one, a prompt has more rows than
-                fit or types of other tokens, or see `Decoder`. The request before can go on.
+            RuntimeInputError: A picture is longer than a prefill run, where it must lie in one, a prompt has more rows
+                than fit or types of other tokens, or see `Decoder`. The request before can go on.
         """
         with self.turns.join():
             given, self.prompts = (list(self.prompts) or [Pictured()], ())

@@ -94,7 +94,10 @@ def test_a_template_that_begins_a_text_does_so_once(model: Path) -> None:
         (("run", "--image", "config.json", "--prompt", "a"), "config.json is not a picture that Pillow reads"),
         (("compile", "--image-size", "336"), "--image-size is '336': give height and width in pixels, as 336x336"),
         (("compile", "--image-size", "8x8", "--token-embedding", "host"), "is for models of text alone"),
-        (("compile", "--image-size", "90x90", "--num-images", "9"), "9 pictures of 90 x 90 take 144 tokens"),
+        (
+            ("compile", "--image-size", "90x90", "--num-images", "9", "--ctx-len", "128"),
+            "9 pictures of 90 x 90 take 144 tokens",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_told(words: tuple[str, ...], message: str, qeff: Qeff, model: Path) -> None:
