@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,17 @@ import pytest
 import torch
 
 from qeff_ir import QEFFAutoModelForImageTextToText
+from qeff_ir.auto import image_text
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError, RuntimeInputError, UnsupportedModelError
+from qeff_ir.numerics import error_over_rms
 from qeff_ir.package import MAIN, SIDE_FOLDER, open_package
-from qeff_ir.runtime.picture_form import FILE
+from qeff_ir.runtime.picture_form import FILE, PictureForm
 from tests import multimodal, processors, support
 from tests.processors import PROCESSORS
 
 NEW = 6
+LOOSE = 1e-3
+"""Bound of the error of logits: above that of single precision, far below what a token that is not seen makes."""
 SHAPES: dict[str, Any] = {"prefill_seq_len": 8, "ctx_len": 192, "batch_size": 2, "num_images": 2}
 
 
@@ -46,6 +54,14 @@ def expected(name: str, images: list[Any], text: str) -> list[int]:
     given = processed(name, [images], [text])
     out = support.generate(multimodal.lively(name), **given, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
     return out[0, -NEW:].tolist()
+
+
+def logits(model: Any, **given: Any) -> np.ndarray[Any, Any]:
+    """Of the first new token, ``[batch, vocab]``."""
+    out = model.generate(
+        **given, max_new_tokens=1, min_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    return out.logits[0].numpy()
 
 
 def answered(model: QEFFAutoModelForImageTextToText, **given: Any) -> list[list[int]]:
@@ -79,6 +95,10 @@ def test_tokens_are_those_of_transformers(name: str, target: str, tmp_path: Path
     text, images = texts(name), [pictures(name, [1, 2]), pictures(name, [3])]
     right = [expected(name, own, said) for own, said in zip(images, text, strict=True)]
     assert answered(model, **processed(name, images, text)) == right
+    found = logits(model, **processed(name, images, text))
+    for row, (own, said) in enumerate(zip(images, text, strict=True)):  # finer than tokens
+        one = logits(multimodal.lively(name), **processed(name, [own], [said]))[0]
+        assert error_over_rms(found[row], one) <= LOOSE
     # Fewer pictures than before, and a row without one.
     words = "w20 w21 w22"
     given = processed(name, [pictures(name, [4])], [text[1]])
@@ -101,6 +121,119 @@ def test_tokens_are_those_of_transformers(name: str, target: str, tmp_path: Path
             given[key] = torch.cat([given[key], torch.zeros_like(given[key])], dim=form.row_axis)
     assert answered(model, **given) == [other, plain]
     assert other != right[1]  # the pictures are seen
+
+
+def test_types_that_tell_pictures_come_first(tmp_path: Path) -> None:
+    model = compiled("qwen2_5_vl", tmp_path)
+    images = [pictures("qwen2_5_vl", [1, 2]), pictures("qwen2_5_vl", [3])]
+    given = processed("qwen2_5_vl", images, texts("qwen2_5_vl"))
+    assert given["mm_token_type_ids"].any()
+    right = answered(model, **given)
+    assert answered(model, **given, token_type_ids=torch.zeros_like(given["input_ids"])) == right
+    with pytest.raises(RuntimeInputError, match=r"the types of tokens are int64 \[1, 3\], and the tokens \[2, "):
+        answered(model, **{**given, "mm_token_type_ids": torch.zeros(1, 3, dtype=torch.long)})
+
+
+def test_two_threads_compile_one_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = QEFFAutoModelForImageTextToText(multimodal.lively("llava_next"), processor("llava_next"))
+    together, compiling = threading.Barrier(2), QEFFAutoModelForImageTextToText._compile
+
+    def waiting(self: Any, *arguments: Any, **rest: Any) -> Any:
+        together.wait()
+        return compiling(self, *arguments, **rest)
+
+    monkeypatch.setattr(QEFFAutoModelForImageTextToText, "_compile", waiting)
+    options: dict[str, Any] = {"target": "onnxruntime", "emit_only": True, "ctx_len": 192, "prefill_seq_len": 8}
+
+    def compiled_for(size: tuple[int, int]) -> list[int]:
+        out = tmp_path / str(size[0])
+        model.compile(image_size=size, compile_dir=out, **options)
+        return json.loads((out / SIDE_FOLDER / FILE).read_text())["size"]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(compiled_for, [(20, 14), (14, 20)])) == [[20, 14], [14, 20]]
+
+
+def test_pictures_of_other_prompts_are_told(tmp_path: Path) -> None:
+    model = compiled("idefics3", tmp_path)
+    images = [pictures("idefics3", [1, 2]), pictures("idefics3", [3])]
+    given = processed("idefics3", images, texts("idefics3"))
+    drawn = ("pixel_values", "pixel_attention_mask")
+    for wrong, message in (
+        ({name: given[name][:1] for name in drawn}, "for 1 prompts, and there are 2: give both"),
+        ({name: torch.cat([given[name]] * 2) for name in drawn}, "for 4 prompts, and there are 2: give both"),
+        ({name: torch.cat([given[name]] * 2, dim=1) for name in drawn}, "more pictures for prompt 1 than the 2"),
+    ):
+        with pytest.raises(RuntimeInputError, match=message):
+            answered(model, **{**given, **wrong})
+
+
+def test_pixels_of_other_types_are_taken_or_told(llava: QEFFAutoModelForImageTextToText) -> None:
+    given = processed("llava", [pictures("llava", [1, 2]), pictures("llava", [3])], texts("llava"))
+    pixels = given["pixel_values"]
+    rounded = pixels.bfloat16()
+    assert answered(llava, **{**given, "pixel_values": rounded}) == answered(
+        llava, **{**given, "pixel_values": rounded.float()}
+    )
+    for wrong, message in (
+        ([[1.0], [1.0, 2.0]], "pixel_values is no array"),
+        (pixels > 0, "pixel_values is bool, or has numbers that are not finite"),
+        (pixels * float("nan"), "pixel_values is float32, or has numbers that are not finite"),
+        ("cat.png", "pixel_values is"),
+    ):
+        with pytest.raises(RuntimeInputError, match=message):
+            answered(llava, **{**given, "pixel_values": wrong})
+    words = dict(processor("llava").tokenizer(["w5 w6", "w8 w9"], return_tensors="pt", return_token_type_ids=False))
+    assert answered(llava, **words, pixel_values=None) == answered(llava, **words)
+
+
+def test_rows_are_kept_up_to_so_many_bytes(
+    llava: QEFFAutoModelForImageTextToText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = processed("llava", [pictures("llava", [40, 41]), pictures("llava", [42])], texts("llava"))
+    right, kept = answered(llava, **given), llava.runner()._rows
+    assert len(kept) > 2
+    monkeypatch.setattr(image_text, "_KEPT", 2 * 16 * 32 * 4)
+    other = processed("llava", [pictures("llava", [43, 44]), pictures("llava", [45])], texts("llava"))
+    answered(llava, **other)
+    assert len(kept) == 2
+    assert answered(llava, **given) == right
+
+
+def test_an_opened_model_is_pickled(llava: QEFFAutoModelForImageTextToText) -> None:
+    given = processed("llava", [pictures("llava", [1, 2]), pictures("llava", [3])], texts("llava"))
+    right = answered(llava, **given)
+    assert answered(pickle.loads(pickle.dumps(llava)), **given) == right
+
+
+def test_a_form_of_other_pictures_is_told(llava: QEFFAutoModelForImageTextToText, tmp_path: Path) -> None:
+    text = (llava.package.folder / SIDE_FOLDER / FILE).read_text()
+    pixels = json.loads(text)["inputs"]["pixel_values"]
+    for change, message in (
+        ({"rows": 0}, "rows is 0"),
+        ({"count": -1}, "count is -1"),
+        ({"size": [20, 0]}, "size is 0"),
+        ({"inputs": {}}, "there are no inputs"),
+        ({"inputs": {"pixel_values": {**pixels, "axis": 9}}}, "axes 9 and"),
+    ):
+        (tmp_path / FILE).write_text(json.dumps({**json.loads(text), **change}))
+        with pytest.raises(PackageError, match=message):
+            PictureForm.read(tmp_path)
+    form = llava.runner().form
+    form.check({"pixel_values": [1, 3, 16, 16]})
+    with pytest.raises(PackageError, match="is of other pictures than the encoder takes"):
+        form.check({"pixel_values": [1, 3, 16, 8]})
+
+
+def test_the_context_has_room_for_pictures_and_words(tmp_path: Path) -> None:
+    model = multimodal.lively("llava")
+    longer = copy.deepcopy(model)
+    longer.config.text_config.max_position_embeddings = 4096
+    for given, ctx_len in ((longer, 1152), (model, 256)):
+        found = QEFFAutoModelForImageTextToText(given, processor("llava"))
+        out = tmp_path / str(ctx_len)
+        found.compile(image_size=(20, 14), num_images=2, target="onnxruntime", compile_dir=out, emit_only=True)
+        assert found.runner().decoder.ctx_len == ctx_len
 
 
 def test_a_model_in_memory_answers_alike(tmp_path: Path) -> None:
@@ -178,6 +311,8 @@ def test_what_cannot_be_compiled_is_told(llava: QEFFAutoModelForImageTextToText,
     for arguments, message in wrong:
         with pytest.raises(CompileError, match=message):
             model.compile(**arguments)
+    with pytest.raises(ModelLoadError, match="the processor is of type NoneType"):
+        QEFFAutoModelForImageTextToText(multimodal.lively("llava"), None)
     support.tiny("llama")[1].save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="does not load"):
         QEFFAutoModelForImageTextToText.from_pretrained(tmp_path).compile(image_size=(16, 16))

@@ -23,6 +23,7 @@ from qeff_ir.ir.ports import (
     PICTURE_TOKENS,
     POSITIONS,
     READ_LENGTH,
+    ROWS_OUTPUT,
     TOKENS,
     name_of,
 )
@@ -77,7 +78,8 @@ def violations(module: Module, options: Ai100Options, sdk: Sdk) -> Iterator[Viol
     yield from _types(module, sdk)
     yield from _constants(module)
     yield from _size(module, sdk)
-    if options.mxint8_kv_cache and not module.states:
+    encoder = any(module.role_of(value) is ROWS_OUTPUT for value in module.graph.outputs)
+    if options.mxint8_kv_cache and not module.states and not encoder:  # the cache is its language model's
         yield Violation("kv-cache", f"{module.name} has no KV cache to compress: leave out mxint8_kv_cache")
 
 

@@ -81,17 +81,25 @@ class CompiledModel(Generic[SourceT]):
             return self._source.config
         return read_model_config(self.package.folder / SIDE_FOLDER)
 
-    def _compile(self, options: Mapping[str, Any], compile_dir: str | Path | None, **rest: Any) -> str:
+    def _compile(
+        self, options: Mapping[str, Any], compile_dir: str | Path | None, source: SourceT | None = None, **rest: Any
+    ) -> str:
         """Compile, and let the next request open the package; one that is running finishes in its own session.
+
+        Args:
+            options: See `qeff_ir.compiler.compile_model`, as for all others.
+            compile_dir: Folder of the package.
+            source: The model, prepared for this package; as it was opened by default.
+            rest: Further arguments of `qeff_ir.compiler.compile_model`.
 
         Returns:
             The path that `compile` is to return.
         """
-        if self._source is None:
+        if (source := source or self._source) is None:
             raise PackageError("a model opened from a package cannot be compiled again: open the model itself")
         out = None if compile_dir is None else path_of(compile_dir, "compile_dir", PackageError)
         check_compile_arguments(rest)
-        made = compile_model(self._source, options, out=out, **rest)
+        made = compile_model(source, options, out=out, **rest)
         with self._lock:
             self._accept(made)
         qpc = made.folder / "qpc"

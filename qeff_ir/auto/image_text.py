@@ -20,14 +20,14 @@ from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.picture_source import VISION, PictureFolder, PictureMemory, PictureSource
 from qeff_ir.frontend.source import find_folder
 from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
-from qeff_ir.ir.ports import AXES, PLANES
+from qeff_ir.ir.ports import ALL_PLANES, AXES, PLANES
 from qeff_ir.package import SIDE_FOLDER, opened, program_folder
 from qeff_ir.runtime.picture_form import PictureForm
 from qeff_ir.side_files import read_generation_config
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from qeff_ir.arrays import Array
     from qeff_ir.passing.pipeline import Pipeline
@@ -35,11 +35,14 @@ if TYPE_CHECKING:
     from qeff_ir.runtime.picture_decoder import Pictured, PictureDecoder
     from qeff_ir.runtime.session import Session
 
-_KEPT = 32
-"""Pictures whose rows are kept, so that the next question about one does not encode it again."""
+_KEPT = 256 << 20
+"""Bytes of rows of pictures that are kept, so that the next question about one does not encode it again."""
 
-_TYPES = ("token_type_ids", "mm_token_type_ids")
-"""What processors call the tokens of pictures."""
+_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""What processors call the types of tokens; the first tells the pictures, whatever else the second may tell."""
+
+_WORDS = 1024
+"""Words and new tokens that the context has room for beside the pictures, where nobody says."""
 
 
 class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
@@ -61,12 +64,19 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        if not callable(processor) or not hasattr(processor, "save_pretrained"):
+            raise ModelLoadError(
+                f"the processor is of type {type(processor).__name__}: give that of the model, as "
+                "AutoProcessor.from_pretrained returns it"
+            )
         self._open(PictureMemory(model, processor))
 
     def _open(self, source: PictureSource | None) -> None:
         super()._open(source)
-        self._model = source
         self._runner: _Runner | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_runner": None}  # sessions stay here, and are opened again there
 
     @classmethod
     def from_pretrained(
@@ -101,7 +111,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         num_images: int = 1,
         target: str = "auto",
         prefill_seq_len: int | None = None,
-        ctx_len: int = 1024,
+        ctx_len: int | None = None,
         batch_size: int = 1,
         num_cores: int = 16,
         num_devices: int = 1,
@@ -123,7 +133,8 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
             target: See `qeff_ir.auto.causal_lm.QEFFAutoModelForCausalLM.compile`, as for all others.
             prefill_seq_len: Tokens of a prompt that one prefill run takes; a picture may take several runs, unless its
                 tokens see one another.
-            ctx_len: Prompt, rows of pictures and new tokens together.
+            ctx_len: Prompt, rows of pictures and new tokens together; by default the rows of all pictures and 1024
+                tokens, in whole 128s, as far as the model has positions.
             batch_size: Rows of a run.
             num_cores: Cores of the device.
             num_devices: Devices that share the model.
@@ -144,7 +155,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
         options = {
-            "prefill_seq_len": default_prefill(ctx_len) if prefill_seq_len is None else prefill_seq_len,
+            "prefill_seq_len": prefill_seq_len,
             "ctx_len": ctx_len,
             "batch_size": batch_size,
             "num_cores": num_cores,
@@ -178,25 +189,31 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         """`compile` with its options by name.
 
         Args:
-            options: Shapes, and what the target takes beside them, compiler flags too.
+            options: Shapes, and what the target takes beside them, compiler flags too; ``ctx_len`` and
+                ``prefill_seq_len`` are found where they are `None`.
             image_size: See `compile`, as for all others.
             num_images: Pictures that a prompt may have.
             compile_dir: Folder of the package.
             rest: ``target``, ``pipeline``, ``emit_only`` and ``watch``.
         """
-        size, ctx_len = _checked_size(image_size), options["ctx_len"]
+        size, source = _checked_size(image_size), self._source
         if type(num_images) is not int or num_images < 1:
             raise CompileError(f"num_images must be a whole number of at least 1, not {num_images!r}")
-        if self._model is not None:
-            self._source = self._model.for_pictures(size, num_images)
-            assert self._source.pictured is not None
-            rows = self._source.pictured.form.rows * num_images
+        if source is not None:
+            source = source.for_pictures(size, num_images)  # another object: this one may be compiled by other threads
+            assert source.pictured is not None
+            rows, ctx_len = source.pictured.form.rows * num_images, options["ctx_len"]
+            if ctx_len is None:
+                ctx_len = _default_context(rows, source.config)
             if rows >= ctx_len:
                 raise CompileError(
                     f"{num_images} pictures of {size[0]} x {size[1]} take {rows} tokens, and ctx_len is {ctx_len}: "
                     "raise it, or ask for fewer or smaller pictures"
                 )
-        self._compile(options, compile_dir, **rest)
+            chunk = options["prefill_seq_len"]
+            chunk = default_prefill(ctx_len) if chunk is None else chunk
+            options = {**options, "ctx_len": ctx_len, "prefill_seq_len": chunk}
+        self._compile(options, compile_dir, source, **rest)
         folder = self.package.folder
         paths = {"vision_qpc_path": program_folder(folder, VISION), "lang_qpc_path": folder}
         return {name: str(path / "qpc" if (path / "qpc").is_dir() else path) for name, path in paths.items()}
@@ -240,23 +257,35 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
                     decoder = PictureDecoder(backend.open(package.folder, threads=threads))
                     vision = backend.open(program_folder(package.folder, VISION), threads=threads)
                     model = SessionLM(decoder, self.config, read_generation_config(side))
-                    self._runner = _Runner(model, decoder, vision, PictureForm.read(side))
+                    form = PictureForm.read(side)
+                    form.check({port.name: port.shape for port in vision.interface.inputs})
+                    trust = isinstance(self._source, PictureFolder) and self._source.trust_remote_code
+                    self._runner = _Runner(model, decoder, vision, form, trust_remote_code=trust)
             return self._runner
 
 
 class _Runner:
     """Both sessions of a package, and the rows of the pictures that it has seen."""
 
-    def __init__(self, model: SessionLM, decoder: PictureDecoder, vision: Session, form: PictureForm) -> None:
+    def __init__(
+        self,
+        model: SessionLM,
+        decoder: PictureDecoder,
+        vision: Session,
+        form: PictureForm,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.model, self.decoder, self.form = model, decoder, form
-        self._vision = vision
+        self._vision, self._trust = vision, trust_remote_code
         self._rows: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
         self._skeleton: PreTrainedModel | None = None
 
     def generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Answer one batch, for a thread that has its turn."""
         ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
-        given = {name: kwargs.pop(name) for name in (*self.form.inputs, *_TYPES) if name in kwargs}
+        found = {name: kwargs.pop(name) for name in (*self.form.inputs, *_TYPES) if name in kwargs}
+        given = {name: _array(name, value) for name, value in found.items() if value is not None}
         if not hasattr(ids, "tolist") or getattr(ids, "ndim", 0) != 2:
             return self.model.generate_now(inputs, **kwargs)  # which says what is wrong
         self.decoder.prompts = self._prompts(ids, mask, given)
@@ -265,7 +294,7 @@ class _Runner:
         finally:
             self.decoder.prompts = ()
 
-    def _prompts(self, ids: Any, mask: Any, given: dict[str, Any]) -> list[Pictured]:
+    def _prompts(self, ids: Any, mask: Any, given: dict[str, Array]) -> list[Pictured]:
         from qeff_ir.runtime.picture_decoder import Pictured
 
         real = np.ones(tuple(ids.shape), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
@@ -273,11 +302,16 @@ class _Runner:
             return []  # told by `generate_now`
         tokens = [np.asarray(row)[keep] for row, keep in zip(ids, real, strict=True)]
         counts = self.form.counts([row.tolist() for row in tokens])
-        arrays = {name: _array(value) for name, value in given.items() if name in self.form.inputs}
+        arrays = {name: value for name, value in given.items() if name in self.form.inputs}
         if arrays and not any(counts):
             raise RuntimeInputError("there are pictures, and the text has no placeholder for one: give both together")
         pictures = self.form.split(arrays, counts)
-        types = next((np.asarray(given[name]) for name in _TYPES if given.get(name) is not None), None)
+        types = next((given[name] for name in _TYPES if name in given), None)
+        if types is not None and (types.shape != real.shape or not np.issubdtype(types.dtype, np.integer)):
+            raise RuntimeInputError(
+                f"the types of tokens are {types.dtype} {list(types.shape)}, and the tokens {list(real.shape)}: give a "
+                "whole number for each"
+            )
         prompts: list[Pictured] = []
         for row, own in enumerate(pictures):
             kinds = None if types is None else types[row][real[row]]
@@ -296,7 +330,7 @@ class _Runner:
         if digest not in self._rows:
             made = self._vision.run(feeds)
             self._rows[digest] = {name: np.squeeze(rows, axis=-3).astype(np.float32) for name, rows in made.items()}
-            while len(self._rows) > _KEPT:
+            while len(self._rows) > 1 and sum(map(_bytes, self._rows.values())) > _KEPT:
                 self._rows.popitem(last=False)
         self._rows.move_to_end(digest)
         return self._rows[digest]
@@ -308,12 +342,12 @@ class _Runner:
         from qeff_ir.frontend import private
         from qeff_ir.frontend.checkpoint.skeleton import empty_model
 
-        shapes = [len(port.shape) for port in self.decoder.session.interface.inputs if port.role is PLANES]
-        joined = any(port.shape[0] == 1 + AXES for port in self.decoder.session.interface.inputs)
-        if not pictures or not (shapes or joined):
+        interface = self.decoder.session.interface
+        if not pictures or (interface.input(PLANES) is None and interface.input(ALL_PLANES) is None):
             return None
         if self._skeleton is None:
-            self._skeleton = empty_model(self.model.config, auto=IMAGE_TEXT_TO_TEXT.auto_class())
+            auto = IMAGE_TEXT_TO_TEXT.auto_class()
+            self._skeleton = empty_model(self.model.config, auto=auto, trust_remote_code=self._trust)
         arguments: dict[str, torch.Tensor] = {}
         for name, form in self.form.inputs.items():
             if form.numbers is not None:
@@ -337,5 +371,29 @@ def _checked_size(size: object) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _array(value: Any) -> Array:
-    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+def _default_context(rows: int, config: PreTrainedConfig) -> int:
+    """Room for all rows and some words, but no more than a model has positions."""
+    wanted = -(-(rows + _WORDS) // 128) * 128
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(wanted, most) if isinstance(most, int) else wanted
+
+
+def _bytes(rows: Mapping[str, Array]) -> int:
+    return sum(array.nbytes for array in rows.values())
+
+
+def _array(name: str, value: Any) -> Array:
+    """An argument as an array.
+
+    Raises:
+        RuntimeInputError: It is none.
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise RuntimeInputError(f"{name} is no array ({error}): give what the processor returns") from error

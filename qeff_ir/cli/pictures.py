@@ -68,22 +68,23 @@ def compile_pictures(
             if run is None:
                 say(STEPS.get(step, f"Running the pass {step}"))
 
+        shapes = {name: None for name in ("prefill_seq_len", "ctx_len") if name not in request.given}
         found.compile_with(
-            request.options(), image_size=size, num_images=count, target=target, compile_dir=out,
+            {**request.options(), **shapes}, image_size=size, num_images=count, target=target, compile_dir=out,
             pipeline=request.pipeline, emit_only=request.emit_only, watch=watch,
         )  # fmt: skip
     return found
 
 
 def answer_about(
-    model: str, images: Sequence[Path], prompt: str, request: Request, settings: dict[str, Any]
+    model: str, images: Sequence[Path], prompts: Sequence[str], request: Request, settings: dict[str, Any]
 ) -> Compiled:
-    """Answer one prompt about pictures, and print the answer.
+    """Answer prompts about pictures, one by one, and print the answers.
 
     Args:
         model: A package, or a model, which is compiled into the cache for pictures of the size of the first.
-        images: The pictures.
-        prompt: The prompt.
+        images: The pictures; a package may be asked about none.
+        prompts: The prompts.
         request: The shared options.
         settings: Arguments of ``generate``; with ``stream``, the answer is printed as it grows.
 
@@ -108,22 +109,49 @@ def answer_about(
         quiet_transformers()
         processor = read_processor(found.package.folder / SIDE_FOLDER)
         found.runner()
+    if stream:
+        from transformers import TextStreamer
+
+        settings["streamer"] = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for prompt in prompts:
+        inputs = processed(processor, prompt, pictures)
+        ids = found.generate(**inputs, **settings)
+        if not stream:
+            new = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            line((prompt, "cyan"), " ", new[0])
+    return found.package
+
+
+def is_of_pictures(model: str) -> bool:
+    """Whether it is a package of a model of pictures and text.
+
+    Raises:
+        PackageError: It is a damaged package.
+    """
+    from qeff_ir.frontend.picture_source import VISION
+    from qeff_ir.package import is_package, open_package
+
+    folder = path_of(model, "the model")
+    return is_package(folder) and VISION in open_package(folder).programs
+
+
+def processed(processor: Any, prompt: str, pictures: Sequence[Any]) -> dict[str, Any]:
+    """What a processor makes of a prompt about pictures, or about none; of a beginning-of-text token, one.
+
+    Raises:
+        RuntimeInputError: It does not take the prompt.
+    """
+    text, first = asked(processor, prompt, len(pictures)), getattr(processor.tokenizer, "bos_token", None)
+    given: dict[str, Any] = {"images": [list(pictures)]} if pictures else {}
+    if first and text.startswith(first):  # as many chat templates do
+        given["add_special_tokens"] = False
     try:
-        inputs = dict(processor(images=[pictures], text=[asked(processor, prompt, len(pictures))], return_tensors="pt"))
+        return dict(processor(text=[text], return_tensors="pt", **given))
     except Exception as error:  # processors raise whatever their many steps raise
         raise RuntimeInputError(
             f"the processor does not take the prompt and its pictures ({first_line(error)}): write the "
             "prompt as the model's card has it"
         ) from error
-    if stream:
-        from transformers import TextStreamer
-
-        settings["streamer"] = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = found.generate(**inputs, **settings)
-    if not stream:
-        new = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        line((prompt, "cyan"), " ", new[0])
-    return found.package
 
 
 def asked(processor: Any, prompt: str, count: int) -> str:
@@ -139,14 +167,14 @@ def asked(processor: Any, prompt: str, count: int) -> str:
 
 
 def read_picture(path: Path) -> Any:
-    """A picture from a file.
+    """A picture from a file, turned as its camera was held.
 
     Raises:
         RuntimeInputError: It cannot be read, is too large, or Pillow is not installed.
     """
     file = regular_file(path_of(path, "--image", RuntimeInputError), error=RuntimeInputError)
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise RuntimeInputError("pictures are read by Pillow, which is not installed: pip install pillow") from error
     try:
@@ -155,7 +183,7 @@ def read_picture(path: Path) -> Any:
                 raise RuntimeInputError(
                     f"{path} has {found.width * found.height:,} pixels, at most {_PIXELS:,} are read: make it smaller"
                 )
-            return found.convert("RGB")
+            return ImageOps.exif_transpose(found).convert("RGB")
     except RuntimeInputError:
         raise
     except Exception as error:  # Pillow has an error for each of its formats

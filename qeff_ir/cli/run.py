@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qeff_ir.cli.models import compile_source, open_model, open_tokenizer
-from qeff_ir.cli.pictures import answer_about
+from qeff_ir.cli.pictures import answer_about, is_of_pictures
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.terminal import line, seconds, show, working
 from qeff_ir.errors import PackageError, RuntimeInputError
@@ -71,11 +71,11 @@ def command(
     )
     if stream and len(prompt) > 1:
         raise RuntimeInputError(f"--stream shows one prompt, but got {len(prompt)}: leave it out, or give one prompt")
-    if image:
-        if len(prompt) > 1:
-            raise RuntimeInputError(f"--image belongs to one prompt, but got {len(prompt)}: give one prompt")
+    if image and len(prompt) > 1:
+        raise RuntimeInputError(f"--image belongs to one prompt, but got {len(prompt)}: give one prompt")
+    if image or is_of_pictures(model):
         _seed(seed)
-        answer_about(model, image, prompt[0], request, {**settings, "stream": stream})
+        answer_about(model, image or (), prompt, request, {**settings, "stream": stream})
         return
     opened = open_runnable(model, request)
     with working("Opening the session"):

@@ -109,6 +109,10 @@ def _embedded(run: Run) -> Array:
     return run.embed(run.tokens)
 
 
+def _all_planes(run: Run) -> Array:
+    return np.concatenate([run.positions[None], run.planes])
+
+
 TOKENS = define(Role("tokens", "token ids, int64 [batch, seq]", lambda run: run.tokens))
 EMBEDDINGS = define(Role("embeddings", "vectors in place of tokens, float32 [batch, seq, hidden]", _embedded))
 POSITIONS = define(Role("positions", "place in the context, -1 is padding, int64 [batch, seq]", lambda r: r.positions))
@@ -130,6 +134,9 @@ FIRST_ROW = define(
 NEXT_ROW = define(Role("next-row", "the same for the next run, int64 [batch, 1]", is_output=True))
 PLANES = define(Role("planes", "place of each token on three axes, int64 [3, batch, seq]", lambda run: run.planes))
 PICTURE_TOKENS = define(Role("picture-tokens", "tokens of a picture, int64 [batch, seq]", lambda run: run.types))
+ALL_PLANES = define(
+    Role("all-planes", "positions, -1 is padding, then places on three axes, int64 [4, batch, seq]", _all_planes)
+)
 LOGITS = define(Role("logits", "scores of the vocabulary, float32 [batch, tokens, vocab]", is_output=True))
 
 _TRANSFORMERS: dict[str, Role] = {

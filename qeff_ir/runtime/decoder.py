@@ -54,7 +54,8 @@ class Decoder:
         table: Where to look up the tokens of a session that takes vectors.
 
     Raises:
-        PackageError: No role says what to feed to an input, or there are no logits, or those of all tokens.
+        PackageError: No role says what to feed to an input, there are no logits, or those of all tokens, or a state is
+            the host's to write, which only a subclass does.
 
     Attributes:
         batch_size: Rows of every run.
@@ -67,8 +68,15 @@ class Decoder:
         turns: Whose request it is.
     """
 
+    writes_states = False
+    """Whether it writes the states that are the host's, such as rows of pictures."""
+
     def __init__(self, session: Session, table: TokenTable | None = None) -> None:
         interface = session.interface
+        if not self.writes_states and any(state.written_by_host for state in interface.states):
+            raise PackageError(
+                "the package is of a model of pictures and text: open it with QEFFAutoModelForImageTextToText"
+            )
         unknown = next((port.name for port in interface.inputs if not port.is_fed), None)
         if unknown is not None:
             raise PackageError(
@@ -119,19 +127,7 @@ class Decoder:
         Raises:
             RuntimeInputError: The number of rows is not the batch size, all are empty, or one exceeds the context.
         """
-        if len(rows) != self.batch_size:
-            raise RuntimeInputError(
-                f"the model is compiled for a batch of {self.batch_size}, but got {len(rows)} rows: "
-                f"compile with batch_size={len(rows)}, or pass {self.batch_size}"
-            )
-        longest = max(map(len, rows))
-        if longest == 0:
-            raise RuntimeInputError("every prompt is empty: give at least one token")
-        if longest > self.ctx_len:
-            raise RuntimeInputError(
-                f"a prompt has {longest} tokens, the model is compiled for a context of {self.ctx_len}: "
-                f"compile with ctx_len={longest} or more"
-            )
+        self._check(rows)
         chunk = self.prefill_len
         cuts = [self._cut(row, len(tokens)) for row, tokens in enumerate(rows)]
         chunks = max(map(len, cuts))
@@ -147,6 +143,7 @@ class Decoder:
             started = time.perf_counter()
             self._thread = threading.get_ident()
             self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # until there is something to continue
+            self._begin()
             self.session.reset()
             for start in range(0, chunks * chunk, chunk):
                 logits = self._run(ids[:, start : start + chunk], positions[:, start : start + chunk], lora_ids)
@@ -196,6 +193,25 @@ class Decoder:
         self.timings.steps.append(time.perf_counter() - started)
         self.timings.tokens += int(active.sum())
         return logits
+
+    def _check(self, rows: Sequence[Sequence[int]]) -> None:
+        """Refuse prompts that do not fit, before the request that is running is left."""
+        if len(rows) != self.batch_size:
+            raise RuntimeInputError(
+                f"the model is compiled for a batch of {self.batch_size}, but got {len(rows)} rows: "
+                f"compile with batch_size={len(rows)}, or pass {self.batch_size}"
+            )
+        longest = max(map(len, rows))
+        if longest == 0:
+            raise RuntimeInputError("every prompt is empty: give at least one token")
+        if longest > self.ctx_len:
+            raise RuntimeInputError(
+                f"a prompt has {longest} tokens, the model is compiled for a context of {self.ctx_len}: "
+                f"compile with ctx_len={longest} or more"
+            )
+
+    def _begin(self) -> None:
+        """Leave the request before; the prompts are checked and cut."""
 
     def _cut(self, row: int, length: int) -> list[tuple[int, int]]:
         """Where each part of a prompt of a row begins and ends, none longer than a prefill run."""

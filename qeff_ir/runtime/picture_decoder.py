@@ -42,9 +42,11 @@ class PictureDecoder(Decoder):
     Attributes:
         capacity: Rows that the context of each prompt may hold.
         whole: Whether a picture must lie in one prefill run: its tokens see one another.
-        prompts: What the prompts of the next `prefill` have beside tokens; fewer than the batch are repeated, each next
-            to its own copies.
+        prompts: What the prompts of the next `prefill`, which takes it, have beside tokens; fewer than the batch are
+            repeated, each next to its own copies. Text alone by default.
     """
+
+    writes_states = True
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -56,6 +58,7 @@ class PictureDecoder(Decoder):
         self.whole = session.interface.input(PICTURE_TOKENS) is not None
         self.prompts: Sequence[Pictured] = ()
         self._rows: list[Pictured] = [Pictured()] * self.batch_size
+        self._asked = self._rows
         self._first = np.zeros((self.batch_size, 1), dtype=np.int64)
         port = session.interface.output(NEXT_ROW)
         self._next = None if port is None else port.name
@@ -64,23 +67,40 @@ class PictureDecoder(Decoder):
         """See `Decoder.prefill`; writes the rows of `prompts` first.
 
         Raises:
-            RuntimeInputError: A picture is longer than a prefill run, where it must lie in one, or see `Decoder`.
+            RuntimeInputError: A picture is longer than a prefill run, where it must lie in one, a prompt has more rows
+                than fit or types of other tokens, or see `Decoder`. The request before can go on.
         """
         with self.turns.join():
-            given = list(self.prompts) or [Pictured()]
+            given, self.prompts = (list(self.prompts) or [Pictured()], ())
             copies, left = divmod(self.batch_size, len(given))
             if left:
                 raise RuntimeInputError(
                     f"there are {len(given)} prompts with pictures for a batch of {self.batch_size}: give one for each"
                 )
-            self._rows = [prompt for prompt in given for _ in range(copies)]
-            for name, state in self._residents.items():
-                shape = [self.batch_size if isinstance(size, str) else size for size in state.shape]
-                self.session.write(name, self._written(name, shape))
-            self._first = np.zeros((self.batch_size, 1), dtype=np.int64)
+            self._asked = [prompt for prompt in given for _ in range(copies)]
             logits = super().prefill(rows, lora_ids)
             self._first = np.full((self.batch_size, 1), self.capacity)  # a placeholder that is generated is a token
         return logits
+
+    def _check(self, rows: Sequence[Sequence[int]]) -> None:
+        super()._check(rows)
+        for tokens, prompt in zip(rows, self._asked, strict=True):
+            if prompt.types is not None and prompt.types.shape != (len(tokens),):
+                raise RuntimeInputError(
+                    f"the types are {list(prompt.types.shape)} for a prompt of {len(tokens)} tokens: give one for each"
+                )
+            for name, given in prompt.rows.items():
+                if given.shape[-2] > self.capacity:
+                    raise RuntimeInputError(
+                        f"{name} has {given.shape[-2]} rows, and a prompt may have {self.capacity}: give fewer pictures"
+                    )
+
+    def _begin(self) -> None:
+        self._rows = self._asked
+        for name, state in self._residents.items():
+            shape = [self.batch_size if isinstance(size, str) else size for size in state.shape]
+            self.session.write(name, self._written(name, shape))
+        self._first = np.zeros((self.batch_size, 1), dtype=np.int64)
 
     def _written(self, name: str, shape: Sequence[int]) -> Array:
         """The rows of all prompts as a resident holds them; zeros behind those that there are."""
@@ -92,7 +112,7 @@ class PictureDecoder(Decoder):
         return held
 
     def _cut(self, row: int, length: int) -> list[tuple[int, int]]:
-        types = self._rows[row].types
+        types = self._asked[row].types
         if not self.whole or types is None:
             return super()._cut(row, length)
         pieces: list[tuple[int, int]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -75,9 +75,33 @@ class PictureForm:
                 for name, i in data["inputs"].items()
             }
             height, width = map(int, data["size"])
-            return cls((height, width), int(data["token"]), int(data["rows"]), int(data["count"]), inputs)
+            found = cls((height, width), int(data["token"]), int(data["rows"]), int(data["count"]), inputs)
+            for wrong in found._nonsense():
+                raise ValueError(wrong)
+            return found
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PackageError(f"{path} is damaged ({error}): compile the model again") from error
+
+    def _nonsense(self) -> Iterator[str]:
+        """What cannot be so."""
+        for name, number in (("rows", self.rows), ("count", self.count), ("size", min(self.size))):
+            if number < 1:
+                yield f"{name} is {number}"
+        if not self.inputs:
+            yield "there are no inputs"
+        for name, form in self.inputs.items():
+            if not all(0 <= axis < len(form.shape) for axis in (form.axis, form.row_axis)) or min(form.shape) < 1:
+                yield f"{name} has the shape {list(form.shape)} and axes {form.axis} and {form.row_axis}"
+
+    def check(self, encoder: Mapping[str, Sequence[object]]) -> None:
+        """Compare with the inputs of an encoder, shapes by name.
+
+        Raises:
+            PackageError: They are of other pictures.
+        """
+        own = {name: form.shape for name, form in self.inputs.items() if form.numbers is None}
+        if {name: tuple(shape) for name, shape in encoder.items()} != own:
+            raise PackageError(f"{FILE} is of other pictures than the encoder takes: compile the model again")
 
     def counts(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Pictures of each prompt, by its placeholders.
@@ -138,11 +162,21 @@ class PictureForm:
             raise self._other_size(name, form, array)
         if form.axis == form.row_axis and array.shape[form.axis] != step * sum(counts):
             raise self._other_size(name, form, array)
+        if form.axis != form.row_axis and array.shape[form.row_axis] != len(counts):
+            raise RuntimeInputError(
+                f"{name} is {list(array.shape)}, for {array.shape[form.row_axis]} prompts, and there are "
+                f"{len(counts)}: give both together"
+            )
         start = 0
         for row, count in enumerate(counts):
             whole = array
             if form.axis != form.row_axis:
                 whole, start = array.take(range(row, row + 1), axis=form.row_axis), 0
+                if whole.take(range(count * step, whole.shape[form.axis]), axis=form.axis).any():  # zeros are padding
+                    raise RuntimeInputError(
+                        f"{name} is {list(array.shape)}, with more pictures for prompt {row + 1} than the {count} "
+                        "of its text: give both together"
+                    )
             places = [range(start + n * step, start + (n + 1) * step) for n in range(count)]
             if places and places[-1].stop > whole.shape[form.axis]:
                 raise self._other_size(name, form, array)
@@ -153,6 +187,10 @@ class PictureForm:
     def _checked(self, name: str, form: InputForm, piece: Array) -> Array:
         if piece.shape != form.shape or (form.numbers is not None and piece.tolist() != form.numbers):
             raise self._other_size(name, form, piece)
+        if form.numbers is None and not (np.issubdtype(piece.dtype, np.floating) and np.isfinite(piece).all()):
+            raise RuntimeInputError(
+                f"{name} is {piece.dtype}, or has numbers that are not finite: give what the processor returns"
+            )
         return piece
 
     def _other_size(self, name: str, form: InputForm, found: Array) -> RuntimeInputError:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
+from qeff_ir.cli.pictures import processed, read_picture
 from tests import multimodal, processors, support
 from tests.processors import PROCESSORS
 
@@ -26,10 +29,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def right(prompt: str) -> str:
+def right(prompt: str, *, with_picture: bool = True) -> str:
     """transformers' answer of four words."""
     processor = processors.processor("llava")
-    given = processor(images=[[processors.picture(SIZE, 1)]], text=[prompt], return_tensors="pt")
+    images = {"images": [[processors.picture(SIZE, 1)]]} if with_picture else {}
+    given = processor(text=[prompt], return_tensors="pt", **images)
     out = support.generate(multimodal.lively("llava"), **given, max_new_tokens=4, do_sample=False)
     return processor.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)[0]
 
@@ -47,6 +51,39 @@ def test_a_package_answers_about_a_picture(qeff: Qeff, model: Path, tmp_path: Pa
     assert answer in qeff("run", model, *ask, *common).out
     small = qeff("run", tmp_path / "out", "--image", model / "dot.png", "--prompt", PROMPT, "--max-new-tokens", "4")
     assert small.code == 0  # this processor brings any picture to its own size
+    words = ("--prompt", "w5 w6 w7", "--prompt", "w8 w9", "--max-new-tokens", "4")
+    said = qeff("run", tmp_path / "out", *words)
+    assert (said.code, said.err) == (0, "")
+    assert all(right(prompt, with_picture=False) in said.out for prompt in ("w5 w6 w7", "w8 w9"))
+    lost = qeff("run", tmp_path / "out", "--prompt", PROMPT)
+    assert lost.code == 2 and "Found 1 <image> tokens in the text but no images" in " ".join(lost.err.split())
+
+
+def test_a_picture_stands_as_its_camera_was_held(tmp_path: Path) -> None:
+    held = Image.Exif()
+    held[0x0112] = 6  # a quarter turn
+    drawn = processors.picture((20, 14), 1)
+    Image.fromarray(drawn).save(tmp_path / "turned.png", exif=held)
+    np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "turned.png")), np.rot90(drawn, -1))
+
+
+def test_a_template_that_begins_a_text_does_so_once(model: Path) -> None:
+    processor = processors.processor("llava")
+    first = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    processor.tokenizer._tokenizer.post_processor = first
+    picture = read_picture(model / "cat.png")
+    plain = processed(processor, PROMPT, [picture])["input_ids"][0].tolist()
+    assert plain[:2] == [1, 5]
+    processor.chat_template = (
+        "{{ bos_token }}{% for part in messages[0]['content'] %}"
+        "{{ ' <image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    )
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "w5 w6"}]
+    right = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )["input_ids"]
+    assert processed(processor, "w5 w6", [picture])["input_ids"].tolist() == right.tolist()
+    assert right[0].tolist().count(1) == 1
 
 
 @pytest.mark.parametrize(
@@ -57,7 +94,10 @@ def test_a_package_answers_about_a_picture(qeff: Qeff, model: Path, tmp_path: Pa
         (("run", "--image", "config.json", "--prompt", "a"), "config.json is not a picture that Pillow reads"),
         (("compile", "--image-size", "336"), "--image-size is '336': give height and width in pixels, as 336x336"),
         (("compile", "--image-size", "8x8", "--token-embedding", "host"), "is for models of text alone"),
-        (("compile", "--image-size", "90x90", "--num-images", "9"), "9 pictures of 90 x 90 take 144 tokens"),
+        (
+            ("compile", "--image-size", "90x90", "--num-images", "9", "--ctx-len", "128"),
+            "9 pictures of 90 x 90 take 144 tokens",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_told(words: tuple[str, ...], message: str, qeff: Qeff, model: Path) -> None:

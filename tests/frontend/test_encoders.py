@@ -137,6 +137,30 @@ def test_what_depends_on_a_weight_is_refused_by_name(picked: str) -> None:
         lower_encoder(model, memory_weights(model), multimodal.picture("gemma3"))
 
 
+@pytest.mark.parametrize("way", ["an item", "a view", "an operator"])
+def test_what_is_written_is_not_what_it_was(way: str) -> None:
+    model = multimodal.build("gemma3")
+    inner, encode_all = model.model, model.model.get_image_features
+
+    def choosing(pixel_values: Any, **rest: Any) -> Any:
+        kept = pixel_values[0, 0, 0, :4] * 0.0 + 1.0
+        if way == "an item":
+            kept[3] = -1.0
+        elif way == "a view":
+            kept[3:].fill_(-1.0)
+        else:
+            kept -= torch.tensor([0.0, 0.0, 0.0, 2.0])
+        out = encode_all(pixel_values=pixel_values, **rest)
+        out.pooler_output = out.pooler_output[:, kept > 0]
+        return out
+
+    inner.get_image_features = choosing
+    example = multimodal.picture("gemma3")
+    assert choosing(example["pixel_values"], return_dict=True).pooler_output.shape[1] == 3
+    with pytest.raises(UnsupportedModelError):  # how many rows there are is not known, and not the four from before
+        find_features(model, example)
+
+
 def test_pieces_of_a_split_are_slices(tmp_path: Path) -> None:
     model = multimodal.build("gemma3")
     projector = model.model.multi_modal_projector

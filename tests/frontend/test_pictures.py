@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.masking_utils import create_causal_mask
 
 from backends import find_backend
 from backends.options import CompileOptions
 from qeff_ir.arrays import Array
-from qeff_ir.errors import RuntimeInputError, UnsupportedModelError
+from qeff_ir.errors import PackageError, RuntimeInputError, UnsupportedModelError
 from qeff_ir.frontend.checkpoint.weights import memory_weights
 from qeff_ir.frontend.export.encoders import find_features
 from qeff_ir.frontend.export.features import encode, read_features
@@ -23,6 +24,7 @@ from qeff_ir.frontend.export.pictures import Pictures, lower_language
 from qeff_ir.ir.module import Module
 from qeff_ir.numerics import bound, depth, error_over_rms
 from qeff_ir.passing import Pipeline, run_pipeline
+from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.picture_decoder import Pictured, PictureDecoder
 from qeff_ir.specialize import specialize
 from tests import multimodal, support
@@ -148,10 +150,108 @@ def test_a_picture_whose_tokens_see_one_another_is_not_cut(tmp_path: Path) -> No
         decoder.prefill([[5] * 9, [5]])
 
 
+def test_a_prompt_that_is_refused_leaves_the_request_before(tmp_path: Path) -> None:
+    decoder, _ = opened("llava", "onnxruntime", tmp_path)
+    (ids, pictures), (words, _) = prompts("llava")
+    given = [pictured("llava", ids, pictures), Pictured()]
+
+    def begun() -> None:
+        decoder.prompts = given
+        decoder.prefill([ids, words])
+
+    begun()
+    decoder.decode([5, 6])
+    right = decoder.decode([7, 8])
+    begun()
+    decoder.decode([5, 6])
+    few = given[0].rows["vision_embeds"]
+    for wrong, prompt, message in (
+        (Pictured(), [5] * 193, "a context of 192"),
+        (Pictured({"vision_embeds": np.concatenate([few, few])}), [5], r"has 64 rows, and a prompt may have 32"),
+        (Pictured({}, None, np.ones(2, dtype=np.int64)), [5], r"the types are \[2\] for a prompt of 1 tokens"),
+    ):
+        decoder.prompts = [wrong, Pictured()]
+        with pytest.raises(RuntimeInputError, match=message):
+            decoder.prefill([prompt, [5]])
+    np.testing.assert_array_equal(decoder.decode([7, 8]), right)
+
+
+def test_pictures_are_those_of_one_prefill(tmp_path: Path) -> None:
+    decoder, _ = opened("llava", "onnxruntime", tmp_path)
+    (ids, pictures), (words, _) = prompts("llava")
+    blank = decoder.prefill([ids, words])
+    decoder.prompts = [pictured("llava", ids, pictures), Pictured()]
+    assert error_over_rms(decoder.prefill([ids, words])[0], blank[0]) > 0.1
+    np.testing.assert_array_equal(decoder.prefill([ids, words]), blank)
+
+
+def test_a_package_of_pictures_is_not_a_causal_lm(tmp_path: Path) -> None:
+    decoder, _ = opened("llava", "onnxruntime", tmp_path)
+    with pytest.raises(PackageError, match="open it with QEFFAutoModelForImageTextToText"):
+        Decoder(decoder.session)
+
+
 def test_a_model_without_a_way_in_is_refused() -> None:
     form = find_features(multimodal.tiny("llava"), multimodal.picture("llava"))
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM takes no mm_encoder_outputs"):
         Pictures(support.tiny("llama")[1], "image", form, 1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (lambda types: torch.where(types == 0, 0, -1), "lets words see later words"),
+        (lambda types: torch.where(types == 1, 0, -1), "lets tokens of a picture see later pictures"),
+    ],
+)
+def test_a_model_whose_other_tokens_see_later_ones_is_refused(groups: Any, message: str) -> None:
+    def masks(
+        config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Any, position_ids: Any,
+        token_type_ids: Any, is_first_iteration: bool = False,
+    ) -> Any:  # fmt: skip
+        return create_causal_mask(
+            config.get_text_config(), inputs_embeds, attention_mask, past_key_values, position_ids,
+            block_sequence_ids=groups(token_type_ids),
+        )  # fmt: skip
+
+    model = multimodal.build("gemma3")
+    model.create_masks_for_generate = masks
+    form = find_features(model, multimodal.picture("gemma3"))
+    with pytest.raises(UnsupportedModelError, match=message):
+        lower_language(model, memory_weights(model), form)
+
+
+def test_types_of_tokens_for_another_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forward = multimodal.build("llava"), multimodal.build("llava").forward
+
+    def routed(mm_encoder_outputs: Any = None, moe_mm_token_type_ids: Any = None, **rest: Any) -> Any:
+        return forward(mm_encoder_outputs=mm_encoder_outputs, **rest)
+
+    monkeypatch.setattr(model, "forward", routed)
+    form = find_features(model, multimodal.picture("llava"))
+    with pytest.raises(UnsupportedModelError, match="takes moe_mm_token_type_ids, types of tokens that are not for"):
+        Pictures(model, "image", form, 1)
+
+
+@pytest.mark.parametrize("asked", ["placeholders", "vectors"])
+def test_only_a_branch_on_placeholders_is_taken(asked: str) -> None:
+    model = multimodal.build("llava")
+    inner, forward = model.model, model.model.forward
+
+    def branching(input_ids: Any = None, **rest: Any) -> Any:
+        kept = inner.get_input_embeddings()(input_ids)
+        if ((input_ids == IMAGE).unsqueeze(-1) if asked == "placeholders" else kept > 1e6).any():
+            return forward(input_ids=input_ids, **rest)
+        return forward(input_ids=input_ids * 0, **rest)
+
+    inner.forward = branching
+    form = find_features(model, multimodal.picture("llava"))
+    if asked == "vectors":
+        with pytest.raises(UnsupportedModelError, match="branches on what only a run knows"):
+            lower_language(model, memory_weights(model), form)
+    else:
+        module = lower_language(model, memory_weights(model), form)
+        assert [n.op_type for n in module.graph].count("MergeRows") == 1
 
 
 def test_inputs_are_those_that_the_model_reads() -> None:

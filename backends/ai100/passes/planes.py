@@ -5,23 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from qeff_ir.arrays import Array
 from qeff_ir.ir.module import Module
-from qeff_ir.ir.ports import AXES, PLANES, POSITIONS, Role, Run, define, name_of
+from qeff_ir.ir.ports import ALL_PLANES, AXES, PLANES, POSITIONS, name_of
 from qeff_ir.numerics import Exact, Numeric
 from qeff_ir.passing.base import Pass, Phase, Rewriter, register
-
-
-def _all_planes(run: Run) -> Array:
-    return np.concatenate([run.positions[None], run.planes])
-
-
-ALL_PLANES = define(
-    Role("all-planes", "positions, -1 is padding, then places on three axes, int64 [4, batch, seq]", _all_planes)
-)
 
 
 @register

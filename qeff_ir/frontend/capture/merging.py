@@ -2,7 +2,8 @@
 
 Models put rows in the place of placeholder tokens by `torch.Tensor.masked_scatter`, which starts at row 0 in each run;
 some add rows to the hidden states of a layer by ``x[mask] = x[mask] + rows``. Both become `MergeRows`, which knows the
-row that a run begins with, so that a picture may span the chunks of a prompt.
+row that a run begins with, so that a picture may span the chunks of a prompt. A branch on whether there is any
+placeholder is taken; one on anything else is refused, as everywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from qeff_ir.frontend.capture.own_thread import replaced
 
 Tensor = torch.Tensor
 
+_EQUAL = (Tensor.__eq__, Tensor.eq, torch.eq)
+_ANY = (Tensor.any, torch.any)
+_SAME = (Tensor.to, Tensor.__or__)
+"""What makes a mask of placeholders from masks of placeholders, views apart."""
+
 
 class Merging(TorchFunctionMode):
     """Captures merges while the block lasts.
@@ -26,15 +32,18 @@ class Merging(TorchFunctionMode):
     Args:
         first: The row that the next placeholder stands for, int64 ``[batch, 1]``.
         count: Rows of each row of the batch.
+        token: The placeholder; `None` where the model does not say.
 
     Attributes:
         next: `first` after the run; `None` until something was merged.
     """
 
-    def __init__(self, first: Tensor, count: int) -> None:
+    def __init__(self, first: Tensor, count: int, token: int | None = None) -> None:
         super().__init__()
-        self.first, self.count = first, count
+        self.first, self.count, self.token = first, count, token
         self.next: Tensor | None = None
+        self._masks: dict[int, Tensor] = {}  # of placeholders, by identity, and held
+        self._anys: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
     def capturing(self) -> Generator[None]:
@@ -45,6 +54,7 @@ class Merging(TorchFunctionMode):
     def merge(self, embeds: Tensor, mask: Tensor, rows: Any) -> Tensor:
         """`embeds` ``[batch, seq, width]`` with rows of each row of the batch, all after one another, at the mask."""
         chosen = _of_tokens(mask)
+        self._masks[id(mask)] = mask
         if isinstance(rows, ChosenRows):
             return torch.where(chosen.unsqueeze(-1), rows.whole, embeds)
         own = rows.reshape(embeds.shape[0], self.count, embeds.shape[-1])
@@ -54,7 +64,7 @@ class Merging(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.masked_scatter:
             return self.merge(*args, **(kwargs or {}))
-        if func is Tensor.__bool__ and args[0].dtype is torch.bool and type(args[0]) is not Tensor:
+        if func is Tensor.__bool__ and id(args[0]) in self._anys:
             return True  # "is there any placeholder?": what follows does nothing where there is none
         if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].dim() == 3:
             mask = _mask_of(args[1])
@@ -67,7 +77,26 @@ class Merging(TorchFunctionMode):
                 else:
                     held.copy_(torch.where(mask.unsqueeze(-1), value, held))
                 return None
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype is torch.bool:
+            self._note(func, args, out)
+        return out
+
+    def _is_mask(self, tensor: Tensor) -> bool:
+        """Whether a tensor, or what it is a view of, is a mask of placeholders."""
+        base = tensor._base
+        return id(tensor) in self._masks or (base is not None and id(base) in self._masks)
+
+    def _note(self, func: Any, args: Any, out: Tensor) -> None:
+        """Remember what tells where placeholders are, and whether there is one."""
+        if func in _EQUAL and self.token is not None:
+            if isinstance(args[1], int) and args[1] == self.token and not args[0].is_floating_point():
+                self._masks[id(out)] = out
+        elif args and all(self._is_mask(tensor) for tensor in args if isinstance(tensor, Tensor)):
+            if func in _SAME:
+                self._masks[id(out)] = out
+            elif func in _ANY and len(args) == 1:
+                self._anys[id(out)] = out
 
 
 class ChosenRows:

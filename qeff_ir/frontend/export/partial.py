@@ -4,8 +4,8 @@ Towers compute positions, windows and splits from the sizes of pictures. At one 
 that follows from them: a function of real tensors alone is called for real, and the trace sees its result.
 
 What comes from the pixels of the example alone has a *shadow* as well, its value on the example, until a weight comes
-in: a Python number, a length or a choice of rows that depends on it is that of the example. So a tower that drops
-pictures without content is one for pictures with content.
+in or it is written in place: a Python number, a length or a choice of rows that depends on it is that of the example.
+So a tower that drops pictures without content is one for pictures with content.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ _ASK = frozenset(
 """What asks for numbers, or makes a length of them."""
 
 
+_WRITES = frozenset(
+    {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
+    | {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
+)
+"""What writes, of the methods that operators call."""
+
+
 class PartialEvaluation(TorchFunctionMode):
     """Computes what is known while the block lasts; everything else is traced.
 
@@ -54,13 +61,16 @@ class PartialEvaluation(TorchFunctionMode):
             return self._real(func, args, kwargs, any_tensor=bool(tensors))
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], self._chosen(args[1]), *args[2:])
+        if _writes(func):
+            self._forget(args[0])
+            return func(*args, **kwargs)
         if any(self._value(tensor) is None for tensor in tensors):
             return func(*args, **kwargs)
         known_args, known_kwargs = pytree.tree_map(self._value, (args, kwargs))
         if func in _ASK:
             return _compute(func, known_args, known_kwargs)
         out = func(*args, **kwargs)
-        if getattr(func, "__name__", "") != "__get__" and not _writes(func):
+        if getattr(func, "__name__", "") != "__get__":
             self._shade(out, _compute(func, known_args, known_kwargs))
         return out
 
@@ -81,6 +91,11 @@ class PartialEvaluation(TorchFunctionMode):
         for one, known in zip(pytree.tree_leaves(made), pytree.tree_leaves(value), strict=True):
             if isinstance(one, Tensor) and isinstance(known, Tensor) and type(one) is not Tensor:
                 self._shadows[id(one)] = one, known
+
+    def _forget(self, written: Tensor) -> None:
+        """Drop the value of a tensor that is written, and of all that share its memory."""
+        memory = _memory(written)
+        self._shadows = {key: held for key, held in self._shadows.items() if _memory(held[0]) is not memory}
 
     def _chosen(self, index: Any) -> Any:
         """An index whose masks, where they are known, have become the places that they choose."""
@@ -108,7 +123,12 @@ def _makes_whole_numbers(func: Callable[..., Any], kwargs: Mapping[str, Any]) ->
     return named and isinstance(dtype, torch.dtype) and not dtype.is_floating_point
 
 
+def _memory(tensor: Tensor) -> Tensor:
+    """The tensor that another is a view of; itself where it is of none."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def _writes(func: Callable[..., Any]) -> bool:
     """Whether a function changes its first argument."""
     name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))

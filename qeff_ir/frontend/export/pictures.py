@@ -26,6 +26,7 @@ from qeff_ir.frontend.capture.own_thread import alone, replaced
 from qeff_ir.frontend.capture.states import CapturingCache
 from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.checkpoint.weights import Weights
+from qeff_ir.frontend.export.blocks import check_blocks
 from qeff_ir.frontend.export.encoders import ROWS as NAMES
 from qeff_ir.frontend.export.features import DEEPSTACK, Features
 from qeff_ir.frontend.export.given import TYPES, Call, Given, GivenPort
@@ -55,7 +56,8 @@ class Pictures(Given):
         types: Whether its masks may depend on which tokens are of a picture.
 
     Raises:
-        UnsupportedModelError: The model has no way in for rows, or gives tokens places on another number of axes.
+        UnsupportedModelError: The model has no way in for rows, gives tokens places on another number of axes, or takes
+            types of tokens for another use.
     """
 
     def __init__(
@@ -66,6 +68,11 @@ class Pictures(Given):
             raise UnsupportedModelError(
                 f"{name} takes no mm_encoder_outputs, by which models of transformers are given what their encoder "
                 "made: it cannot be split into an encoder and a language model"
+            )
+        other = next((n for n in parameters if n.endswith("token_type_ids") and n not in _TYPE_ARGUMENTS), None)
+        if other is not None:
+            raise UnsupportedModelError(
+                f"{name} takes {other}, types of tokens that are not for its masks: they would be dropped"
             )
         with attributes_kept(model):
             axes = private.axes_of_positions(model) - 1
@@ -88,7 +95,8 @@ class Pictures(Given):
     @contextlib.contextmanager
     def calling(self, model: PreTrainedModel, values: Mapping[str, Tensor], cache: CapturingCache) -> Generator[Call]:
         """See `Given.calling`."""
-        merging = Merging(values["image_idx"], values[NAMES[self.modality]].shape[1])
+        token = getattr(model.config, f"{self.modality}_token_id", None)
+        merging = Merging(values["image_idx"], values[NAMES[self.modality]].shape[1], token)
         arguments: dict[str, object] = {"mm_encoder_outputs": {self.modality: self._filled(values)}}
         if self.axes:
             arguments["position_ids"] = torch.cat([cache.position_ids[None], values[PLACES]])
@@ -142,9 +150,13 @@ def lower_language(
         ``image_idx_output`` goes on from, both ``[batch_size, 1]``.
 
     Raises:
-        UnsupportedModelError: See `Pictures` and `qeff_ir.frontend.export.lower.lower`.
+        UnsupportedModelError: See `Pictures`, `qeff_ir.frontend.export.blocks.check_blocks` and
+            `qeff_ir.frontend.export.lower.lower`.
     """
-    types = _masks_follow_types(model, Pictures(model, modality, features, count))
+    pictures = Pictures(model, modality, features, count)
+    types = _masks_follow_types(model, pictures)
+    if types and pictures.types is not None:
+        check_blocks(model, pictures.types)
     return lower(model, weights, given=Pictures(model, modality, features, count, types=types))
 
 

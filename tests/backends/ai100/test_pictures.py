@@ -53,6 +53,16 @@ INDEX = ("INT64", ["batch_size", 1])
 TOKENS = ("INT64", ["batch_size", "seq_len"])
 
 
+def test_the_cache_of_the_language_model_is_compressed(tmp_path: Path) -> None:
+    model = QEFFAutoModelForImageTextToText(multimodal.lively("llava"), processors.processor("llava"))
+    model.compile(
+        image_size=PROCESSORS["llava"].size, target="ai100", emit_only=True, prefill_seq_len=8, ctx_len=64,
+        compile_dir=tmp_path, mxint8_kv_cache=True,
+    )  # fmt: skip
+    assert "mxint8" in (tmp_path / CUSTOM_IO).read_text()
+    assert "mxint8" not in (tmp_path / "vision" / CUSTOM_IO).read_text()
+
+
 def test_both_programs_of_a_package_are_spelled_out(packages: dict[str, Path]) -> None:
     folder = packages["llava_next"]
     states = [f"past_{kind}.{layer}" for layer in range(3) for kind in ("key", "value")]
