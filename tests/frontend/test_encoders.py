@@ -157,7 +157,7 @@ def test_what_is_written_is_not_what_it_was(way: str) -> None:
     inner.get_image_features = choosing
     example = multimodal.picture("gemma3")
     assert choosing(example["pixel_values"], return_dict=True).pooler_output.shape[1] == 3
-    with pytest.raises(UnsupportedModelError):  # how many rows there are is not known, and not the four from before
+    with pytest.raises(UnsupportedModelError, match="branches on what only a run knows"):  # not the four from before
         find_features(model, example)
 
 
