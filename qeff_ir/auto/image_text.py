@@ -113,17 +113,11 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         prefill_seq_len: int | None = None,
         ctx_len: int | None = None,
         batch_size: int = 1,
-        num_cores: int = 16,
-        num_devices: int = 1,
-        mxfp6_matmul: bool = False,
-        mxint8_kv_cache: bool = False,
-        weight_free: bool = False,
         compile_dir: str | Path | None = None,
         pipeline: Pipeline | str | None = None,
         emit_only: bool = False,
-        force_flags: bool = False,
         watch: Watch | None = None,
-        **compiler_options: Any,
+        **options: Any,
     ) -> dict[str, str]:
         """Compile for a target; an equal package in the cache is used as it is.
 
@@ -136,17 +130,11 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
             ctx_len: Prompt, rows of pictures and new tokens together; by default the rows of all pictures and 1024
                 tokens, in whole 128s, as far as the model has positions.
             batch_size: Rows of a run.
-            num_cores: Cores of the device.
-            num_devices: Devices that share the model.
-            mxfp6_matmul: Compress constant matmul weights on the device.
-            mxint8_kv_cache: Compress the KV cache on the device.
-            weight_free: Emit AI 100 graphs without weights.
             compile_dir: Folder of the package; one in the cache when not given.
             pipeline: Another pipeline than the target's own, or edits of it, for both programs.
             emit_only: Write the package without running the target's compiler.
-            force_flags: Hand unknown compiler flags on instead of refusing them.
             watch: Told of every step.
-            compiler_options: Any other flag of the target's compiler.
+            options: What the target takes beside that, by name, flags of its compiler too.
 
         Returns:
             Paths of the programs, ``vision_qpc_path`` and ``lang_qpc_path``, as the AI 100 contract has it (§1.9).
@@ -154,20 +142,14 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         Raises:
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
-        options = {
+        given = {
             "prefill_seq_len": prefill_seq_len,
             "ctx_len": ctx_len,
             "batch_size": batch_size,
-            "num_cores": num_cores,
-            "num_devices": num_devices,
-            "mxfp6_matmul": mxfp6_matmul,
-            "mxint8_kv_cache": mxint8_kv_cache,
-            "weight_free": weight_free,
-            "force_flags": force_flags,
-            **compiler_flags(compiler_options),
+            **compiler_flags(options),
         }
         return self.compile_with(
-            options,
+            given,
             image_size=image_size,
             num_images=num_images,
             target=target,

@@ -214,7 +214,7 @@ def test_a_model_whose_other_tokens_see_later_ones_is_refused(groups: Any, messa
             block_sequence_ids=groups(token_type_ids),
         )  # fmt: skip
 
-    model = multimodal.build("gemma3")
+    model: Any = multimodal.build("gemma3")
     model.create_masks_for_generate = masks
     form = find_features(model, multimodal.picture("gemma3"))
     with pytest.raises(UnsupportedModelError, match=message):
