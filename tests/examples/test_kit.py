@@ -85,7 +85,7 @@ def test_a_stock_pass_is_held_in_its_place() -> None:
     before, made, after = kit._placed("attention{impl=grouped}", "onnxruntime", None)
     assert made.name == "attention" and before.passes[-1].name == "kv-retention" and after.passes[0].name != "attention"
     before, made, after = kit._placed("merge-lora{adapter=FOLDER}", "ai100", None)
-    assert made.name == "merge-lora" and after.passes[0].name == "kv-retention"
+    assert made.name == "merge-lora" and after.passes[0].name == "image-merge"
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
