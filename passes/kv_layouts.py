@@ -15,6 +15,7 @@ from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import POSITIONS
 from qeff_ir.ir.residents import DimValue, State
 from qeff_ir.passing.base import OpBuilder, Rewriter
+from qeff_ir.passing.properties import PROPERTIES, define
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ LAYOUTS: dict[str, type[Layout]] = {}
 
 
 def layout(name: str) -> Callable[[L], L]:
-    """Class decorator that makes a layout known by a name.
+    """Class decorator that makes a layout known by a name, and ``<name>-layout`` a property that passes can require.
 
     Raises:
         PipelineError: Another class has that name.
@@ -119,6 +120,19 @@ def layout(name: str) -> Callable[[L], L]:
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise PipelineError(f"two layouts are named '{name}': {known.__module__} and {cls.__module__}; rename one")
         LAYOUTS[name] = cls
+        if f"{name}-layout" not in PROPERTIES:
+
+            def problem(module: Module) -> str | None:
+                return _other_writer(module, name)
+
+            problem.__doc__ = f"Caches have the layout {name}: the operator of another writes none."
+            define(f"{name}-layout")(problem)
         return cls
 
     return add
+
+
+def _other_writer(module: Module, name: str) -> str | None:
+    others = {cls.op_type for other, cls in LAYOUTS.items() if other != name} - {LAYOUTS[name].op_type}
+    node = next((node for node in module.graph if node.op_type in others), None)
+    return None if node is None else f"{node.op_type} '{node.outputs[0].name}' writes a cache"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from backends import find_backend
-from qeff_ir.errors import PassError
+from qeff_ir.errors import PipelineError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import Run
 from qeff_ir.passing import Pipeline, run_pipeline
@@ -90,5 +90,5 @@ def test_a_slot_that_is_not_read_is_told() -> None:
 def test_another_layout_is_refused() -> None:
     module = support.canonical("llama")
     stock = Pipeline.parse(find_backend("onnxruntime").pipeline).insert_after("kv-retention", LENGTHS)
-    with pytest.raises(PassError, match=r"not read by CtxGather: put kv-retention\{layout=scatter\} before it"):
+    with pytest.raises(PipelineError, match=r"requires the property 'scatter-layout'.*\{layout=scatter\} before"):
         run_pipeline(module, stock)

@@ -17,6 +17,7 @@ from qeff_ir.passing.expect import AllSites
 from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.manager import PassRun, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.passing.properties import problem
 from tests import support
 
 
@@ -337,3 +338,5 @@ def test_a_layout_is_a_property_that_can_be_required() -> None:
     assert "scatter-layout" in module.properties and "tensor-scatter-layout" not in module.properties
     with pytest.raises(PassError, match="the caches have the layout scatter already: lower the model again"):
         run_pipeline(module, before)
+    assert problem("scatter-layout", module) is None
+    assert str(problem("tensor-scatter-layout", module)).endswith("writes a cache")
