@@ -17,7 +17,7 @@ from qeff_ir.errors import PassError
 from qeff_ir.ir.module import WEIGHT_KEY, Dim, Module
 from qeff_ir.ir.printer import to_text
 from qeff_ir.passing import checks, properties
-from qeff_ir.passing.base import Pass, Rewriter
+from qeff_ir.passing.base import Pass, Rewriter, registered_passes
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from tests import support
@@ -327,9 +327,20 @@ def raise_constant(module: Module, rewriter: Rewriter) -> None:
     rewriter.at(first(module, "Sigmoid"))("Constant", value_float=1.0)
 
 
+def written_by(op_type: str) -> Run:
+    def spoil(module: Module, rewriter: Rewriter) -> None:
+        registered_passes()  # among them those of the targets, whose layouts these are
+        node = first(module, "Sigmoid")
+        rewriter.at(node)(op_type, node.inputs[0])
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "problem"),
     [
+        ("scatter-layout", written_by("TensorScatter"), "TensorScatter 'val_0' writes a cache"),
+        ("tensor-scatter-layout", written_by("CtxScatter"), "CtxScatter 'val_0' writes a cache"),
         ("canonical", stutter, "Identity 'val_0' of model.layers.0.mlp.act_fn does nothing"),
         ("fp16-range", constant(1e6), "the constant 'const.float32.scalar.b1d4fbb2' is beyond ±65504"),
         ("last-logits", nothing, "the logits have the shape [batch_size,seq_len,97]"),
@@ -345,6 +356,7 @@ def test_each_property_has_a_checker_that_fails(module: Module, name: str, spoil
 
 
 def test_every_property_has_a_fault() -> None:
+    registered_passes()
     test: Any = test_each_property_has_a_checker_that_fails
     marks = test.pytestmark
     assert {values[0] for mark in marks for values in mark.args[1]} == set(properties.PROPERTIES)
