@@ -8,10 +8,14 @@ import pytest
 
 from qeff_ir.debug.bisect import bisect
 from qeff_ir.debug.bundle import read_bundle
+from qeff_ir.debug.drive import drive, make_plan
 from qeff_ir.debug.reduce import PASSING, reduce, write_reduction
 from qeff_ir.debug.replay import replay
-from qeff_ir.errors import BundleError
+from qeff_ir.errors import BundleError, RuntimeInputError
+from qeff_ir.ir.ports import LOGITS
 from qeff_ir.ir.snapshot import load_module
+from qeff_ir.passing import Rewriter
+from tests import support
 
 from .test_bisect import FUSIONS, fail
 from .wrong_passes import FlippedSign, residuals
@@ -49,3 +53,14 @@ def test_a_bundle_that_does_not_fail_is_not_reduced(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(FlippedSign, "run", lambda *_: None)
     with pytest.raises(BundleError, match=r"^flipped-sign does not fail here as the bundle says: run 'qeff replay' to"):
         reduce(bundle)
+
+
+def test_what_cannot_be_run_is_raised_and_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
+    module = support.canonical("llama")
+    node = module.port(LOGITS).producer()
+    assert node is not None and node.inputs[0] is not None
+    b = Rewriter(module, "made").at(node)
+    node.replace_input_with(0, b("Gather", node.inputs[0], b.const([10_000]), axis=1))
+    with pytest.raises(RuntimeInputError, match="Gather"):
+        drive(module, make_plan(module))
+    assert capfd.readouterr().err == ""
