@@ -147,13 +147,8 @@ class PictureFolder(PictureSource, FolderSource):
                 "preprocessor_config.json there"
             ) from error
 
-    def identity(self) -> dict[str, Any] | None:
-        """See `Source.identity`; with what it is compiled for."""
-        known = super().identity()
-        return None if known is None or self.pictured is None else {**known, "pictures": self.pictured.form.to_json()}
-
     def save_side_files(self, folder: Path) -> None:
-        """See `Source.save_side_files`; with the form of pictures."""
+        """See `Source.save_side_files`; with the form of pictures, by which it is part of the package's key."""
         super().save_side_files(folder)
         self._known().form.write(folder)
 
