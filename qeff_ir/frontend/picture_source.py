@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +55,13 @@ class PictureSource(Source):
         """See `Source.programs`."""
         return {MAIN: self.lower, VISION: self.lower_vision}
 
+    @abstractmethod
     def skeleton(self) -> PreTrainedModel:
         """The model, with weights or without."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image_processor(self) -> Any:
         """transformers' image processor of the model."""
-        raise NotImplementedError
 
     def for_pictures(self, size: tuple[int, int], count: int) -> PictureSource:
         """The model, to be compiled for up to `count` pictures of `size` (height and width) in a prompt.
@@ -110,9 +111,9 @@ class PictureSource(Source):
 
         return lower_encoder(model, weights, self._known().example)
 
+    @abstractmethod
     def lower_vision(self) -> Module:
         """Lower the encoder; see `Source.lower`."""
-        raise NotImplementedError
 
 
 class PictureFolder(PictureSource, FolderSource):
