@@ -52,6 +52,8 @@ def bisect_command(
     for trial in trials:
         line((trial, "dim"))
     line(("Guilty: ", "bold"), (str(culprit), "bold red"))
+    if culprit.difference is not None:
+        line(("Value:  ", "bold"), str(culprit.difference))
     for text in render(culprit.change) if culprit.change is not None else ():
         line(f"  {text}")
 

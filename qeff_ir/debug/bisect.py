@@ -20,8 +20,9 @@ from pathlib import Path
 from qeff_ir.debug.bundle import Bundle
 from qeff_ir.debug.diff import ModuleDiff, diff
 from qeff_ir.debug.equivalence import EndToEnd
+from qeff_ir.debug.first_difference import Difference, first_difference
 from qeff_ir.debug.replay import NUMERIC, Failure, attempt, failing_pass, recorded
-from qeff_ir.errors import BundleError, EquivalenceError, PassError
+from qeff_ir.errors import BundleError, EquivalenceError, PassError, QeffError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.snapshot import save_module
 from qeff_ir.passing.instrument import Instrument
@@ -45,6 +46,7 @@ class Culprit:
         rule: Name of the rewrite.
         whole: Whether no rewrite is wrong by itself, but the result is not what the pass promises: a site is left, say.
         change: What that rewrite changed; `None` when the pass raised in it, so that nothing is left to look at.
+        difference: Where the numbers differ first; `None` when they do not, or cannot be told.
     """
 
     pass_id: str
@@ -53,6 +55,7 @@ class Culprit:
     rule: str = ""
     whole: bool = False
     change: ModuleDiff | None = None
+    difference: Difference | None = None
 
     def __str__(self) -> str:
         if self.whole:
@@ -210,8 +213,17 @@ def _witness(module: Module, pipeline: Pipeline, inner: str, name: str, failure:
     if failure.error == PassError.__name__ and with_it[0] is not None and not with_it[2]:
         return Culprit(name, failure, whole=True)  # the pass came to its end; the manager asked for more
     rules = [rule for rule, count in with_it[1].items() if count > without[1].get(rule, 0)]
-    change = diff(without[0], with_it[0]) if without[0] is not None and with_it[0] is not None else None
-    return Culprit(name, failure, number, rules[0] if rules else "unnamed", change=change)
+    rule = rules[0] if rules else "unnamed"
+    if without[0] is None or with_it[0] is None:
+        return Culprit(name, failure, number, rule)
+    return Culprit(name, failure, number, rule, False, diff(without[0], with_it[0]), _parting(without[0], with_it[0]))
+
+
+def _parting(before: Module, after: Module) -> Difference | None:
+    try:
+        return first_difference(before, after)
+    except QeffError:
+        return None  # what cannot be driven has no numbers, and need not have any to be wrong
 
 
 def _apply(module: Module, pipeline: Pipeline, inner: str, budget: int) -> tuple[Module | None, dict[str, int], bool]:

@@ -8,7 +8,7 @@ renamed values, when operator, attributes and (renamed) inputs agree. The same n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -135,31 +135,60 @@ def summary(changes: Iterable[NodeChange]) -> str:
     return ", ".join(f"{op} ×{n}" if n > 1 else op for op, n in counted.items())
 
 
+def counterparts(before: ir.Graph, after: ir.Graph) -> dict[str, str]:
+    """The old value that a new one stands for, by name, where nodes tell.
+
+    Both are results of the same node, or outputs of one name; or the same node, otherwise unchanged, takes the new one
+    where it took the old one.
+    """
+    same = _twins(before, after)
+    renamed = _renamed(same)
+    found = {str(v.name): str(v.name) for v in after.outputs if v.name in {o.name for o in before.outputs}}
+    found |= {str(b): str(a) for b, a in renamed.items()}
+    for new, old in same.items():
+        was, now = _inputs(old, {}), _inputs(new, renamed)
+        changed = [(a, b) for a, b in zip(was, now, strict=False) if a != b]
+        if len(changed) == 1 and len(was) == len(now) and _attributes(old) == _attributes(new):
+            ((a, b),) = changed
+            found.setdefault(b, a)
+    return found
+
+
 def _node_changes(before: ir.Graph, after: ir.Graph) -> Iterable[NodeChange]:
+    same = _twins(before, after)
+    kept, renamed = set(same.values()), _renamed(same)
+    yield from (_change("removed", n) for n in before if n not in kept)
+    for node in after:
+        if node not in same:
+            yield _change("added", node)
+        elif detail := _rewiring(same[node], node, renamed):
+            yield _change("rewired", node, detail)
+
+
+def _twins(before: ir.Graph, after: ir.Graph) -> dict[ir.Node, ir.Node]:
+    """The old node of each new one that is the same, in the order of the graph."""
     by_name = {n.outputs[0].name: n for n in before if n.outputs}
     by_form: dict[tuple[Any, ...], list[ir.Node]] = {}
     names = {n.outputs[0].name for n in after if n.outputs}
     for node in before:
         if node.outputs[0].name not in names:
             by_form.setdefault(_form(node, {}), []).append(node)
-    renamed: dict[str | None, str | None] = {}
-    kept: set[ir.Node] = set()
-    changes: list[NodeChange] = []
+    found, renamed = dict[ir.Node, ir.Node](), dict[str | None, str | None]()
     for node in after:
         twin = by_name.get(node.outputs[0].name)
         if twin is None or twin.op_identifier() != node.op_identifier():
             same = by_form.get(_form(node, renamed), [])
             twin = same.pop(0) if same else None
-        if twin is None:
-            changes.append(_change("added", node))
-            continue
-        kept.add(twin)
-        renamed.update(zip((v.name for v in node.outputs), (v.name for v in twin.outputs), strict=False))
-        detail = _rewiring(twin, node, renamed)
-        if detail:
-            changes.append(_change("rewired", node, detail))
-    yield from (_change("removed", n) for n in before if n not in kept)
-    yield from changes
+        if twin is not None:
+            found[node] = twin
+            renamed |= _renamed({node: twin})
+    return found
+
+
+def _renamed(same: Mapping[ir.Node, ir.Node]) -> dict[str | None, str | None]:
+    """Old names of the results of nodes that are the same."""
+    pairs = (zip(new.outputs, old.outputs, strict=False) for new, old in same.items())
+    return {new.name: old.name for pair in pairs for new, old in pair}
 
 
 def _form(node: ir.Node, renamed: dict[str | None, str | None]) -> tuple[Any, ...]:

@@ -12,10 +12,10 @@ import itertools
 import math
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -142,8 +142,36 @@ def _room(module: Module, sizes: Mapping[str, int]) -> int:
     return sizes.get("ctx_len") or min(slots, default=SMALL["ctx_len"])
 
 
+class Step(NamedTuple):
+    """One run of a module.
+
+    Attributes:
+        run: Of a decoder, in the shapes of a specialization; `None` for another graph.
+        feeds: All inputs.
+        result: All outputs, as the graph gives them.
+    """
+
+    run: Run | None
+    feeds: dict[str, Array]
+    result: dict[str, Array]
+
+
 def drive(module: Module, plan: Plan) -> Answers:
     """Run a module on a trace, ONNX Runtime's own rewriting off, so that only the passes are judged.
+
+    Raises:
+        RuntimeInputError: ONNX Runtime cannot load or run the graph.
+    """
+    outputs: list[dict[str, Array]] = []
+    first: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
+    for number, (run, feeds, result) in enumerate(driven(module, plan)):
+        first = first if number else (feeds, result)
+        outputs.append(result if run is None else _answers(module, result, run))
+    return Answers(outputs, *first)
+
+
+def driven(module: Module, plan: Plan) -> Iterator[Step]:
+    """The runs of `drive`, one by one.
 
     Raises:
         RuntimeInputError: ONNX Runtime cannot load or run the graph.
@@ -157,8 +185,6 @@ def drive(module: Module, plan: Plan) -> Answers:
         lost = next((s.output for s in module.states if s.output not in names), None)
         if lost is not None:
             raise RuntimeInputError(f"{module.name} has a state without its output '{lost}': it cannot be run")
-        outputs: list[dict[str, Array]] = []
-        first: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
         embed = _embed(module, plan) if plan.runs else None
         for asked in plan.runs or [None]:
             run = None if asked is None else _fitted(module, dataclasses.replace(asked, embed=embed))
@@ -178,10 +204,8 @@ def drive(module: Module, plan: Plan) -> Answers:
                     f"the output '{strange}' of {module.name} is not a tensor of numbers, so that it cannot be "
                     "compared: check on a lower level"
                 )
-            first = first if first[0] else (all_feeds, result)
             states = {s.input: result[s.output] for s in module.states}
-            outputs.append(result if run is None else _answers(module, result, run))
-    return Answers(outputs, *first)
+            yield Step(run, all_feeds, result)
 
 
 def _ports(module: Module) -> list[Port]:

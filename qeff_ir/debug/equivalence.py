@@ -20,7 +20,7 @@ from qeff_ir.passing.instrument import Instrument
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.passing.report import PassRun, Report
 
-_FACTOR = 4.0
+MARGIN = 4.0
 """How many times its own response to half a unit of rounding in the weights a model may move in one pass."""
 
 
@@ -52,9 +52,9 @@ class Equivalence(Instrument):
         self._plan = make_plan(module, self._seed)
         self._before = drive(module, self._plan)
         self.errors = {}
-        nudged = drive(_nudge(module, self._seed), self._plan)
-        own = max(map(_worst_error, nudged.outputs, self._before.outputs))
-        self.limit = max(bound(max(depth_of(module), 1)), _FACTOR * own)
+        moved = drive(nudged(module, self._seed), self._plan)
+        own = max(map(_worst_error, moved.outputs, self._before.outputs))
+        self.limit = max(bound(max(depth_of(module), 1)), MARGIN * own)
 
     def before_pass(self, id: str, item: Pass, module: Module) -> None:
         """Nothing: what the pass is given was driven after the pass before."""
@@ -134,7 +134,7 @@ def _worst_error(values: Mapping[str, Array], reference: Mapping[str, Array]) ->
     return max((e for e in errors if math.isfinite(e)), default=0.0)
 
 
-def _nudge(module: Module, seed: int) -> Module:
+def nudged(module: Module, seed: int) -> Module:
     """A copy whose float weights have all moved by one unit in the last place, up or down."""
     random, copy = np.random.default_rng(seed), module.clone()
     for value in copy.graph.initializers.values():

@@ -1,9 +1,9 @@
 """Shrink the module of a bundle while it still fails in the same way: delta debugging over outputs, then over nodes.
 
 Outputs are dropped in halves (`ddmin`), a state's output with the state. Then the graph is cut from both ends: an inner
-value becomes the only output, and inner values become inputs, so that all nodes behind and before them fall away. Each
-trial runs the failing pass; one that fails in another way, or not at all, is undone. The largest part of the result
-that passes is kept beside it: the two differ by what makes it fail.
+value becomes the only output, by halves and then from node to node, and inner values become inputs, so that all nodes
+behind and before them fall away. Each trial runs the failing pass; one that fails in another way, or not at all, is
+undone. The largest part of the result that passes is kept beside it: the two differ by what makes it fail.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from qeff_ir.errors import BundleError, QeffError
 from qeff_ir.ir import operators
 from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.snapshot import save_module
+from qeff_ir.passing import properties
 
 PASSING = "passing"
 """Folder of the nearest module that passes, inside the reduced bundle."""
@@ -63,7 +64,7 @@ def reduce(bundle: Bundle, *, say: Say = lambda _: None, trials: int = _TRIALS) 
     search = _Search(bundle, say, trials)
     search.drop_outputs()
     search.cut_behind()
-    while search.cut_before():
+    while search.cut_before() or search.step_back():
         pass  # a later cut can make an earlier one possible; the last round also tries all neighbors of the result
     return Reduction(search.best, search.passing, (len(bundle.module.graph), len(search.best.graph)), search.count)
 
@@ -127,6 +128,19 @@ class _Search:
             else:
                 low = middle + 1
 
+    def step_back(self) -> bool:
+        """Make what the last node takes the only output, as long as that fails too.
+
+        Returns:
+            Whether any cut was kept.
+        """
+        size = len(self.best.graph)
+        while (last := self.best.graph.outputs[0].producer()) is not None:
+            inner = [v for v in last.inputs if v is not None and (made := v.producer()) is not None and _is_cut(made)]
+            if not any(self._try(_with_outputs(self.best, [str(v.name)]), f"only %{v.name}") for v in inner):
+                break
+        return len(self.best.graph) < size
+
     def cut_before(self) -> bool:
         """Make inner values inputs, those nearest to the output first, so that the first cuts take most away.
 
@@ -161,8 +175,13 @@ def _names(module: Module) -> set[str | None]:
 
 
 def _typed_nodes(module: Module) -> list[ir.Node]:
-    """Nodes with one result that could stand in an interface."""
-    return [n for n in module.graph if len(n.outputs) == 1 and _fits(n.outputs[0])]
+    """Nodes that the graph can be cut at."""
+    return [node for node in module.graph if _is_cut(node)]
+
+
+def _is_cut(node: ir.Node) -> bool:
+    """Whether a node has one result, which could stand in an interface."""
+    return len(node.outputs) == 1 and _fits(node.outputs[0])
 
 
 def _fits(value: ir.Value) -> bool:
@@ -196,7 +215,8 @@ def _with_input(module: Module, name: str) -> Module | None:
 
 
 def _tidy(module: Module, outputs: Iterable[str]) -> Module:
-    """Drop what nothing uses, states without their output, inputs without a reader; declare the dims that remain."""
+    """Drop what nothing uses, states without their output, inputs without a reader, and properties that tell of a port
+    that is cut off; declare the dims that remain."""
     kept = set(outputs)
     module.states = [s for s in module.states if s.output in kept]
     common.RemoveUnusedNodesPass()(module.model)
@@ -206,6 +226,7 @@ def _tidy(module: Module, outputs: Iterable[str]) -> Module:
         if not value.uses() and not value.is_graph_output() and value.name not in needed:
             del module.graph.inputs[index]
     operators.attach(module.model)
+    module.properties = {name for name in module.properties if _can_be_asked(name, module)}
     for value in (*module.graph.inputs, *module.graph.outputs):
         for dim in value.shape or ():
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value not in module.dims:
@@ -216,3 +237,11 @@ def _tidy(module: Module, outputs: Iterable[str]) -> Module:
     if any(s is not None and s not in x.symbols for s in symbols for x in module.specializations):
         module.specializations = []  # they give no size to a dim that only an inner value had
     return module
+
+
+def _can_be_asked(name: str, module: Module) -> bool:
+    try:
+        properties.problem(name, module)
+    except QeffError:
+        return False
+    return True

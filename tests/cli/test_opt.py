@@ -119,6 +119,7 @@ def test_a_wrong_pass_is_found_reduced_and_replayed_unattended(
     said = qeff("bisect", bundle)
     assert (said.code, said.err) == (0, "")
     assert "Guilty: flipped-sign, rewrite 3 (add-to-sub) in model.layers.1: " in said.out
+    assert re.search(r"^Value:  %\S+ \(Sub of model\.layers\.1, made by flipped-sign\) differs", said.out, re.MULTILINE)
     assert re.search(r"^    \+ Sub %\S+$", said.out, re.MULTILINE)
     said = qeff("reduce", bundle, "-o", small)
     assert re.search(r"^\d+ → \d+ nodes after \d+ trials; it still fails in the same way\.$", said.out, re.MULTILINE)

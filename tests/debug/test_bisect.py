@@ -43,6 +43,8 @@ def test_a_sign_flipped_in_the_third_rewrite_of_four_is_found(tmp_path: Path) ->
         ("removed", "Add"),
         ("added", "Sub"),
     ]
+    assert culprit.difference is not None
+    assert (culprit.difference.op, culprit.difference.source) == ("Sub", "model.layers.1")
     assert said == [
         "flipped-sign with 0 rewrites: good",
         "flipped-sign with 1 rewrite: good",

@@ -18,7 +18,7 @@ from qeff_ir.passing import Rewriter
 from tests import support
 
 from .test_bisect import FUSIONS, fail
-from .wrong_passes import FlippedSign, residuals
+from .wrong_passes import FAULT, FlippedSign, residuals
 
 
 def test_a_numeric_failure_is_reduced_to_a_few_nodes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +39,18 @@ def test_a_numeric_failure_is_reduced_to_a_few_nodes(tmp_path: Path, capfd: pyte
     names = [{n.outputs[0].name for n in m.graph} for m in (neighbor, found.failing)]
     assert names[0] < names[1]
     assert len(names[1] - names[0]) <= 2
+
+
+def test_the_output_is_moved_to_the_fault(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also where a property tells of the logits, which fall away."""
+    bundle = fail(f"{FUSIONS},last-logits,flipped-sign", tmp_path / "bundle", 4)
+    assert "last-logits" in bundle.module.properties
+    found = reduce(bundle)
+    assert found.nodes[1] == len(found.failing.graph) == FAULT
+    (output,) = found.failing.graph.outputs
+    assert output.producer() is residuals(found.failing)[FAULT - 1]
+    assert found.trials < 60
+    assert capfd.readouterr().err == ""
 
 
 def test_a_crash_is_reduced_too(tmp_path: Path) -> None:

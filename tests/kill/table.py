@@ -36,6 +36,8 @@ PROPERTIES = {
     "numbers of each pass": "debug/test_equivalence.py",
     "reports": "debug/test_report.py",
     "reductions": "debug/test_reduce.py",
+    "first differences": "debug/test_first_difference.py",
+    "bisections": "debug/test_bisect.py",
     "fused products": "examples/test_fuse_products.py",
     "files of others": "debug/test_plain.py",
     "node counts": "passes/test_node_counts.py",
