@@ -1,4 +1,4 @@
-"""Which of transformers' causal LMs compile and answer as transformers does, on every backend."""
+"""Which of transformers' models compile and answer as transformers does, on every backend."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from rich.table import Table
 
 from benchmarks.coverage_row import PASSED, Job, Row
 from benchmarks.coverage_table import Changes, CoverageTable
+from benchmarks.coverage_task import TASKS
 from benchmarks.options import Quick
 from benchmarks.result import versions
 
-RESULTS = Path(__file__).parent / "coverage.json"
-
 
 def main(
+    task: Annotated[str, typer.Option(help=f"what for: {', '.join(TASKS)}")] = "text-generation",
     only: Annotated[list[str] | None, typer.Option(help="check these architectures, whatever is known of them")] = None,
     jobs: Annotated[int, typer.Option(help="processes at a time")] = 1,
     file: Annotated[list[Path] | None, typer.Option(help="a modelling file that registers architectures")] = None,
@@ -39,19 +39,26 @@ def main(
         str | None,
         typer.Option(help="compare with what is known of another version", metavar="VERSION"),
     ] = None,
-    results: Annotated[Path, typer.Option(help="what is known, as JSON; the table stands beside it")] = RESULTS,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="what is known, as JSON; the table stands beside it", show_default="beside this file"),
+    ] = None,
     quick: Quick = False,
 ) -> None:
-    """Compile every causal LM of transformers small, and hold its answers against transformers' own.
+    """Compile every model that transformers has for a task small, and hold its answers against transformers' own.
 
     One trace goes through transformers, the onnxruntime session and the AI 100 emulator: prompts of unequal lengths,
     prefill in chunks, decode past the windows. Architectures that are known already on the installed version of
     transformers are not checked again; `--quick` checks two that pass, and writes nothing. `--against` tells what has
     changed since another version, and exits with 1 where something has ceased to pass.
     """
-    from benchmarks.coverage_models import architectures
-
-    table = CoverageTable(results, fresh=fresh)
+    if task not in TASKS:
+        raise typer.BadParameter(f"there is no task '{task}', only {', '.join(TASKS)}")
+    if folder is not None and task != "text-generation":
+        raise typer.BadParameter("a folder is checked as a causal LM only: leave out --task")
+    asked = TASKS[task]
+    architectures = asked.coverage().architectures()
+    table = CoverageTable(results or asked.results, asked, fresh=fresh)
     known = table.known
     try:
         other = None if against is None else table.of(against)
@@ -61,11 +68,11 @@ def main(
     if quick:
         seen = next((rows for rows in (known, *table.by_version.values()) if rows), {})
         only = [name for name, row in seen.items() if row.result == PASSED][:2]
-    names = list(only or []) or ([folder.name] if folder else architectures())
+    names = list(only or []) or ([folder.name] if folder else architectures)
     todo = [n for n in names if only or folder or n not in known or (again and known[n].result == "fail")]
     limit = int(memory * 1e9)
-    work = [Job(n, files, folder.resolve() if folder else None, trust_remote_code, limit) for n in todo]
-    for row in _run(work, jobs, timeout):
+    work = [Job(n, files, folder.resolve() if folder else None, trust_remote_code, limit, task) for n in todo]
+    for row in _run(work, jobs, timeout, asked.module):
         table.add(row)
         if not quick:
             table.write()
@@ -81,18 +88,18 @@ def main(
     print(f"{len(rows) - len(missed)} of {len(rows)} pass on both sessions")
     failed = bool(only and missed)
     if other is not None:
-        changes = Changes.between(other, {row.architecture: row for row in rows}, architectures())
+        changes = Changes.between(other, {row.architecture: row for row in rows}, architectures)
         print("\n".join(changes.lines()))
         failed = failed or bool(changes.failing)
     if failed:
         raise typer.Exit(1)
 
 
-def _run(work: list[Job], jobs: int, timeout: float) -> Iterator[Row]:
+def _run(work: list[Job], jobs: int, timeout: float, module: str) -> Iterator[Row]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.coverage_check"])
+    context.set_forkserver_preload(["benchmarks.coverage_check", module])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
         bar = progress.add_task("coverage", total=len(work))

@@ -11,53 +11,64 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _MOST_KINDS = 4
 """Layers of a small model; an architecture with more kinds says itself how they are chosen."""
 
 
+Data = Mapping[str, Any]
+"""What a file of configurations says, `coverage_configs.toml` for one."""
+
+
 @functools.cache
 def data() -> dict[str, Any]:
     """What `coverage_configs.toml` says."""
-    return tomllib.loads((Path(__file__).parent / "coverage_configs.toml").read_text())
+    return read_data("coverage_configs.toml")
 
 
-def architectures() -> list[str]:
-    """Every model type that transformers maps to a causal LM, by name."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def read_data(name: str) -> dict[str, Any]:
+    """What a file of configurations beside this one says."""
+    return tomllib.loads((Path(__file__).parent / name).read_text())
 
 
-def small_config(model_type: str) -> PreTrainedConfig:
-    """The small configuration of one architecture."""
-    own = dict(data()["architectures"].get(model_type, {}))
+def small_config(model_type: str, given: Data | None = None) -> PreTrainedConfig:
+    """The small configuration of one architecture.
+
+    Args:
+        model_type: transformers' name of it.
+        given: How it is made small; as `data` says by default.
+    """
+    given = data() if given is None else given
+    own = dict(given["architectures"].get(model_type, {}))
     default = CONFIG_MAPPING[model_type](**own.pop("_default", {}))
-    return shrink(default, own)
+    return shrink(default, own, given)
 
 
-def shrink(config: PreTrainedConfig, own: Mapping[str, Any]) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, own: Mapping[str, Any], given: Data | None = None) -> PreTrainedConfig:
     """A configuration of the same class at small sizes.
 
     Args:
         config: Says which fields there are, and which layers.
         own: What this architecture needs besides.
+        given: As for `small_config`.
     """
-    return type(config)(**_small(config, own))
+    return type(config)(**_small(config, own, data() if given is None else given))
 
 
-def _small(default: PreTrainedConfig, own: Mapping[str, Any]) -> dict[str, Any]:
+def _small(default: PreTrainedConfig, own: Mapping[str, Any], given: Data) -> dict[str, Any]:
     fields = default.to_dict()
-    made = {**_sizes(fields), **_layers(fields)}
+    made = {**_sizes(fields, given), **_layers(fields)}
+    parts: Mapping[str, Mapping[str, Any]] = given.get("parts", {})
     for name in default.sub_configs:
         inner = getattr(default, name, None)
         if isinstance(inner, PreTrainedConfig):
-            changed = _small(inner, own.get(name, {}))
+            changed = _small(inner, {**parts.get(inner.model_type, {}), **own.get(name, {})}, given)
             made[name] = {"model_type": inner.model_type, **changed} if inner.model_type else changed
     return {**made, **{k: v for k, v in own.items() if k not in default.sub_configs or not isinstance(v, Mapping)}}
 
 
-def _sizes(fields: Mapping[str, Any]) -> dict[str, Any]:
-    known, relative = data()["sizes"], data()["relative"]
+def _sizes(fields: Mapping[str, Any], given: Data) -> dict[str, Any]:
+    known, relative = given["sizes"], given["relative"]
     made = {k: known[k] for k, v in fields.items() if k in known and type(v) in (int, float, bool)}
     for name, rule in relative.items():
         value = fields.get(name)
@@ -89,10 +100,12 @@ def _layers(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def build(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build(
+    config: PreTrainedConfig, *, auto: Any = AutoModelForCausalLM, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A model of a configuration, float32, seeded; biases and scales are not the 0 and 1 that hide a lost one."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+    model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qeff_ir.testing.trace import Comparison
 
 PASSED = "pass"
+
+_ROUNDINGS = 4.0
+"""How many times transformers' own rounding error ours may be, for models that are worse conditioned than the bound."""
+_WORST = 16.0
+"""And how many times the bound at most: a planted fault shows at a hundred times."""
 
 
 @dataclass
@@ -38,6 +47,24 @@ class Row:
     seconds: float = 0.0
     reason: str = ""
 
+    def allow(self, rounding: float) -> None:
+        """Set the limit by the bound and transformers' own ``max|error| / rms``."""
+        self.limit = min(max(self.bound, _ROUNDINGS * rounding), _WORST * self.bound)
+
+    def hold(self, target: str, found: Comparison) -> None:
+        """Note what a backend answers."""
+        self.error[target] = found.error
+        if not found.equal(self.limit):
+            self.fail(f"{target} differs by {found.error:.1e}, tokens agree for {found.agreement} steps")
+
+    def fail(self, reason: str) -> None:
+        """Note what is wrong."""
+        self.reason += f"; {reason}" if self.reason else reason
+
+    def conclude(self) -> None:
+        """It has passed, unless something was wrong."""
+        self.result = "fail" if self.reason else PASSED
+
 
 @dataclass(frozen=True)
 class Job:
@@ -49,6 +76,7 @@ class Job:
         folder: A model folder whose configuration is used instead of the architecture's default.
         trust: Whether code of the folder may run.
         memory: Bytes that the process may take.
+        task: What the architecture is checked as, a name of `benchmarks.coverage_task.TASKS`.
     """
 
     name: str
@@ -56,3 +84,4 @@ class Job:
     folder: Path | None = None
     trust: bool = False
     memory: int = 0
+    task: str = "text-generation"

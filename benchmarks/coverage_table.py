@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.coverage_row import PASSED, Row
+from benchmarks.coverage_task import TEXT_GENERATION, CoverageTask
 from benchmarks.result import versions
 
 Rows = dict[str, Row]
@@ -23,11 +24,12 @@ class CoverageTable:
 
     Args:
         file: JSON; it need not exist. The table for people stands beside it.
+        task: What its rows were checked as.
         fresh: Whether to forget what the file says of the installed version.
     """
 
-    def __init__(self, file: Path, *, fresh: bool = False) -> None:
-        self.file = file
+    def __init__(self, file: Path, task: CoverageTask = TEXT_GENERATION, *, fresh: bool = False) -> None:
+        self.file, self.task = file, task
         self.installed = versions()["transformers"]
         self.by_version: dict[str, Rows] = {}
         for values in json.loads(file.read_text())["rows"] if file.is_file() else []:
@@ -68,7 +70,7 @@ class CoverageTable:
         )
         data = {"benchmark": "coverage", "versions": versions(), "rows": [asdict(row) for row in rows]}
         _replace(self.file, json.dumps(data, indent=1) + "\n")
-        _replace(self.file.with_suffix(".md"), _markdown(rows))
+        _replace(self.file.with_suffix(".md"), _markdown(rows, self.task))
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,10 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
+def _flag(task: CoverageTask) -> str:
+    return "" if task is TEXT_GENERATION else f" --task {task.name}"
+
+
 def _replace(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
@@ -130,7 +136,7 @@ def _replace(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def _markdown(rows: list[Row]) -> str:
+def _markdown(rows: list[Row], task: CoverageTask) -> str:
     """One line for each architecture and result: the figures are of the last version that it was seen on."""
     lines = ["# Architectures", ""]
     for version in sorted({row.transformers for row in rows}, key=_number, reverse=True):
@@ -138,13 +144,13 @@ def _markdown(rows: list[Row]) -> str:
         passed = [row for row in seen if row.result == PASSED]
         within = sum(max(row.error.values()) <= row.bound for row in passed)
         lines += [
-            f"{len(passed)} of {len(seen)} causal LMs of transformers {version} answer as transformers does, on the "
-            f"onnxruntime session and in the AI 100 emulator; {within} of them within the tests' bound on both.",
+            f"{len(passed)} of {len(seen)} {task.subject} of transformers {version} answer as transformers does, on "
+            f"the onnxruntime session and in the AI 100 emulator; {within} of them within the tests' bound on both.",
             "",
         ]
     lines += [
-        "Made by `python -m benchmarks coverage`: each architecture small, with random weights, in float32; two "
-        "prompts of unequal lengths, prefill in chunks of 8, decode past the windows. `transformers` says on which "
+        f"Made by `python -m benchmarks coverage{_flag(task)}`: each architecture small, with random weights, in "
+        f"float32; {task.trace}. `transformers` says on which "
         "versions a row was seen, and its figures are of the last of them. `error` is the largest `max|error| / rms` "
         "of the logits on any backend, `bound` what the tests allow (8 units of roundoff times the root of the matrix "
         "products in a row). Untrained weights lose more digits than that in some architectures, in transformers "

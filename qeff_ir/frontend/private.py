@@ -100,8 +100,9 @@ def supports_attention_interface(model: PreTrainedModel) -> bool:
 
 
 def has_experts(model: PreTrainedModel) -> bool:
-    """Whether the model's experts go through `ExpertsInterface`."""
-    return model._can_set_experts_implementation()
+    """Whether experts of the model, or of a model in it, go through `ExpertsInterface`."""
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return any(part._can_set_experts_implementation() for part in parts)
 
 
 def axes_of_positions(model: PreTrainedModel) -> int:

@@ -11,13 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.coverage import RESULTS
+from benchmarks.coverage_causal import COVERAGE
 from benchmarks.coverage_check import check
-from benchmarks.coverage_models import architectures, data, small_config
+from benchmarks.coverage_models import data, small_config
 from benchmarks.coverage_row import PASSED, Job, Row
 from benchmarks.coverage_table import CoverageTable
+from benchmarks.coverage_task import TEXT_GENERATION
 from benchmarks.result import versions
 
+RESULTS = TEXT_GENERATION.results
 OWN = Path(__file__).parent / "modeling_own.py"
 
 
@@ -74,7 +76,7 @@ def _versions(results: Path) -> dict[str, dict[str, Row]]:
 
 
 def test_another_version_is_compared_with(tmp_path: Path) -> None:
-    names, results, here = architectures(), tmp_path / "found.json", versions()["transformers"]
+    names, results, here = COVERAGE.architectures(), tmp_path / "found.json", versions()["transformers"]
     rows = [_passed(name, here) for name in names]
     rows[0] = Row(names[0], here, reason="it broke")
     rows += [_passed(name, "5.0.1") for name in (*names[:3], *names[4:], "old-model")]
@@ -118,7 +120,7 @@ def test_the_readme_counts_what_the_table_has() -> None:
         passed = sum(row.result == PASSED for row in rows.values())
         assert f"{passed} of {len(rows)} of {version.rpartition('.')[0]}" in readme
         assert all(row.reason for row in rows.values() if row.result != PASSED)
-        assert version != versions()["transformers"] or set(rows) == set(architectures())
+        assert version != versions()["transformers"] or set(rows) == set(COVERAGE.architectures())
 
 
 NEW = {"apertus1p5_text", "dory", "exaone", "inkling2_loop_text", "lara_mini", "sarvam_mla", "sarvam_moe"}
@@ -126,7 +128,7 @@ NEW = {"apertus1p5_text", "dory", "exaone", "inkling2_loop_text", "lara_mini", "
 
 
 def test_small_configurations_have_every_kind_of_layer() -> None:
-    names = set(architectures())
+    names = set(COVERAGE.architectures())
     assert len(names - NEW) == 189 and names & NEW in (set(), NEW)
     assert small_config("qwen3_next").layer_types == ["linear_attention", "full_attention"]
     assert small_config("gpt_oss").layer_types == ["sliding_attention", "full_attention"]

@@ -100,6 +100,7 @@ PROPERTIES = {
     "AI 100 pictures": "backends/ai100/test_pictures.py",
     "encoders": "frontend/test_encoders.py",
     "pictures in prompts": "frontend/test_pictures.py",
+    "coverage of pictures": "benchmarks/test_coverage_pictures.py",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
 

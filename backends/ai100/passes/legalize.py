@@ -65,6 +65,10 @@ class Legalize(Pass):
         ]
 
 
+_OLDER_MODES = {"linear": "bilinear", "cubic": "bicubic"}
+"""What `GridSample` called its modes before opset 20."""
+
+
 def _version(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
     """The operator's schema in an opset, or `None` where it has none."""
     try:
@@ -83,6 +87,9 @@ def _check(node: ir.Node, opset: int) -> None:
         raise PassError(
             f"operator {node.op_type} from {_source(node)} does not exist in opset {opset}, and has no lowering"
         )
+    mode = node.attributes.get("mode")
+    if schema.since_version < 20 and node.op_type == "GridSample" and mode is not None:
+        node.attributes.add(ir.AttrString("mode", _OLDER_MODES.get(mode.as_string(), mode.as_string())))
     for name in [n for n in node.attributes if n not in schema.attributes]:
         if not _is_default(node, name):
             raise PassError(

@@ -119,6 +119,10 @@ class ChosenRows:
 
     clone = view = reshape = flatten = to = _same
 
+    def numel(self) -> AsMany:
+        """How many numbers there are, which models compare with the rows that they are given."""
+        return AsMany()
+
     def __getattr__(self, name: str) -> Any:
         """Refuse.
 
@@ -129,6 +133,15 @@ class ChosenRows:
             f"the model chooses vectors of tokens by a mask and asks for their '{name}': only rows that are added to "
             "them are captured"
         )
+
+
+class AsMany:
+    """How many numbers a mask chooses: as many as rows bring, which the host sees to; nothing else is known of it."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
 def _of_tokens(mask: Tensor) -> Tensor:

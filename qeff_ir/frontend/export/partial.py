@@ -4,7 +4,7 @@ Towers compute positions, windows and splits from the sizes of pictures. At one 
 that follows from them: a function of real tensors alone is called for real, and the trace sees its result.
 
 What comes from the pixels of the example alone has a *shadow* as well, its value on the example, until a weight comes
-in or it is written in place: a Python number, a length or a choice of rows that depends on it is that of the example.
+in or is written into it: a Python number, a length or a choice of rows that depends on it is that of the example.
 So a tower that drops pictures without content is one for pictures with content.
 """
 
@@ -32,6 +32,12 @@ _ASK = frozenset(
 """What asks for numbers, or makes a length of them."""
 
 
+_SIZED = frozenset(
+    {"view", "reshape", "expand", "repeat", "narrow", "split", "split_with_sizes", "interpolate", "pad", "unflatten"}
+)
+"""What takes sizes behind the tensor that it works on."""
+
+
 _WRITES = frozenset(
     {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
     | {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
@@ -49,7 +55,8 @@ class PartialEvaluation(TorchFunctionMode):
     def __init__(self, examples: Mapping[Tensor, Tensor]) -> None:
         super().__init__()
         # By identity, and held: another tensor at the same address would be taken for it.
-        self._shadows: dict[int, tuple[Tensor, Tensor]] = {id(t): (t, value) for t, value in examples.items()}
+        own = {tensor: _compute(value.clone, (), {}) for tensor, value in examples.items()}  # written into
+        self._shadows: dict[int, tuple[Tensor, Tensor]] = {id(t): (t, value) for t, value in own.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -61,10 +68,17 @@ class PartialEvaluation(TorchFunctionMode):
             return self._real(func, args, kwargs, any_tensor=bool(tensors))
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], self._chosen(args[1]), *args[2:])
+        elif getattr(func, "__name__", "") in _SIZED:
+            args, kwargs = pytree.tree_map(_number, (args[1:], kwargs))
+            args = (leaves[0], *args)
+        unknown = any(self._value(tensor) is None for tensor in tensors)
         if _writes(func):
-            self._forget(args[0])
+            if unknown or type(args[0]) is Tensor:
+                self._forget(args[0])
+            else:
+                _compute(func, *pytree.tree_map(self._value, (args, kwargs)))
             return func(*args, **kwargs)
-        if any(self._value(tensor) is None for tensor in tensors):
+        if unknown:
             return func(*args, **kwargs)
         known_args, known_kwargs = pytree.tree_map(self._value, (args, kwargs))
         if func in _ASK:
@@ -100,7 +114,9 @@ class PartialEvaluation(TorchFunctionMode):
     def _chosen(self, index: Any) -> Any:
         """An index whose masks, where they are known, have become the places that they choose."""
         parts: tuple[Any, ...] = cast("tuple[Any, ...]", index) if isinstance(index, tuple) else (index,)
-        masks = [p for p in parts if isinstance(p, Tensor) and p.dtype is torch.bool and type(p) is not Tensor]
+        parts = tuple(self._slice(part) if isinstance(part, slice) else part for part in parts)
+        index = parts if isinstance(index, tuple) else parts[0]
+        masks = [part for part in parts if isinstance(part, Tensor) and part.dtype is torch.bool]
         if not masks or any(self._value(mask) is None for mask in masks):
             return index
         found: list[Any] = []
@@ -109,6 +125,19 @@ class PartialEvaluation(TorchFunctionMode):
             is_mask = isinstance(known, Tensor) and known.dtype is torch.bool
             found += _compute(torch.nonzero, (known,), {"as_tuple": True}) if is_mask else [known]
         return tuple(found)
+
+    def _slice(self, given: slice) -> slice:
+        """A slice whose bounds, where they are known, are numbers."""
+        bounds = (given.start, given.stop, given.step)
+        known = [bound if self._value(bound) is None else _number(self._value(bound)) for bound in bounds]
+        return slice(*known)
+
+
+def _number(leaf: Any) -> Any:
+    """A whole number in a real tensor without axes as one of Python."""
+    if type(leaf) is not Tensor or leaf.dim() or leaf.is_floating_point():
+        return leaf
+    return _compute(leaf.item, (), {})
 
 
 def _compute(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -75,9 +75,12 @@ class Pictures(Given):
                 f"{name} takes {other}, types of tokens that are not for its masks: they would be dropped"
             )
         with attributes_kept(model):
-            axes = private.axes_of_positions(model) - 1
-        if axes not in (0, AXES):
-            raise UnsupportedModelError(f"{name} gives tokens places on {axes} axes: only {AXES}, or none, are known")
+            axes = private.axes_of_positions(model)
+        if axes not in (1, AXES, AXES + 1):
+            raise UnsupportedModelError(
+                f"{name} gives tokens places on {axes} axes: only {AXES}, with or without the position in the text, or "
+                "that alone are known"
+            )
         self.modality, self.features, self.axes = modality, features, axes
         self.types = next((n for n in _TYPE_ARGUMENTS if n in parameters), None) if types else None
         shape = ("batch_size", count * features.rows, features.width)
@@ -86,7 +89,7 @@ class Pictures(Given):
             GivenPort(NAMES[modality], shape, torch.float32, ROWS),
             *([GivenPort(DEEPSTACK, layers, torch.float32, ROWS)] if features.layers else []),
             GivenPort("image_idx", ("batch_size", 1), torch.int64, FIRST_ROW),
-            *([GivenPort(PLACES, (AXES, "batch_size", "seq_len"), torch.int64, PLANES)] if axes else []),
+            *([GivenPort(PLACES, (AXES, "batch_size", "seq_len"), torch.int64, PLANES)] if axes > 1 else []),
             *([GivenPort(TYPES, ("batch_size", "seq_len"), torch.int64, PICTURE_TOKENS)] if self.types else []),
         ]
         self.inputs = tuple(found)
@@ -97,9 +100,11 @@ class Pictures(Given):
         """See `Given.calling`."""
         token = getattr(model.config, f"{self.modality}_token_id", None)
         merging = Merging(values["image_idx"], values[NAMES[self.modality]].shape[1], token)
-        arguments: dict[str, object] = {"mm_encoder_outputs": {self.modality: self._filled(values)}}
-        if self.axes:
-            arguments["position_ids"] = torch.cat([cache.position_ids[None], values[PLACES]])
+        arguments: dict[str, object] = dict.fromkeys(_needed(model.forward))
+        arguments["mm_encoder_outputs"] = {self.modality: self._filled(values)}
+        if self.axes > 1:
+            first = [cache.position_ids[None]] if self.axes > AXES else []
+            arguments["position_ids"] = torch.cat([*first, values[PLACES]])
         if self.types is not None:
             cache.of_run = _by_position(torch.ones_like(cache.position_ids), cache)
             arguments[self.types] = _by_position(values[TYPES], cache)
@@ -118,6 +123,13 @@ class Pictures(Given):
         layers = values.get(DEEPSTACK)
         flat = [] if layers is None else [layer.reshape(-1, features.width) for layer in layers.unbind(0)]
         return features.filled(rows.reshape(-1, features.width), flat)
+
+
+def _needed(forward: Callable[..., Any]) -> list[str]:
+    """What a forward pass wants beside tokens, whatever it is: pixels, which it does not read if it has rows."""
+    parameters = inspect.signature(forward).parameters.values()
+    named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    return [parameter.name for parameter in named if parameter.name != "input_ids"]
 
 
 def _by_position(types: Tensor, cache: CapturingCache) -> Tensor:

@@ -46,7 +46,7 @@ def cut_splits(program: ExportedProgram) -> None:
     aten = torch.ops.aten
     graph = program.graph_module.graph
     for node in list(graph.nodes):
-        if node.target not in (aten.split_with_sizes.default, aten.split.Tensor):
+        if node.target not in (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default):
             continue
         value, _, *rest = node.args
         axis, start = (rest[0] if rest else 0), 0

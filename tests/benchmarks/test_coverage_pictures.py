@@ -1,0 +1,89 @@
+"""The coverage of models of pictures and text: a row for each way in which models differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import coverage_pictures
+from benchmarks.__main__ import app
+from benchmarks.coverage_check import check
+from benchmarks.coverage_pictures import COVERAGE, Request, picture_data, pictures, tiny
+from benchmarks.coverage_row import PASSED, Job
+from benchmarks.coverage_table import CoverageTable
+from benchmarks.coverage_task import IMAGE_TEXT_TO_TEXT, TASKS
+from benchmarks.result import versions
+
+WAYS = {
+    "blip-2": "its forward pass wants pixels, rows or not",
+    "cosmos3_edge": "tokens have places on three axes, and no position beside them",
+    "glm4v": "its tower samples a grid",
+    "granite_docling": "a mask that is known chooses pictures",
+    "hunyuan_vl": "its tower resizes to sizes that are tensors; as many placeholders as rows are asked for",
+    "lighton_ocr": "its tower cuts pictures by sizes that are tensors, and chunks what it knows of them",
+    "smolvlm": "its tower writes into what it knows of pixels",
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_model_answers_as_transformers(name: str, tmp_path: Path) -> None:
+    row = check(Job(name, task="image-text-to-text"), tmp_path)
+    assert (row.result, row.reason) == (PASSED, "")
+    assert set(row.error) == {"ai100", "onnxruntime"} and 0.0 < max(row.error.values()) <= row.limit
+
+
+def test_pictures_that_are_lost_do_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Request.given
+
+    def blank(self: Request, *arguments: Any, **rest: Any) -> Any:
+        found = given(self, *arguments, **rest)
+        return replace(found, rows={name: 0 * rows for name, rows in found.rows.items()})
+
+    monkeypatch.setattr(Request, "given", blank)
+    row = check(Job("fuyu", task="image-text-to-text"), tmp_path / "lost")
+    assert row.result == "fail" and "ai100 differs by" in row.reason and "onnxruntime differs by" in row.reason
+    answer = Request.answer
+
+    def unseen(self: Request, model: Any) -> Any:
+        self._both = {name: 0 * value for name, value in self._both.items()}
+        self.pictures = [{name: 0 * value for name, value in one.items()} for one in self.pictures]
+        return answer(self, model)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(Request, "answer", unseen)
+    monkeypatch.setattr(coverage_pictures, "_SEEN", 1e9)
+    row = check(Job("fuyu", task="image-text-to-text"), tmp_path / "unseen")
+    assert row.result == "fail" and "the pictures change the answer by" in row.reason
+
+
+def test_the_pictures_of_a_request_differ_and_span_runs() -> None:
+    model = tiny("fuyu")
+    request = Request(model, pictures("fuyu", model), joined={})
+    first, second = (one["pixel_values"] for one in request.pictures)
+    assert not torch.equal(first, second)
+    ids, words = request.prompts
+    places = np.flatnonzero(np.array(ids) == model.config.image_token_id)
+    assert len(places) == 24 and model.config.image_token_id not in words
+    assert len(set(places[:12] // 8)) > 1 and request.options.ctx_len >= len(ids) + 6
+
+
+def test_a_task_that_is_not_known_is_told() -> None:
+    result = CliRunner().invoke(app, ["coverage", "--task", "no-such-task"])
+    assert result.exit_code == 2
+    assert all(name in result.output for name in TASKS)
+
+
+def test_every_type_has_a_verdict() -> None:
+    names, here = set(COVERAGE.architectures()), versions()["transformers"]
+    table = CoverageTable(IMAGE_TEXT_TO_TEXT.results, IMAGE_TEXT_TO_TEXT)
+    for version, rows in table.by_version.items():
+        assert version != here or set(rows) <= names
+        assert all(row.reason for row in rows.values() if row.result != PASSED)
+    for key in ("absent", "architectures", "pictures", "joined"):
+        assert set(picture_data()[key]) <= names, key
