@@ -26,6 +26,7 @@ WAYS = {
     "glm4v": "its tower samples a grid",
     "granite_docling": "a mask that is known chooses pictures",
     "hunyuan_vl": "its tower resizes to sizes that are tensors; as many placeholders as rows are asked for",
+    "kimi_k25": "its tower sums weighted rows; experts are those of a model within it",
     "lighton_ocr": "its tower cuts pictures by sizes that are tensors, and chunks what it knows of them",
     "smolvlm": "its tower writes into what it knows of pixels",
 }

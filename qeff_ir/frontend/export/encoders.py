@@ -22,7 +22,7 @@ from qeff_ir.frontend.export.features import DEEPSTACK, Features, encode, encode
 from qeff_ir.frontend.export.lower import as_unsupported, attributes_kept, clean, convert
 from qeff_ir.frontend.export.partial import PartialEvaluation
 from qeff_ir.frontend.export.quiet import quiet
-from qeff_ir.frontend.export.spelling import cut_splits, drop_idle_squeezes, give_biases
+from qeff_ir.frontend.export.spelling import cut_splits, drop_idle_squeezes, give_biases, write_out_bags
 from qeff_ir.frontend.private import export_patches
 from qeff_ir.garbage import settled
 from qeff_ir.ir import operators
@@ -85,6 +85,7 @@ def lower_encoder(model: PreTrainedModel, weights: Weights, example: Example, mo
             )
             drop_idle_squeezes(exported)
             cut_splits(exported)
+            write_out_bags(exported)
             give_biases(exported)
             names = [ROWS[modality], *([DEEPSTACK] if forms[-1].layers else [])]
             program = convert(exported, list(inputs), names)

@@ -63,6 +63,29 @@ def cut_splits(program: ExportedProgram) -> None:
         graph.erase_node(node)
 
 
+def write_out_bags(program: ExportedProgram) -> None:
+    """Write each sum of weighted rows of a table as a lookup and a sum, in place: torch's exporter makes a loop.
+
+    That is where all sums have as many rows, as `torch.nn.functional.embedding_bag` makes of indices with two axes.
+    """
+    aten = torch.ops.aten
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not aten.embedding_bag.padding_idx:
+            continue
+        table, indices, starts, _, mode, _, weights, *_ = node.args
+        first = next(iter(node.users))
+        if starts.target is not aten.arange.start_step or mode != 0 or weights is None or first.args[1] != 0:
+            continue
+        shape = [-1, starts.args[2]]
+        with graph.inserting_before(node):
+            rows = call(aten.embedding.default, table, call(aten.reshape.default, indices, shape))
+            scales = call(aten.unsqueeze.default, call(aten.reshape.default, weights, shape), -1)
+            total = call(aten.sum.dim_IntList, call(aten.mul.Tensor, rows, scales), [1])
+        first.replace_all_uses_with(total)
+    graph.eliminate_dead_code()
+
+
 def give_biases(program: ExportedProgram) -> None:
     """Give each convolution over three axes a bias, of zeros, in place: torch's exporter makes one of a wrong shape."""
     aten = torch.ops.aten
