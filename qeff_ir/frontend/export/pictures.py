@@ -100,8 +100,10 @@ class Pictures(Given):
         """See `Given.calling`."""
         token = getattr(model.config, f"{self.modality}_token_id", None)
         merging = Merging(values["image_idx"], values[NAMES[self.modality]].shape[1], token)
-        arguments: dict[str, object] = dict.fromkeys(_needed(model.forward))
-        arguments["mm_encoder_outputs"] = {self.modality: self._filled(values)}
+        arguments: dict[str, object] = {
+            **dict.fromkeys(_needed(model.forward)),
+            "mm_encoder_outputs": {self.modality: self._filled(values)},
+        }
         if self.axes > 1:
             first = [cache.position_ids[None]] if self.axes > AXES else []
             arguments["position_ids"] = torch.cat([*first, values[PLACES]])
