@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class CompileOptions:
     seq_len: tuple[int, ...] = ()
 
 
-def default_prefill(ctx_len: object) -> int:
-    """Tokens of a prefill run where nobody says how many: no more than the context has."""
-    most = CompileOptions.prefill_seq_len
-    return min(most, ctx_len) if type(ctx_len) is int and ctx_len > 0 else most
+def completed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name, with ``prefill_seq_len`` where it is not given or `None`: no more than the context has."""
+    if given.get("prefill_seq_len") is not None:
+        return dict(given)
+    most, ctx_len = CompileOptions.prefill_seq_len, given.get("ctx_len")
+    return {**given, "prefill_seq_len": min(most, ctx_len) if type(ctx_len) is int and ctx_len > 0 else most}

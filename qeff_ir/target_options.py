@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from backends import find_backend, preferred
 from backends.base import Backend
-from backends.options import CompileOptions
+from backends.options import CompileOptions, completed
 from qeff_ir.errors import CompileError
 from qeff_ir.passing.options import Option, options
 
@@ -40,14 +40,15 @@ def read_options(backend: Backend, given: Mapping[str, Any]) -> CompileOptions:
 
     Args:
         backend: The target.
-        given: Values by name: of its fields, of flags where it takes them; where it takes none, of another target's
-            options, which do nothing here: a warning names those that differ from what that target does anyway.
+        given: Values by name, which `backends.options.completed` completes: of its fields, of flags where it takes
+            them; where it takes none, of another target's options, which do nothing here: a warning names those that
+            differ from what that target does anyway.
 
     Raises:
         CompileError: A value is of the wrong type, or no target takes a name.
     """
     declared = options(backend.Options)
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in completed(given).items()}
     own = {name: value for name, value in plain.items() if name in declared and name != FLAGS}
     rest = {name: value for name, value in plain.items() if name not in own}
     if FLAGS not in declared:

@@ -114,6 +114,14 @@ def test_two_targets_with_one_option_are_told(monkeypatch: pytest.MonkeyPatch) -
         request._of_targets()
 
 
+@pytest.mark.parametrize(
+    ("given", "chunk"),
+    [({}, 32), ({"ctx_len": 16}, 16), ({"ctx_len": 16, "prefill_seq_len": None}, 16), ({"prefill_seq_len": 4}, 4)],
+)
+def test_a_prefill_run_is_no_longer_than_the_context(given: dict[str, Any], chunk: int) -> None:
+    assert read_options(ORT, given).prefill_seq_len == chunk
+
+
 def test_only_what_is_given_reaches_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
     """A default of one target is not a wish for another."""
     from qeff_ir import QEFFAutoModelForCausalLM
@@ -122,7 +130,7 @@ def test_only_what_is_given_reaches_a_target(monkeypatch: pytest.MonkeyPatch) ->
     model = QEFFAutoModelForCausalLM._opened(support.Lowered("llama"))
     monkeypatch.setattr(model, "_compile", lambda given, *_, **__: seen.append(given))
     model.compile(ctx_len=64)
-    assert seen == [{"prefill_seq_len": 32, "ctx_len": 64, "batch_size": 1}]
+    assert seen == [{"prefill_seq_len": None, "ctx_len": 64, "batch_size": 1}]
 
 
 @pytest.mark.parametrize(

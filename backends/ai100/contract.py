@@ -17,6 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from backends.ai100 import specializations, weight_free
+from backends.ai100.artifact import model_file
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.qnn.contract import violations as qnn_violations
 from backends.ai100.sdk import Sdk, description
@@ -58,30 +59,32 @@ def check(folder: Path) -> None:
 
 def violations(folder: Path) -> Iterator[Violation]:
     """Everything in an emitted folder that breaks the contract of the SDK that it was made for."""
-    models = sorted(folder.glob("*.onnx"))
     missing = [n for n in (COMMAND, specializations.FILE) if not (folder / n).is_file()]
-    if len(models) != 1:
-        yield Violation("file", f"{folder} has {len(models)} ONNX files: it must have one")
     for name in missing:
         yield Violation("file", f"{folder} has no {name}: emit the package again")
-    if len(models) != 1 or missing:
+    try:
+        model = model_file(folder)
+    except PackageError as error:
+        yield Violation("file", str(error))
+        return
+    if missing:
         return
     command, recorded = _json(folder / COMMAND), _json(folder / specializations.FILE)
     if not _is_command(command):
         yield Violation("command", f"{COMMAND} has no sdk and no command: emit the package again")
         return
     sdk = description(command["sdk"])
-    if not models[0].is_file():
-        yield Violation("file", f"{models[0].name} is not a regular file: emit the package again")
+    if not model.is_file():
+        yield Violation("file", f"{model.name} is not a regular file: emit the package again")
         return
-    if models[0].stat().st_size > sdk.limits.protobuf_bytes:
-        yield Violation("protobuf-size", f"{models[0].name} exceeds 2 GB: keep weights in files of their own")
+    if model.stat().st_size > sdk.limits.protobuf_bytes:
+        yield Violation("protobuf-size", f"{model.name} exceeds 2 GB: keep weights in files of their own")
         return
     try:
-        proto = onnx.load(str(models[0]), load_external_data=False)
+        proto = onnx.load(str(model), load_external_data=False)
         graph = gs.import_onnx(proto)
     except Exception as error:  # protobuf and onnx-graphsurgeon raise types of their own
-        yield Violation("onnx", f"{models[0].name} cannot be read ({type(error).__name__}): emit the package again")
+        yield Violation("onnx", f"{model.name} cannot be read ({type(error).__name__}): emit the package again")
         return
     bound: set[str] = set()
     try:
@@ -102,7 +105,7 @@ def violations(folder: Path) -> Iterator[Violation]:
         form = specializations.form_of(recorded)
         sizes = [s.symbols for s in specializations.load(folder / specializations.FILE)] if form is not None else []
         inputs, outputs = _by_name(graph.inputs), _by_name(graph.outputs)
-        yield from qnn_violations(command["commands"], models[0].name, inputs, outputs, sizes, folder)
+        yield from qnn_violations(command["commands"], model.name, inputs, outputs, sizes, folder)
         yield from _weights(proto, folder)
         return
     if listed and not (folder / CUSTOM_IO).is_file():
@@ -111,7 +114,7 @@ def violations(folder: Path) -> Iterator[Violation]:
     if listed:
         yield from _custom_io(graph, _text(folder / CUSTOM_IO))
     yield from _weights(proto, folder)
-    yield from _command(command["argv"], models[0].name, folder, sdk, retains=retains, listed=listed)
+    yield from _command(command["argv"], model.name, folder, sdk, retains=retains, listed=listed)
 
 
 def _is_command(data: Any) -> bool:

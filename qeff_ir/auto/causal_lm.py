@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from backends import find_backend
-from backends.options import default_prefill
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
@@ -138,7 +137,7 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
         given = {
-            "prefill_seq_len": default_prefill(ctx_len) if prefill_seq_len is None else prefill_seq_len,
+            "prefill_seq_len": prefill_seq_len,
             "ctx_len": ctx_len,
             "batch_size": batch_size,
             **compiler_flags(options),

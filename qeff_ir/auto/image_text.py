@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from backends import find_backend
-from backends.options import default_prefill
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
@@ -192,9 +191,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
                     f"{num_images} pictures of {size[0]} x {size[1]} take {rows} tokens, and ctx_len is {ctx_len}: "
                     "raise it, or ask for fewer or smaller pictures"
                 )
-            chunk = options["prefill_seq_len"]
-            chunk = default_prefill(ctx_len) if chunk is None else chunk
-            options = {**options, "ctx_len": ctx_len, "prefill_seq_len": chunk}
+            options = {**options, "ctx_len": ctx_len}
         self._compile(options, compile_dir, source, **rest)
         folder = self.package.folder
         paths = {"vision_qpc_path": program_folder(folder, VISION), "lang_qpc_path": folder}

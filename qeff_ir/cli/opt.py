@@ -128,7 +128,7 @@ def _open(text: str, trust_remote_code: bool) -> Module:
 
 def _specialize(module: Module, given: dict[str, Any]) -> None:
     """Set the shapes of a decoder that has none yet, or those that the user asks for."""
-    from backends.options import CompileOptions, default_prefill
+    from backends.options import CompileOptions, completed
     from qeff_ir.specialize import specialize
 
     if not module.states:
@@ -139,8 +139,7 @@ def _specialize(module: Module, given: dict[str, Any]) -> None:
     if given and "ctx_len" not in module.dims:
         raise CompileError(f"the caches of {module.name} have their sizes already: give the module before kv-retention")
     if given or not module.specializations:
-        given.setdefault("prefill_seq_len", default_prefill(given.get("ctx_len", CompileOptions.ctx_len)))
-        specialize(module, CompileOptions(**given))
+        specialize(module, CompileOptions(**completed(given)))
 
 
 def _numeric(check: int) -> list[Instrument]:

@@ -68,7 +68,7 @@ def compile_pictures(
             if run is None:
                 say(STEPS.get(step, f"Running the pass {step}"))
 
-        shapes = {name: None for name in ("prefill_seq_len", "ctx_len") if name not in request.given}
+        shapes = {} if "ctx_len" in request.given else {"ctx_len": None}
         found.compile_with(
             {**request.options(), **shapes}, image_size=size, num_images=count, target=target, compile_dir=out,
             pipeline=request.pipeline, emit_only=request.emit_only, watch=watch,

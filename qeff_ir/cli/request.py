@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from backends import option_types
-from backends.options import CompileOptions, default_prefill
+from backends.options import CompileOptions
 from qeff_ir.cli.flags import flags_of
 from qeff_ir.errors import PipelineError
 
@@ -75,7 +75,7 @@ class Request:
         """The shapes and the target's options, by name (see `qeff_ir.compiler.compile_model`)."""
         from qeff_ir.auto.compile_arguments import compiler_flags
 
-        chunk = self.prefill_seq_len if "prefill_seq_len" in self.given else default_prefill(self.ctx_len)
+        chunk = self.prefill_seq_len if "prefill_seq_len" in self.given else None
         shapes = {"prefill_seq_len": chunk, "ctx_len": self.ctx_len, "batch_size": self.batch_size}
         return shapes | compiler_flags(self.settings)
 

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from backends.options import completed
 from qeff_ir.cli.models import compile_source, encode, open_model, open_tokenizer
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.tables import grid, show_programs
@@ -91,7 +92,7 @@ def random_prompts(request: Request, steps: int, vocabulary: int) -> Rows:
     import numpy as np
 
     room = request.ctx_len - steps + 1
-    chunk = int(request.options()["prefill_seq_len"])
+    chunk = int(completed(request.options())["prefill_seq_len"])
     wanted = itertools.cycle((room, max(1, chunk // 3), chunk, 2 * chunk + 1, 1))
     random = np.random.default_rng(0)
     lengths = [min(length, room) for length in itertools.islice(wanted, request.batch_size)]

@@ -53,7 +53,7 @@ class ModuleDiff:
     Attributes:
         nodes: Changed nodes: removed ones, then added and re-wired ones in graph order.
         interface: Graph inputs and outputs that differ, one line each.
-        facts: States, dims, specializations and properties that differ, one line each.
+        facts: States, dims, specializations, ports (with their roles) and properties that differ, one line each.
         weights_added: Bytes of each new weight or constant, by name.
         weights_removed: Bytes of each one that is gone.
         node_count: Nodes of the main graph before and after.
@@ -249,6 +249,8 @@ def _facts(module: Module) -> dict[str, str]:
     for item in module.specializations:
         symbols = " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
         found[f"specialization {item.name}"] = f"{item.phase} {symbols}"
+    ends = {v.name for v in (*module.graph.inputs, *module.graph.outputs)}
+    found |= {f"port {name}": role for name, role in sorted(module.ports.items()) if name in ends}
     return found | {f"property {name}": "holds" for name in sorted(module.properties)}
 
 

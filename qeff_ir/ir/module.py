@@ -286,7 +286,12 @@ class Module:
         ]
 
     def set_size(self, symbol: str, size: int | Callable[[Specialization], int]) -> None:
-        """Give a symbol a size in every specialization, or the size that a function tells for each."""
+        """Give a symbol a size in every specialization, or the size that a function tells for each.
+
+        Raises:
+            PassError: The symbol is not in `dims`.
+        """
+        self._check_symbol(symbol)
         self.specializations = [
             dataclasses.replace(s, symbols={**s.symbols, symbol: size if isinstance(size, int) else size(s)})
             for s in self.specializations
@@ -299,8 +304,10 @@ class Module:
         the module has no specialization of make none.
 
         Raises:
-            PassError: There are no sizes for a phase of the module, or one is less than 1 or is given twice.
+            PassError: There are no sizes for a phase of the module, or one is less than 1 or is given twice; or the
+                symbol is not in `dims`.
         """
+        self._check_symbol(symbol)
         split: list[Specialization] = []
         for item in self.specializations:
             wanted = sizes.get(item.phase, ())
@@ -315,6 +322,13 @@ class Module:
                 for name, size in zip(names, wanted, strict=True)
             ]
         self.specializations = split
+
+    def _check_symbol(self, symbol: str) -> None:
+        if symbol not in self.dims:
+            known = ", ".join(self.dims)
+            raise PassError(
+                f"{self.name} has no symbol '{symbol}' that could have a size: it has {known}; add it to dims before"
+            )
 
     def facts(self) -> dict[str, Any]:
         """The facts as plain JSON data (see `read_facts` for the way back)."""

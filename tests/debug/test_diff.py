@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from qeff_ir.debug.diff import diff, render
 from qeff_ir.ir.module import WEIGHT_KEY
+from qeff_ir.ir.ports import MASK
 from qeff_ir.passing.base import Rewriter
 from tests import support
 
@@ -85,6 +86,19 @@ def test_modules_of_other_facts_differ(tmp_path: Path) -> None:
     found = diff(before, after)
     assert found and found.facts and not found.nodes and not found.interface
     assert found.facts == ("- specialization Decode: decode batch_size=2 ctx_len=48 seq_len=1",)
+
+
+def test_roles_of_inputs_and_outputs_are_facts() -> None:
+    before = support.canonical("llama")
+    after = before.clone()
+    support.apply(after, "token-embedding")
+    after.ports["position_ids"] = MASK.name
+    lines = diff(before, after).facts
+    assert [line for line in lines if "port" in line] == [
+        "- port input_ids: tokens",
+        "+ port inputs_embeds: embeddings",
+        "~ port position_ids: positions → mask",
+    ]
 
 
 def test_weights_are_counted_in_bytes(tmp_path: Path) -> None:

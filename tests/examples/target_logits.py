@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from qeff_ir.errors import PassError
 from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.ports import KEPT_LOGITS, POSITIONS, name_of
 from qeff_ir.ir.residents import KINDS
@@ -21,7 +22,8 @@ class TargetLogits(Pass):
 
     A decode run takes ``k`` tokens, one that is certain and a draft of the others; a draft that is rejected is
     overwritten by the next run. It takes the place of ``last-logits``, before the caches are sized. A state that
-    cannot go back keeps a model from verifying: its decode runs stay at one token.
+    cannot go back keeps a model from verifying: its decode runs stay at one token. A `k` that is the length of a
+    prefill run is refused.
     """
 
     name: ClassVar[str] = "target-logits"
@@ -52,5 +54,10 @@ class TargetLogits(Pass):
         if stuck is not None:
             rewriter.missed(head[-1], f"no draft can be taken back: {stuck.input} keeps no token of its own")
         k = self.k if stuck is None else 1
+        if any(s.phase == "prefill" and s.symbols["seq_len"] == k for s in module.specializations):
+            raise PassError(
+                f"k={k} is also the length of a prefill run, and hosts tell the two by their lengths "
+                "(contract §4.2 and §14.2): choose another k, or another prefill_seq_len"
+            )
         module.set_size("seq_len", lambda s: k if s.phase == "decode" else s.symbols["seq_len"])
         module.split(symbol, {"prefill": [1], "decode": [k]})

@@ -23,12 +23,14 @@ from tests.examples.replicate_kv_heads import ReplicateKvHeads
 from tests.examples.target_logits import TargetLogits
 
 K, ROWS = 3, 5
+UNDRAWN = 6
+"""More tokens than the chunks of drawn requests have."""
 BLOCKED = BlockedAttention(7)
 
 
-def all_six(lengths: ComputeContextLength, blocked: BlockedAttention) -> Pipeline:
+def all_six(lengths: ComputeContextLength, blocked: BlockedAttention, k: int = K) -> Pipeline:
     stock = Pipeline.parse(find_backend("ai100").pipeline)
-    adapted = stock.insert_before("last-logits", TargetLogits(K)).without("last-logits")
+    adapted = stock.insert_before("last-logits", TargetLogits(k)).without("last-logits")
     heads = adapted.insert_before("target-logits", ReplicateKvHeads()).insert_before("target-logits", FuseProducts())
     lowered = heads.insert_after("kv-retention", lengths).insert_after("compute-context-length", CacheRows(ROWS))
     return lowered.insert_before("attention", blocked)
@@ -95,5 +97,5 @@ def test_the_contract_has_their_inputs_in_its_order(tmp_path: Path) -> None:
 
 def test_they_hold_on_drawn_decoders() -> None:
     lengths, blocked = ComputeContextLength("5", "4,8"), BlockedAttention(3)
-    held = hold_package(blocked, target="ai100", pipeline=all_six(lengths, blocked), examples=20)
+    held = hold_package(blocked, target="ai100", pipeline=all_six(lengths, blocked, UNDRAWN), examples=20)
     assert held.changed > 0 and "no specialization bounds the number of keys" not in held.missed

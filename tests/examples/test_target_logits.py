@@ -9,7 +9,7 @@ import pytest
 
 from backends import find_backend
 from qeff_ir.arrays import Array
-from qeff_ir.errors import RuntimeInputError
+from qeff_ir.errors import PassError, RuntimeInputError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import Run
 from qeff_ir.passing import Pipeline, run_pipeline
@@ -21,6 +21,8 @@ from tests import support
 from tests.examples.target_logits import TargetLogits
 
 K = 3
+UNDRAWN = 6
+"""More tokens than the chunks of drawn requests have."""
 
 
 def with_drafts(target: str, k: int = K) -> Pipeline:
@@ -97,11 +99,18 @@ def test_a_model_that_cannot_go_back_decodes_one_token_at_a_time() -> None:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
 def test_it_holds_on_drawn_decoders(target: str) -> None:
-    assert hold_pass(TargetLogits(K), target=target, pipeline=with_drafts(target), examples=20).changed > 0
-    assert hold_package(TargetLogits(K), target=target, pipeline=with_drafts(target), examples=12).changed > 0
+    item, pipeline = TargetLogits(UNDRAWN), with_drafts(target, UNDRAWN)
+    assert hold_pass(item, target=target, pipeline=pipeline, examples=20).changed > 0
+    assert hold_package(item, target=target, pipeline=pipeline, examples=12).changed > 0
 
 
 def test_other_tokens_are_told() -> None:
     old = 'b("Sub", b("Add", last, b.const(1)), count)'
     with planted(TargetLogits.run, old, 'b("Sub", last, count)'), pytest.raises(NotHeldError):
-        hold_package(TargetLogits(K), pipeline=with_drafts("onnxruntime"), examples=12, shrink=False)
+        hold_package(TargetLogits(UNDRAWN), pipeline=with_drafts("onnxruntime", UNDRAWN), examples=12, shrink=False)
+
+
+def test_drafts_as_long_as_a_prefill_run_are_refused() -> None:
+    """Hosts take each run of another length than the prefill's for one of drafts."""
+    with pytest.raises(PassError, match="k=8 is also the length of a prefill run"):
+        run_pipeline(support.canonical("llama"), with_drafts("ai100", 8))

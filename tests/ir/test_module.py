@@ -8,7 +8,7 @@ import pytest
 
 from backends.options import CompileOptions
 from qeff_ir.errors import PassError, VerificationError
-from qeff_ir.ir.module import FORMAT_VERSION, METADATA_KEY, Module
+from qeff_ir.ir.module import FORMAT_VERSION, METADATA_KEY, Dim, Module
 from qeff_ir.ir.printer import to_text
 from qeff_ir.ir.verifier import verify
 from qeff_ir.specialize import specialize
@@ -52,6 +52,7 @@ def test_renaming_a_dim_reaches_everything() -> None:
 
 def test_a_symbol_gets_its_sizes_in_each_phase() -> None:
     module = support.canonical("llama")
+    module.dims |= {name: Dim(name) for name in ("rows", "keys")}
     module.set_size("rows", 3)
     module.set_size("keys", lambda s: s.symbols["seq_len"] + s.symbols["rows"])
     assert [(s.name, s.symbols["keys"]) for s in module.specializations] == [("Prefill", 11), ("Decode", 4)]
@@ -71,9 +72,21 @@ def test_a_symbol_gets_its_sizes_in_each_phase() -> None:
 @pytest.mark.parametrize("sizes", [[], [8, 8], [8, 0]])
 def test_sizes_that_no_symbol_can_be_split_by(sizes: list[int]) -> None:
     module = support.canonical("llama")
+    module.dims["keys"] = Dim("keys")
     before = list(module.specializations)
     with pytest.raises(PassError, match=r"'keys' is given the sizes \[.*\] in the phase 'decode': give one or several"):
         module.split("keys", {"prefill": [8], "decode": sizes})
+    assert module.specializations == before
+
+
+def test_a_symbol_that_the_module_does_not_have_gets_no_size() -> None:
+    module = support.canonical("llama")
+    before = list(module.specializations)
+    message = "has no symbol 'ctx_length' that could have a size: it has batch_size, seq_len, ctx_len; add it to dims"
+    with pytest.raises(PassError, match=message):
+        module.set_size("ctx_length", 8)
+    with pytest.raises(PassError, match=message):
+        module.split("ctx_length", {"prefill": [8], "decode": [8]})
     assert module.specializations == before
 
 

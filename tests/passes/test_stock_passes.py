@@ -379,6 +379,15 @@ def test_every_declared_shape_is_the_true_one_once_caches_are_physical(name: str
     assert_true_shapes(support.canonical(name), tmp_path)
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", "qwen3-next"])
+def test_every_value_has_a_type_and_a_number_of_axes(name: str, target: str) -> None:
+    """Kernels of a runtime too, of which ONNX infers nothing."""
+    module = support.canonical(name)
+    support.apply(module, support.rest_of(target))
+    assert [v.name for node in module.graph for v in node.outputs if v.shape is None or v.dtype is None] == []
+
+
 def test_every_declared_shape_is_the_true_one_with_rings_of_two_lengths(tmp_path: Path) -> None:
     module = prepare(build(RICH[0]).module, LONG)
     support.apply(module, "canonicalize")

@@ -140,7 +140,7 @@ def _fuse(
     )
     rewriter.insert(kernel, node)
     mixed = kernel.outputs[0]
-    mixed.type = node.outputs[0].type
+    mixed.type, mixed.shape = node.outputs[0].type, ir.Shape(queries.shape) if queries.shape is not None else None
     for write, present in zip(writes, kernel.outputs[1:], strict=True):
         rewriter.substitute(write, present)
     if real is not None:

@@ -45,10 +45,10 @@ class TensorScatter(Layout):
         if all(s.ring or not s.has_slots for s in module.states):
             return
         spare = max(s.symbols["seq_len"] for s in module.specializations)
-        module.set_size("cache_len", lambda s: s.symbols["ctx_len"] + spare)
         limit = module.dims["ctx_len"]
-        module.rename_dim("ctx_len", "cache_len")
         module.dims["cache_len"] = Dim("cache_len")
+        module.set_size("cache_len", lambda s: s.symbols["ctx_len"] + spare)
+        module.rename_dim("ctx_len", "cache_len")
         module.dims["ctx_len"] = limit
         module.set_size("ctx_len", lambda s: s.symbols["cache_len"] - spare)
 
