@@ -105,9 +105,9 @@ class OfGrids:
     def __init__(self, image_processor: Any, tokenizer: Any) -> None:
         self.image_processor, self.tokenizer = image_processor, tokenizer
 
-    def __call__(self, images: list[list[Any]], text: list[str], **kwargs: Any) -> dict[str, Any]:
+    def __call__(self, images: list[list[Any]] | None = None, text: Any = (), **kwargs: Any) -> dict[str, Any]:
         """Both as tensors; each ``<image>`` is as many tokens as its grid has places."""
-        made = dict(self.image_processor(images=images, return_tensors="pt")) if any(images) else {}
+        made = dict(self.image_processor(images=images, return_tensors="pt")) if images and any(images) else {}
         grids = iter(made["image_grid_thw"].prod(-1).tolist() if made else ())
         merged = self.image_processor.merge_size**2
         texts = [

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from qeff_ir import QEFFAutoModelForImageTextToText
-from qeff_ir.auto import image_text
+from qeff_ir.auto import picture_runner
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError, RuntimeInputError, UnsupportedModelError
 from qeff_ir.numerics import error_over_rms
 from qeff_ir.package import MAIN, SIDE_FOLDER, open_package
-from qeff_ir.runtime.picture_form import FILE, PictureForm
+from qeff_ir.runtime.picture_form import FILE
+from qeff_ir.runtime.picture_forms import PictureForms
 from tests import multimodal, processors, support
 from tests.processors import PROCESSORS
 
@@ -116,7 +117,7 @@ def test_tokens_are_those_of_transformers(name: str, target: str, tmp_path: Path
     for key in ("token_type_ids", "mm_token_type_ids"):
         if key in given:
             given[key] = torch.cat([given[key], torch.zeros_like(given[key])])
-    for key, form in model.runner().form.inputs.items():
+    for key, form in model.runner().forms.inputs.items():
         if form.axis != form.row_axis:
             given[key] = torch.cat([given[key], torch.zeros_like(given[key])], dim=form.row_axis)
     assert answered(model, **given) == [other, plain]
@@ -148,7 +149,7 @@ def test_two_threads_compile_one_object(tmp_path: Path, monkeypatch: pytest.Monk
     def compiled_for(size: tuple[int, int]) -> list[int]:
         out = tmp_path / str(size[0])
         model.compile(image_size=size, compile_dir=out, **options)
-        return json.loads((out / SIDE_FOLDER / FILE).read_text())["size"]
+        return json.loads((out / SIDE_FOLDER / FILE).read_text())["sizes"][0]["size"]
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(compiled_for, [(20, 14), (14, 20)])) == [[20, 14], [14, 20]]
@@ -193,7 +194,7 @@ def test_rows_are_kept_up_to_so_many_bytes(
     given = processed("llava", [pictures("llava", [40, 41]), pictures("llava", [42])], texts("llava"))
     right, kept = answered(llava, **given), llava.runner()._rows
     assert len(kept) > 2
-    monkeypatch.setattr(image_text, "_KEPT", 2 * 16 * 32 * 4)
+    monkeypatch.setattr(picture_runner, "_KEPT", 2 * 16 * 32 * 4)
     other = processed("llava", [pictures("llava", [43, 44]), pictures("llava", [45])], texts("llava"))
     answered(llava, **other)
     assert len(kept) == 2
@@ -208,18 +209,23 @@ def test_an_opened_model_is_pickled(llava: QEFFAutoModelForImageTextToText) -> N
 
 def test_a_form_of_other_pictures_is_told(llava: QEFFAutoModelForImageTextToText, tmp_path: Path) -> None:
     text = (llava.package.folder / SIDE_FOLDER / FILE).read_text()
-    pixels = json.loads(text)["inputs"]["pixel_values"]
+    known = json.loads(text)
+    (size,) = known["sizes"]
+    pixels = size["inputs"]["pixel_values"]
     for change, message in (
-        ({"rows": 0}, "rows is 0"),
+        ({"sizes": [{**size, "rows": 0}]}, "rows is 0"),
         ({"count": -1}, "count is -1"),
-        ({"size": [20, 0]}, "size is 0"),
-        ({"inputs": {}}, "there are no inputs"),
-        ({"inputs": {"pixel_values": {**pixels, "axis": 9}}}, "axes 9 and"),
+        ({"sizes": [{**size, "size": [20, 0]}]}, "size is 0"),
+        ({"sizes": [{**size, "inputs": {}}]}, "there are no inputs"),
+        ({"sizes": [{**size, "inputs": {"pixel_values": {**pixels, "axis": 9}}}]}, "axes 9 and"),
+        ({"sizes": []}, "the sizes are none, or do not go together"),
+        ({"sizes": [size, size]}, "the sizes are none, or do not go together"),
+        ({"sizes": [size, {**size, "program": "v", "inputs": {"pixels": pixels}}]}, "do not go together"),
     ):
-        (tmp_path / FILE).write_text(json.dumps({**json.loads(text), **change}))
+        (tmp_path / FILE).write_text(json.dumps({**known, **change}))
         with pytest.raises(PackageError, match=message):
-            PictureForm.read(tmp_path)
-    form = llava.runner().form
+            PictureForms.read(tmp_path)
+    form = llava.runner().forms.sizes[0]
     form.check({"pixel_values": [1, 3, 16, 16]})
     with pytest.raises(PackageError, match="is of other pictures than the encoder takes"):
         form.check({"pixel_values": [1, 3, 16, 8]})
@@ -271,7 +277,7 @@ def test_programs_and_what_they_are_for_are_part_of_the_package(
     again.compile(image_size=PROCESSORS["llava"].size, **fewer)
     assert again.package.manifest.key != llava.package.manifest.key
     form = json.loads((folder / SIDE_FOLDER / FILE).read_text())
-    assert (form["rows"], form["count"], form["token"]) == (16, 2, multimodal.IMAGE)
+    assert (form["sizes"][0]["rows"], form["count"], form["token"]) == (16, 2, multimodal.IMAGE)
     (tmp_path / SIDE_FOLDER / FILE).write_text("{}")
     with pytest.raises(PackageError, match="was altered"):
         QEFFAutoModelForImageTextToText.from_package(tmp_path)
@@ -305,8 +311,10 @@ def test_what_cannot_be_compiled_is_told(llava: QEFFAutoModelForImageTextToText,
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"image_size": (0, 4)}, "image_size is"),
         ({"image_size": "large"}, "image_size is 'large'"),
+        ({"image_size": []}, r"image_size is \[\]"),
+        ({"image_size": [(16, 16), (16,)]}, "image_size is"),
         ({"image_size": (16, 16), "num_images": 0}, "num_images must be"),
-        ({"image_size": (16, 16), "num_images": 8, "ctx_len": 128}, "8 pictures of 16 x 16 take 128 tokens"),
+        ({"image_size": (16, 16), "num_images": 8, "ctx_len": 128}, "8 pictures of 16 x 16 take up to 128 tokens"),
     )
     for arguments, message in wrong:
         with pytest.raises(CompileError, match=message):

@@ -29,8 +29,8 @@ def command(
         Path | None, typer.Option("--out", "-o", help="Folder of the package; in the cache by default.")
     ] = None,
     image_size: Annotated[
-        str | None,
-        typer.Option(help="Height and width of pictures, for a model of pictures and text.", metavar="HxW"),
+        list[str] | None,
+        typer.Option(help="Height and width of pictures, for a model of pictures; may be repeated.", metavar="HxW"),
     ] = None,
     num_images: Annotated[int, typer.Option(help="Pictures that a prompt may have.", min=1)] = 1,
     report: Annotated[
@@ -45,10 +45,10 @@ def command(
     Any other option is a flag of the AI 100 compiler, and comes after MODEL (--aic-enable-depth-first, --mos 1).
     """
     started = time.perf_counter()
-    if image_size is None:
+    if not image_size:
         compiled = compile_source(open_model(model, request), request, out)
     else:
-        compiled = compile_pictures(model, request, size_of(image_size), num_images, out).package
+        compiled = compile_pictures(model, request, [size_of(size) for size in image_size], num_images, out).package
     show_programs(compiled.manifest)
     if compiled.cached:
         line(("Nothing to do: ", "green"), "an equal package was there already.")
@@ -59,7 +59,7 @@ def command(
         _write_report(report, reports if len(reports) > 1 else reports[MAIN])
         line("Report:   ", str(report))
     needs_model = request.token_embedding == "host"
-    if image_size is not None:
+    if image_size:
         line("Next:     ", (f'qeff run {shlex.quote(str(compiled.folder))} --image FILE --prompt "…"', "bold"))
         return
     _say_next(compiled, f"{shlex.quote(model)} --token-embedding host" if needs_model else None)

@@ -14,6 +14,7 @@ from qeff_ir.cli.request import Request
 from qeff_ir.cli.terminal import line, quiet_transformers, show, working
 from qeff_ir.errors import CompileError, PackageError, RuntimeInputError, first_line
 from qeff_ir.reading import path_of, regular_file
+from qeff_ir.runtime.picture_prompts import processed
 
 if TYPE_CHECKING:
     from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
@@ -38,14 +39,14 @@ def size_of(text: str) -> tuple[int, int]:
 
 
 def compile_pictures(
-    model: str, request: Request, size: tuple[int, int], count: int, out: Path | None = None
+    model: str, request: Request, sizes: Sequence[tuple[int, int]], count: int, out: Path | None = None
 ) -> QEFFAutoModelForImageTextToText:
     """Compile a model of pictures and text.
 
     Args:
         model: A model folder or hub id.
         request: The shared options.
-        size: Height and width of a picture.
+        sizes: Height and width of pictures.
         count: Pictures of a prompt.
         out: Folder of the package; in the cache by default.
 
@@ -70,7 +71,7 @@ def compile_pictures(
 
         shapes = {} if "ctx_len" in request.given else {"ctx_len": None}
         found.compile_with(
-            {**request.options(), **shapes}, image_size=size, num_images=count, target=target, compile_dir=out,
+            {**request.options(), **shapes}, image_size=sizes, num_images=count, target=target, compile_dir=out,
             pipeline=request.pipeline, emit_only=request.emit_only, watch=watch,
         )  # fmt: skip
     return found
@@ -82,7 +83,7 @@ def answer_about(
     """Answer prompts about pictures, one by one, and print the answers.
 
     Args:
-        model: A package, or a model, which is compiled into the cache for pictures of the size of the first.
+        model: A package, or a model, which is compiled into the cache for pictures of their sizes.
         images: The pictures; a package may be asked about none.
         prompts: The prompts.
         request: The shared options.
@@ -104,7 +105,8 @@ def answer_about(
             raise PackageError(f"{model} is compiled already: leave out {options}")
         found = QEFFAutoModelForImageTextToText.from_package(folder)
     else:
-        found = compile_pictures(model, request, (pictures[0].height, pictures[0].width), len(pictures))
+        sizes = list(dict.fromkeys((picture.height, picture.width) for picture in pictures))
+        found = compile_pictures(model, request, sizes, len(pictures))
     with working("Opening the session"):
         quiet_transformers()
         processor = read_processor(found.package.folder / SIDE_FOLDER)
@@ -128,42 +130,14 @@ def is_of_pictures(model: str) -> bool:
     Raises:
         PackageError: It is a damaged package.
     """
-    from qeff_ir.frontend.picture_source import VISION
-    from qeff_ir.package import is_package, open_package
+    from qeff_ir.package import SIDE_FOLDER, is_package, open_package
+    from qeff_ir.runtime.picture_forms import FILE
 
     folder = path_of(model, "the model")
-    return is_package(folder) and VISION in open_package(folder).programs
-
-
-def processed(processor: Any, prompt: str, pictures: Sequence[Any]) -> dict[str, Any]:
-    """What a processor makes of a prompt about pictures, or about none; of a beginning-of-text token, one.
-
-    Raises:
-        RuntimeInputError: It does not take the prompt.
-    """
-    text, first = asked(processor, prompt, len(pictures)), getattr(processor.tokenizer, "bos_token", None)
-    given: dict[str, Any] = {"images": [list(pictures)]} if pictures else {}
-    if first and text.startswith(first):  # as many chat templates do
-        given["add_special_tokens"] = False
-    try:
-        return dict(processor(text=[text], return_tensors="pt", **given))
-    except Exception as error:  # processors raise whatever their many steps raise
-        raise RuntimeInputError(
-            f"the processor does not take the prompt and its pictures ({first_line(error)}): write the "
-            "prompt as the model's card has it"
-        ) from error
-
-
-def asked(processor: Any, prompt: str, count: int) -> str:
-    """A prompt with a place for each picture: by the model's chat template, or as the user wrote it.
-
-    A prompt without places and without a template has them in front.
-    """
-    if getattr(processor, "chat_template", None):
-        content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": prompt}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    place = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or "<image>"
-    return prompt if place in prompt else " ".join([place] * count + [prompt])
+    if not is_package(folder):
+        return False
+    open_package(folder)
+    return (folder / SIDE_FOLDER / FILE).is_file()
 
 
 def read_picture(path: Path) -> Any:

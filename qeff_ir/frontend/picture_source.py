@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,22 @@ from qeff_ir.frontend.source import FolderSource, MemorySource, Source
 from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
 from qeff_ir.ir.module import Module
 from qeff_ir.package import MAIN
-from qeff_ir.runtime.picture_form import PictureForm, form_of_inputs
+from qeff_ir.runtime.picture_form import InputForm, PictureForm, form_of_inputs
+from qeff_ir.runtime.picture_forms import PictureForms, check_alike
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from qeff_ir.frontend.checkpoint.weights import Weights
+    from qeff_ir.frontend.export.encoders import Example
     from qeff_ir.frontend.export.features import Features
 
 VISION = "vision"
-"""The program that encodes pictures; the main one is the language model (AI 100 contract §1.8)."""
+"""The program that encodes pictures; the main one is the language model (AI 100 contract §1.8).
+
+Of several sizes, each has a program of its own, with the size in its name.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,13 @@ class Pictured:
     """What a model is compiled for, beside text.
 
     Attributes:
-        form: What a processor makes of one picture.
-        example: Just that, for a picture of noise.
-        features: What the encoder makes of it.
+        forms: What a processor makes of pictures of each size.
+        examples: Just that, for a picture of noise, by the program that encodes it.
+        features: What the encoder makes of a picture of the size with the most rows.
     """
 
-    form: PictureForm
-    example: Mapping[str, torch.Tensor]
+    forms: PictureForms
+    examples: Mapping[str, Example]
     features: Features
 
 
@@ -53,7 +59,8 @@ class PictureSource(Source):
 
     def programs(self) -> Mapping[str, Callable[[], Module]]:
         """See `Source.programs`."""
-        return {MAIN: self.lower, VISION: self.lower_vision}
+        encoders = {name: functools.partial(self.lower_vision, name) for name in self._known().examples}
+        return {MAIN: self.lower, **encoders}
 
     @abstractmethod
     def skeleton(self) -> PreTrainedModel:
@@ -63,12 +70,14 @@ class PictureSource(Source):
     def image_processor(self) -> Any:
         """transformers' image processor of the model."""
 
-    def for_pictures(self, size: tuple[int, int], count: int) -> PictureSource:
-        """The model, to be compiled for up to `count` pictures of `size` (height and width) in a prompt.
+    def for_pictures(self, sizes: Sequence[tuple[int, int]], count: int) -> PictureSource:
+        """The model, to be compiled for up to `count` pictures of these sizes (height and width) in a prompt.
+
+        Sizes of which the image processor makes the same are one.
 
         Raises:
             CompileError: The image processor does not take such pictures.
-            UnsupportedModelError: The model has no encoder of its own.
+            UnsupportedModelError: The model has no encoder of its own, or makes rows of another kind for each size.
         """
         from qeff_ir.frontend.export.encoders import find_features
         from qeff_ir.frontend.export.features import encoder_of
@@ -80,20 +89,29 @@ class PictureSource(Source):
             raise UnsupportedModelError(
                 f"the configuration of {type(model).__name__} has no image_token_id: no token stands for a picture"
             )
-        random, processor = np.random.default_rng(0), self.image_processor()
-        noise = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(2)]
-        one, pair, rows = (
-            {name: value for name, value in _processed(processor, nested).items() if name in takes}
-            for nested in ([noise[:1]], [noise], [noise[:1], noise[1:]])
-        )
-        if not one:
-            raise CompileError(f"{type(processor).__name__} makes nothing that {type(model).__name__} takes")
-        arrays = [{name: value.numpy() for name, value in made.items()} for made in (one, pair, rows)]
-        features = find_features(model, one)
-        found = copy.copy(self)
-        form = PictureForm(size, token, features.rows, count, form_of_inputs(*arrays))
-        found.pictured = Pictured(form, one, features)
-        return found
+        processor = self.image_processor()
+        found: list[tuple[PictureForm, Example, Features]] = []
+        for size in sizes:
+            example, inputs = _example(processor, size, takes)
+            if not example:
+                raise CompileError(f"{type(processor).__name__} makes nothing that {type(model).__name__} takes")
+            if all(form.inputs != inputs for form, _, _ in found):
+                features = find_features(model, example)
+                form = PictureForm(f"{VISION}_{size[0]}x{size[1]}", size, features.rows, inputs)
+                found.append((form, example, features))
+        if len(found) == 1:
+            found = [(replace(found[0][0], program=VISION), *found[0][1:])]
+        if len({replace(features, rows=1) for _, _, features in found}) > 1:
+            raise UnsupportedModelError(
+                f"the encoder of {type(model).__name__} makes rows of another kind for each size of pictures: compile "
+                "for each by itself"
+            )
+        forms = PictureForms(token, count, tuple(form for form, _, _ in found))
+        check_alike(forms.sizes)
+        largest = max((features for _, _, features in found), key=lambda features: features.rows)
+        made = copy.copy(self)
+        made.pictured = Pictured(forms, {form.program: example for form, example, _ in found}, largest)
+        return made
 
     def _known(self) -> Pictured:
         if self.pictured is None:
@@ -104,16 +122,16 @@ class PictureSource(Source):
         from qeff_ir.frontend.export.pictures import lower_language
 
         known = self._known()
-        return lower_language(model, weights, known.features, count=known.form.count)
+        return lower_language(model, weights, known.features, count=known.forms.count)
 
-    def _vision(self, model: PreTrainedModel, weights: Weights) -> Module:
+    def _vision(self, model: PreTrainedModel, weights: Weights, program: str) -> Module:
         from qeff_ir.frontend.export.encoders import lower_encoder
 
-        return lower_encoder(model, weights, self._known().example)
+        return lower_encoder(model, weights, self._known().examples[program])
 
     @abstractmethod
-    def lower_vision(self) -> Module:
-        """Lower the encoder; see `Source.lower`."""
+    def lower_vision(self, program: str) -> Module:
+        """Lower the encoder of one size of pictures, by its name; see `Source.lower`."""
 
 
 class PictureFolder(PictureSource, FolderSource):
@@ -123,9 +141,9 @@ class PictureFolder(PictureSource, FolderSource):
         """See `Source.lower`."""
         return self._language(*self._load())
 
-    def lower_vision(self) -> Module:
+    def lower_vision(self, program: str) -> Module:
         """See `PictureSource.lower_vision`."""
-        return self._vision(*self._load())
+        return self._vision(*self._load(), program)
 
     def skeleton(self) -> PreTrainedModel:
         """See `PictureSource.skeleton`."""
@@ -149,9 +167,9 @@ class PictureFolder(PictureSource, FolderSource):
             ) from error
 
     def save_side_files(self, folder: Path) -> None:
-        """See `Source.save_side_files`; with the form of pictures, by which it is part of the package's key."""
+        """See `Source.save_side_files`; with the forms of pictures, by which it is part of the package's key."""
         super().save_side_files(folder)
-        self._known().form.write(folder)
+        self._known().forms.write(folder)
 
 
 class PictureMemory(PictureSource, MemorySource):
@@ -171,10 +189,10 @@ class PictureMemory(PictureSource, MemorySource):
         model = self.copy()
         return self._language(model, _memory(model))
 
-    def lower_vision(self) -> Module:
+    def lower_vision(self, program: str) -> Module:
         """See `PictureSource.lower_vision`."""
         model = self.copy()
-        return self._vision(model, _memory(model))
+        return self._vision(model, _memory(model), program)
 
     def skeleton(self) -> PreTrainedModel:
         """See `PictureSource.skeleton`."""
@@ -185,16 +203,30 @@ class PictureMemory(PictureSource, MemorySource):
         return getattr(self.processor, "image_processor", self.processor)
 
     def save_side_files(self, folder: Path) -> None:
-        """See `Source.save_side_files`; with the processor and the form of pictures."""
+        """See `Source.save_side_files`; with the processor and the forms of pictures."""
         super().save_side_files(folder)
         self.processor.save_pretrained(folder)
-        self._known().form.write(folder)
+        self._known().forms.write(folder)
 
 
 def _memory(model: PreTrainedModel) -> Weights:
     from qeff_ir.frontend.checkpoint.weights import memory_weights
 
     return memory_weights(model)
+
+
+def _example(
+    processor: Any, size: tuple[int, int], takes: Collection[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, InputForm]]:
+    """What an image processor makes of a picture of noise, of that what an encoder takes, and how it lies there."""
+    random = np.random.default_rng(0)
+    noise = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(2)]
+    one, pair, rows = (
+        {name: value for name, value in _processed(processor, nested).items() if name in takes}
+        for nested in ([noise[:1]], [noise], [noise[:1], noise[1:]])
+    )
+    arrays = [{name: value.numpy() for name, value in made.items()} for made in (one, pair, rows)]
+    return one, form_of_inputs(*arrays)
 
 
 def _processed(processor: Any, images: list[list[Any]]) -> dict[str, torch.Tensor]:

@@ -45,9 +45,9 @@ class Run:
     embed: Callable[[Array], Array] | None = None
     keep: int = 1
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
-    first_rows: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    planes: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    types: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    first_rows: Array | None = None
+    planes: Array | None = None
+    types: Array | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.tokens)
@@ -55,12 +55,6 @@ class Run:
             object.__setattr__(self, "adapters", np.zeros(rows, dtype=np.int64))
         if not len(self.cache_rows):
             object.__setattr__(self, "cache_rows", np.arange(rows, dtype=np.int64))
-        if not len(self.first_rows):
-            object.__setattr__(self, "first_rows", np.zeros((rows, 1), dtype=np.int64))
-        if not len(self.planes):
-            object.__setattr__(self, "planes", np.repeat(np.maximum(self.positions, 0)[None], AXES, axis=0))
-        if not len(self.types):
-            object.__setattr__(self, "types", np.zeros_like(self.positions))
 
 
 Feed = Callable[[Run], Array]
@@ -109,8 +103,20 @@ def _embedded(run: Run) -> Array:
     return run.embed(run.tokens)
 
 
+def _first_rows(run: Run) -> Array:
+    return np.zeros((len(run.tokens), 1), dtype=np.int64) if run.first_rows is None else run.first_rows
+
+
+def _planes(run: Run) -> Array:
+    return np.repeat(np.maximum(run.positions, 0)[None], AXES, axis=0) if run.planes is None else run.planes
+
+
 def _all_planes(run: Run) -> Array:
-    return np.concatenate([run.positions[None], run.planes])
+    return np.concatenate([run.positions[None], _planes(run)])
+
+
+def _types(run: Run) -> Array:
+    return np.zeros_like(run.positions) if run.types is None else run.types
 
 
 TOKENS = define(Role("tokens", "token ids, int64 [batch, seq]", lambda run: run.tokens))
@@ -128,12 +134,10 @@ MASK = define(Role("mask", "1 for tokens and 0 for padding, int64 [batch, seq]")
 TOKEN_TYPES = define(Role("token-types", "segment of each token, int64 [batch, seq]"))
 ROWS = define(Role("rows", "what an encoder made for placeholders, float32 [batch, rows, hidden]"))
 ROWS_OUTPUT = define(Role("made-rows", "what an encoder makes for placeholders, float32", is_output=True))
-FIRST_ROW = define(
-    Role("first-row", "the row that the next placeholder stands for, int64 [batch, 1]", lambda r: r.first_rows)
-)
+FIRST_ROW = define(Role("first-row", "the row that the next placeholder stands for, int64 [batch, 1]", _first_rows))
 NEXT_ROW = define(Role("next-row", "the same for the next run, int64 [batch, 1]", is_output=True))
-PLANES = define(Role("planes", "place of each token on three axes, int64 [3, batch, seq]", lambda run: run.planes))
-PICTURE_TOKENS = define(Role("picture-tokens", "tokens of a picture, int64 [batch, seq]", lambda run: run.types))
+PLANES = define(Role("planes", "place of each token on three axes, int64 [3, batch, seq]", _planes))
+PICTURE_TOKENS = define(Role("picture-tokens", "tokens of a picture, int64 [batch, seq]", _types))
 ALL_PLANES = define(
     Role("all-planes", "positions, -1 is padding, then places on three axes, int64 [4, batch, seq]", _all_planes)
 )

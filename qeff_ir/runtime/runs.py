@@ -55,10 +55,18 @@ def fitted(run: Run, inputs: Sequence[Port], specializations: Sequence[Specializ
             f"no compiled shapes take a run of {rows} rows and {wanted} or more: compile for such sizes"
         )
     best = min(fitting, key=lambda s: [s.symbols[name] for name in needs])
-    more = ((0, 0), (0, best.symbols[LENGTH] - columns))
-    tokens, positions = np.pad(run.tokens, more), np.pad(run.positions, more, constant_values=-1)
-    planes, types = np.pad(run.planes, ((0, 0), *more)), np.pad(run.types, more)
-    return dataclasses.replace(run, tokens=tokens, positions=positions, planes=planes, types=types, sizes=best.symbols)
+    longer = best.symbols[LENGTH] - columns
+    if not longer:  # each decode run; to pad it by nothing would cost as much as all else here
+        return dataclasses.replace(run, sizes=best.symbols)
+    more = ((0, 0), (0, longer))
+    return dataclasses.replace(
+        run,
+        tokens=np.pad(run.tokens, more),
+        positions=np.pad(run.positions, more, constant_values=-1),
+        planes=None if run.planes is None else np.pad(run.planes, ((0, 0), *more)),
+        types=None if run.types is None else np.pad(run.types, more),
+        sizes=best.symbols,
+    )
 
 
 def last(logits: Array, run: Run) -> Array:
@@ -67,6 +75,8 @@ def last(logits: Array, run: Run) -> Array:
     A graph returns those of all tokens, or those of as many of the last ones as it keeps, from the first column on
     where the row has fewer (AI 100 contract §1.2).
     """
+    if run.keep == logits.shape[1] == 1:
+        return logits
     end = np.minimum(run.positions.argmax(axis=1), logits.shape[1] - 1)
     columns = np.maximum(end[:, None] - np.arange(run.keep)[::-1], 0)
     return np.take_along_axis(logits, columns[:, :, None], axis=1)

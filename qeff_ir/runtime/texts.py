@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -56,41 +56,67 @@ def generate_texts(
     kwargs: dict[str, Any],
     lora_ids: list[int] | None = None,
 ) -> GenerationResult:
-    """Answer every prompt; the last batch is filled up with its last prompt, whose copies are dropped.
+    """Answer every prompt, see `answer_rows`.
+
+    Args:
+        runner: The session.
+        prompts: A text, or at least one of them.
+        tokenizer: The model's.
+        kwargs: See `answer_rows`.
+        lora_ids: Slot of each prompt's adapter; those of the decoder stay by default.
+
+    Raises:
+        RuntimeInputError: There is no prompt, or one of no token, or see `answer_rows`.
+    """
+
+    texts, rows = as_texts(prompts), list[list[int]]()
+
+    def rows_of(batch: Sequence[int]) -> list[list[int]]:
+        if not rows:  # all of them before the first answer, so that a wrong one is told at once
+            rows.extend(encode(tokenizer, text) for text in texts)
+        if lora_ids is not None:
+            runner.decoder.lora_ids[:] = [lora_ids[number] for number in batch]
+        return [rows[number] for number in batch]
+
+    return answer_rows(runner, len(texts), rows_of, tokenizer, kwargs)
+
+
+def answer_rows(
+    runner: SessionLM,
+    count: int,
+    rows_of: Callable[[Sequence[int]], list[list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: dict[str, Any],
+) -> GenerationResult:
+    """Answer rows of token ids in batches; the last one is filled up with its last prompt, whose copies are dropped.
 
     Without a length in `kwargs` or the model's defaults, answers end with their stop token or with the context. The
     thread has its turn (`Decoder.request`) for all batches.
 
     Args:
         runner: The session.
-        prompts: A text, or at least one of them.
+        count: How many rows there are, at least one.
+        rows_of: Makes those of a batch, by their numbers, and tells the decoder what they have beside tokens.
         tokenizer: The model's.
         kwargs: For transformers' ``generate``; ``num_return_sequences`` and tensors of one batch make no sense here.
-        lora_ids: Slot of each prompt's adapter; those of the decoder stay by default.
 
     Raises:
-        RuntimeInputError: There is no prompt, or one of no token, or a request does not fit the compiled model.
+        RuntimeInputError: A request does not fit the compiled model.
     """
     from qeff_ir.runtime.request import read, wish
 
-    texts = as_texts(prompts)
     refused = [name for name in _OF_ONE_BATCH if kwargs.get(name) is not None]
     refused += [name for name in _BESIDE_TEXTS if wish(kwargs, name)]
     if refused or (wish(kwargs, "num_return_sequences") or 1) != 1:
         name = refused[0] if refused else "num_return_sequences"
         raise RuntimeInputError(f"prompts cannot be combined with {name}: give token ids instead of prompts")
     request = read(runner, {**kwargs, "tokenizer": tokenizer}, ids_only=True)
-    rows = [encode(tokenizer, text) for text in texts]
     size = runner.decoder.batch_size
     ids: list[list[int]] = []
     timings: list[Timings] = []
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
-        filled = batch + [batch[-1]] * (size - len(batch))
-        if lora_ids is not None:
-            slots = lora_ids[start : start + size]
-            runner.decoder.lora_ids[:] = slots + slots[-1:] * (size - len(slots))
-        ids += _run(runner, filled, request)[: len(batch)]
+    for start in range(0, count, size):
+        batch = [min(start + place, count - 1) for place in range(size)]
+        ids += _run(runner, rows_of(batch), request)[: count - start]
         timings.append(runner.decoder.timings)
     return GenerationResult([_decode(tokenizer, i) for i in ids], ids, timings)
 

@@ -101,6 +101,8 @@ PROPERTIES = {
     "AI 100 QNN": "backends/ai100/test_qnn.py",
     "sizes of images": "auto/test_forward.py::test_the_height_of_an_image_comes_before_its_width",
     "pictures and text": "test_image_text.py",
+    "pictures of several sizes": "test_picture_sizes.py",
+    "picture forms": "runtime/test_picture_forms.py",
     "AI 100 pictures": "backends/ai100/test_pictures.py",
     "encoders": "frontend/test_encoders.py",
     "pictures in prompts": "frontend/test_pictures.py",

@@ -1,0 +1,189 @@
+"""Requests to a compiled model of pictures and text: its sessions, and the rows of pictures that it has seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qeff_ir.errors import RuntimeInputError, first_line
+from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
+from qeff_ir.ir.ports import ALL_PLANES, AXES, PLANES
+from qeff_ir.runtime.picture_form import PictureForm
+from qeff_ir.runtime.picture_forms import Picture, PictureForms
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from qeff_ir.arrays import Array
+    from qeff_ir.runtime.generation import SessionLM
+    from qeff_ir.runtime.picture_decoder import Pictured, PictureDecoder
+    from qeff_ir.runtime.session import Session
+    from qeff_ir.runtime.texts import GenerationResult
+
+_KEPT = 256 << 20
+"""Bytes of rows of pictures that are kept, so that the next question about one does not encode it again."""
+
+_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""What processors call the types of tokens; the first tells the pictures, whatever else the second may tell."""
+
+
+class PictureRunner:
+    """All sessions of a package, and the rows of the pictures that they have seen.
+
+    Args:
+        model: The language model.
+        decoder: Its decoder.
+        encoders: The encoders, by program.
+        forms: What the processor makes of pictures.
+        trust_remote_code: Whether code that came with the model may run.
+    """
+
+    def __init__(
+        self,
+        model: SessionLM,
+        decoder: PictureDecoder,
+        encoders: Mapping[str, Session],
+        forms: PictureForms,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.model, self.decoder, self.forms = model, decoder, forms
+        self._encoders, self._trust = encoders, trust_remote_code
+        self._rows: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
+        self._skeleton: PreTrainedModel | None = None
+
+    def generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """Answer one batch, for a thread that has its turn."""
+        ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        found = {name: kwargs.pop(name) for name in (*self.forms.inputs, *_TYPES) if name in kwargs}
+        given = {name: _array(name, value) for name, value in found.items() if value is not None}
+        if not hasattr(ids, "tolist") or getattr(ids, "ndim", 0) != 2:
+            return self.model.generate_now(inputs, **kwargs)  # which says what is wrong
+        self.decoder.prompts = self._prompts(ids, mask, given)
+        try:
+            return self.model.generate_now(inputs, **kwargs)
+        finally:
+            self.decoder.prompts = ()
+
+    def answer(
+        self, prompts: Sequence[str], images: object, processor: Any, kwargs: dict[str, Any], *, resize: bool
+    ) -> GenerationResult:
+        """Answer prompts about pictures, for a thread that has its turn.
+
+        Each prompt goes through the processor by itself, before its batch runs.
+        """
+        from qeff_ir.runtime.picture_prompts import fitting, pictures_of, processed
+        from qeff_ir.runtime.texts import answer_rows
+
+        pictures = pictures_of(images, len(prompts))
+
+        def read(number: int) -> tuple[list[int], Pictured]:
+            own = [fitting(self.forms, processor, picture, resize=resize) for picture in pictures[number]]
+            made = processed(processor, prompts[number], own)
+            given = {name: _array(name, made[name]) for name in (*self.forms.inputs, *_TYPES) if name in made}
+            return made["input_ids"][0].tolist(), self._prompts(made["input_ids"], None, given)[0]
+
+        def rows_of(batch: Sequence[int]) -> list[list[int]]:
+            known = {number: read(number) for number in dict.fromkeys(batch)}
+            self.decoder.prompts = [known[number][1] for number in batch]
+            return [known[number][0] for number in batch]
+
+        try:
+            return answer_rows(self.model, len(prompts), rows_of, processor.tokenizer, kwargs)
+        finally:
+            self.decoder.prompts = ()
+
+    def _prompts(self, ids: Any, mask: Any, given: dict[str, Array]) -> list[Pictured]:
+        from qeff_ir.runtime.picture_decoder import Pictured
+
+        real = np.ones(tuple(ids.shape), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
+        if real.shape != tuple(ids.shape):
+            return []  # told by `generate_now`
+        tokens = [np.asarray(row)[keep] for row, keep in zip(ids, real, strict=True)]
+        arrays = {name: value for name, value in given.items() if name in self.forms.inputs}
+        pictures = self.forms.split(arrays, [row.tolist() for row in tokens])
+        types = next((given[name] for name in _TYPES if name in given), None)
+        if types is not None and (types.shape != real.shape or not np.issubdtype(types.dtype, np.integer)):
+            raise RuntimeInputError(
+                f"the types of tokens are {types.dtype} {list(types.shape)}, and the tokens {list(real.shape)}: give a "
+                "whole number for each"
+            )
+        prompts: list[Pictured] = []
+        for row, own in enumerate(pictures):
+            kinds = None if types is None else types[row][real[row]]
+            prompts.append(Pictured(self._encoded(own), self._planes(tokens[row], kinds, own), kinds))
+        return prompts
+
+    def _encoded(self, pictures: Sequence[Picture]) -> dict[str, Array]:
+        """Rows of the pictures of a prompt, one after the other."""
+        made = [self._encode(form, inputs) for form, inputs in pictures]
+        return {name: np.concatenate([one[name] for one in made], axis=-2) for name in (made[0] if made else ())}
+
+    def _encode(self, form: PictureForm, picture: Mapping[str, Array]) -> dict[str, Array]:
+        session = self._encoders[form.program]
+        ports = session.interface.inputs
+        feeds = {port.name: np.ascontiguousarray(picture[port.name], dtype=port.dtype) for port in ports}
+        digest = hashlib.sha256(b"".join([form.program.encode(), *(feeds[port.name].tobytes() for port in ports)]))
+        digest = digest.digest()
+        if digest not in self._rows:
+            made = session.run(feeds)
+            self._rows[digest] = {name: np.squeeze(rows, axis=-3).astype(np.float32) for name, rows in made.items()}
+            while len(self._rows) > 1 and sum(map(_bytes, self._rows.values())) > _KEPT:
+                self._rows.popitem(last=False)
+        self._rows.move_to_end(digest)
+        return self._rows[digest]
+
+    def _planes(self, ids: Array, types: Array | None, pictures: Sequence[Picture]) -> Array | None:
+        """Places of a prompt's tokens, as the model itself finds them; `None` where it has none."""
+        import torch
+
+        from qeff_ir.frontend import private
+        from qeff_ir.frontend.checkpoint.skeleton import empty_model
+
+        interface = self.decoder.session.interface
+        if not pictures or (interface.input(PLANES) is None and interface.input(ALL_PLANES) is None):
+            return None
+        if self._skeleton is None:
+            auto = IMAGE_TEXT_TO_TEXT.auto_class()
+            self._skeleton = empty_model(self.model.config, auto=auto, trust_remote_code=self._trust)
+        arguments: dict[str, torch.Tensor] = {}
+        for name, form in self.forms.inputs.items():
+            if form.numbers is not None:
+                whole = np.concatenate([picture[name] for _, picture in pictures], axis=form.axis)
+                arguments[name] = torch.from_numpy(whole)
+        if types is not None:
+            arguments["mm_token_type_ids"] = torch.from_numpy(types)[None]
+        try:
+            places = private.places(self._skeleton, torch.from_numpy(ids)[None], arguments)
+        except Exception as error:  # it is the model's own code, on what a caller gives
+            raise RuntimeInputError(
+                f"the model cannot tell where the tokens of a prompt with {len(pictures)} pictures are "
+                f"({first_line(error)}): give text and pictures as the model's processor returns them"
+            ) from error
+        return places[-AXES:, 0].numpy()
+
+
+def _bytes(rows: Mapping[str, Array]) -> int:
+    return sum(array.nbytes for array in rows.values())
+
+
+def _array(name: str, value: Any) -> Array:
+    """An argument as an array.
+
+    Raises:
+        RuntimeInputError: It is none.
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise RuntimeInputError(f"{name} is no array ({error}): give what the processor returns") from error

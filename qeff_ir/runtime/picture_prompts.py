@@ -1,0 +1,116 @@
+"""Prompts about pictures, as a model's processor and chat template take them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from qeff_ir.errors import RuntimeInputError, first_line
+from qeff_ir.runtime.picture_forms import PictureForms
+
+
+def pictures_of(images: object, count: int) -> list[list[Any]]:
+    """The pictures of each of `count` prompts.
+
+    Args:
+        images: A list of pictures for each prompt; also one picture for each, or all pictures of the only prompt.
+        count: How many prompts there are.
+
+    Raises:
+        RuntimeInputError: They are of another number of prompts.
+    """
+    if images is None:
+        return [[] for _ in range(count)]
+    given = list(cast("Sequence[Any]", images)) if isinstance(images, list | tuple) else [images]
+    if given and all(isinstance(one, list | tuple) for one in given):
+        found = [list(cast("Sequence[Any]", one)) for one in given]
+    else:
+        found = [given] if count == 1 else [[one] for one in given]
+    if len(found) != count:
+        raise RuntimeInputError(
+            f"there are pictures for {len(found)} prompts, and {count} prompts: give a list for each"
+        )
+    return found
+
+
+def fitting(forms: PictureForms, processor: Any, picture: Any, *, resize: bool) -> Any:
+    """The picture, which has a compiled size, or is resized to the nearest.
+
+    Args:
+        forms: The sizes.
+        processor: The model's.
+        picture: A picture.
+        resize: Whether to resize it.
+
+    Raises:
+        RuntimeInputError: It has none of them, and is not to be resized, or cannot be.
+    """
+    made = _called(getattr(processor, "image_processor", processor), "the picture", images=[[picture]])
+    arrays = {name: np.asarray(value) for name, value in made.items() if name in forms.inputs}
+    if forms.takes(arrays):
+        return picture
+    image = _image(picture)
+    if not resize:
+        raise RuntimeInputError(
+            f"a picture is {image.height} x {image.width}, and the model is compiled for {forms.said}: pass "
+            "resize=True, or compile with its image_size"
+        )
+    ratio = image.height / image.width
+    height, width = min(forms.sizes, key=lambda form: abs(math.log(form.size[0] / form.size[1] / ratio))).size
+    return image.convert("RGB").resize((width, height))
+
+
+def _image(picture: Any) -> Any:
+    """A picture as Pillow has it.
+
+    Raises:
+        RuntimeInputError: It is something else.
+    """
+    from PIL import Image
+
+    try:
+        return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    except (TypeError, AttributeError) as error:
+        kind = type(picture).__name__
+        raise RuntimeInputError(
+            f"a picture is of type {kind}: give one of Pillow, or an array uint8 [h, w, 3]"
+        ) from error
+
+
+def processed(processor: Any, prompt: str, pictures: Sequence[Any]) -> dict[str, Any]:
+    """What a processor makes of a prompt about pictures, or about none; of a beginning-of-text token, one.
+
+    Raises:
+        RuntimeInputError: It does not take the prompt.
+    """
+    text, first = asked(processor, prompt, len(pictures)), getattr(processor.tokenizer, "bos_token", None)
+    given: dict[str, Any] = {"images": [list(pictures)]} if pictures else {}
+    if first and text.startswith(first):  # as many chat templates do
+        given["add_special_tokens"] = False
+    return _called(processor, "the prompt and its pictures", text=[text], **given)
+
+
+def _called(processor: Any, what: str, **given: Any) -> dict[str, Any]:
+    try:
+        return dict(processor(return_tensors="pt", **given))
+    except Exception as error:  # processors raise whatever their many steps raise
+        raise RuntimeInputError(
+            f"the processor does not take {what} ({first_line(error)}): give them as the model's card has them"
+        ) from error
+
+
+def asked(processor: Any, prompt: str, count: int) -> str:
+    """A prompt with a place for each picture: as it was written, or by the model's chat template.
+
+    A prompt without places has them in front where there is no template.
+    """
+    place = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or "<image>"
+    if place in prompt:
+        return prompt
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": prompt}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return " ".join([place] * count + [prompt])
