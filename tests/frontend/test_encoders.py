@@ -18,7 +18,7 @@ from qeff_ir.frontend.checkpoint.skeleton import build_skeleton
 from qeff_ir.frontend.checkpoint.weights import checkpoint_weights, memory_weights
 from qeff_ir.frontend.export.encoders import find_features, lower_encoder
 from qeff_ir.frontend.export.features import encode, read_features
-from qeff_ir.ir.module import WEIGHT_KEY, Module
+from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.numerics import bound, depth, error_over_rms
 from qeff_ir.storage import file_range
 from tests import multimodal, support
@@ -172,3 +172,32 @@ def test_pieces_of_a_split_are_slices(tmp_path: Path) -> None:
     support.apply(module, support.CANONICAL)
     made = support.run_graph(module, tmp_path, {"pixel_values": other["pixel_values"].numpy()})["vision_embeds"][0]
     assert error_over_rms(made, expected) <= bound(depth(module, "vision_embeds"))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "idefics3"])
+def test_a_layer_has_one_attention_whatever_its_windows(name: str) -> None:
+    module = lowered(name)
+    layers = [node.metadata_props[SOURCE_KEY] for node in module.graph if node.op_type == "Attention"]
+    assert len(layers) == len(set(layers)) > 0
+
+
+class Halved(torch.nn.Module):
+    """Splits tokens as attention does, and is none."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        first, second = hidden[None, None].split([3, len(hidden) - 3], dim=2)
+        return self.inner(torch.cat([first * 2.0, second], dim=2)[0, 0], *args, **kwargs)
+
+
+def test_what_is_split_for_something_else_is_split(tmp_path: Path) -> None:
+    model, picture = copy.deepcopy(multimodal.tiny("qwen2_5_vl")), multimodal.picture("qwen2_5_vl", seed=9)
+    model.model.visual.blocks[1] = Halved(model.model.visual.blocks[1])
+    module = lower_encoder(model, memory_weights(model), multimodal.picture("qwen2_5_vl"))
+    support.apply(module, f"{support.CANONICAL},fuse-norms,fuse-activations")
+    feeds = {str(v.name): picture[str(v.name)].numpy() for v in module.graph.inputs}
+    found, (right,) = support.run_graph(module, tmp_path, feeds)["vision_embeds"][0], rows_of(model, picture)
+    assert error_over_rms(found, right) <= bound(depth(module, "vision_embeds"))

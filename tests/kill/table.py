@@ -104,6 +104,7 @@ PROPERTIES = {
     "pictures of several sizes": "test_picture_sizes.py",
     "picture forms": "runtime/test_picture_forms.py",
     "AI 100 pictures": "backends/ai100/test_pictures.py",
+    "segments": "frontend/test_segments.py",
     "encoders": "frontend/test_encoders.py",
     "pictures in prompts": "frontend/test_pictures.py",
     "coverage of pictures": "benchmarks/test_coverage_pictures.py",

@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import private
+from qeff_ir.frontend.capture import segments
 from qeff_ir.frontend.capture.attention import HARMLESS, IMPLEMENTATION
 
 Tensor = torch.Tensor
@@ -61,12 +62,19 @@ def _attention(
         rows, columns = torch.arange(query.shape[2]), torch.arange(key.shape[2])
         attention_mask = (columns[None, :] <= rows[:, None])[None, None]
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    if s_aux is not None:
-        if attention_mask is None:
-            attention_mask = torch.ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool)
-        out = torch.ops.qeff.sink_attention(query, key, value, attention_mask, s_aux, scale, float(softcap or 0.0))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if s_aux is None:
+            return torch.ops.qeff.attention(query, key, value, mask, scale, float(softcap or 0.0))
+        if mask is None:
+            mask = torch.ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool)
+        return torch.ops.qeff.sink_attention(query, key, value, mask, s_aux, scale, float(softcap or 0.0))
+
+    lengths = None if attention_mask is not None else segments.lengths_of(query, key, value)
+    if lengths is None:
+        out = attend(query, key, value, attention_mask)
     else:
-        out = torch.ops.qeff.attention(query, key, value, attention_mask, scale, float(softcap or 0.0))
+        out = segments.attention(query, key, value, lengths, attend)
     return out.transpose(1, 2).contiguous(), None
 
 

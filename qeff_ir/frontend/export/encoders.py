@@ -16,6 +16,7 @@ from transformers.exporters.exporter_dynamo import reset_model_state
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend.capture.forward_attention import captured_forward
 from qeff_ir.frontend.capture.own_thread import alone
+from qeff_ir.frontend.capture.segments import Segments
 from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.checkpoint.weights import Weights
 from qeff_ir.frontend.export.features import DEEPSTACK, Features, encode, encoder_of, read_features
@@ -146,7 +147,10 @@ class _Step(torch.nn.Module):
         example = self._example()
         known = PartialEvaluation({inputs[name]: example[name].float() for name in inputs})
         with known:
-            output = encode(self.hf, self.modality, {**example, **inputs})
+            with Segments() as segments:
+                output = encode(self.hf, self.modality, {**example, **inputs})
+            if not segments.all_taken:  # split for something else: what was traced of it is not used
+                output = encode(self.hf, self.modality, {**example, **inputs})
             form, rows, layers = read_features(self.hf, output)
             self._note(form)
             made = () if not layers else (torch.stack(layers).unsqueeze(1),)
