@@ -137,10 +137,11 @@ def test_what_depends_on_a_weight_is_refused_by_name(picked: str) -> None:
         lower_encoder(model, memory_weights(model), multimodal.picture("gemma3"))
 
 
-@pytest.mark.parametrize("way", ["an item", "a view", "an operator"])
+@pytest.mark.parametrize("way", ["an item", "a view", "an operator", "a weight"])
 def test_what_is_written_is_not_what_it_was(way: str) -> None:
     model = multimodal.build("gemma3")
     inner, encode_all = model.model, model.model.get_image_features
+    weight = next(model.parameters())
 
     def choosing(pixel_values: Any, **rest: Any) -> Any:
         kept = pixel_values[0, 0, 0, :4] * 0.0 + 1.0
@@ -148,6 +149,8 @@ def test_what_is_written_is_not_what_it_was(way: str) -> None:
             kept[3] = -1.0
         elif way == "a view":
             kept[3:].fill_(-1.0)
+        elif way == "a weight":
+            kept[3:].copy_(weight.flatten()[:1] * 0.0 - 1.0)
         else:
             kept -= torch.tensor([0.0, 0.0, 0.0, 2.0])
         out = encode_all(pixel_values=pixel_values, **rest)
@@ -157,8 +160,11 @@ def test_what_is_written_is_not_what_it_was(way: str) -> None:
     inner.get_image_features = choosing
     example = multimodal.picture("gemma3")
     assert choosing(example["pixel_values"], return_dict=True).pooler_output.shape[1] == 3
-    with pytest.raises(UnsupportedModelError, match="branches on what only a run knows"):  # not the four from before
-        find_features(model, example)
+    if way == "a weight":  # of which only a run knows what it is
+        with pytest.raises(UnsupportedModelError, match="branches on what only a run knows"):
+            find_features(model, example)
+    else:
+        assert find_features(model, example).rows == 3  # not the four from before
 
 
 def test_pieces_of_a_split_are_slices(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_segments_do_not_see_one_another(lengths: list[int], batch: int) -> None
     query = torch.randn((1, 4, sum(lengths), 8), generator=generator)
     key, value = (torch.randn((1, 2, sum(lengths), 8), generator=generator) for _ in range(2))
     parts = [torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)]
-    right = torch.cat([attend(*part, None) for part in zip(*parts, strict=True)], dim=2)
+    right = torch.cat([attend(q, k, v, None) for q, k, v in zip(*parts, strict=True)], dim=2)
     calls.clear()
     with Segments() as found:
         whole = [torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)]
@@ -35,7 +35,7 @@ def test_segments_do_not_see_one_another(lengths: list[int], batch: int) -> None
         (one,), (two,), (three,) = whole
         assert segments.lengths_of(query, key, value) is None  # they were not split
         known = segments.lengths_of(one, two, three)
-        assert known == tuple(lengths) and found.all_taken
+        assert known is not None and known == tuple(lengths) and found.all_taken
     assert segments.lengths_of(one, two, three) is None
     made = segments.attention(one, two, three, known, attend)
     torch.testing.assert_close(made, right)
