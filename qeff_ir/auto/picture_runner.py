@@ -121,10 +121,20 @@ class PictureRunner:
 
     def _encoded(self, pictures: Sequence[Picture]) -> dict[str, Array]:
         """Rows of the pictures of a prompt, one after the other."""
-        made = [self._encode(form, inputs) for form, inputs in pictures]
+        made = [self.encode(form, inputs) for form, inputs in pictures]
         return {name: np.concatenate([one[name] for one in made], axis=-2) for name in (made[0] if made else ())}
 
-    def _encode(self, form: PictureForm, picture: Mapping[str, Array]) -> dict[str, Array]:
+    def forget(self) -> None:
+        """Forget the rows of all pictures."""
+        self._rows.clear()
+
+    def encode(self, form: PictureForm, picture: Mapping[str, Array]) -> dict[str, Array]:
+        """Rows of one picture, ``[rows, width]`` or ``[layers, rows, width]`` by name; of one that was seen, the same.
+
+        Args:
+            form: The size of the picture.
+            picture: What the processor made of it.
+        """
         session = self._encoders[form.program]
         ports = session.interface.inputs
         feeds = {port.name: np.ascontiguousarray(picture[port.name], dtype=port.dtype) for port in ports}
