@@ -14,7 +14,7 @@ from qeff_ir.cli.request import Request
 from qeff_ir.cli.terminal import line, quiet_transformers, show, working
 from qeff_ir.errors import CompileError, PackageError, RuntimeInputError, first_line
 from qeff_ir.reading import path_of, regular_file
-from qeff_ir.runtime.picture_prompts import processed
+from qeff_ir.runtime.picture_prompts import fitting, processed
 
 if TYPE_CHECKING:
     from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
@@ -78,7 +78,13 @@ def compile_pictures(
 
 
 def answer_about(
-    model: str, images: Sequence[Path], prompts: Sequence[str], request: Request, settings: dict[str, Any]
+    model: str,
+    images: Sequence[Path],
+    prompts: Sequence[str],
+    request: Request,
+    settings: dict[str, Any],
+    *,
+    resize: bool = False,
 ) -> Compiled:
     """Answer prompts about pictures, one by one, and print the answers.
 
@@ -88,6 +94,7 @@ def answer_about(
         prompts: The prompts.
         request: The shared options.
         settings: Arguments of ``generate``; with ``stream``, the answer is printed as it grows.
+        resize: Whether pictures that have none of the compiled sizes are resized to the nearest.
 
     Raises:
         QeffError: A picture cannot be read, or the model cannot be compiled, opened or run.
@@ -110,7 +117,8 @@ def answer_about(
     with working("Opening the session"):
         quiet_transformers()
         processor = read_processor(found.package.folder / SIDE_FOLDER)
-        found.runner()
+        forms = found.runner().forms
+    pictures = [fitting(forms, processor, picture, resize=resize) for picture in pictures]
     if stream:
         from transformers import TextStreamer
 

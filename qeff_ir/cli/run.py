@@ -33,6 +33,9 @@ def command(
         list[Path] | None,
         typer.Option(help="A picture that the prompt is about; may be given more than once.", metavar="FILE"),
     ] = None,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Resize pictures that have none of the compiled sizes to the nearest.")
+    ] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Length of the answers; else the model's own default.", min=1)
     ] = None,
@@ -73,9 +76,11 @@ def command(
         raise RuntimeInputError(f"--stream shows one prompt, but got {len(prompt)}: leave it out, or give one prompt")
     if image and len(prompt) > 1:
         raise RuntimeInputError(f"--image belongs to one prompt, but got {len(prompt)}: give one prompt")
+    if resize and not image:
+        raise RuntimeInputError("--resize is for the pictures of --image: give one, or leave it out")
     if image or is_of_pictures(model):
         _seed(seed)
-        answer_about(model, image or (), prompt, request, {**settings, "stream": stream})
+        answer_about(model, image or (), prompt, request, {**settings, "stream": stream}, resize=resize)
         return
     opened = open_runnable(model, request)
     with working("Opening the session"):

@@ -56,7 +56,7 @@ def fitting(forms: PictureForms, processor: Any, picture: Any, *, resize: bool) 
     if not resize:
         raise RuntimeInputError(
             f"a picture is {image.height} x {image.width}, and the model is compiled for {forms.said}: pass "
-            "resize=True, or compile with its image_size"
+            "resize=True (--resize), or compile with its image_size"
         )
     ratio = image.height / image.width
     height, width = min(forms.sizes, key=lambda form: abs(math.log(form.size[0] / form.size[1] / ratio))).size

@@ -105,3 +105,26 @@ def test_what_cannot_be_done_is_told(words: tuple[str, ...], message: str, qeff:
     named = [str(model / word) if word.endswith((".png", ".json")) else word for word in words[1:]]
     said = qeff(words[0], model, *named, "--target", "onnxruntime")
     assert said.code == 2 and message in " ".join(said.err.split())
+
+
+def test_pictures_of_several_sizes_have_encoders_of_their_own(qeff: Qeff, tmp_path: Path) -> None:
+    multimodal.lively("llava_next").save_pretrained(tmp_path / "model")
+    processors.processor("llava_next").save_pretrained(tmp_path / "model")
+    for name, size in (("tall", (20, 14)), ("wide", (14, 40)), ("large", (60, 200))):
+        Image.fromarray(processors.picture(size, 1)).save(tmp_path / f"{name}.png")
+    common = ("--target", "onnxruntime", "--prefill-seq-len", "8", "--ctx-len", "128")
+    sizes = ("--image-size", "20x14", "--image-size", "14x40")
+    assert qeff("compile", tmp_path / "model", "-o", tmp_path / "out", *sizes, *common).code == 0
+    assert {path.name for path in tmp_path.glob("out/vision*")} == {"vision_20x14", "vision_14x40"}
+    ask = ("--prompt", "w5 <image> w7", "--max-new-tokens", "4")
+    said = [qeff("run", tmp_path / "out", "--image", tmp_path / f"{name}.png", *ask) for name in ("tall", "wide")]
+    assert [one.code for one in said] == [0, 0] and said[0].out != said[1].out
+    large = ("run", tmp_path / "out", "--image", tmp_path / "large.png", *ask)
+    told = qeff(*large)
+    assert (
+        told.code == 2
+        and "a picture is 60 x 200, and the model is compiled for 20 x 14, 14 x 40: pass " in " ".join(told.err.split())
+    )
+    assert qeff(*large, "--resize").code == 0
+    lost = qeff("run", tmp_path / "out", "--prompt", "w5", "--resize")
+    assert lost.code == 2 and "--resize is for the pictures of --image" in lost.err
