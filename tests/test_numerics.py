@@ -56,7 +56,7 @@ def test_differences_below_float32_count() -> None:
 
 
 def test_the_bound_is_that_of_the_policy() -> None:
-    assert numerics.bound(64) == pytest.approx(3.8e-6, rel=0.01)  # eight half units in the last place, times the root of the depth
+    assert numerics.bound(64) == pytest.approx(3.8e-6, rel=0.01)  # 8 u, times the root of the depth
     assert numerics.bound(4) == 2 * numerics.bound(1) == 16 * 2.0**-24
 
 

@@ -10,6 +10,7 @@ from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
+from qeff_ir.auto.picture_sizes import picture_sizes
 from qeff_ir.compiler import Compiled, Watch
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.picture_source import PictureFolder, PictureMemory, PictureSource
@@ -92,7 +93,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
     def compile(
         self,
         *,
-        image_size: tuple[int, int] | Sequence[tuple[int, int]],
+        image_size: int | tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         num_images: int = 1,
         target: str = "auto",
         prefill_seq_len: int | None = None,
@@ -108,7 +109,8 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
 
         Args:
             image_size: Height and width of a picture, as it is given to the processor; or several of them, each with
-                an encoder of its own.
+                an encoder of its own. The incumbent's names for it are known as well
+                (`qeff_ir.auto.picture_sizes.picture_sizes`).
             num_images: Pictures that a prompt may have.
             target: See `qeff_ir.auto.causal_lm.QEFFAutoModelForCausalLM.compile`, as for all others.
             prefill_seq_len: Tokens of a prompt that one prefill run takes; a picture may take several runs, unless its
@@ -129,6 +131,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         Raises:
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
+        sizes, options = picture_sizes({"image_size": image_size, **options})
         given = {
             "prefill_seq_len": prefill_seq_len,
             "ctx_len": ctx_len,
@@ -137,7 +140,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         }
         return self.compile_with(
             given,
-            image_size=image_size,
+            image_size=sizes,
             num_images=num_images,
             target=target,
             compile_dir=compile_dir,
@@ -150,7 +153,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         self,
         options: Mapping[str, Any],
         *,
-        image_size: tuple[int, int] | Sequence[tuple[int, int]],
+        image_size: Sequence[tuple[int, int]],
         num_images: int,
         compile_dir: str | Path | None = None,
         **rest: Any,
@@ -160,16 +163,16 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         Args:
             options: Shapes, and what the target takes beside them, compiler flags too; ``ctx_len`` and
                 ``prefill_seq_len`` are found where they are `None`.
-            image_size: See `compile`, as for all others.
+            image_size: Height and width of pictures, of each size once.
             num_images: Pictures that a prompt may have.
             compile_dir: Folder of the package.
             rest: ``target``, ``pipeline``, ``emit_only`` and ``watch``.
         """
-        sizes, source = _checked_sizes(image_size), self._source
+        source = self._source
         if type(num_images) is not int or num_images < 1:
             raise CompileError(f"num_images must be a whole number of at least 1, not {num_images!r}")
         if source is not None:
-            source = source.for_pictures(sizes, num_images)  # another object: other threads may compile this one
+            source = source.for_pictures(image_size, num_images)  # another object: other threads may compile this one
             assert source.pictured is not None
             rows, ctx_len = source.pictured.features.rows * num_images, options["ctx_len"]
             if ctx_len is None:
@@ -261,22 +264,6 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
                     trust = isinstance(self._source, PictureFolder) and self._source.trust_remote_code
                     self._runner = PictureRunner(model, decoder, encoders, forms, trust_remote_code=trust)
             return self._runner
-
-
-def _checked_sizes(given: object) -> list[tuple[int, int]]:
-    """Heights and widths, each once.
-
-    Raises:
-        CompileError: They are not pairs of whole numbers.
-    """
-    numbers: list[Any] = list(given) if isinstance(given, list | tuple) else [given, given]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    pairs = numbers if numbers and all(isinstance(one, list | tuple) for one in numbers) else [numbers]
-    sizes: list[tuple[int, int]] = []
-    for pair in pairs:
-        if len(pair) != 2 or any(type(n) is not int or n < 1 for n in pair):
-            raise CompileError(f"image_size is {given!r}: give height and width in pixels, or several pairs of them")
-        sizes.append((pair[0], pair[1]))
-    return list(dict.fromkeys(sizes))
 
 
 def _default_context(rows: int, config: PreTrainedConfig) -> int:

@@ -71,8 +71,8 @@ def compile_pictures(
 
         shapes = {} if "ctx_len" in request.given else {"ctx_len": None}
         found.compile_with(
-            {**request.options(), **shapes}, image_size=sizes, num_images=count, target=target, compile_dir=out,
-            pipeline=request.pipeline, emit_only=request.emit_only, watch=watch,
+            {**request.options(), **shapes}, image_size=list(dict.fromkeys(sizes)), num_images=count, target=target,
+            compile_dir=out, pipeline=request.pipeline, emit_only=request.emit_only, watch=watch,
         )  # fmt: skip
     return found
 

@@ -103,6 +103,7 @@ PROPERTIES = {
     "pictures and text": "test_image_text.py",
     "pictures of several sizes": "test_picture_sizes.py",
     "picture forms": "runtime/test_picture_forms.py",
+    "sizes of pictures": "auto/test_picture_sizes.py",
     "AI 100 pictures": "backends/ai100/test_pictures.py",
     "segments": "frontend/test_segments.py",
     "encoders": "frontend/test_encoders.py",
