@@ -19,7 +19,7 @@ def picture_sizes(given: Mapping[str, Any]) -> tuple[list[tuple[int, int]], dict
 
     Args:
         given: Arguments of ``compile``: ``image_size`` (or ``img_size``) as one side, as height and width, or as
-            several pairs of them; or ``height`` and ``width`` (``image_height``, ``image_width``), each a number or a list.
+            several pairs of them; or ``height`` and ``width`` (``image_height``, ``image_width``), numbers or lists.
 
     Raises:
         CompileError: There is no size, more than one of these, or something that is none; or a number is given that
