@@ -1,4 +1,4 @@
-"""Run any module on one trace: chunked prefill of unequal prompts, then decode steps, states carried over.
+"""Run any module on one trace: chunked prefill of unequal prompts, then decode steps and a draft, states carried over.
 
 A module is driven by what it says of itself: its states are fed back, its dims take the sizes of its specializations or
 small ones, whatever a pass did to the shape of a cache or to the logits. A graph that is not a decoder (a plain ONNX
@@ -38,6 +38,8 @@ _OTHER = 3
 _FORMULA = re.compile(r"[A-Za-z_]\w{0,60}(?: ?[-+*] ?(?:[A-Za-z_]\w{0,60}|\d{1,6})){1,8}")
 """A dim that is computed of others, as exporters write them: ``past_sequence_length + sequence_length``."""
 _DECODE_STEPS = 3
+_DRAFT = 2
+"""Tokens of the last run, of which all logits are asked for: a graph may verify drafts."""
 _MOST_CHUNKS = 64
 """Chunks of a prefill that fills the context; a longer context is not filled, as each pass is driven."""
 _SHOWN = 8
@@ -70,11 +72,14 @@ class Answers:
 
     Attributes:
         outputs: Outputs of each run by name; of a decoder, ``logits`` of each row's last real token.
+        drafts: Of each run of a decoder, the logits of the tokens before the last of each of these rows that it asks
+            for, ``[rows, keep - 1, vocab]``; `None` where the graph does not return them.
         first_feeds: All inputs of the first run.
         first_outputs: All outputs of the first run, as the graph gives them.
     """
 
     outputs: list[dict[str, Array]]
+    drafts: list[Array | None]
     first_feeds: dict[str, Array]
     first_outputs: dict[str, Array]
 
@@ -102,15 +107,19 @@ def make_plan(module: Module, seed: int = 0) -> Plan:
     if not isinstance(last, int):
         raise RuntimeInputError(f"the logits of {module.name} have no fixed width: no token can be drawn")
     (batch, chunk), room = _dims(module.port(POSITIONS), sizes), _room(module, sizes)
-    steps = min(_DECODE_STEPS, room - 1)
+    draft = _DRAFT if chunk >= _DRAFT and room > _DRAFT + _DECODE_STEPS else 0
+    steps = min(_DECODE_STEPS, room - draft - 1)
     fills = -(-room // chunk) <= _MOST_CHUNKS
     longest = room if fills else chunk + chunk // 2 + 1
     wanted = itertools.cycle((longest, max(1, chunk // 3), 2 * chunk))
-    prompts = [random.integers(0, last, min(n, room - steps)) for n in itertools.islice(wanted, batch)]
+    prompts = [random.integers(0, last, min(n, room - draft - steps)) for n in itertools.islice(wanted, batch)]
     runs = _prefill(prompts, chunk)
     for step in range(steps):
         positions = np.array([[len(p) + step] for p in prompts], dtype=np.int64)
         runs.append(Run(random.integers(0, last, (batch, 1)), positions))
+    if draft:
+        positions = np.array([[len(p) + steps + i for i in range(draft)] for p in prompts], dtype=np.int64)
+        runs.append(Run(random.integers(0, last, (batch, draft)), positions, keep=draft))
     embeds, vectors = module.find(EMBEDDINGS), None
     if embeds is not None:
         vectors = random.standard_normal((last, _dims(embeds, sizes)[-1])).astype(np.float32)
@@ -160,14 +169,17 @@ def drive(module: Module, plan: Plan) -> Answers:
     """Run a module on a trace, ONNX Runtime's own rewriting off, so that only the passes are judged.
 
     Raises:
-        RuntimeInputError: ONNX Runtime cannot load or run the graph.
+        RuntimeInputError: ONNX Runtime cannot load or run the graph, or no specialization takes a run.
     """
     outputs: list[dict[str, Array]] = []
+    drafts: list[Array | None] = []
     first: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
     for number, (run, feeds, result) in enumerate(driven(module, plan)):
         first = first if number else (feeds, result)
-        outputs.append(result if run is None else _answers(module, result, run))
-    return Answers(outputs, *first)
+        logits, draft = (result, None) if run is None else _answers(module, result, run)
+        outputs.append(logits)
+        drafts.append(draft)
+    return Answers(outputs, drafts, *first)
 
 
 def driven(module: Module, plan: Plan) -> Iterator[Step]:
@@ -216,11 +228,22 @@ def _ports(module: Module) -> list[Port]:
 
 
 def _fitted(module: Module, run: Run) -> Run:
-    """The run in the shapes of a specialization; as it is where none takes it, for the graph takes any."""
-    try:
-        return fitted(run, _ports(module), module.specializations)
-    except RuntimeInputError:
+    """The run in the shapes of a specialization, or as it is before there are any.
+
+    A specialization that returns fewer logits than the run asks for is given it for the last ones.
+
+    Raises:
+        RuntimeInputError: No specialization takes it.
+    """
+    if not module.specializations:
         return run
+    ports = _ports(module)
+    try:
+        return fitted(run, ports, module.specializations)
+    except RuntimeInputError:
+        if run.keep == 1:
+            raise
+        return fitted(dataclasses.replace(run, keep=1), ports, module.specializations)
 
 
 def _embed(module: Module, plan: Plan) -> Callable[[Array], Array] | None:
@@ -236,10 +259,11 @@ def _embed(module: Module, plan: Plan) -> Callable[[Array], Array] | None:
     return TokenTable(plan.tables[name]).vectors
 
 
-def _answers(module: Module, result: Mapping[str, Array], run: Run) -> dict[str, Array]:
-    """The logits of the last real token of each row that has one."""
+def _answers(module: Module, result: Mapping[str, Array], run: Run) -> tuple[dict[str, Array], Array | None]:
+    """The logits of the last real token of each row that has one, and those of the tokens before it."""
     name = str(module.port(LOGITS).name)
-    return {name: last(result[name], run)[(run.positions >= 0).any(axis=1), -1]}
+    logits = last(result[name], run)[(run.positions >= 0).any(axis=1)]
+    return {name: logits[:, -1]}, logits[:, :-1] if 1 < run.keep <= result[name].shape[1] else None
 
 
 def _prefill(prompts: Sequence[Array], chunk: int) -> list[Run]:

@@ -79,6 +79,8 @@ class Equivalence(Instrument):
             for index, (now, was) in enumerate(zip(after.outputs, before.outputs, strict=True))
             for name in was
         ]
+        drafts = enumerate(zip(after.drafts, before.drafts, strict=True))
+        found += [(error_of(a, b), i, "logits of a draft") for i, (a, b) in drafts if a is not None and b is not None]
         error, index, name = max(found, key=lambda item: item[0])
         if error > self.limit:
             raise EquivalenceError(index, name, error, self.limit)

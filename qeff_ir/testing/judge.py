@@ -2,6 +2,7 @@
 
 Answers are the logits of every row's last real token after every run, stacked ``[answers, vocab]``, so that one
 comparison covers all of a request: chunks, padding, rows that idle, rows that start anew, edges of windows and caches.
+Drafts are the logits of the token before the last, which every second run asks for.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,20 @@ from backends.options import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.debug.bundle import Metadata, describe, versions, write_bundle
 from qeff_ir.debug.drive import Plan, drive, tables_of
+from qeff_ir.errors import RuntimeInputError
 from qeff_ir.ir.module import Module
-from qeff_ir.ir.ports import LOGITS, name_of
+from qeff_ir.ir.ports import KEPT_LOGITS, LOGITS, Run, name_of
 from qeff_ir.ir.printer import to_text
-from qeff_ir.runtime.runs import logits_of
+from qeff_ir.runtime.runs import fitted, logits_of
 from qeff_ir.runtime.session import Session
 from qeff_ir.specialize import specialize
 from qeff_ir.testing.recipe import Recipe, answer
 from qeff_ir.testing.strategies import Request
 
+Place = tuple[int, int]
+"""A run of a request, by its number, and a row."""
+Drafts = dict[Place, Array]
+"""Logits ``[vocab]`` of the token before the last."""
 BUNDLES_VARIABLE = "QEFF_BUNDLES"
 """Environment variable: folder in which bundles of failures are put."""
 
@@ -57,8 +63,19 @@ def answered(request: Request, whole: Callable[[Sequence[int]], Array]) -> Array
     return np.stack([next(a[len(r) - 1] for k, a in longest.items() if list(k[: len(r)]) == r) for r in rows])
 
 
+def expected_drafts(recipe: Recipe, request: Request, places: Iterable[Place]) -> Array:
+    """The drafts at some places in double precision, by the recipe alone."""
+    rows = [rows for _, rows, _ in request.feeds()]
+    return np.stack([answer(recipe, rows[run][row] or ())[-2] for run, row in places])
+
+
 def module_answers(module: Module, request: Request, start: Module | None = None) -> Array:
-    """The answers of a module's graph as it is, ONNX Runtime's own rewriting off.
+    """The answers alone of `module_logits`."""
+    return module_logits(module, request, start)[0]
+
+
+def module_logits(module: Module, request: Request, start: Module | None = None) -> tuple[Array, Drafts]:
+    """The answers of a module's graph as it is, ONNX Runtime's own rewriting off, and the drafts that it returns.
 
     Args:
         module: The module.
@@ -69,22 +86,61 @@ def module_answers(module: Module, request: Request, start: Module | None = None
     Raises:
         RuntimeInputError: ONNX Runtime cannot load or run the graph.
     """
-    runs = [run for run, _, _ in request.feeds()]
+    runs = [_asked(number, run) for number, (run, _, _) in enumerate(request.feeds())]
     given = drive(module, Plan({}, runs, tables=tables_of(start or module)))
-    return np.concatenate([run[name_of(LOGITS)] for run in given.outputs])
+    drafts: Drafts = {}
+    for number, (run, found) in enumerate(zip(runs, given.drafts, strict=True)):
+        if found is not None:
+            live = [row for row in range(request.batch) if (run.positions[row] >= 0).any()]
+            drafts |= {(number, row): found[live.index(row), -1] for row in _drafted(run)}
+    return np.concatenate([run[name_of(LOGITS)] for run in given.outputs]), drafts
 
 
 def session_answers(session: Session, request: Request, **fields: Array) -> Array:
-    """The answers of an open session, which is reset first; `fields` are those of every `qeff_ir.ir.ports.Run`."""
+    """The answers alone of `session_logits`."""
+    return session_logits(session, request, **fields)[0]
+
+
+def session_logits(session: Session, request: Request, **fields: Array) -> tuple[Array, Drafts]:
+    """The answers of an open session, which is reset first, and the drafts that it takes.
+
+    Args:
+        session: The session.
+        request: What it is asked.
+        fields: Of every `qeff_ir.ir.ports.Run`.
+    """
     session.reset()
     found: list[Array] = []
-    for run, rows, reset in request.feeds():
+    drafts: Drafts = {}
+    takes_drafts = any(port.role is KEPT_LOGITS for port in session.interface.inputs)
+    for number, (run, rows, reset) in enumerate(request.feeds()):
         if reset:
             session.reset()
         given = dataclasses.replace(run, **fields)
+        if takes_drafts and _fits(session, asked := _asked(number, given)):
+            given = asked
         logits = logits_of(session, given)
-        found += [logits[i, 0] for i, row in enumerate(rows) if row is not None]
-    return np.stack(found)
+        found += [logits[i, -1] for i, row in enumerate(rows) if row is not None]
+        drafts |= {(number, row): logits[row, -2] for row in _drafted(given)}
+    return np.stack(found), drafts
+
+
+def _asked(number: int, run: Run) -> Run:
+    """The run as it is asked for drafts, every second time: other shapes may be compiled for those."""
+    return dataclasses.replace(run, keep=2) if number % 2 and run.tokens.shape[1] > 1 else run
+
+
+def _drafted(run: Run) -> list[int]:
+    """Rows whose token before the last is in the run, where that is asked for."""
+    return [row for row, n in enumerate((run.positions >= 0).sum(axis=1)) if n >= run.keep > 1]
+
+
+def _fits(session: Session, run: Run) -> bool:
+    try:
+        fitted(run, session.interface.inputs, session.specializations)
+    except RuntimeInputError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

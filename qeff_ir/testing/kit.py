@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -42,7 +43,15 @@ from qeff_ir.passing.manager import PassRun, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.testing.build import build
 from qeff_ir.testing.edits import EditError, planted
-from qeff_ir.testing.judge import expected, explained, module_answers, options, prepare, session_answers
+from qeff_ir.testing.judge import (
+    expected,
+    expected_drafts,
+    explained,
+    module_logits,
+    options,
+    prepare,
+    session_logits,
+)
 from qeff_ir.testing.recipe import Recipe
 from qeff_ir.testing.strategies import Request, recipes, requests
 
@@ -126,13 +135,17 @@ def hold_pass(
         start, depth, until = module.clone(), numerics.depth(module), Pipeline((*before.passes, made))
         with explained(f"pass {made.name}", module, pipeline=str(until), recipe=recipe, request=request):
             run_pipeline(module, before)
-            given_before = module_answers(module, request, start)
+            given_before, drafts_before = module_logits(module, request, start)
             (run,) = run_pipeline(module, Pipeline((made,)), check=3).runs
             held.count(run)
             if run.modified:
-                after = module_answers(module, request, start)
-                exact = expected(recipe, request)
-                problem = made.numeric.problem(numerics.Observed(given_before, after, exact, depth))
+                after, drafts = module_logits(module, request, start)
+                seen_all = [numerics.Observed(given_before, after, expected(recipe, request), depth)]
+                if both := sorted(drafts_before.keys() & drafts.keys()):
+                    before_both, after_both = (np.stack([d[at] for at in both]) for d in (drafts_before, drafts))
+                    exact = expected_drafts(recipe, request, both)
+                    seen_all.append(numerics.Observed(before_both, after_both, exact, depth))
+                problem = next((p for s in seen_all if (p := made.numeric.problem(s)) is not None), None)
                 if problem is not None:
                     raise NotHeldError(problem)
 
@@ -166,8 +179,10 @@ def hold_package(
             held.count(run_pipeline(module, whole).runs[len(before.passes)])
             backend.check(module, options(request))
             backend.emit(module, Path(folder), options(request))
-            answers = session_answers(backend.open(Path(folder), threads=1), request)
+            answers, drafts = session_logits(backend.open(Path(folder), threads=1), request)
             _within(answers, expected(recipe, request), depth)
+            if drafts:
+                _within(np.stack([*drafts.values()]), expected_drafts(recipe, request, drafts), depth)
 
     return _hold(made.name, one, examples, shrink, seen)
 

@@ -15,6 +15,7 @@ from qeff_ir.debug.drive import drive, make_plan
 from qeff_ir.debug.equivalence import Equivalence, error_of
 from qeff_ir.errors import PassError, PipelineError, QeffError, RuntimeInputError
 from qeff_ir.ir.module import Module, Specialization
+from qeff_ir.ir.ports import LOGITS, POSITIONS
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
@@ -42,7 +43,7 @@ def test_a_module_without_specializations_gets_small_sizes() -> None:
     module = support.lowered("mistral")
     assert not module.specializations
     plan = make_plan(module)
-    assert [run.tokens.shape for run in plan.runs] == [(2, 4)] * 6 + [(2, 1)] * 3
+    assert [run.tokens.shape for run in plan.runs] == [(2, 4)] * 5 + [(2, 1)] * 3 + [(2, 2)]
     assert (plan.runs[0].positions[1] == -1).all()  # the shorter prompt idles in the first chunks
     assert set(check(module, "canonicalize,fuse-norms").errors) == {"canonicalize", "fuse-norms"}
 
@@ -79,6 +80,39 @@ def test_every_slot_is_driven_up_to_the_last(name: str, position: int) -> None:
     run_pipeline(module, Pipeline((LosesASlot(48),)), check=4)
 
 
+@dataclass(frozen=True, slots=True)
+class SpoilsDrafts(Pass):
+    """Doubles the logits of all tokens but the last of each row."""
+
+    name: ClassVar[str] = "spoils-drafts"
+
+    def run(self, module: Module, rewriter: Rewriter) -> None:
+        node, positions = module.port(LOGITS).producer(), module.port(POSITIONS)
+        assert node is not None
+        b = rewriter.at(node)
+        is_last = b("Equal", positions, b("ReduceMax", positions, b.const([1]), keepdims=1))
+        factor = b("Where", b("Unsqueeze", is_last, b.const([2])), b.const(1.0, "float32"), b.const(2.0, "float32"))
+        rewriter.replace(node, b("Mul", b("MatMul", *node.inputs), factor), "spoil")
+
+
+def test_logits_of_drafts_are_compared_where_both_have_them() -> None:
+    module = support.canonical("llama")
+    with pytest.raises(PassError, match=r"'logits of a draft' of run \d+ differs by"):
+        run_pipeline(module, Pipeline((SpoilsDrafts(),)), check=4)
+    run_pipeline(module, Pipeline.parse("last-logits"), check=4)  # has them no more
+    drafts = drive(support.canonical("llama"), make_plan(module)).drafts
+    assert [None if d is None else d.shape for d in drafts] == [None] * (len(drafts) - 1) + [(2, 1, support.VOCAB)]
+
+
+def test_a_trace_that_no_specialization_takes_is_told() -> None:
+    """The graph would take it."""
+    module = support.canonical("llama")
+    plan = make_plan(module)
+    module.set_size("batch_size", 5)
+    with pytest.raises(RuntimeInputError, match="no compiled shapes take a run of 2 rows and seq_len=8 or more"):
+        drive(module, plan)
+
+
 def test_a_long_context_is_not_filled() -> None:
     module = support.canonical("llama")
     for chunk in (1, 2):
@@ -87,7 +121,7 @@ def test_a_long_context_is_not_filled() -> None:
         ]
         assert max(run.positions.max() for run in make_plan(module).runs) == 64 * chunk - 1
     module.specializations = [Specialization("Prefill", "prefill", {"batch_size": 1, "seq_len": 2, "ctx_len": 129})]
-    assert [run.tokens.shape for run in make_plan(module).runs] == [(1, 2)] * 2 + [(1, 1)] * 3
+    assert [run.tokens.shape for run in make_plan(module).runs] == [(1, 2)] * 2 + [(1, 1)] * 3 + [(1, 2)]
 
 
 def test_the_report_has_the_error_of_each_pass() -> None:

@@ -110,6 +110,18 @@ def test_other_tokens_are_told() -> None:
         hold_package(TargetLogits(UNDRAWN), pipeline=with_drafts("onnxruntime", UNDRAWN), examples=12, shrink=False)
 
 
+def test_other_logits_of_drafts_alone_are_told() -> None:
+    """Those of the last token are right."""
+    old = 'b("Add", first, steps, shape='
+    with planted(TargetLogits.run, old, 'b("Max", last, b("Add", first, steps), shape='), pytest.raises(NotHeldError):
+        hold_package(TargetLogits(UNDRAWN), pipeline=with_drafts("onnxruntime", UNDRAWN), examples=12, shrink=False)
+    with (
+        planted(TargetLogits.run, old, 'b("Max", last, b("Add", first, steps), shape='),
+        pytest.raises(PassError, match=r"pass target-logits: .*'logits of a draft' of run \d+ differs"),
+    ):
+        run_pipeline(support.canonical("llama"), with_drafts("onnxruntime"), check=4)
+
+
 def test_drafts_as_long_as_a_prefill_run_are_refused() -> None:
     """Hosts take each run of another length than the prefill's for one of drafts."""
     with pytest.raises(PassError, match="k=8 is also the length of a prefill run"):
