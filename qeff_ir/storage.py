@@ -112,13 +112,17 @@ def numbers_digest(tensor: ir.TensorProtocol) -> str:
     return digest_file(where.file, where.offset, where.length, (f"{where.dtype.name} as float32", widen))
 
 
-def load_proto(path: Path) -> onnx.ModelProto:
+def load_proto(path: Path, content: bytes | None = None) -> onnx.ModelProto:
     """Read an ONNX file as it is; no weight file is looked at.
+
+    Args:
+        path: The file.
+        content: What it holds, where that was read already.
 
     Raises:
         PackageError: A string in it is not UTF-8.
     """
-    proto = onnx.load(path, load_external_data=False)
+    proto = onnx.load_model_from_string(path.read_bytes() if content is None else content)
     strange = _no_text(proto)
     if strange is not None:  # protobuf hands it out as bytes, which no library expects
         raise PackageError(f"{path} has a string that is not UTF-8, {ascii(strange)[1:60]}: export it again")
@@ -137,14 +141,18 @@ def _no_text(message: Any) -> bytes | None:
     return None
 
 
-def load_model(path: Path) -> ir.Model:
+def load_model(path: Path, content: bytes | None = None) -> ir.Model:
     """Read an ONNX file whose weights stay where they are, as `save_model` wrote it.
+
+    Args:
+        path: The file.
+        content: What it holds, where that was read already.
 
     Raises:
         PackageError: A tensor lies outside the file's own folder, or its file is missing or too short, or the tensor
             cannot be as long as is said; or an attribute has no type, or a string is not UTF-8.
     """
-    model = ir.from_proto(load_proto(path))
+    model = ir.from_proto(load_proto(path, content))
     for graph in _all_graphs(model):
         for node in graph:
             untyped = (a.name for a in node.attributes.values() if a.type == ir.AttributeType.UNDEFINED)

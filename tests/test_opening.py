@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -343,3 +345,41 @@ def moved(file: Path) -> Module:
         if where is not None:
             value.const_value = dataclasses.replace(where, file=file).tensor(value.name or "")
     return module
+
+
+class Opens:
+    """Counts how often a file is opened, by whatever library: the kernel tells (inotify)."""
+
+    _OPEN, _CLOSE = 0x20, 0x10
+
+    def __init__(self, path: Path) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._handle = libc.inotify_init1(os.O_NONBLOCK)
+        # Equal events that follow one another become one, so that what closes the file is watched too.
+        assert self._handle >= 0
+        assert libc.inotify_add_watch(self._handle, os.fsencode(path), self._OPEN | self._CLOSE) >= 0
+
+    def count(self) -> int:
+        """How often since the last call."""
+        try:
+            data = os.read(self._handle, 1 << 16)
+        except BlockingIOError:
+            return 0
+        assert len(data) % 16 == 0  # a watched file has no name in its events
+        return sum(mask == self._OPEN for _, mask, _, _ in struct.iter_unpack("iIII", data))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_package_is_opened_with_one_load_of_its_onnx_file(target: str, packages: dict[str, Path]) -> None:
+    package = packages[target]
+    open_package(package)  # its digests are known on this machine from here on
+    opens = Opens(onnx_of(package))
+    for _ in range(2):
+        onnx_of(package).read_bytes()
+    assert opens.count() == 2
+    model = QEFFAutoModelForCausalLM.from_package(package)
+    assert opens.count() == 0
+    decoder = model.runner(threads=1).decoder
+    assert opens.count() == 1
+    assert np.ptp(decoder.prefill(support.PROMPTS)) > 0
+    assert opens.count() == 0

@@ -9,7 +9,7 @@ from backends.base import Backend
 from backends.options import CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module
-from qeff_ir.ir.snapshot import MODEL_FILE, load_module, save_module
+from qeff_ir.ir.snapshot import MODEL_FILE, load_both, save_module
 from qeff_ir.runtime.session import Session
 
 
@@ -54,8 +54,8 @@ class OnnxRuntimeBackend(Backend):
         from backends.onnxruntime.session import OrtSession
 
         model = self.model_file(folder)
-        module = load_module(model)
-        return (OrtSession if module.states else OrtForwardSession)(model, module, threads=threads)
+        module, content = load_both(model)
+        return (OrtSession if module.states else OrtForwardSession)(model, content, module, threads=threads)
 
     def model_file(self, folder: Path) -> Path:
         """``model.onnx``; what is wrong with it, opening says."""

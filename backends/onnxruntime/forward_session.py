@@ -18,19 +18,23 @@ class OrtForwardSession:
 
     Args:
         model: The ONNX file.
-        module: What it holds.
+        content: Its bytes.
+        module: What they say.
         threads: Threads of the runtime; its own choice by default.
     """
 
     free = True
 
-    def __init__(self, model: Path, module: Module, *, threads: int | None = None) -> None:
+    def __init__(self, model: Path, content: bytes, module: Module, *, threads: int | None = None) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         if threads is not None:
             options.intra_op_num_threads = threads
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(model.parent.resolve())
+        )
         try:
-            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises several private types
             raise PackageError(f"ONNX Runtime cannot load {model}: {str(error).splitlines()[0]}") from error
         self.interface = interface_of(module, model)

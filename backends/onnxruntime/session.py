@@ -28,7 +28,8 @@ class OrtSession:
 
     Args:
         model: The ONNX file.
-        module: What it holds.
+        content: Its bytes.
+        module: What they say.
         threads: Threads of the runtime; its own choice by default.
 
     Raises:
@@ -37,7 +38,7 @@ class OrtSession:
 
     free = False
 
-    def __init__(self, model: Path, module: Module, *, threads: int | None = None) -> None:
+    def __init__(self, model: Path, content: bytes, module: Module, *, threads: int | None = None) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -49,9 +50,12 @@ class OrtSession:
         fixed.pop(LENGTH, None)  # that of a single specialization too
         for symbol, size in fixed.items():
             options.add_free_dimension_override_by_name(symbol, size)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(model.parent.resolve())
+        )
         try:
             self._session = ort.InferenceSession(
-                str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=_FUSE_BIASES
+                content, options, providers=["CPUExecutionProvider"], disabled_optimizers=_FUSE_BIASES
             )
         except Exception as error:  # ONNX Runtime raises several private types
             raise PackageError(f"ONNX Runtime cannot load {model}: {str(error).splitlines()[0]}") from error

@@ -80,29 +80,44 @@ def _referred(path: Path) -> set[str] | None:
     return {str(t.location) for t, _ in tensors(ir.from_proto(proto)) if isinstance(t, ir.ExternalTensor)}
 
 
-def load_module(path: Path) -> Module:
+def load_module(path: Path, content: bytes | None = None) -> Module:
     """Read what `save_module` wrote.
 
     Args:
         path: The ONNX file.
+        content: What it holds, where that was read already.
 
     Raises:
         PackageError: A weight file is missing, too short, or outside the file's folder; or it is not an ONNX file.
         VerificationError: The file carries no module of this version, or one whose nodes are out of order.
     """
-    module = Module.with_facts(read_model(path))
+    module = Module.with_facts(read_model(path, content))
     check_order(module)
     return module
 
 
-def read_model(path: Path) -> ir.Model:
+def load_both(path: Path) -> tuple[Module, bytes]:
+    """What `load_module` reads, and the bytes of the file: a runtime that takes those reads it no second time.
+
+    Raises:
+        PackageError: See `load_module`.
+        VerificationError: See `load_module`.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PackageError(f"{path} is not an ONNX file that can be read ({type(error).__name__})") from error
+    return load_module(path, content), content
+
+
+def read_model(path: Path, content: bytes | None = None) -> ir.Model:
     """Read an ONNX file; see `qeff_ir.storage.load_model`.
 
     Raises:
         PackageError: It cannot be read.
     """
     try:
-        return load_model(path)
+        return load_model(path, content)
     except QeffError:
         raise
     except Exception as error:  # protobuf has an exception class for each of its implementations

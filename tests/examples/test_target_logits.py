@@ -110,13 +110,23 @@ def test_other_tokens_are_told() -> None:
         hold_package(TargetLogits(UNDRAWN), pipeline=with_drafts("onnxruntime", UNDRAWN), examples=12, shrink=False)
 
 
-def test_other_logits_of_drafts_alone_are_told() -> None:
-    """Those of the last token are right."""
-    old = 'b("Add", first, steps, shape='
-    with planted(TargetLogits.run, old, 'b("Max", last, b("Add", first, steps), shape='), pytest.raises(NotHeldError):
-        hold_package(TargetLogits(UNDRAWN), pipeline=with_drafts("onnxruntime", UNDRAWN), examples=12, shrink=False)
+ALL_LAST = (
+    'b("Add", first, steps, shape=["batch_size", symbol], dtype=ir.DataType.INT64)',
+    'b("Max", last, b("Add", first, steps), shape=["batch_size", symbol], dtype=ir.DataType.INT64)',
+)
+"""Every draft has the logits of the last, which are right."""
+
+
+def test_logits_of_drafts_alone_are_told_by_the_kit() -> None:
+    pipeline = with_drafts("onnxruntime", UNDRAWN)
+    for hold in (hold_pass, hold_package):
+        with planted(TargetLogits.run, *ALL_LAST), pytest.raises(NotHeldError):
+            hold(TargetLogits(UNDRAWN), pipeline=pipeline, examples=12, shrink=False)
+
+
+def test_logits_of_drafts_alone_are_told_by_the_numeric_check() -> None:
     with (
-        planted(TargetLogits.run, old, 'b("Max", last, b("Add", first, steps), shape='),
+        planted(TargetLogits.run, *ALL_LAST),
         pytest.raises(PassError, match=r"pass target-logits: .*'logits of a draft' of run \d+ differs"),
     ):
         run_pipeline(support.canonical("llama"), with_drafts("onnxruntime"), check=4)
