@@ -7,6 +7,7 @@ renamed values, when operator, attributes and (renamed) inputs agree. The same n
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from qeff_ir.ir.module import PASS_KEY, WEIGHT_KEY, Module
-from qeff_ir.ir.printer import attribute_text, type_text
+from qeff_ir.ir.printer import attribute_text, to_text, type_text
 from qeff_ir.ir.sources import source_text, sources_of
 
 Kind = Literal["added", "removed", "rewired"]
@@ -127,6 +128,12 @@ def render(found: ModuleDiff, *, limit: int = 8) -> list[str]:
         if len(changes) > limit:
             lines.append(f"    and {len(changes) - limit} more")
     return lines
+
+
+def text_diff(before: Module, after: Module) -> list[str]:
+    """What the text form (`qeff_ir.ir.printer`) shows of the change: the lines of a unified diff, without its head."""
+    old, new = (to_text(module).splitlines() for module in (before, after))
+    return list(difflib.unified_diff(old, new, lineterm="", n=1))[2:]
 
 
 def summary(changes: Iterable[NodeChange]) -> str:

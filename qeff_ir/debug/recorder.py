@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qeff_ir.debug.bundle import describe
-from qeff_ir.debug.diff import diff
+from qeff_ir.debug.diff import diff, text_diff
 from qeff_ir.ir.module import PASS_KEY, Module
 from qeff_ir.ir.sources import source_text, sources_of
 from qeff_ir.passing.base import Pass
@@ -21,10 +21,10 @@ class Recorder(Instrument):
 
     Attributes:
         data: The report as plain data once the pipeline has ended, or failed: `Report.to_json` with ``model``, a
-            ``diff`` in each pass, ``origins``, one entry for each Hugging Face module and pass of the final graph, and
-            ``failed``: pass, class, code and message of the error, and the bundle where one was written, or `None`. A
-            failing pass that an instrument found wrong is among the passes, with what it changed; one that did not get
-            to its end is not.
+            ``diff`` in each pass (with ``text``: how the text form differs), ``origins``, one entry for each Hugging
+            Face module and pass of the final graph, and ``failed``: pass, class, code and message of the error, and the
+            bundle where one was written, or `None`. A failing pass that an instrument found wrong is among the passes,
+            with what it changed; one that did not get to its end is not.
     """
 
     def __init__(self) -> None:
@@ -51,6 +51,7 @@ class Recorder(Instrument):
             if change["kind"] == "added":
                 self._makers[change["name"]] = run.id
             change["made_by"] = self._makers.get(change["name"], change["made_by"])
+        found["text"] = text_diff(self._before, module) if run.modified else []
         self._diffs[run.id] = found
         self._report.runs.append(run)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 _LISTED = 40
 """Changes listed for one pass; more are counted. Large models would make a page that no browser likes."""
+_TEXT_LINES, _TEXT_WIDTH = 400, 240
+"""Lines of the IR shown for one pass, and characters of a line; what is left out is counted."""
 _MARKS = {"added": "+", "removed": "−", "rewired": "~"}
 _UNITS = ("B", "KiB", "MiB", "GiB")
 
@@ -121,7 +123,7 @@ def _pass(run: dict[str, Any]) -> str:
     kinds = [c["kind"] for c in found["nodes"]]
     counts = " ".join(f"<b class={k}>{mark}{kinds.count(k)}</b>" for k, mark in _MARKS.items() if k in kinds)
     parts = [_counters(run), _lines("Interface", found["interface"]), _lines("Facts", found["facts"])]
-    parts += [_weights(found), _nodes(found["nodes"])]
+    parts += [_weights(found), _nodes(found["nodes"]), _text(found["text"])]
     inner = "".join(parts) or "<p class=dim>This pass changed nothing.</p>"
     state = "" if run["modified"] else " class=idle"
     return (
@@ -170,6 +172,24 @@ def _nodes(changes: Sequence[dict[str, Any]]) -> str:
     if len(changes) > _LISTED:
         parts.append(f"<p class=dim>and {len(changes) - _LISTED} more nodes: the JSON report has them all</p>")
     return f"<h3>Nodes</h3>{''.join(parts)}" if parts else ""
+
+
+def _text(lines: Sequence[str]) -> str:
+    """The IR before and after a pass, as a diff that is closed until somebody opens it."""
+    if not lines:
+        return ""
+    kinds = {"+": "added", "-": "removed", "@": "dim", " ": "same"}
+    shown = "\n".join(f"<span class={kinds[line[0]]}>{_cut(line)}</span>" for line in lines[:_TEXT_LINES])
+    left = len(lines) - _TEXT_LINES
+    more = f"<p class=dim>and {left} more lines: the JSON report has them all</p>" if left > 0 else ""
+    return (
+        f"<details class=text><summary><span>IR before and after</span><span class=counts>{len(lines)} lines</span>"
+        f"</summary><pre class=scroll>{shown}</pre>{more}</details>"
+    )
+
+
+def _cut(line: str) -> str:
+    return escape(line if len(line) <= _TEXT_WIDTH else f"{line[:_TEXT_WIDTH]}…")
 
 
 def _origins(origins: Sequence[dict[str, Any]]) -> str:

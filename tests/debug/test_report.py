@@ -14,6 +14,7 @@ from qeff_ir.debug.recorder import Recorder
 from qeff_ir.debug.report_html import to_html
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import SOURCE_KEY, Module
+from qeff_ir.ir.printer import to_text
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from tests import support
@@ -151,6 +152,31 @@ def test_everything_is_escaped() -> None:
     assert EVIL not in text
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert EVIL in page.texts
+
+
+def test_the_page_has_the_ir_before_and_after_each_pass_closed() -> None:
+    before = support.canonical("llama")
+    after = before.clone()
+    data, _ = record(after, "fuse-norms,fuse-rotary")
+    texts = [p["diff"]["text"] for p in data["passes"]]
+    old, new = to_text(before).splitlines(), to_text(after).splitlines()
+    for kind, lines, others in (("-", old, new), ("+", new, old)):
+        changed = {line[1:] for text in texts for line in text if line[0] == kind}
+        assert set(lines) - set(others) <= changed
+    assert sum(line[0] == "+" and "= RMSNormalization(" in line for line in texts[0]) == 5
+    page = to_html(data)
+    shown = "".join(Page(page).texts)
+    assert all(line[:200] in shown for text in texts for line in text)
+    assert page.count("<details class=text><summary>") == 2
+    assert not re.search(r"<details[^>]* open", page)
+
+
+def test_a_pass_shows_only_so_many_lines_of_ir(data: dict[str, Any]) -> None:
+    (run,) = [p for p in data["passes"] if p["id"] == "kv-retention"]
+    long = {**run, "diff": {**run["diff"], "text": [f"+{'<' * 1000}{n}" for n in range(900)]}}
+    page = to_html({**data, "passes": [long]})
+    assert Page(page).open == []
+    assert page.count("…</span>") == 400 and "and 500 more lines: the JSON report has them all" in page
 
 
 def test_an_empty_pipeline_has_a_page() -> None:
