@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,6 +56,10 @@ class Backend(ABC):
         Raises:
             CompileError: An unknown or malformed flag, or a combination that the target cannot take.
         """
+
+    def programs(self, lower: Mapping[str, Callable[[], Module]]) -> Mapping[str, Callable[[], Module]]:
+        """The programs of a package, each with what lowers it, out of those of a model; these, by default."""
+        return lower
 
     @abstractmethod
     def check(self, module: Module, options: CompileOptions) -> None:

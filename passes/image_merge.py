@@ -152,7 +152,7 @@ def _spread(node: ir.Node, b: OpBuilder) -> ir.Value:
 
 def _retain(module: Module, given: list[ir.Value], rewriter: Rewriter) -> None:
     """Make states of the rows, and bring inputs and outputs into the order of the contract (§1.8)."""
-    kinds = {kind.stem: name for name, kind in KINDS.items() if kind.update == "host"}
+    kinds = {kind.stem: name for name, kind in KINDS.items() if kind.shared}
     graph, kept = module.graph, list[ir.Value]()
     last = list(graph)[-1]
     for value in given:

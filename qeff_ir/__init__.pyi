@@ -7,5 +7,7 @@ from qeff_ir.auto.heads import QEFFAutoModelForSequenceClassification as QEFFAut
 from qeff_ir.auto.heads import QEFFAutoModelForTokenClassification as QEFFAutoModelForTokenClassification
 from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText as QEFFAutoModelForImageTextToText
 from qeff_ir.auto.peft_model import QEffPeftModelForCausalLM as QEffPeftModelForCausalLM
+from qeff_ir.auto.seq2seq import QEFFAutoModelForSeq2SeqLM as QEFFAutoModelForSeq2SeqLM
+from qeff_ir.auto.seq2seq import QEFFAutoModelForSpeechSeq2Seq as QEFFAutoModelForSpeechSeq2Seq
 
 __version__: str

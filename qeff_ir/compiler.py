@@ -132,7 +132,7 @@ def compile_model(
         raise CompileError(f"{target} cannot compile here: {missing}; pass emit_only=True (--emit-only) to go without")
     tell = watch or (lambda _step, _run: None)
     tell("weights", None)
-    programs = _checked(source.programs())
+    programs = _checked(backend.programs(source.programs()))
     steps = _pipelines(pipeline, Pipeline.parse(backend.pipeline), list(programs))
     if token_embedding == "host":
         steps[MAIN] = steps[MAIN].add("token-embedding")
@@ -257,8 +257,11 @@ def _read(backend: Backend, source: Source, asked: CompileOptions | Mapping[str,
             f"ctx_len={options.ctx_len} is less than prefill_seq_len={options.prefill_seq_len}: the context must "
             "hold at least one prefill chunk"
         )
-    if getattr(source.config, "is_encoder_decoder", False):
-        raise CompileError(f"{_architecture(source)} is an encoder-decoder model, not a causal LM")
+    if getattr(source.config, "is_encoder_decoder", False) and not task.encodes:
+        raise CompileError(
+            f"{_architecture(source)} is an encoder-decoder model, not a causal LM: open it with "
+            "QEFFAutoModelForSeq2SeqLM, or with QEFFAutoModelForSpeechSeq2Seq if it takes recordings"
+        )
     return options
 
 

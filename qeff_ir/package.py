@@ -32,6 +32,8 @@ MANIFEST = "package.json"
 SIDE_FOLDER = "huggingface"
 MAIN = "main"
 """The program that lies in the package's own folder; any other lies in a folder of its name."""
+ENCODER = "encoder"
+"""The program that makes what the main one's cross-attention reads."""
 
 FORMAT_VERSION = 4
 """Version of the manifest and of the folder; a package of another version is refused."""

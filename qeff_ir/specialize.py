@@ -5,6 +5,7 @@ from __future__ import annotations
 from backends.options import CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module, RunPhase, Specialization
+from qeff_ir.ir.ports import ENCODER_CONTEXT, FEATURE_LENGTH
 
 
 def specialize(module: Module, options: CompileOptions, name: str = "Embedding") -> None:
@@ -26,9 +27,23 @@ def specialize(module: Module, options: CompileOptions, name: str = "Embedding")
         )
     common = {"batch_size": options.batch_size, "ctx_len": options.ctx_len}
     runs: dict[str, tuple[RunPhase, int]] = {"Prefill": ("prefill", options.prefill_seq_len), "Decode": ("decode", 1)}
+    if ENCODER_CONTEXT in module.dims:
+        module.specializations = _with_encoder(module, common, options.prefill_seq_len)
+        return
     if options.prefill_seq_len == 1:
         del runs["Prefill"]
     module.specializations = [Specialization(n, phase, {**common, "seq_len": s}) for n, (phase, s) in runs.items()]
+
+
+def _with_encoder(module: Module, common: dict[str, int], chunk: int) -> list[Specialization]:
+    """The specializations of a decoder that has its encoder in its graph: a first run with features, and all others."""
+    context, features = (module.dims[name].maximum for name in (ENCODER_CONTEXT, FEATURE_LENGTH))
+    assert context is not None and features is not None
+    common = {**common, ENCODER_CONTEXT: context}
+    return [
+        Specialization("Encoder", "prefill", {**common, "seq_len": chunk, FEATURE_LENGTH: features}),
+        Specialization("Decode", "decode", {**common, "seq_len": 1, FEATURE_LENGTH: 1}),
+    ]
 
 
 def _lengths(module: Module, options: CompileOptions, name: str) -> list[Specialization]:

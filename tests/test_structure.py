@@ -100,7 +100,7 @@ def test_no_file_outside_of_backends_asks_for_a_target_by_name() -> None:
 
 PUBLIC = {
     qeff_ir: """QEFFAutoModel QEFFAutoModelForCTC QEFFAutoModelForCausalLM QEFFAutoModelForImageTextToText
-        QEFFAutoModelForSequenceClassification
+        QEFFAutoModelForSeq2SeqLM QEFFAutoModelForSequenceClassification QEFFAutoModelForSpeechSeq2Seq
         QEFFAutoModelForTokenClassification QEffAutoLoraModelForCausalLM QEffAutoPeftModelForCausalLM
         QEffPeftModelForCausalLM""",
     passing: """AllSites AnyNumber AtLeast Dump Exactly Expect Instrument Missed OpBuilder Pass PassRun Phase Pipeline

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backends.ai100 import checks, compiler, flags, sdk
+from backends.ai100 import checks, compiler, flags, one_graph, sdk
 from backends.ai100.artifact import model_file
 from backends.ai100.emit import BINARY, emit
 from backends.ai100.options import Ai100Options, own
@@ -19,6 +19,7 @@ from backends.base import Backend
 from backends.options import CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module
+from qeff_ir.package import ENCODER, MAIN
 from qeff_ir.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Ai100Backend(Backend):
     names_hidden_states: ClassVar[bool] = True
     pipeline: ClassVar[str] = (
         "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,image-merge,"
-        "kv-retention{layout=scatter},attention{impl=grouped},fp16-clip,join-planes,legalize"
+        "kv-retention{layout=scatter},attention{impl=grouped},fp16-clip,join-planes,legalize,decoder-context"
     )
 
     def missing(self, options: CompileOptions | None = None) -> str | None:
@@ -70,6 +71,12 @@ class Ai100Backend(Backend):
         refuse_first(checks.option_violations(asked, target))
         if requested(asked) is None:
             flags.resolve(asked, target)
+
+    def programs(self, lower: Mapping[str, Callable[[], Module]]) -> Mapping[str, Callable[[], Module]]:
+        """See `Backend.programs`; an encoder is in the graph of its decoder."""
+        if ENCODER not in lower:
+            return lower
+        return {MAIN: lambda: one_graph.join(lower[MAIN](), lower[ENCODER]())}
 
     def check(self, module: Module, options: CompileOptions) -> None:
         """Refuse what the compiler would refuse (`checks.violations`).

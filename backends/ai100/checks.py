@@ -16,6 +16,8 @@ from qeff_ir.ir.ports import (
     ADAPTER_ROW,
     CACHE_ROW,
     EMBEDDINGS,
+    FEATURES,
+    FEATURES_MASK,
     FIRST_ROW,
     KEPT_LOGITS,
     LOGITS,
@@ -42,8 +44,8 @@ _CONSTANT_IN_FUNCTIONS = {
 """Inputs that must be constants inside functions, because the compiler compiles a function by itself."""
 
 
-_BESIDE_POSITIONS = (FIRST_ROW, PICTURE_TOKENS)
-"""Roles of what is given beside the positions, for pictures (contract §1.8)."""
+_BESIDE_POSITIONS = (FIRST_ROW, PICTURE_TOKENS, FEATURES_MASK)
+"""Roles of what is given beside the positions, for pictures (contract §1.8) and for what an encoder sees."""
 
 
 def violations(module: Module, options: Ai100Options, sdk: Sdk) -> Iterator[Violation]:
@@ -131,10 +133,11 @@ def _states(module: Module) -> Iterator[Violation]:
     rows = [name_of(role) for role in (READ_LENGTH, CACHE_ROW, KEPT_LOGITS) if role in roles]
     rows += [name_of(ADAPTER_ROW)] if any(a.slots for a in module.adapters) else []
     adapters = [a.name for a in module.adapters]
-    shared = [s for s in module.states if s.written_by_host]
-    own = [s for s in module.states if not s.written_by_host]
+    shared = [s for s in module.states if s.shared]
+    own = [s for s in module.states if not s.shared]
     beside = [str(v.name) for v, role in zip(module.graph.inputs, roles, strict=True) if role in _BESIDE_POSITIONS]
-    expected = [*tokens, *(s.input for s in shared), name_of(POSITIONS), *beside]
+    features = [str(v.name) for v, role in zip(module.graph.inputs, roles, strict=True) if role is FEATURES]
+    expected = [*features, *tokens, *(s.input for s in shared), name_of(POSITIONS), *beside]
     expected += [*(s.input for s in own), *rows, *adapters]
     if not all(a.retained for a in module.adapters):
         yield Violation("state-pair", "adapters must be retained: put lora{retained=true} into the pipeline")

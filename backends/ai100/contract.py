@@ -28,7 +28,10 @@ from qeff_ir.reading import read_bytes, read_json
 _SUFFIX = "_RetainedState"
 _EMBEDS = "inputs_embeds"
 # Written out again: this module checks what the others make, and shares no names with them.
-_STEMS = ("past_key", "past_value", "past_indexer", "conv_state", "recurrent_state")
+_CROSSED = ("past_key_self", "past_value_self", "past_key_cross", "past_value_cross")
+"""States of a layer that reads an encoder's output, in order (§1.7)."""
+_WHOLE = ("conv_state", "recurrent_state")
+_STEMS = ("past_key", "past_value", "past_indexer", *_CROSSED, *_WHOLE)
 """Names of retained states, before the number of the layer, in the order of a layer (contract §1.1 and §1.6)."""
 _STATE = re.compile(rf"({'|'.join(_STEMS)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
 _RUN_INPUTS: dict[str, list[str | int]] = {
@@ -43,6 +46,10 @@ _ROWS = ("vision_embeds", "deepstack_features")
 _BESIDE = ("image_idx", "mm_token_type_ids")
 """What a language program is given beside positions."""
 _NEXT = "image_idx_output"
+_FEATURES = ("input_features", "input_values", "encoder_input_ids")
+"""What an encoder in a decoder's graph is given, by the kind of model (§1.7 and its like)."""
+_SEEN = "encoder_attention_mask"
+"""What of it is real, beside the positions."""
 _ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
@@ -98,6 +105,7 @@ def violations(folder: Path) -> Iterator[Violation]:
     yield from _opsets(proto, sdk)
     yield from _ops(graph, sdk)
     yield from _interface(graph)
+    yield from _written_once(graph)
     yield from _specializations(graph, recorded, sdk)
     retains = _retains(graph)
     listed = retains or _ROWS[0] in _by_name(graph.outputs)
@@ -229,7 +237,9 @@ def _rows(tensors: dict[str, Any], batch: int | str) -> Iterator[Violation]:
 def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
     for name in sorted(n for n in outputs if n.endswith(_SUFFIX) and n.removesuffix(_SUFFIX) not in inputs):
         yield Violation("state-pair", f"output {name} has no input {name.removesuffix(_SUFFIX)}")
-    retained = [n for n in inputs if n not in (_EMBEDS, "input_ids", "position_ids", *_RUN_INPUTS, *_BESIDE)]
+    features = [n for n in _FEATURES if n in inputs]
+    given = (_EMBEDS, "input_ids", "position_ids", *_RUN_INPUTS, *_BESIDE, *features, _SEEN)
+    retained = [n for n in inputs if n not in given]
     adapters = [n for n in retained if _ADAPTER.search(n)]
     rows = [n for n in _ROWS if n in retained]
     states = [n for n in retained if n not in (*adapters, *rows)]
@@ -250,8 +260,9 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
             yield Violation("inputs", f"input {name} has no {other} beside it")
     expected += [n for n in _RUN_INPUTS if n in inputs] + adapters
     tokens = [n for n in (_EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
-    beside = [n for n in _BESIDE if n in inputs]
-    if list(inputs) != [*tokens, *rows, "position_ids", *beside, *expected]:
+    beside = [n for n in (*_BESIDE, _SEEN) if n in inputs]
+    yield from _encoder_interface(inputs, features, states)
+    if list(inputs) != [*features, *tokens, *rows, "position_ids", *beside, *expected]:
         first = ", ".join(tokens)
         yield Violation("inputs", f"the inputs must be {first}, position_ids, past_key.0, past_value.0, ... in order")
     embeds = inputs.get(_EMBEDS)
@@ -300,13 +311,60 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
                 yield Violation("dtype-shape", f"the adapter {name} is {shape}, not of a fixed size")
         elif name in rows:
             pass  # seen to above
-        elif name.startswith(_STEMS[3:]):
+        elif name.startswith(_WHOLE):
             if shape[:1] != [batch] or any(isinstance(d, str) for d in shape[1:]):
                 yield Violation("dtype-shape", f"{name} is {shape}: only the first axis may vary, and is {batch}")
         elif len(shape) != 4 or shape[0] != batch:
             yield Violation("dtype-shape", f"{name} is {shape}, not [{batch}, heads, slots, width]")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
+
+
+def _encoder_interface(inputs: dict[str, Any], features: list[str], states: list[str]) -> Iterator[Violation]:
+    """An encoder in a decoder's graph: its features, and four states in each layer that reads them (§1.7)."""
+    kinds = [found[1] for name in states if (found := _STATE.fullmatch(name))]
+    crossed = [kind for kind in kinds if kind in _CROSSED]
+    if bool(crossed) != bool(features) or (crossed and kinds != [*_CROSSED] * (len(kinds) // len(_CROSSED))):
+        yield Violation(
+            "inputs",
+            f"features, and {', '.join(_CROSSED)} of each layer, belong together: keep all or none",
+        )
+    for name in features:
+        shape, wanted = list(inputs[name].shape or []), np.int64 if name == _FEATURES[2] else np.float32
+        open_sizes = [size for size in shape[1:] if not isinstance(size, int)]
+        if inputs[name].dtype != wanted or shape[:1] != ["batch_size"] or open_sizes != ["feature_len"]:
+            found = f"{inputs[name].dtype} {shape}"
+            yield Violation("dtype-shape", f"{name} is {found}, not {np.dtype(wanted)} [batch_size, ..., feature_len]")
+    if _SEEN in inputs:
+        shape = list(inputs[_SEEN].shape or [])
+        if inputs[_SEEN].dtype != np.int64 or shape[:1] != ["batch_size"] or not isinstance(shape[-1], int):
+            yield Violation("dtype-shape", f"{_SEEN} is {inputs[_SEEN].dtype} {shape}, not int64 [batch_size, length]")
+    for name in states:
+        length = "encoder_ctx_len" if "_cross." in name else "decoder_ctx_len" if "_self." in name else None
+        shape = list(inputs[name].shape or [])
+        if length is not None and (len(shape) != 4 or shape[2] != length):
+            yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, {length}, width]")
+
+
+def _written_once(graph: gs.Graph) -> Iterator[Violation]:
+    """What an encoder makes is written by runs with features, and kept by those without (§1.7)."""
+    outputs: list[Any] = list(graph.outputs)
+    for tensor in outputs:
+        if "_cross." in tensor.name and tensor.name.endswith(_SUFFIX):
+            node = tensor.inputs[0] if tensor.inputs else None
+            kept = node.inputs[1].name if node is not None and node.op == "Where" else ""
+            if kept != tensor.name.removesuffix(_SUFFIX):
+                yield Violation("cross-state", f"{tensor.name} is not Where(feature_len == 1, old, new): emit again")
+
+
+def _runs_of_encoder(entries: Sequence[Mapping[str, str]]) -> Iterator[Violation]:
+    """One specialization has features, one has a single entry, and the contexts are the same in both (§1.7)."""
+    lengths = [entry["feature_len"] for entry in entries if "feature_len" in entry]
+    contexts = {tuple(entry.get(f"{part}_ctx_len") for part in ("encoder", "decoder")) for entry in entries}
+    if lengths and (lengths.count("1") != 1 or len(lengths) != 2 or len(contexts) != 1):
+        yield Violation(
+            "encoder-runs", f"feature_len is {', '.join(lengths)}: give one specialization with features and one with 1"
+        )
 
 
 def _order(name: str) -> tuple[int, int, int]:
@@ -327,6 +385,7 @@ def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Viola
         yield Violation(
             "duplicate-specialization", "two specializations have the same name or the same sizes: drop one"
         )
+    yield from _runs_of_encoder(entries)
     symbols = {d for t in [*graph.inputs, *graph.outputs] for d in t.shape or [] if d and not isinstance(d, int)}
     for symbol in sorted(symbols, key=str):
         for index, entry in enumerate(entries):
@@ -344,12 +403,17 @@ def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
         yield Violation("custom-io", f"{CUSTOM_IO} is not a list of one IOName and Precision for each tensor")
     names = {name for name in _by_name(graph.outputs) if name.endswith(_SUFFIX)}
     names |= {name.removesuffix(_SUFFIX) for name in names}
+    heard = {n for n in _FEATURES[:2] if names and n in _by_name(graph.inputs)}
+    names |= heard
     if not names:
         names = {*_by_name(graph.inputs), *_by_name(graph.outputs)}
     for name in sorted(names ^ set(entries)):
         what = "lacks" if name in names else "has the unknown tensor"
         yield Violation("custom-io", f"{CUSTOM_IO} {what} {name}: it lists every state twice, and nothing else")
-    halves = {name for name in entries if _ADAPTER.search(name) or name.removesuffix(_SUFFIX) in _ROWS}
+    halves = heard & set(entries) | {
+        name for name in entries if _ADAPTER.search(name) or name.removesuffix(_SUFFIX) in _ROWS
+    }
+    halves |= heard & set(entries)
     if any(entries[name] != "float16" for name in halves):
         yield Violation("custom-io", f"{CUSTOM_IO} has adapters or rows of another precision than float16")
     precisions = {precision for name, precision in entries.items() if name not in halves}

@@ -16,7 +16,7 @@ from backends.ai100.qnn import files
 from backends.ai100.qnn.request import requested
 from backends.ai100.sdk import Sdk
 from qeff_ir.ir.module import Module
-from qeff_ir.ir.ports import MASK, POSITIONS, ROWS_OUTPUT
+from qeff_ir.ir.ports import FEATURES, MASK, POSITIONS, ROWS_OUTPUT
 from qeff_ir.ir.residents import AdapterInput, State
 from qeff_ir.storage import save_model
 
@@ -62,6 +62,9 @@ def emit(module: Module, folder: Path, options: Ai100Options, sdk: Sdk, hardware
         _write_json(folder / COMMAND, {"sdk": sdk.version, "commands": commands})
         return
     listed = custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None, module.adapters)
+    heard = [v for v in module.graph.inputs if module.role_of(v) is FEATURES and v.dtype == ir.DataType.FLOAT]
+    if module.states:
+        listed += halves(str(value.name) for value in heard)
     if any(module.role_of(v) is ROWS_OUTPUT for v in module.graph.outputs):
         listed = halves(str(v.name) for v in (*module.graph.inputs, *module.graph.outputs))
     if listed:
@@ -116,7 +119,7 @@ def custom_io(states: Sequence[State], precision: str | None, adapters: Sequence
     entries: list[str] = []
     for state in states:
         stored = precision or ("bfloat16" if state.dtype == ir.DataType.BFLOAT16 else "float16")
-        stored = "float16" if state.written_by_host else stored
+        stored = "float16" if state.shared else stored
         entries += [f" - IOName: {name}\n   Precision: {stored}\n\n" for name in (state.input, state.output)]
     names = [name for item in adapters for name in (item.name, item.output)]
     return "".join(entries) + halves(names)

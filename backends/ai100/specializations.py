@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from qeff_ir.errors import PackageError
 from qeff_ir.ir.module import RunPhase, Specialization
+from qeff_ir.ir.ports import FEATURE_LENGTH
 from qeff_ir.reading import read_json
 
 FILE = "specializations.json"
@@ -21,17 +22,22 @@ _SIZE = re.compile("[1-9][0-9]{0,8}")
 Form = Literal["named", "flat"]
 
 _NAMES: dict[RunPhase, str] = {"prefill": "Prefill", "decode": "Decode"}
-"""What the named form calls a run of a phase; one of a model without a cache has a name of its own."""
+"""What the named form calls a run of a phase; one of a model without a cache has a name of its own, and so has one with
+features, which is an ``Encoder``."""
 
 
 def dumps(specializations: Sequence[Specialization], form: Form) -> str:
     """The file's text: every value a string, keys sorted, four spaces of indentation."""
     entries: list[dict[str, Any]] = []
-    names = _numbered([_NAMES.get(item.phase, item.name) for item in specializations])
+    names = _numbered([_name(item) for item in specializations])
     for name, item in zip(names, specializations, strict=True):
         symbols = {symbol: str(size) for symbol, size in item.symbols.items()}
         entries.append({"name": name, "symbols": symbols} if form == "named" else dict(symbols))
     return json.dumps({"specializations": entries}, indent=4, sort_keys=True) + "\n"
+
+
+def _name(item: Specialization) -> str:
+    return "Encoder" if item.symbols.get(FEATURE_LENGTH, 1) > 1 else _NAMES.get(item.phase, item.name)
 
 
 def load(path: Path, known: Sequence[Specialization] = ()) -> list[Specialization]:

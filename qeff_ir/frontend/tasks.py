@@ -15,12 +15,14 @@ class Task:
         shapes: The options of `compile` that say its shapes; of a source with several programs, those of all.
         graph_name: What the AI 100 contract calls the specializations of a program without a cache (§4.2).
         retains: Whether a run leaves states for the next one.
+        encodes: Whether it is for models of an encoder and a decoder.
     """
 
     auto: str
     shapes: tuple[str, ...] = ("seq_len", "batch_size")
     graph_name: str = "Embedding"
     retains: bool = False
+    encodes: bool = False
 
     def auto_class(self) -> Any:
         """transformers' auto class."""
@@ -35,3 +37,5 @@ EMBEDDING = Task("AutoModel")
 SEQUENCE_CLASSIFICATION = Task("AutoModelForSequenceClassification", graph_name="SeqClassification")
 TOKEN_CLASSIFICATION = Task("AutoModelForTokenClassification", graph_name="TokenClassification")
 CTC = Task("AutoModelForCTC", graph_name="CTC")
+SEQ2SEQ = Task("AutoModelForSeq2SeqLM", CAUSAL_LM.shapes, graph_name="Encoder", retains=True, encodes=True)
+SPEECH_SEQ2SEQ = Task("AutoModelForSpeechSeq2Seq", CAUSAL_LM.shapes, graph_name="Encoder", retains=True, encodes=True)

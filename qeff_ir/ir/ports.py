@@ -19,6 +19,11 @@ from qeff_ir.errors import PipelineError, RuntimeInputError
 AXES = 3
 """Axes that a token may have a place on: time, height and width."""
 
+FEATURE_LENGTH = "feature_len"
+"""Length of what an encoder is given; in a graph that has the decoder too, 1 where nothing is (contract §1.7)."""
+ENCODER_CONTEXT = "encoder_ctx_len"
+"""Length of what an encoder makes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -36,6 +41,8 @@ class Run:
         first_rows: Row of an encoder that each row's next placeholder stands for, int64 ``[batch, 1]``. 0 by default.
         planes: Place of each token on three axes, int64 ``[3, batch, seq]``. Its position on each by default.
         types: 1 (of some models another number) for tokens of a picture, int64 ``[batch, seq]``. 0 by default.
+        features: What the encoder in a decoder's graph is given, ``[batch, ...]``; of length 1, nothing is encoded.
+        seen: 1 for what the encoder of an encoder-decoder has seen and 0 for padding, int64 ``[batch, length]``.
     """
 
     tokens: Array
@@ -48,6 +55,8 @@ class Run:
     first_rows: Array | None = None
     planes: Array | None = None
     types: Array | None = None
+    features: Array = field(default_factory=lambda: np.empty(0))
+    seen: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         rows = len(self.tokens)
@@ -140,6 +149,15 @@ PLANES = define(Role("planes", "place of each token on three axes, int64 [3, bat
 PICTURE_TOKENS = define(Role("picture-tokens", "tokens of a picture, int64 [batch, seq]", _types))
 ALL_PLANES = define(
     Role("all-planes", "positions, -1 is padding, then places on three axes, int64 [4, batch, seq]", _all_planes)
+)
+FEATURES = define(
+    Role("features", "what an encoder is given: features of a recording, or tokens of a text", lambda run: run.features)
+)
+FEATURES_MASK = define(
+    Role("features-mask", "1 for what an encoder sees and 0 for padding, int64 [batch, length]", lambda r: r.seen)
+)
+CROSSING = define(
+    Role("crossing", "keys or values of an encoder's output, float32 [batch, heads, length, width]", is_output=True)
 )
 LOGITS = define(Role("logits", "scores of the vocabulary, float32 [batch, tokens, vocab]", is_output=True))
 

@@ -23,16 +23,17 @@ class Kind:
         name: What the tensor holds, in a word.
         stem: Of the graph input, before the number of the layer (AI 100 contract §1.1 and §1.6).
         update: What a run does: it appends an entry for each token, slides a window of the last ones, or replaces all
-            of the tensor. ``host``: it only reads it, and the host writes it before the first run of a request; there
-            is one for all layers, and its name has no number.
+            of the tensor. ``host``: it only reads it, and the host writes it before the first run of a request.
         context_axis: The axis of the tokens, where there is an entry for each; `None` for what the tokens so far
             amount to.
+        shared: Whether there is one for all layers, whose name has no number.
     """
 
     name: str
     stem: str
     update: Literal["append", "slide", "replace", "host"]
     context_axis: int | None = None
+    shared: bool = False
 
 
 KINDS: dict[str, Kind] = {}
@@ -56,8 +57,12 @@ define(Kind("value", "past_value", "append", context_axis=2))
 define(Kind("indexer", "past_indexer", "append", context_axis=2))
 define(Kind("conv", "conv_state", "slide"))
 define(Kind("recurrent", "recurrent_state", "replace"))
-define(Kind("rows", "vision_embeds", "host"))
-define(Kind("layer-rows", "deepstack_features", "host"))
+define(Kind("rows", "vision_embeds", "host", shared=True))
+define(Kind("layer-rows", "deepstack_features", "host", shared=True))
+define(Kind("self-key", "past_key_self", "append", context_axis=2))
+define(Kind("self-value", "past_value_self", "append", context_axis=2))
+define(Kind("cross-key", "past_key_cross", "host"))
+define(Kind("cross-value", "past_value_cross", "host"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,8 @@ class State:
     Attributes:
         layer: Index of the decoder layer; 0 for what all layers have together.
         kind: What the tensor holds, a row of `KINDS`: keys or values of tokens, an indexer's keys, the last inputs of a
-            convolution, a recurrence's state, or rows of an encoder.
+            convolution, a recurrence's state, rows of an encoder, or keys and values that a decoder's cross-attention
+            reads (``self-key`` and ``self-value`` are those of its own tokens, beside these).
         shape: Symbols and sizes, for example ``("batch_size", 8, "ctx_len", 64)`` for ``[batch, kv_heads, ctx,
             head_dim]``.
         dtype: Element type in the graph; a backend may store another one.
@@ -91,7 +97,7 @@ class State:
     @property
     def input(self) -> str:
         """Name of the graph input that takes the state (AI 100 naming)."""
-        layer = "" if self.written_by_host else f".{self.layer}"
+        layer = "" if self.shared else f".{self.layer}"
         return KINDS[self.kind].stem + layer + (f".{self.index}" if self.index else "")
 
     @property
@@ -102,7 +108,12 @@ class State:
     @property
     def order(self) -> tuple[int, int, int]:
         """By what the states of a module are sorted: layer, kind, index; what all layers have together comes first."""
-        return (-1 if self.written_by_host else self.layer), list(KINDS).index(self.kind), self.index
+        return (-1 if self.shared else self.layer), list(KINDS).index(self.kind), self.index
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is one for all layers."""
+        return KINDS[self.kind].shared
 
     @property
     def written_by_host(self) -> bool:

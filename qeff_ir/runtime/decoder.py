@@ -94,7 +94,8 @@ class Decoder:
         prefill = [s for s in specializations if s.phase == "prefill"] or specializations
         self.batch_size = specializations[0].symbols["batch_size"]
         self.prefill_len = max(s.symbols["seq_len"] for s in prefill)
-        self.ctx_len = specializations[0].symbols["ctx_len"]
+        sizes = specializations[0].symbols
+        self.ctx_len = sizes["ctx_len" if "ctx_len" in sizes else "decoder_ctx_len"]  # the latter of contract §1.7
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)
         self.timings = Timings()
         self.lora_ids = np.zeros(self.batch_size, dtype=np.int64)
@@ -217,8 +218,12 @@ class Decoder:
         """Where each part of a prompt of a row begins and ends, none longer than a prefill run."""
         return [(start, min(start + self.prefill_len, length)) for start in range(0, length, self.prefill_len)]
 
+    def _wanted(self, run: Run) -> Run:
+        """A run with what tells which compiled shapes take it."""
+        return run
+
     def _told(self, run: Run) -> Run:
-        """A run with what a request gives beside tokens."""
+        """A run of compiled shapes with what a request gives beside tokens."""
         return run
 
     def _heard(self, outputs: Mapping[str, Array]) -> None:
@@ -239,7 +244,7 @@ class Decoder:
         embed = None if self._table is None else self._table.vectors
         run = Run(ids, np.ascontiguousarray(positions), slots, embed=embed)
         inputs = self.session.interface.inputs
-        run = self._told(fitted(run, inputs, self.session.specializations))
+        run = self._told(fitted(self._wanted(run), inputs, self.session.specializations))
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue
         outputs = self.session.run({port.name: port.feed(run) for port in inputs})
         self._heard(outputs)

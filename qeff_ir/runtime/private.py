@@ -50,3 +50,9 @@ def stopping_criteria(model: Any, *args: Any, **kwargs: Any) -> StoppingCriteria
     """The criteria that transformers makes of its settings; a model may add to them by overriding its own method."""
     theirs: Any = GenerationMixin
     return theirs._get_stopping_criteria(model, *args, **kwargs)
+
+
+def generated_length(model: Any, *args: Any, **kwargs: Any) -> GenerationConfig:
+    """Settings with the length that transformers makes of them; a model may overrule it by its own method."""
+    theirs: Any = GenerationMixin
+    return theirs._prepare_generated_length(model, *args, **kwargs)

@@ -112,7 +112,7 @@ _NUMBERS = {
 """Fields that are whole numbers, and the least each may be."""
 
 _LIBRARIES = sys.stdlib_module_names | {"transformers", "torch", "numpy", "tokenizers"}
-_OURS = ("qeff_ir.runtime.request", "qeff_ir.runtime.generation")
+_OURS = ("qeff_ir.runtime.request", "qeff_ir.runtime.generation", "qeff_ir.runtime.encoded_generation")
 _LOOP = (*_OURS, "qeff_ir.runtime.private")
 
 

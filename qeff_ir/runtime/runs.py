@@ -10,7 +10,7 @@ import numpy as np
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.module import Specialization
-from qeff_ir.ir.ports import LOGITS, Port, Run
+from qeff_ir.ir.ports import FEATURES, LOGITS, Port, Run
 from qeff_ir.runtime.interface import BATCH, LENGTH
 from qeff_ir.runtime.session import Session
 
@@ -47,6 +47,9 @@ def fitted(run: Run, inputs: Sequence[Port], specializations: Sequence[Specializ
         if port.role is not None and port.role.needs is not None:
             symbol = str(port.shape[0])
             needs[symbol] = max(needs.get(symbol, 0), port.role.needs(run))
+        if port.role is FEATURES:
+            sized = zip(port.shape[1:], run.features.shape[1:], strict=True)
+            needs |= {symbol: size for symbol, size in sized if isinstance(symbol, str)}
     of_rows = [s for s in specializations if s.symbols.get(BATCH, rows) == rows]
     fitting = [s for s in of_rows if all(s.symbols.get(n, 0) >= least for n, least in needs.items())]
     if not fitting:

@@ -107,6 +107,8 @@ PROPERTIES = {
     "AI 100 pictures": "backends/ai100/test_pictures.py",
     "segments": "frontend/test_segments.py",
     "encoders": "frontend/test_encoders.py",
+    "encoders and decoders": "test_seq2seq.py",
+    "AI 100 encoders and decoders": "backends/ai100/test_seq2seq.py",
     "pictures in prompts": "frontend/test_pictures.py",
     "coverage of pictures": "benchmarks/test_coverage_pictures.py",
 }

@@ -31,10 +31,17 @@ _cache: CapturingCache | None = None
 
 def _positions_mask(
     mask_function: Callable[..., Any] = causal_mask_function, batch_size: int = 1, **kwargs: Any
-) -> Tensor:
-    """The model's mask function at the true positions: bool ``[batch, 1, seq, ctx]``, True where a key is seen."""
+) -> Tensor | None:
+    """The model's mask function at the true positions: bool ``[batch, 1, seq, ctx]``, True where a key is seen.
+
+    That of a decoder over what its encoder made is the encoder's own mask, ``[batch, 1, seq, encoder_ctx]``, if any.
+    """
     if _cache is None:
         raise UnsupportedModelError("the model builds a mask outside the traced forward pass")
+    if _cache.cross.used and mask_function is bidirectional_mask_function:
+        encoded: Tensor | None = kwargs.get("attention_mask")
+        length = _cache.position_ids.shape[1]
+        return None if encoded is None else encoded.to(torch.bool)[:, None, None, :].expand(-1, -1, length, -1)
     position_ids = _cache.position_ids
     layer = _cache.attention_layer()
     keys = layer.slots if layer is not None else None
@@ -56,12 +63,14 @@ def _positions_mask(
     return mask
 
 
-def _additive_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+def _additive_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
     """The same mask as a float bias, for models whose attention does not go through the interface.
 
     The hidden value is the least finite half: it vanishes in a softmax at any precision, and no row becomes NaN.
     """
     mask = _positions_mask(**kwargs)
+    if mask is None:
+        return None
     return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), _HIDDEN, dtype=dtype))
 
 

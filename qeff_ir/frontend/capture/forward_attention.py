@@ -7,7 +7,7 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
@@ -76,6 +76,11 @@ def _attention(
     else:
         out = segments.attention(query, key, value, lengths, attend)
     return out.transpose(1, 2).contiguous(), None
+
+
+def encoding() -> contextlib.AbstractContextManager[None]:
+    """Around a model's encoder inside of `qeff_ir.frontend.capture.attention.captured`, which is for its decoder."""
+    return private.registered({IMPLEMENTATION: _attention}, {IMPLEMENTATION: _mask, "eager": eager_mask})
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 )
 
 from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.frontend.capture.crossing import CrossCache
 from qeff_ir.ir.residents import DimValue, State
 
 Tensor = torch.Tensor
@@ -188,6 +189,9 @@ class CapturingCache(Cache):
         count: How many tokens the cache says that it holds: a symbol of the traced run, by which
             `qeff_ir.frontend.export.counts` knows what a model makes from it.
 
+    Attributes:
+        cross: What the layers keep of an encoder's output.
+
     Raises:
         UnsupportedModelError: The model has layers whose state is of an unknown kind.
     """
@@ -195,7 +199,8 @@ class CapturingCache(Cache):
     def __init__(
         self, model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor], count: int = 0
     ) -> None:
-        self.captured = _layers(model, position_ids, past, count)
+        self.captured = _layers(model, position_ids, {s: t for s, t in past.items() if not s.written_by_host}, count)
+        self.cross = CrossCache({s: t for s, t in past.items() if s.written_by_host})
         self.count = count
         super().__init__(layers=cast("list[Any]", self.captured))  # one list: a model may add layers while it runs
         self.position_ids = position_ids
@@ -267,10 +272,13 @@ class CapturingCache(Cache):
             if not isinstance(layer, DummyLayer)
             for (kind, number), shape in layer.held.seen.items()
         ]
+        states += self.cross.found()
         return sorted(states, key=lambda s: s.order)
 
     def result(self, state: State) -> Tensor:
         """The tensor of one state after a traced run."""
+        if state in self.cross.past:
+            return self.cross.past[state].clone()  # an output of its own
         layer = self.captured[state.layer]
         assert not isinstance(layer, DummyLayer)
         return layer.held.now[state.kind, state.index]
@@ -284,8 +292,10 @@ def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, T
     by_layer: dict[int, dict[State, Tensor]] = {}
     for state, tensor in past.items():
         by_layer.setdefault(state.layer, {})[state] = tensor
-    kinds = DynamicCache(config=model.config).layers
-    number = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    # transformers has a configuration of the decoder's own where the two differ.
+    config: Any = model.get_decoder().config if model.config.is_encoder_decoder else model.config
+    kinds = DynamicCache(config=config).layers
+    number = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     layers: list[Layer] = []
     for kind in kinds or [DynamicLayer() for _ in range(number)]:
         held = _held(position_ids, by_layer.get(len(layers), {}), count)

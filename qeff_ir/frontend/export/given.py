@@ -39,7 +39,7 @@ class Call:
     """One run of the model.
 
     Attributes:
-        arguments: Keyword arguments of its forward pass, those for tokens and the cache apart.
+        arguments: Keyword arguments of its forward pass beside tokens, positions and cache, or in the place of these.
         results: Values of the further outputs, once it has run.
     """
 
@@ -51,10 +51,14 @@ class Given:
     """Nothing beside tokens; subclasses give more.
 
     Attributes:
+        tokens: What the model calls the tokens.
+        positions: What it calls their positions.
         inputs: Further inputs.
         outputs: Further outputs.
     """
 
+    tokens: str = "input_ids"
+    positions: str = "position_ids"
     inputs: tuple[GivenPort, ...] = ()
     outputs: tuple[GivenPort, ...] = ()
 

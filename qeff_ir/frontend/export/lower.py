@@ -153,8 +153,9 @@ class Step(torch.nn.Module):
         self.states = states
         self.given = given
         parameters = inspect.signature(model.forward).parameters
-        kinds = {p.kind for p in parameters.values()}
-        self.takes_positions = "position_ids" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+        anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        by_name = given.positions in parameters
+        self.takes_positions = by_name or (anything and given.positions == Given.positions)
         self.cache_argument = cache_argument(model.forward)
 
     def forward(
@@ -181,9 +182,9 @@ class Step(torch.nn.Module):
         """The model's own outputs, and what is given back."""
         arguments: dict[str, Any] = {self.cache_argument: cache, "use_cache": True}
         if self.takes_positions:
-            arguments["position_ids"] = position_ids
+            arguments[self.given.positions] = position_ids
         with tracing(cache), self.given.calling(self.hf, given, cache) as call:
-            out = self.hf(input_ids=input_ids, **(arguments | call.arguments))
+            out = self.hf(**{self.given.tokens: input_ids, **arguments, **call.arguments})
         return out, call.results
 
 
@@ -404,8 +405,8 @@ def _name_dims(module: Module, model: PreTrainedModel, given: Given, limit: int 
     for port in given.outputs:
         module.output(port.name).shape = ir.Shape(port.shape)
     config = model.config.get_text_config(decoder=True)
-    longest = getattr(config, "max_position_embeddings", None)
-    limits = [n for n in (longest, limit) if isinstance(n, int)]
+    longest = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+    limits = [n for n in (*longest, limit) if isinstance(n, int)]
     module.dims = {
         "batch_size": Dim("batch_size"),
         "seq_len": Dim("seq_len"),

@@ -1,0 +1,216 @@
+"""Where an encoder-decoder model comes from; its package has an encoder, and a decoder given what that makes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qeff_ir.errors import CompileError, ModelLoadError, UnsupportedModelError, first_line
+from qeff_ir.frontend.source import FolderSource, MemorySource, Source
+from qeff_ir.frontend.tasks import SEQ2SEQ, SPEECH_SEQ2SEQ, Task
+from qeff_ir.ir.module import Module
+from qeff_ir.package import ENCODER, MAIN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qeff_ir.frontend.checkpoint.weights import Weights
+    from qeff_ir.frontend.inputs import InputSpec
+
+_SECONDS = 30
+"""Longest recording where the feature extractor has none."""
+_TOKENS = 128
+"""Longest text where nobody says."""
+
+
+class EncodedSource(Source):
+    """An encoder-decoder model, see `for_length`."""
+
+    specs: Sequence[InputSpec] | None = None
+
+    def programs(self) -> Mapping[str, Callable[[], Module]]:
+        """See `Source.programs`."""
+        return {MAIN: self.lower, ENCODER: self.lower_encoder}
+
+    @abstractmethod
+    def opened(self) -> tuple[PreTrainedModel, Weights]:
+        """The model, with weights or without, and the weights."""
+
+    @abstractmethod
+    def feature_extractor(self) -> Any:
+        """transformers' feature extractor of a model of speech."""
+
+    def for_length(self, encoder_ctx_len: int | None) -> EncodedSource:
+        """The model, to be compiled for inputs of one length, and shorter ones that are padded to it.
+
+        Args:
+            encoder_ctx_len: Tokens of a text, or positions of the encoder's output for a recording. By default 128
+                tokens, and the longest recording that the feature extractor makes features of (30 seconds, if it says
+                nothing).
+
+        Raises:
+            CompileError: The model takes no such length.
+            UnsupportedModelError: The model is no encoder-decoder.
+        """
+        model = self.opened()[0]
+        if not model.config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no encoder of its own: open it with the class for what it does "
+                "(QEFFAutoModelForImageTextToText, if it gives tokens the place of what it hears)"
+            )
+        found = copy.copy(self)
+        if self.task is SPEECH_SEQ2SEQ:
+            found.specs = _of_recording(model, self.feature_extractor(), encoder_ctx_len)
+        else:
+            found.specs = _of_text(model, encoder_ctx_len)
+        return found
+
+    def _known(self) -> Sequence[InputSpec]:
+        if self.specs is None:
+            raise CompileError("the length of what is encoded is not known: give encoder_ctx_len")
+        return self.specs
+
+    def lower(self) -> Module:
+        """Lower the decoder; see `Source.lower`."""
+        from qeff_ir.frontend.export.encoded import lower_decoder
+
+        return lower_decoder(*self.opened(), self._known())
+
+    def lower_encoder(self) -> Module:
+        """Lower the encoder; see `Source.lower`."""
+        from qeff_ir.frontend.export.encoded import lower_encoder
+
+        return lower_encoder(*self.opened(), self._known())
+
+
+class EncodedFolder(EncodedSource, FolderSource):
+    """A folder of an encoder-decoder model, for speech with its feature extractor.
+
+    Args:
+        folder: The folder.
+        task: What the model is for.
+        trust_remote_code: Whether code of the folder may run.
+    """
+
+    def __init__(self, folder: Path, task: Task = SEQ2SEQ, *, trust_remote_code: bool = False) -> None:
+        super().__init__(folder, trust_remote_code=trust_remote_code)
+        self.task = task
+
+    def opened(self) -> tuple[PreTrainedModel, Weights]:
+        """See `EncodedSource.opened`."""
+        return self._load()
+
+    def identity(self) -> dict[str, Any] | None:
+        """See `Source.identity`; with the length."""
+        known = super().identity()
+        if known is None:
+            return None
+        return {**known, "encoder": [[s.name, str(s.dtype), list(s.shape)] for s in self._known()]}
+
+    def feature_extractor(self) -> Any:
+        """See `EncodedSource.feature_extractor`.
+
+        Raises:
+            ModelLoadError: There is none that can be read.
+        """
+        from transformers import AutoFeatureExtractor
+
+        loader: Any = AutoFeatureExtractor
+        try:
+            return loader.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
+        except Exception as error:  # transformers raises whatever its many extractors raise
+            raise ModelLoadError(
+                f"{self.folder} has no feature extractor that can be read ({first_line(error)}): put the model's "
+                "preprocessor_config.json there"
+            ) from error
+
+
+class EncodedMemory(EncodedSource, MemorySource):
+    """A transformers model in memory, for speech with its processor.
+
+    Args:
+        model: The model.
+        task: What it is for.
+        processor: Its processor, or its feature extractor alone; a model of texts needs none.
+    """
+
+    def __init__(self, model: PreTrainedModel, task: Task = SEQ2SEQ, processor: Any = None) -> None:
+        super().__init__(model)
+        self.task, self.processor = task, processor
+
+    def opened(self) -> tuple[PreTrainedModel, Weights]:
+        """See `EncodedSource.opened`."""
+        from qeff_ir.frontend.checkpoint.weights import memory_weights
+
+        model = self.copy()
+        return model, memory_weights(model)
+
+    def feature_extractor(self) -> Any:
+        """See `EncodedSource.feature_extractor`."""
+        return getattr(self.processor, "feature_extractor", self.processor)
+
+    def save_side_files(self, folder: Path) -> None:
+        """See `Source.save_side_files`; with the processor."""
+        super().save_side_files(folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+
+
+def _of_text(model: PreTrainedModel, length: int | None) -> list[InputSpec]:
+    import torch
+
+    from qeff_ir.frontend.export.encoded import MASK
+    from qeff_ir.frontend.inputs import BATCH, InputSpec, positions
+
+    most = positions(model)
+    length = min(_TOKENS, most or _TOKENS) if length is None else length
+    if most is not None and length > most:
+        raise CompileError(
+            f"encoder_ctx_len={length} is more than the {most} positions of {type(model).__name__}: use {most} or less"
+        )
+    return [InputSpec(name, torch.int64, (BATCH, length)) for name in ("input_ids", MASK)]
+
+
+def _of_recording(model: PreTrainedModel, extractor: Any, length: int | None) -> list[InputSpec]:
+    """Features of the longest recording that the encoder makes no more than `length` positions of."""
+    from qeff_ir.frontend.export.encoded import MASK, encoded_length
+    from qeff_ir.frontend.inputs import BATCH, InputSpec
+
+    rate = getattr(extractor, "sampling_rate", None)
+    if not isinstance(rate, int):
+        raise CompileError(f"{type(extractor).__name__} makes no features of a recording: give the model's processor")
+    silence = np.zeros(rate * int(getattr(extractor, "chunk_length", None) or _SECONDS), dtype=np.float32)
+    made = extractor(silence, sampling_rate=rate, return_tensors="pt", return_attention_mask=True)
+    main = str(model.get_encoder().main_input_name)
+    if main not in made:
+        raise CompileError(f"{type(extractor).__name__} makes no {main}, which {type(model).__name__} takes")
+    features = made[main].float()
+    whole = made[MASK].shape[1] if MASK in made else max(features.shape[1:])
+    axis = 1 + list(features.shape[1:]).index(whole)
+
+    def specs(size: int) -> list[InputSpec]:
+        import torch
+
+        shape = tuple(size if at == axis else int(n) for at, n in enumerate(features.shape))
+        found = [InputSpec(main, torch.float32, (BATCH, *shape[1:]))]
+        takes = MASK in inspect.signature(model.forward).parameters
+        return [*found, InputSpec(MASK, torch.int64, (BATCH, size))] if takes else found
+
+    if length is None or encoded_length(model, specs(whole)) == length:
+        return specs(whole)
+    low, high = 1, whole
+    while low < high:  # the most features that make no more positions
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if encoded_length(model, specs(middle)) <= length else (low, middle - 1)
+    if encoded_length(model, specs(low)) != length:
+        raise CompileError(
+            f"the encoder of {type(model).__name__} makes {encoded_length(model, specs(whole))} positions of the "
+            f"longest recording and never {length}: give another encoder_ctx_len"
+        )
+    return specs(low)

@@ -1,0 +1,170 @@
+"""Generation of an encoder-decoder as its own class in transformers does it, over compiled sessions.
+
+The model is a skeleton without weights, of the very class that transformers has for it, whose forward pass and encoder
+are sessions. So whatever ``generate`` of that class does (a start token, tokens for a language or a task, tokens that
+are suppressed) is done, and only what touches numbers is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from qeff_ir.errors import RuntimeInputError
+from qeff_ir.runtime import private
+from qeff_ir.runtime.encoded_decoder import EncodedDecoder
+from qeff_ir.runtime.request import read, refusals, wish
+
+_OURS = frozenset({"decoder_input_ids", "decoder_attention_mask"})
+"""Arguments of ``generate`` that are given to the decoder."""
+
+
+def generate(model: Any, decoder: EncodedDecoder, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+    """Answer one batch, for a thread that has its turn (`Decoder.request`).
+
+    Args:
+        model: From `on_session`.
+        decoder: The decoder that it was made for.
+        inputs: What is encoded; also by its name.
+        kwargs: Everything else that ``generate`` of the model's class takes.
+
+    Raises:
+        RuntimeInputError: The request does not fit the compiled model, or asks for what it does not have.
+    """
+    name, mask = decoder.feature_names
+    if inputs is not None and name in kwargs:
+        raise RuntimeInputError(f"inputs and {name} are the same thing: give one of them")
+    if (inputs if inputs is not None else kwargs.get(name)) is None:
+        raise RuntimeInputError(f"there is nothing to encode: give {name}, as the processor returns it")
+    own = inspect.signature(type(model).generate).parameters
+    # What the model's own class takes, it knows; the rest are settings, which are checked as for any model.
+    settings = {k: v for k, v in kwargs.items() if k not in {name, mask, *_OURS} and (k not in own or k in _SETTINGS)}
+    read(model, settings)
+    wished = wish(kwargs, "max_new_tokens") is not None or wish(kwargs, "max_length") is not None
+    decoder.given, vars(model)["_wished_length"] = {}, wished
+    named = {name: inputs} if inputs is not None else {}
+    with refusals(), torch.no_grad():
+        return model.generate(**named, **kwargs)
+
+
+_SETTINGS = frozenset({"generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}) | {
+    "assistant_model", "streamer", "synced_gpus", "custom_generate",
+}  # fmt: skip
+"""Parameters of transformers' own ``generate`` that `read` checks."""
+
+
+def on_session(skeleton: PreTrainedModel, decoder: EncodedDecoder, defaults: GenerationConfig) -> PreTrainedModel:
+    """Let a model without weights be run by sessions; it is changed for good.
+
+    Args:
+        skeleton: The model, on the meta device.
+        decoder: The sessions' driver.
+        defaults: Defaults of ``generate``.
+    """
+    kind = type(skeleton)
+    signature = inspect.signature(kind.forward)
+
+    def forward(self: Any, **kwargs: Any) -> Seq2SeqLMOutput:
+        return _forward(decoder, **kwargs)
+
+    forward.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]  # transformers looks at it
+    encoder = _Encoder(decoder, inspect.signature(skeleton.get_encoder().forward))
+    members = {"forward": forward, "get_encoder": lambda _self: encoder, "_decoder": decoder}
+    skeleton.__class__ = type(kind.__name__, (_OnSession, kind), members)
+    skeleton.generation_config = defaults
+    return skeleton
+
+
+class _OnSession:
+    """What a session does otherwise than a model; comes before the model's own class."""
+
+    _is_stateful = True  # keeps transformers from methods that rewind the cache
+    _decoder: EncodedDecoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits."""
+        return torch.float32
+
+    @contextlib.contextmanager
+    def _optimize_model_for_decode(self) -> Generator[None]:
+        yield
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """The session keeps the cache."""
+
+    def _prepare_generated_length(self, *args: Any, input_ids_length: int, **kwargs: Any) -> GenerationConfig:
+        config = private.generated_length(self, *args, input_ids_length=input_ids_length, **kwargs)
+        room = self._decoder.ctx_len + 1  # the last token is only read out
+        if input_ids_length >= room:
+            raise RuntimeInputError(
+                f"the decoder is given a prompt of {input_ids_length} tokens, and the compiled context has {room - 1}: "
+                f"compile with ctx_len={input_ids_length} or more"
+            )
+        length = int(config.max_length)
+        if length > room and vars(self)["_wished_length"]:
+            raise RuntimeInputError(
+                f"{length} tokens do not fit the compiled context of {room - 1}: compile with ctx_len={length - 1} or "
+                "more, or ask for fewer"
+            )
+        config.max_length = min(length, room)
+        return config
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Pass on what `_forward` needs."""
+        kept = ("attention_mask", "decoder_attention_mask")
+        first = bool(kwargs.get("is_first_iteration", False))
+        return {"decoder_input_ids": input_ids, "first": first, **{n: kwargs.get(n) for n in kept}}
+
+
+class _Encoder(torch.nn.Module):
+    """Stands where transformers asks for the encoder: notes what is to be encoded, once the decoder runs."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, decoder: EncodedDecoder, signature: inspect.Signature) -> None:
+        super().__init__()
+
+        def forward(**kwargs: Any) -> BaseModelOutput:
+            decoder.given = _arrays(decoder, kwargs)
+            rows = len(decoder.given.get(decoder.feature_names[0], ()))
+            return BaseModelOutput(last_hidden_state=torch.zeros((rows, 1, 1)))  # pyright: ignore[reportArgumentType]
+
+        forward.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]  # transformers looks at it
+        self.forward = forward
+
+
+def _arrays(decoder: EncodedDecoder, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is encoded, out of the arguments of a forward pass."""
+    return {n: given[n].detach().cpu().numpy() for n in decoder.feature_names if given.get(n) is not None}
+
+
+def _forward(
+    decoder: EncodedDecoder,
+    decoder_input_ids: torch.Tensor,
+    first: bool = True,
+    decoder_attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Seq2SeqLMOutput:
+    """Logits of the last token, ``[batch, 1, vocab]``: prefill on the first call of a request, then decode."""
+    if first:
+        decoder.given = {**_arrays(decoder, kwargs), **decoder.given}  # copies of rows are made of what was encoded
+        mask = torch.ones_like(decoder_input_ids) if decoder_attention_mask is None else decoder_attention_mask
+        rows = [row[keep.bool()].tolist() for row, keep in zip(decoder_input_ids, mask, strict=True)]
+        logits = decoder.prefill(rows)
+    else:
+        last = decoder_input_ids[:, -1]
+        logits = decoder.decode(torch.where(last >= 0, last, 0).numpy())
+    return Seq2SeqLMOutput(logits=torch.from_numpy(np.ascontiguousarray(logits))[:, None])  # pyright: ignore[reportArgumentType]

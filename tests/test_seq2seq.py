@@ -1,0 +1,224 @@
+"""`QEFFAutoModelForSeq2SeqLM` and `QEFFAutoModelForSpeechSeq2Seq`: transformers' tokens and logits, on both targets."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, WhisperFeatureExtractor
+
+from qeff_ir import QEFFAutoModelForCausalLM, QEFFAutoModelForSeq2SeqLM, QEFFAutoModelForSpeechSeq2Seq
+from qeff_ir.errors import CompileError, ModelLoadError, PackageError, RuntimeInputError, UnsupportedModelError
+from qeff_ir.numerics import error_over_rms
+from qeff_ir.package import ENCODER, open_package
+from tests import seq2seq
+from tests.seq2seq import LENGTH, MODELS
+
+NEW = 8
+LOOSE = 1e-3
+"""Bound of the error of logits: above that of single precision, far below what a value that is not seen makes."""
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "num_beams": 1, "output_logits": True,
+    "return_dict_in_generate": True,
+}  # fmt: skip
+DEVICE = ("t5", "whisper", "moonshine")
+"""Those that are compiled for the AI 100 too: a text, a recording, and one whose mask follows from that of samples."""
+TARGETS = ["onnxruntime", "ai100"]
+CASES = [(name, target) for name in MODELS for target in TARGETS if target == "onnxruntime" or name in DEVICE]
+
+
+def opened(name: str) -> QEFFAutoModelForSeq2SeqLM:
+    model = seq2seq.tiny(name)
+    if MODELS[name].features:
+        return QEFFAutoModelForSpeechSeq2Seq(model, seq2seq.Extractor(name))
+    return QEFFAutoModelForSeq2SeqLM(model)
+
+
+@functools.cache
+def compiled(name: str, target: str, folder: Path) -> QEFFAutoModelForSeq2SeqLM:
+    """The tiny model for two rows; do not compile it again."""
+    model = opened(name)
+    out = folder / f"{name}-{target}"
+    path = model.compile(
+        ctx_len=32, encoder_ctx_len=MODELS[name].positions, batch_size=2, target=target, compile_dir=out, emit_only=True
+    )
+    assert path == str(out)
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("seq2seq")
+
+
+def theirs(name: str) -> Any:
+    """The tiny model of transformers."""
+    return seq2seq.tiny(name)
+
+
+def same(model: QEFFAutoModelForSeq2SeqLM, name: str, given: dict[str, Any], **more: Any) -> torch.Tensor:
+    """Tokens of a compiled model, once they and all logits are those of transformers."""
+    right = theirs(name).generate(**given, **{**GREEDY, **more})
+    found = model.generate(**given, **{**GREEDY, **more})
+    assert found.sequences.tolist() == right.sequences.tolist()
+    for one, other in zip(found.logits, right.logits, strict=True):
+        assert error_over_rms(one.numpy(), other.numpy()) <= LOOSE
+    return found.sequences
+
+
+def filled(value: torch.Tensor, name: str, length: int) -> torch.Tensor:
+    """Features or their mask with zeros behind them."""
+    behind = 0 if value.dim() == 2 else value.dim() - 2 - MODELS[name].length
+    return torch.nn.functional.pad(value, [0, 0] * behind + [0, length - value.shape[value.dim() - 1 - behind]])
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
+def test_tokens_and_logits_are_those_of_transformers(name: str, target: str, folder: Path) -> None:
+    model = compiled(name, target, folder)
+    first = same(model, name, seq2seq.read(name))
+    other = same(model, name, seq2seq.read(name, seed=2))  # nothing of what was read before is left
+    assert first.tolist() != other.tolist()
+    if MODELS[name].masked:  # a shorter one than compiled
+        whole = MODELS[name].features[MODELS[name].length] if MODELS[name].features else LENGTH
+        given = seq2seq.read(name, seed=3, length=whole * 2 // 3)
+        if MODELS[name].features:  # what transformers is given is as long as what the encoder sees
+            right = {n: filled(value, name, whole) for n, value in given.items()}
+            expected = theirs(name).generate(**right, **GREEDY)
+            assert model.generate(**given, **GREEDY).sequences.tolist() == expected.sequences.tolist()
+        else:
+            same(model, name, given)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_of_one_prompt_and_prompts_of_the_decoder(target: str, folder: Path) -> None:
+    model = compiled("t5", target, folder)
+    given = seq2seq.read("t5")
+    start = torch.tensor([[0, 11, 12], [0, 13, 14]])
+    same(model, "t5", {**given, "decoder_input_ids": start})
+    one = {name: value[:1] for name, value in given.items()}
+    torch.manual_seed(0)
+    found = model.generate(**one, num_return_sequences=2, do_sample=True, max_new_tokens=4, min_new_tokens=4)
+    torch.manual_seed(0)
+    right = theirs("t5").generate(**one, num_return_sequences=2, do_sample=True, max_new_tokens=4, min_new_tokens=4)
+    assert found.tolist() == right.tolist()
+
+
+def test_a_recording_of_whisper_in_a_language_and_for_a_task(tmp_path: Path) -> None:
+    """transformers' own class adds tokens for both, and what it suppresses."""
+    whisper: Any = copy.deepcopy(seq2seq.tiny("whisper"))
+    config = whisper.generation_config
+    config.lang_to_id, config.task_to_id = {"<|en|>": 20, "<|de|>": 21}, {"transcribe": 22, "translate": 23}
+    config.is_multilingual, config.no_timestamps_token_id, config._from_model_config = True, 24, False
+    model = QEFFAutoModelForSpeechSeq2Seq(whisper, seq2seq.Extractor("whisper"))
+    model.compile(ctx_len=32, batch_size=2, compile_dir=tmp_path / "out", target="onnxruntime", prefill_seq_len=4)
+    given = seq2seq.read("whisper")
+    settings: dict[str, Any] = {}
+    for asked in ({"language": "de", "task": "translate"}, {"language": "en"}, {}):  # the last: it is to be told
+        settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **asked}
+        found, right = model.generate(**given, **settings), whisper.generate(**given, **settings)
+        assert found.tolist() == right.tolist()
+    again = QEFFAutoModelForSpeechSeq2Seq.from_package(tmp_path / "out")  # a package knows all of that
+    assert again.generate(**given, **settings).tolist() == right.tolist()
+
+
+def test_a_folder_compiles_once_and_for_each_length(tmp_path: Path) -> None:
+    seq2seq.tiny("bart").save_pretrained(tmp_path / "model")
+    model = QEFFAutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+    shapes: dict[str, Any] = {"target": "onnxruntime", "compile_dir": tmp_path / "out", "batch_size": 2}
+    model.compile(encoder_ctx_len=LENGTH, ctx_len=32, **shapes)
+    first = open_package(tmp_path / "out")
+    assert set(first.programs) == {"main", ENCODER} and not model.package.cached
+    same(model, "bart", seq2seq.read("bart"))
+    model.compile(encoder_ctx_len=LENGTH, ctx_len=32, **shapes)
+    assert model.package.cached
+    model.compile(encoder_ctx_len=LENGTH + 1, ctx_len=32, **shapes)
+    assert not model.package.cached and open_package(tmp_path / "out").key != first.key
+    copied = pickle.loads(pickle.dumps(model))
+    same(copied, "bart", seq2seq.read("bart"))
+
+
+def test_the_feature_extractor_of_a_folder_tells_the_length(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("whisper", **{**MODELS["whisper"].config, "max_source_positions": 50})
+    make: Any = AutoModelForSpeechSeq2Seq.from_config
+    make(config).save_pretrained(tmp_path / "model")
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(tmp_path / "model")
+    model = QEFFAutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
+    model.compile(target="onnxruntime", compile_dir=tmp_path / "out")
+    _, decoder = model.runner()
+    shapes = {s.input: s.shape for s in decoder.session.interface.states if s.written_by_host}
+    assert set(shapes.values()) == {("batch_size", 4, 50, 8)} and decoder.ctx_len == 64
+
+
+def test_what_does_not_fit_is_told(folder: Path) -> None:
+    model, given = compiled("bart", "onnxruntime", folder), seq2seq.read("bart")
+    long = seq2seq.read("bart", length=LENGTH + 1)
+    with pytest.raises(RuntimeInputError, match=f"a length of {LENGTH + 1}, and the model is compiled for {LENGTH}"):
+        model.generate(**long)
+    with pytest.raises(RuntimeInputError, match="there is nothing to encode: give input_ids"):
+        model.generate(max_new_tokens=2)
+    with pytest.raises(RuntimeInputError, match="42 tokens do not fit the compiled context of 32"):
+        model.generate(**given, max_new_tokens=41)
+    with pytest.raises(RuntimeInputError, match="a prompt of 33 tokens, and the compiled context has 32"):
+        model.generate(**given, decoder_input_ids=torch.full((2, 33), 2), max_length=60)
+    with pytest.raises(RuntimeInputError, match="num_beams > 1"):
+        model.generate(**given, num_beams=2)
+    with pytest.raises(RuntimeInputError, match="does not take max_new_token: did you mean max_new_tokens"):
+        model.generate(**given, max_new_token=2)
+    with pytest.raises(RuntimeInputError, match="compiled for a batch of 2, but got 3 rows"):
+        model.generate(input_ids=torch.ones((3, 4), dtype=torch.long))
+    with pytest.raises(RuntimeInputError, match=r"attention_mask is \[2, 5\] and input_ids \[2, 14\]"):
+        model.generate(given["input_ids"], attention_mask=given["attention_mask"][:, :5])
+    with pytest.raises(RuntimeInputError, match="inputs and input_ids are the same thing"):
+        model.generate(given["input_ids"], input_ids=given["input_ids"])
+    # A default of the model is cut to what fits.
+    assert model.generate(**given, eos_token_id=98, min_length=33, do_sample=False, num_beams=1).shape[1] <= 33
+    same(model, "bart", given)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((2, 8, 50), "the encoder, which sees no mask, takes just 60"),
+        ((2, 8, 61), "a length of 61, and the model is compiled for 60"),
+        ((2, 60), r"input_features is \[2, 60\], and the model is compiled for"),
+        ((2, 7, 50), r"input_features is \[2, 7, 50\], and the model is compiled for"),
+    ],
+)
+def test_a_recording_of_another_length_is_told(shape: tuple[int, ...], said: str, folder: Path) -> None:
+    _, decoder = compiled("whisper", "onnxruntime", folder).runner()
+    decoder.given = {"input_features": np.zeros(shape, dtype=np.float32)}
+    with pytest.raises(RuntimeInputError, match=said):
+        decoder.prefill([[2], [2]])
+
+
+def test_models_and_lengths_that_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="is more than the 64 positions of BartForConditionalGeneration"):
+        opened("bart").compile(encoder_ctx_len=65)
+    with pytest.raises(CompileError, match="must be a whole number of at least 1, not 0"):
+        opened("bart").compile(encoder_ctx_len=0)
+    with pytest.raises(CompileError, match="ctx_len=65 is more than the 64 positions"):
+        opened("bart").compile(ctx_len=65, encoder_ctx_len=4, target="onnxruntime", compile_dir=tmp_path / "out")
+    with pytest.raises(CompileError, match="makes 15 positions of the longest recording and never 99"):
+        opened("speech_to_text").compile(encoder_ctx_len=99)
+    with pytest.raises(UnsupportedModelError, match="has an encoder that cannot be run: ValueError: Whisper expects"):
+        opened("whisper").compile(encoder_ctx_len=12)
+    with pytest.raises(ModelLoadError, match="the processor is of type NoneType"):
+        QEFFAutoModelForSpeechSeq2Seq(seq2seq.tiny("whisper"), None)
+    seq2seq.tiny("bart").save_pretrained(tmp_path / "model")
+    with pytest.raises(CompileError, match="open it with QEFFAutoModelForSeq2SeqLM"):
+        QEFFAutoModelForCausalLM.from_pretrained(tmp_path / "model").compile(target="onnxruntime")
+    with pytest.raises(PackageError, match="not compiled yet"):
+        opened("bart").generate(**seq2seq.read("bart"))
+
+
+def test_recordings_of_any_length_that_the_encoder_makes_so_many_positions_of() -> None:
+    source = opened("speech_to_text")._source
+    assert source is not None
+    shapes = {s.name: s.shape for s in source.for_length(8).specs or ()}
+    assert shapes == {"input_features": ("batch_size", 32, 8), "attention_mask": ("batch_size", 32)}
