@@ -50,22 +50,26 @@ class CausalLMs(Coverage):
             config = shrink(config, {"auto_map": config.auto_map} if hasattr(config, "auto_map") else {})
         else:
             config = small_config(job.name)
-        model = build(config, trust_remote_code=job.trust)
-        row.model = type(model).__name__
-        rng = np.random.default_rng(3)
-        prompts = [rng.integers(4, 89, n).tolist() for n in LENGTHS]
-        reference = reference_trace(model, prompts, STEPS)
-        module = MemorySource(model).lower()
-        row.nodes, row.states = len(module.graph), len(module.states)
-        row.bound = numerics.bound(numerics.depth(module))
-        row.allow(_rounding(model, prompts, reference.tokens))
-        for target in backend_names():
-            decoder = Decoder(compiled(module, target, folder / target, OPTIONS))
-            row.hold(target, compare(session_trace(decoder, prompts, reference.tokens), reference))
-        row.conclude()
+        check_causal(build(config, trust_remote_code=job.trust), row, folder)
 
 
 COVERAGE = CausalLMs()
+
+
+def check_causal(model: PreTrainedModel, row: Row, folder: Path) -> None:
+    """Hold a small causal LM's answers against its own on every backend, see `Coverage.check`."""
+    row.model = type(model).__name__
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(4, 89, n).tolist() for n in LENGTHS]
+    reference = reference_trace(model, prompts, STEPS)
+    module = MemorySource(model).lower()
+    row.nodes, row.states = len(module.graph), len(module.states)
+    row.bound = numerics.bound(numerics.depth(module))
+    row.allow(_rounding(model, prompts, reference.tokens))
+    for target in backend_names():
+        decoder = Decoder(compiled(module, target, folder / target, OPTIONS))
+        row.hold(target, compare(session_trace(decoder, prompts, reference.tokens), reference))
+    row.conclude()
 
 
 def _rounding(model: PreTrainedModel, prompts: list[list[int]], tokens: Array) -> float:

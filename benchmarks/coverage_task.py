@@ -76,4 +76,12 @@ IMAGE_TEXT_TO_TEXT = CoverageTask(
     "coverage_image_text",
     "benchmarks.coverage_pictures",
 )
-TASKS = {task.name: task for task in (TEXT_GENERATION, IMAGE_TEXT_TO_TEXT)}
+AUDIO_TEXT = CoverageTask(
+    "audio-text",
+    "models of sounds and text",
+    "one prompt with two sounds between words, one of words alone; sounds through the encoder's program, prefill in "
+    "chunks of 8 that cut a sound, decode; the sounds change the answer",
+    "coverage_audio_text",
+    "benchmarks.coverage_audio",
+)
+TASKS = {task.name: task for task in (TEXT_GENERATION, IMAGE_TEXT_TO_TEXT, AUDIO_TEXT)}

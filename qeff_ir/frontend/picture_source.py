@@ -122,7 +122,9 @@ class PictureSource(Source):
         from qeff_ir.frontend.export.pictures import lower_language
 
         known = self._known()
-        return lower_language(model, weights, known.features, count=known.forms.count)
+        largest = next(form.program for form in known.forms.sizes if form.rows == known.features.rows)
+        example = known.examples[largest]
+        return lower_language(model, weights, known.features, count=known.forms.count, example=example)
 
     def _vision(self, model: PreTrainedModel, weights: Weights, program: str) -> Module:
         from qeff_ir.frontend.export.encoders import lower_encoder

@@ -89,9 +89,14 @@ def _for_this_thread(patch_method: Function) -> Function:
     return patch
 
 
-def attention_implementation(model: PreTrainedModel) -> str:
-    """The name of the attention function that a model uses."""
-    return model.config._attn_implementation or "eager"
+def attention_implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    """The names of the attention functions that a model and the models in it use, as it takes them back."""
+    found: dict[str, Any] = {"": config._attn_implementation or "eager"}
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            found[name] = attention_implementations(inner)
+    return found
 
 
 def supports_attention_interface(model: PreTrainedModel) -> bool:
@@ -105,18 +110,21 @@ def has_experts(model: PreTrainedModel) -> bool:
     return any(part._can_set_experts_implementation() for part in parts)
 
 
-def axes_of_positions(model: PreTrainedModel) -> int:
-    """On how many axes a model gives each token a place while it generates, its position in the text included."""
-    ids = torch.ones((1, 4), dtype=torch.long)
-    mixin: Any = model
-    places = mixin._prepare_position_ids_for_generation(ids, {"attention_mask": torch.ones_like(ids)})
-    return 1 if places.dim() < 3 else int(places.shape[0])
+def axes_of_positions(
+    model: PreTrainedModel, ids: torch.Tensor | None = None, arguments: Mapping[str, torch.Tensor] | None = None
+) -> int:
+    """On how many axes a model gives each token a place while it generates, its position in the text included.
+
+    Some tell only for a prompt with pictures: its tokens, ``[1, tokens]``, and arguments as for `places`.
+    """
+    found = places(model, torch.ones((1, 4), dtype=torch.long) if ids is None else ids, arguments or {})
+    return 1 if found.dim() < 3 else int(found.shape[0])
 
 
 def places(model: PreTrainedModel, ids: torch.Tensor, arguments: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Where a model puts the tokens of a prompt, ``[1, tokens]``, while it generates: ``[axes, 1, tokens]``."""
     mixin: Any = model
-    given = {**arguments, "attention_mask": torch.ones_like(ids)}
+    given = {**arguments, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return mixin._prepare_position_ids_for_generation(ids, given)
 
 

@@ -10,7 +10,7 @@ from qeff_ir.ir.ports import LOGITS
 from qeff_ir.passing.matching import depends_on
 from qeff_ir.passing.rewriter import Rewriter
 
-_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"})
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Where", "Cast", "Identity"})
 
 
 def head_of(module: Module) -> list[ir.Node]:

@@ -193,8 +193,8 @@ def test_a_package_of_pictures_is_not_a_causal_lm(tmp_path: Path) -> None:
 
 def test_a_model_without_a_way_in_is_refused() -> None:
     form = find_features(multimodal.tiny("llava"), multimodal.picture("llava"))
-    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM takes no mm_encoder_outputs"):
-        Pictures(support.tiny("llama")[1], "image", form, 1)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM takes no mm_encoder_outputs, .* nor what get_image_features takes"):
+        Pictures(support.tiny("llama")[1], "image", form, 1, {})
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_types_of_tokens_for_another_use_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(model, "forward", routed)
     form = find_features(model, multimodal.picture("llava"))
     with pytest.raises(UnsupportedModelError, match="takes moe_mm_token_type_ids, types of tokens that are not for"):
-        Pictures(model, "image", form, 1)
+        Pictures(model, "image", form, 1, {})
 
 
 @pytest.mark.parametrize("asked", ["placeholders", "vectors"])

@@ -116,7 +116,7 @@ def test_models_tell_how_they_attend_and_route(name: str, interface: bool, exper
     model = support.tiny(name)[1]
     assert private.supports_attention_interface(model) == interface
     assert private.has_experts(model) == experts
-    assert private.attention_implementation(model) in ("sdpa", "eager")
+    assert private.attention_implementations(model.config)[""] in ("sdpa", "eager")
 
 
 def test_modules_keep_their_tensors_in_tables() -> None:

@@ -121,7 +121,7 @@ def _attention(
 @contextlib.contextmanager
 def captured(model: PreTrainedModel) -> Generator[None]:
     """Route the model's attention, masks and experts through our ops; in this thread, and until the block ends."""
-    implementation = private.attention_implementation(model)
+    implementation = private.attention_implementations(model.config)
     chosen = model.get_experts_implementation() if private.has_experts(model) else None
     # Attention outside the interface takes its mask as the implementation does that the model is fixed to: "eager" adds
     # it to the scores, "sdpa" hands it to torch.

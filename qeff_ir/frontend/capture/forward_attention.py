@@ -58,6 +58,8 @@ def _attention(
             f"attention of {type(module).__name__} takes {', '.join(sorted(unknown))}, which is not captured yet"
         )
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", False))
+    if query.shape[0] == 1:  # learned queries, the same for each row
+        query = query.expand(key.shape[0], -1, -1, -1)
     if attention_mask is None and causal and query.shape[2] > 1:
         rows, columns = torch.arange(query.shape[2]), torch.arange(key.shape[2])
         attention_mask = (columns[None, :] <= rows[:, None])[None, None]
@@ -89,7 +91,7 @@ def captured_forward(model: PreTrainedModel) -> Generator[None]:
 
     Attention outside transformers' interface stays as the model writes it, in its eager form.
     """
-    implementation = private.attention_implementation(model)
+    implementation = private.attention_implementations(model.config)
     experts = model.get_experts_implementation() if private.has_experts(model) else None
     try:
         with private.registered({IMPLEMENTATION: _attention}, {IMPLEMENTATION: _mask}):

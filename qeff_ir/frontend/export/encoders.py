@@ -30,8 +30,8 @@ from qeff_ir.ir import operators
 from qeff_ir.ir.module import SOURCE_KEY, Module
 from qeff_ir.ir.ports import ROWS_OUTPUT
 
-ROWS = {"image": "vision_embeds", "video": "vision_embeds", "audio": "audio_embeds"}
-"""What the rows of a modality are called (AI 100 contract §1.8)."""
+ROWS = {"image": "vision_embeds", "video": "vision_embeds", "audio": "vision_embeds"}
+"""What the rows of a modality are called: all as those of pictures (AI 100 contract §1.8)."""
 
 Example = Mapping[str, torch.Tensor]
 """What a processor makes of one picture, by name."""
@@ -52,7 +52,7 @@ def lower_encoder(model: PreTrainedModel, weights: Weights, example: Example, mo
 
     Returns:
         A module with the example's floats as inputs, all sizes fixed, and with the outputs ``vision_embeds`` ``[1,
-        rows, width]`` (of audio ``audio_embeds``) and, of a model with rows for the hidden states of layers,
+        rows, width]`` and, of a model with rows for the hidden states of layers,
         ``deepstack_features`` ``[layers, 1, rows, width]``.
 
     Raises:

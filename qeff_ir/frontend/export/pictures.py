@@ -1,5 +1,7 @@
 """A language model that is given the rows of an encoder: transformers' own ``forward`` with ``mm_encoder_outputs``.
 
+Where a forward pass does not take those (most models of sound), the method that encodes returns the rows.
+
 Beside the rows, some models take places of tokens on three axes, and some let the tokens of a picture see one another,
 which tokens those are being an input too. Both are asked of the model, not of its name.
 """
@@ -10,6 +12,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,7 +31,8 @@ from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.checkpoint.weights import Weights
 from qeff_ir.frontend.export.blocks import check_blocks
 from qeff_ir.frontend.export.encoders import ROWS as NAMES
-from qeff_ir.frontend.export.features import DEEPSTACK, Features
+from qeff_ir.frontend.export.encoders import Example
+from qeff_ir.frontend.export.features import DEEPSTACK, Features, encoder_of, replaced_encoder
 from qeff_ir.frontend.export.given import TYPES, Call, Given, GivenPort
 from qeff_ir.frontend.export.lower import Step, as_unsupported, attributes_kept, example_inputs, lower
 from qeff_ir.frontend.export.quiet import quiet
@@ -40,6 +44,9 @@ Tensor = torch.Tensor
 
 PLACES = "rope_position_ids"
 """Name of the input for places on three axes, until a target joins them to the positions."""
+
+_ENCODED = "mm_encoder_outputs"
+"""What a forward pass calls the outputs of encoders; without it, the encoder's method is replaced while it runs."""
 
 _TYPE_ARGUMENTS = ("token_type_ids", TYPES)
 """What a forward pass calls the input that says which tokens are of a picture."""
@@ -53,6 +60,7 @@ class Pictures(Given):
         modality: ``image``, ``video`` or ``audio``.
         features: The form of its encoder's output, for one picture.
         count: Pictures that the context may hold.
+        example: What the model's processor makes of one.
         types: Whether its masks may depend on which tokens are of a picture.
 
     Raises:
@@ -61,13 +69,21 @@ class Pictures(Given):
     """
 
     def __init__(
-        self, model: PreTrainedModel, modality: str, features: Features, count: int, *, types: bool = True
+        self,
+        model: PreTrainedModel,
+        modality: str,
+        features: Features,
+        count: int,
+        example: Example,
+        *,
+        types: bool = True,
     ) -> None:
         name, parameters = type(model).__name__, inspect.signature(model.forward).parameters
-        if "mm_encoder_outputs" not in parameters:
+        self.taken = _ENCODED if _ENCODED in parameters else _shared(model, modality)
+        if self.taken is None:
             raise UnsupportedModelError(
-                f"{name} takes no mm_encoder_outputs, by which models of transformers are given what their encoder "
-                "made: it cannot be split into an encoder and a language model"
+                f"{name} takes no {_ENCODED}, by which models of transformers are given what their encoder made, nor "
+                f"what get_{modality}_features takes: it cannot be split into an encoder and a language model"
             )
         other = next((n for n in parameters if n.endswith("token_type_ids") and n not in _TYPE_ARGUMENTS), None)
         if other is not None:
@@ -75,7 +91,7 @@ class Pictures(Given):
                 f"{name} takes {other}, types of tokens that are not for its masks: they would be dropped"
             )
         with attributes_kept(model):
-            axes = private.axes_of_positions(model)
+            axes = _axes(model, modality, features, example)
         if axes not in (1, AXES, AXES + 1):
             raise UnsupportedModelError(
                 f"{name} gives tokens places on {axes} axes: only {AXES}, with or without the position in the text, or "
@@ -100,10 +116,13 @@ class Pictures(Given):
         """See `Given.calling`."""
         token = getattr(model.config, f"{self.modality}_token_id", None)
         merging = Merging(values["image_idx"], values[NAMES[self.modality]].shape[1], token)
-        arguments: dict[str, object] = {
-            **dict.fromkeys(_needed(model.forward)),
-            "mm_encoder_outputs": {self.modality: self._filled(values)},
-        }
+        made, arguments = self._filled(values), dict[str, object](dict.fromkeys(_needed(model.forward)))
+        encoder: AbstractContextManager[None] = contextlib.nullcontext()
+        if self.taken == _ENCODED:
+            arguments[_ENCODED] = {self.modality: made}
+        elif self.taken is not None:  # there is something to encode, and what the encoder returns is known
+            arguments[self.taken] = values[NAMES[self.modality]]
+            encoder = replaced_encoder(model, self.modality, made)
         if self.axes > 1:
             first = [cache.position_ids[None]] if self.axes > AXES else []
             arguments["position_ids"] = torch.cat([*first, values[PLACES]])
@@ -111,7 +130,7 @@ class Pictures(Given):
             cache.of_run = _by_position(torch.ones_like(cache.position_ids), cache)
             arguments[self.types] = _by_position(values[TYPES], cache)
         call = Call(arguments, [])
-        with replaced(os, "getenv", private.unchecked), merging.capturing():
+        with replaced(os, "getenv", private.unchecked), encoder, merging.capturing():
             yield call
         if merging.next is None:
             raise UnsupportedModelError(
@@ -125,6 +144,24 @@ class Pictures(Given):
         layers = values.get(DEEPSTACK)
         flat = [] if layers is None else [layer.reshape(-1, features.width) for layer in layers.unbind(0)]
         return features.filled(rows.reshape(-1, features.width), flat)
+
+
+def _axes(model: PreTrainedModel, modality: str, features: Features, example: Example) -> int:
+    """On how many axes tokens have places: in a prompt of one picture, or of words where that is not known."""
+    token = getattr(model.config, f"{modality}_token_id", None)
+    numbers = {name: value for name, value in example.items() if not value.is_floating_point()}
+    if token is None or not numbers:
+        return private.axes_of_positions(model)
+    ids = torch.tensor([[1, *[token] * features.rows, 1]])
+    return private.axes_of_positions(model, ids, {**numbers, TYPES: (ids == token).long()})
+
+
+def _shared(model: PreTrainedModel, modality: str) -> str | None:
+    """What both a forward pass and the encoder in it take, the first of such arguments."""
+    if not any(hasattr(owner, f"get_{modality}_features") for owner in (model.base_model, model)):
+        return None
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in inspect.signature(encoder_of(model, modality)).parameters if name in taken), None)
 
 
 def _needed(forward: Callable[..., Any]) -> list[str]:
@@ -146,7 +183,12 @@ def _by_position(types: Tensor, cache: CapturingCache) -> Tensor:
 
 
 def lower_language(
-    model: PreTrainedModel, weights: Weights, features: Features, modality: str = "image", count: int = 1
+    model: PreTrainedModel,
+    weights: Weights,
+    features: Features,
+    modality: str = "image",
+    count: int = 1,
+    example: Example | None = None,
 ) -> Module:
     """Lower the language model of a multimodal one, given rows of its encoder.
 
@@ -156,6 +198,8 @@ def lower_language(
         features: The form of what the encoder makes of one picture (`qeff_ir.frontend.export.encoders.find_features`).
         modality: ``image``, ``video`` or ``audio``.
         count: Pictures that the context may hold.
+        example: What the model's processor makes of one picture, for models that give tokens places on axes only
+            beside pictures.
 
     Returns:
         A module as of a causal LM, with further inputs ``vision_embeds`` ``[batch_size, count * rows, width]``, of some
@@ -167,11 +211,11 @@ def lower_language(
         UnsupportedModelError: See `Pictures`, `qeff_ir.frontend.export.blocks.check_blocks` and
             `qeff_ir.frontend.export.lower.lower`.
     """
-    pictures = Pictures(model, modality, features, count)
+    pictures = Pictures(model, modality, features, count, example or {})
     types = _masks_follow_types(model, pictures)
     if types and pictures.types is not None:
         check_blocks(model, pictures.types)
-    return lower(model, weights, given=Pictures(model, modality, features, count, types=types))
+    return lower(model, weights, given=Pictures(model, modality, features, count, example or {}, types=types))
 
 
 def _masks_follow_types(model: PreTrainedModel, pictures: Pictures) -> bool:
