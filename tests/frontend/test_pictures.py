@@ -193,7 +193,7 @@ def test_a_package_of_pictures_is_not_a_causal_lm(tmp_path: Path) -> None:
 
 def test_a_model_without_a_way_in_is_refused() -> None:
     form = find_features(multimodal.tiny("llava"), multimodal.picture("llava"))
-    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM takes no mm_encoder_outputs, .* nor what get_image_features takes"):
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM takes no mm_encoder_outputs, by which"):
         Pictures(support.tiny("llama")[1], "image", form, 1, {})
 
 

@@ -8,6 +8,7 @@ very containers that it reads (as `transformers.generation` does where it cuts a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,13 +55,21 @@ class Features:
         """
         if self.kind is None:
             return _contained(rows, self.listed)
-        fields: dict[str, Any] = {} if self.field == DEEPSTACK else {self.field: _contained(rows, self.listed)}
+        fields: dict[str, Any] = dict.fromkeys(_needed_fields(self.kind))
+        if self.field != DEEPSTACK:
+            fields[self.field] = _contained(rows, self.listed)
         if self.layers:
             held = [_contained(r, listed) for r, (_, listed) in zip(layers, self.layers, strict=True)]
             fields[DEEPSTACK] = [
                 one if layer is None else (layer, one) for one, (layer, _) in zip(held, self.layers, strict=True)
             ]
         return self.kind(**fields)
+
+
+def _needed_fields(kind: type[Any]) -> list[str]:
+    """The fields that an output object is not made without, whether or not a language model reads them."""
+    found = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return [f.name for f in found if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
 
 
 def encoder_of(model: PreTrainedModel, modality: str) -> Callable[..., Any]:
