@@ -58,7 +58,7 @@ def _attention(
             f"attention of {type(module).__name__} takes {', '.join(sorted(unknown))}, which is not captured yet"
         )
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", False))
-    if query.shape[0] == 1:  # learned queries, the same for each row
+    if query.shape[0] < key.shape[0]:  # learned queries, the same for each row
         query = query.expand(key.shape[0], -1, -1, -1)
     if attention_mask is None and causal and query.shape[2] > 1:
         rows, columns = torch.arange(query.shape[2]), torch.arange(key.shape[2])
