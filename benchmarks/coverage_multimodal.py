@@ -112,7 +112,7 @@ class Multimodal(Coverage):
         row.nodes, row.states = len(encoder.graph) + len(language.graph), len(language.states)
         row.bound = numerics.bound(_depth(encoder) + numerics.depth(language))
         reference = request.answer(model)
-        kept = (reference.logits > _FORBIDDEN).all((0, 1))
+        kept = np.asarray((reference.logits > _FORBIDDEN).all((0, 1)))
         reference = _of_tokens(reference, kept)
         row.allow(request.rounding(model, reference, kept))
         for target in backend_names():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_ir.errors import CompileError, ModelLoadError, UnsupportedModelError, first_line
+from qeff_ir.errors import CompileError, UnsupportedModelError
 from qeff_ir.frontend.source import FolderSource, MemorySource, Source
 from qeff_ir.frontend.tasks import SEQ2SEQ, SPEECH_SEQ2SEQ, Task
 from qeff_ir.ir.module import Module
@@ -119,16 +119,9 @@ class EncodedFolder(EncodedSource, FolderSource):
         Raises:
             ModelLoadError: There is none that can be read.
         """
-        from transformers import AutoFeatureExtractor
+        from qeff_ir.frontend.checkpoint.processors import read_part
 
-        loader: Any = AutoFeatureExtractor
-        try:
-            return loader.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
-        except Exception as error:  # transformers raises whatever its many extractors raise
-            raise ModelLoadError(
-                f"{self.folder} has no feature extractor that can be read ({first_line(error)}): put the model's "
-                "preprocessor_config.json there"
-            ) from error
+        return read_part("AutoFeatureExtractor", self.folder, trust_remote_code=self.trust_remote_code)
 
 
 class EncodedMemory(EncodedSource, MemorySource):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qeff_ir.errors import CompileError, ModelLoadError, QeffError, UnsupportedModelError, first_line
+from qeff_ir.errors import CompileError, QeffError, UnsupportedModelError, first_line
 from qeff_ir.frontend.source import FolderSource, MemorySource, Source
 from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
 from qeff_ir.ir.module import Module
@@ -157,16 +157,9 @@ class PictureFolder(PictureSource, FolderSource):
         Raises:
             ModelLoadError: There is none that can be read.
         """
-        from transformers import AutoImageProcessor
+        from qeff_ir.frontend.checkpoint.processors import read_part
 
-        loader: Any = AutoImageProcessor
-        try:
-            return loader.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
-        except Exception as error:  # transformers raises whatever its many processors raise
-            raise ModelLoadError(
-                f"{self.folder} has no image processor that can be read ({first_line(error)}): put the model's "
-                "preprocessor_config.json there"
-            ) from error
+        return read_part("AutoImageProcessor", self.folder, trust_remote_code=self.trust_remote_code)
 
     def save_side_files(self, folder: Path) -> None:
         """See `Source.save_side_files`; with the forms of pictures, by which it is part of the package's key."""

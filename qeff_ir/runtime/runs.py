@@ -48,6 +48,11 @@ def fitted(run: Run, inputs: Sequence[Port], specializations: Sequence[Specializ
             symbol = str(port.shape[0])
             needs[symbol] = max(needs.get(symbol, 0), port.role.needs(run))
         if port.role is FEATURES:
+            if run.features.ndim != len(port.shape):
+                raise RuntimeInputError(
+                    f"{port.name} has {len(port.shape)} axes, and the run gives {list(run.features.shape)}: give what "
+                    "the model's processor makes"
+                )
             sized = zip(port.shape[1:], run.features.shape[1:], strict=True)
             needs |= {symbol: size for symbol, size in sized if isinstance(symbol, str)}
     of_rows = [s for s in specializations if s.symbols.get(BATCH, rows) == rows]

@@ -18,6 +18,7 @@ from qeff_ir.ir.module import Module, Specialization
 from qeff_ir.ir.ports import (
     CACHE_ROW,
     EMBEDDINGS,
+    FEATURES,
     KEPT_LOGITS,
     LOGITS,
     MASK,
@@ -227,6 +228,9 @@ def test_a_run_goes_into_the_smallest_specialization_that_takes_it() -> None:
     rows = [dataclasses.replace(s, symbols={**s.symbols, "batch_size": 2}) for s in known]
     with pytest.raises(RuntimeInputError, match="a run of 1 rows and"):
         fitted(Run(np.full((1, 2), 7), np.arange(2)[None]), [port], rows)
+    sounds = Port("input_features", FEATURES, np.dtype(np.float32), ("batch_size", 8, "feature_len"))
+    with pytest.raises(RuntimeInputError, match=r"input_features has 3 axes, and the run gives \[0\]"):
+        fitted(Run(np.full((1, 2), 7), np.arange(2)[None]), [sounds], known)
 
 
 def test_the_last_logits_are_found_wherever_a_graph_puts_them() -> None:

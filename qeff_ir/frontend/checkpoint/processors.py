@@ -1,0 +1,30 @@
+"""The part of a model's processor that makes numbers of pictures or of sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from qeff_ir.errors import ModelLoadError, first_line
+
+_SAID = {"AutoImageProcessor": "image processor", "AutoFeatureExtractor": "feature extractor"}
+
+
+def read_part(
+    kind: Literal["AutoImageProcessor", "AutoFeatureExtractor"], folder: Path, *, trust_remote_code: bool
+) -> Any:
+    """transformers' image processor or feature extractor of a model folder.
+
+    Raises:
+        ModelLoadError: There is none that can be read.
+    """
+    import transformers
+
+    loader: Any = getattr(transformers, kind)
+    try:
+        return loader.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its many processors raise
+        raise ModelLoadError(
+            f"{folder} has no {_SAID[kind]} that can be read ({first_line(error)}): put the model's "
+            "preprocessor_config.json there"
+        ) from error
