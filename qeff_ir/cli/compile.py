@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qeff_ir.cli.encoded import compile_encoded, is_encoded
 from qeff_ir.cli.models import compile_source, open_model
 from qeff_ir.cli.pictures import compile_pictures, size_of
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.tables import show_programs
 from qeff_ir.cli.terminal import line, seconds
-from qeff_ir.errors import PackageError
+from qeff_ir.errors import CompileError, PackageError
 from qeff_ir.package import MAIN
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ def command(
         list[str] | None,
         typer.Option(help="Height and width of pictures, for a model of pictures; may be repeated.", metavar="HxW"),
     ] = None,
+    encoder_ctx_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens (or positions of a recording) that an encoder takes, where there is one.", min=1),
+    ] = None,
     num_images: Annotated[int, typer.Option(help="Pictures that a prompt may have.", min=1)] = 1,
     report: Annotated[
         Path | None,
@@ -45,9 +50,16 @@ def command(
     Any other option is a flag of the AI 100 compiler, and comes after MODEL (--aic-enable-depth-first, --mos 1).
     """
     started = time.perf_counter()
-    if not image_size:
-        compiled = compile_source(open_model(model, request), request, out)
+    source = None if image_size else open_model(model, request)
+    encoded = source is not None and is_encoded(source)
+    if encoder_ctx_len is not None and not encoded:
+        raise CompileError("--encoder-ctx-len is for models of an encoder and a decoder: leave it out")
+    if source is not None and encoded:
+        compiled = compile_encoded(source, request, encoder_ctx_len, out).package
+    elif source is not None:
+        compiled = compile_source(source, request, out)
     else:
+        assert image_size
         compiled = compile_pictures(model, request, [size_of(size) for size in image_size], num_images, out).package
     show_programs(compiled.manifest)
     if compiled.cached:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -54,7 +55,23 @@ def compile_source(source: Source, request: Request, out: Path | None = None, *,
     Raises:
         QeffError: See `qeff_ir.compiler.compile_model`.
     """
-    from qeff_ir.compiler import choose_target, compile_model
+    from qeff_ir.compiler import compile_model
+
+    with compiling(request, announce=announce) as rest:
+        return compile_model(source, request.options(), out=out, token_embedding=request.token_embedding, **rest)
+
+
+@contextlib.contextmanager
+def compiling(request: Request, *, announce: bool = True) -> Generator[dict[str, Any]]:
+    """A block that compiles: say for which target and why, and show each step while it runs.
+
+    Yields:
+        The arguments ``target``, ``pipeline``, ``emit_only`` and ``watch`` of whatever compiles.
+
+    Raises:
+        CompileError: No target can compile here.
+    """
+    from qeff_ir.compiler import choose_target
 
     target, why = choose_target(request.target)
     if announce:
@@ -65,16 +82,7 @@ def compile_source(source: Source, request: Request, out: Path | None = None, *,
             if run is None:
                 say(STEPS.get(step, f"Running the pass {step}"))
 
-        return compile_model(
-            source,
-            request.options(),
-            target=target,
-            out=out,
-            pipeline=request.pipeline,
-            token_embedding=request.token_embedding,
-            emit_only=request.emit_only,
-            watch=watch,
-        )
+        yield {"target": target, "pipeline": request.pipeline, "emit_only": request.emit_only, "watch": watch}
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

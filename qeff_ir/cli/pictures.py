@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
-from qeff_ir.cli.models import STEPS
+from qeff_ir.cli.models import compiling
 from qeff_ir.cli.request import Request
-from qeff_ir.cli.terminal import line, quiet_transformers, show, working
+from qeff_ir.cli.terminal import line, quiet_transformers, working
 from qeff_ir.errors import CompileError, PackageError, RuntimeInputError, first_line
 from qeff_ir.reading import path_of, regular_file
 from qeff_ir.runtime.picture_prompts import fitting, processed
@@ -19,7 +17,6 @@ from qeff_ir.runtime.picture_prompts import fitting, processed
 if TYPE_CHECKING:
     from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
     from qeff_ir.compiler import Compiled
-    from qeff_ir.passing.manager import PassRun
 
 _SIZE = re.compile(r"([1-9]\d{0,5})[x,]([1-9]\d{0,5})")
 _PIXELS = 1 << 26
@@ -56,24 +53,19 @@ def compile_pictures(
     if request.token_embedding != "graph":
         raise CompileError("--token-embedding host is for models of text alone: leave it out")
     from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
-    from qeff_ir.compiler import choose_target
 
-    target, why = choose_target(request.target)
-    show(Text(why, style="dim"))
     quiet_transformers()
     with working(f"Opening {model}"):
         found = QEFFAutoModelForImageTextToText.from_pretrained(model, trust_remote_code=request.trust_remote_code)
-    with working(STEPS["weights"]) as say:
-
-        def watch(step: str, run: PassRun | None) -> None:
-            if run is None:
-                say(STEPS.get(step, f"Running the pass {step}"))
-
-        shapes = {} if "ctx_len" in request.given else {"ctx_len": None}
+    shapes = {} if "ctx_len" in request.given else {"ctx_len": None}
+    with compiling(request) as rest:
         found.compile_with(
-            {**request.options(), **shapes}, image_size=list(dict.fromkeys(sizes)), num_images=count, target=target,
-            compile_dir=out, pipeline=request.pipeline, emit_only=request.emit_only, watch=watch,
-        )  # fmt: skip
+            {**request.options(), **shapes},
+            image_size=list(dict.fromkeys(sizes)),
+            num_images=count,
+            compile_dir=out,
+            **rest,
+        )
     return found
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qeff_ir.cli.encoded import answer_encoded, open_encoded
 from qeff_ir.cli.models import compile_source, open_model, open_tokenizer
 from qeff_ir.cli.pictures import answer_about, is_of_pictures
 from qeff_ir.cli.request import Request, with_request
@@ -28,7 +29,13 @@ def command(
     model: Annotated[
         str, typer.Argument(help="A package, a model folder or a hub id.", metavar="MODEL_OR_OUT", show_default=False)
     ],
-    prompt: Annotated[list[str], typer.Option(help="A prompt; may be given more than once.", show_default=False)],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be given more than once.", show_default=False)
+    ] = None,
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option(help="A recording (WAV) for a model that hears; may be given more than once.", metavar="FILE"),
+    ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="A picture that the prompt is about; may be given more than once.", metavar="FILE"),
@@ -72,8 +79,13 @@ def command(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    if stream and len(prompt) > 1:
-        raise RuntimeInputError(f"--stream shows one prompt, but got {len(prompt)}: leave it out, or give one prompt")
+    prompt, audio = prompt or [], audio or []
+    if not prompt and not audio:
+        raise RuntimeInputError("missing option '--prompt': give a prompt (--audio FILE for a model that hears)")
+    if stream and len(prompt) + len(audio) > 1:
+        raise RuntimeInputError(
+            f"--stream shows one prompt, but got {len(prompt) + len(audio)}: leave it out, or give one prompt"
+        )
     if image and len(prompt) > 1:
         raise RuntimeInputError(f"--image belongs to one prompt, but got {len(prompt)}: give one prompt")
     if resize and not image:
@@ -82,6 +94,13 @@ def command(
         _seed(seed)
         answer_about(model, image or (), prompt, request, {**settings, "stream": stream}, resize=resize)
         return
+    encoded = open_encoded(model, request)
+    if encoded is not None:
+        _seed(seed)
+        answer_encoded(encoded, prompt, audio, {**settings, "stream": stream})
+        return
+    if audio:
+        raise RuntimeInputError("--audio is for models that hear recordings: leave it out")
     opened = open_runnable(model, request)
     with working("Opening the session"):
         from qeff_ir.package import SIDE_FOLDER
