@@ -84,4 +84,22 @@ AUDIO_TEXT = CoverageTask(
     "coverage_audio_text",
     "benchmarks.coverage_audio",
 )
-TASKS = {task.name: task for task in (TEXT_GENERATION, IMAGE_TEXT_TO_TEXT, AUDIO_TEXT)}
+_ENCODED = (
+    "two rows of unequal lengths go through the encoder, and are answered greedily; something else that is encoded "
+    "changes the answer"
+)
+TEXT_TO_TEXT = CoverageTask(
+    "text2text-generation",
+    "encoder-decoders of texts",
+    _ENCODED,
+    "coverage_text2text",
+    "benchmarks.coverage_text2text",
+)
+SPEECH = CoverageTask(
+    "automatic-speech-recognition",
+    "models of speech and text",
+    _ENCODED,
+    "coverage_speech",
+    "benchmarks.coverage_speech",
+)
+TASKS = {task.name: task for task in (TEXT_GENERATION, IMAGE_TEXT_TO_TEXT, AUDIO_TEXT, TEXT_TO_TEXT, SPEECH)}

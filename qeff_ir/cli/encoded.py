@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from qeff_ir.cli.models import compiling, open_model, open_tokenizer
 from qeff_ir.cli.request import Request
 from qeff_ir.cli.terminal import line, quiet_transformers, working
@@ -158,6 +156,8 @@ def read_recording(path: Path, rate: int) -> Array:
     Raises:
         RuntimeInputError: It cannot be read, or has another form.
     """
+    import numpy as np
+
     file = regular_file(path_of(path, "--audio", RuntimeInputError), error=RuntimeInputError)
     try:
         with wave.open(str(file)) as found:

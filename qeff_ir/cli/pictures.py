@@ -12,7 +12,6 @@ from qeff_ir.cli.request import Request
 from qeff_ir.cli.terminal import line, quiet_transformers, working
 from qeff_ir.errors import CompileError, PackageError, RuntimeInputError, first_line
 from qeff_ir.reading import path_of, regular_file
-from qeff_ir.runtime.picture_prompts import fitting, processed
 
 if TYPE_CHECKING:
     from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
@@ -92,6 +91,7 @@ def answer_about(
         QeffError: A picture cannot be read, or the model cannot be compiled, opened or run.
     """
     from qeff_ir.package import SIDE_FOLDER, is_package
+    from qeff_ir.runtime.picture_prompts import fitting, processed
     from qeff_ir.side_files import read_processor
 
     pictures, stream = [read_picture(path) for path in images], settings.pop("stream")

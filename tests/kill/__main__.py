@@ -22,7 +22,7 @@ SHARED = (
     "transformers.cache_utils", "transformers.exporters.exporter_onnx", "transformers.masking_utils",
 )  # fmt: skip
 """What every copy imports."""
-COPIED = ("qeff_ir", "passes", "backends", "tests", "pyproject.toml")
+COPIED = ("qeff_ir", "passes", "backends", "benchmarks", "tests", "pyproject.toml")
 
 
 def plant(fault: Fault | None, folder: Path) -> None:
@@ -69,7 +69,7 @@ def _test(folder: Path, properties: list[str], result: Path) -> None:
     os.dup2(log, 2)
     os.chdir(folder)
     sys.path[:] = [str(folder), *(p for p in sys.path if p not in ("", str(ROOT)))]
-    for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "qeff_ir", "passes", "backends")]:
+    for name in [n for n in sys.modules if n.split(".")[0] in COPIED]:
         del sys.modules[name]
     os.environ["HYPOTHESIS_PROFILE"] = "kill"
     os.environ["QEFF_BUNDLES"] = str(folder / "bundles")

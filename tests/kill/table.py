@@ -86,6 +86,7 @@ PROPERTIES = {
     "sampling from the command line": "cli/test_commands.py::test_a_seed_alone_asks_for_samples",
     "options beside a package": "cli/test_bad_input.py::test_run_refuses",
     "qeff embed": "cli/test_embed.py",
+    "encoder-decoders on the command line": "cli/test_encoded.py",
     "operators of others": "examples/test_swiglu_operator.py",
     "options of targets": "test_target_options.py",
     "programs": "examples/test_two_programs.py",
