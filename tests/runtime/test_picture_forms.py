@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
-from qeff_ir.runtime.picture_form import InputForm, PictureForm
+from qeff_ir.runtime.picture_form import FILE, InputForm, PictureForm, form_of_inputs
 from qeff_ir.runtime.picture_forms import PictureForms
 
 TOKEN = 7
@@ -68,6 +70,30 @@ def test_tiles_alone_tell_sizes_by_their_number_only() -> None:
     assert one[0].program == "vision_2" and (one[1]["pixels"] == tiles[:, :2]).all()
     with pytest.raises(RuntimeInputError, match="can be read as such of several compiled sizes"):
         forms.split({"pixels": tiles[:, :5]}, [[TOKEN] * 10])  # 2 and 3, or 3 and 2
+
+
+def test_a_mask_of_many_pixels_is_a_digest(tmp_path: Path) -> None:
+    """Processors give one for each pixel of each tile, millions of numbers."""
+    mask = np.ones((1, 17, 64, 64), dtype=np.int64)
+    mask[:, :, :, 60:] = 0
+    other, pixels = mask.copy(), np.ones((1, 17, 2), dtype=np.float32)
+    other[0, 16, 63, 0] = 0
+    pair, rows = (
+        {"mask": np.concatenate([mask] * 2, axis), "pixels": np.concatenate([pixels] * 2, axis)} for axis in (1, 0)
+    )
+    inputs = form_of_inputs({"mask": mask, "pixels": pixels}, pair, rows)
+    PictureForms(TOKEN, 1, (PictureForm("vision", (8, 8), 2, inputs),)).write(tmp_path)
+    assert (tmp_path / FILE).stat().st_size < 2000
+    forms = PictureForms.read(tmp_path)
+    for same in (mask, mask.astype(bool), mask.astype(np.int32)):
+        assert forms.takes({"mask": same, "pixels": pixels})
+    (((_, found),),) = forms.split({"mask": mask, "pixels": pixels}, [[TOKEN] * 2])
+    assert (found["mask"] == mask).all()
+    for wrong in (other, 1 - mask, mask.astype(np.float32), mask.astype(str)):
+        with pytest.raises(
+            RuntimeInputError, match=r"mask is \[1, 17, 64, 64\] of other numbers, and a picture of the"
+        ):
+            forms.split({"mask": wrong, "pixels": pixels}, [[TOKEN] * 2])
 
 
 def test_a_search_without_an_answer_ends() -> None:
