@@ -141,8 +141,8 @@ class PictureForm:
         shown, wanted = (found.tolist(), form.numbers) if listed else (list(found.shape), list(form.shape))
         other = " of other numbers" if shown == wanted else ""
         return RuntimeInputError(
-            f"{name} is {shown}{other}, and a picture of the compiled size ({self.said}) gives {wanted}: resize the pictures "
-            "to that, or compile with their image_size"
+            f"{name} is {shown}{other}, and a picture of the compiled size ({self.said}) gives {wanted}: resize the "
+            "pictures to that, or compile with their image_size"
         )
 
 

@@ -230,8 +230,17 @@ def check_alike(sizes: Sequence[PictureForm]) -> None:
 
 
 def _of_row(name: str, form: InputForm, array: Array, row: int, rows: int) -> Array:
-    """The part of one prompt in an input; all of it where the pictures of all prompts follow one another."""
-    if form.axis == form.row_axis or array.ndim != len(form.shape):
+    """The part of one prompt in an input; all of it where the pictures of all prompts follow one another.
+
+    Raises:
+        RuntimeInputError: It is of another rank, or of another number of prompts.
+    """
+    if array.ndim != len(form.shape):
+        raise RuntimeInputError(
+            f"{name} is {list(array.shape)}, and that of a picture has {len(form.shape)} axes: give what the processor "
+            "returns"
+        )
+    if form.axis == form.row_axis:
         return array
     if array.shape[form.row_axis] != rows:
         raise RuntimeInputError(

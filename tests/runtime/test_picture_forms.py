@@ -72,6 +72,18 @@ def test_tiles_alone_tell_sizes_by_their_number_only() -> None:
         forms.split({"pixels": tiles[:, :5]}, [[TOKEN] * 10])  # 2 and 3, or 3 and 2
 
 
+@pytest.mark.parametrize("own_row", [False, True])
+def test_arrays_of_another_rank_are_told(own_row: bool) -> None:
+    forms = PictureForms(TOKEN, 2, (form(2, 4, own_row=own_row),))
+    for wrong in (
+        np.ones(8, dtype=np.float32),
+        np.zeros((), dtype=np.float32),
+        np.ones((1, 1, 2, 2), dtype=np.float32),
+    ):
+        with pytest.raises(RuntimeInputError, match=r"pixels is \[.*\], and that of a picture has 3 axes"):
+            forms.split({"pixels": wrong}, [[1], [TOKEN] * 4])
+
+
 def test_a_mask_of_many_pixels_is_a_digest(tmp_path: Path) -> None:
     """Processors give one for each pixel of each tile, millions of numbers."""
     mask = np.ones((1, 17, 64, 64), dtype=np.int64)
