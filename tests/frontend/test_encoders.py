@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -239,18 +240,23 @@ def test_a_layer_has_one_attention_whatever_its_windows(name: str) -> None:
 class Halved(torch.nn.Module):
     """Splits tokens as attention does, and is none."""
 
-    def __init__(self, inner: torch.nn.Module) -> None:
+    def __init__(self, inner: torch.nn.Module, split: Callable[..., Any]) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.split = inner, split
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        first, second = hidden[None, None].split([3, len(hidden) - 3], dim=2)
+        first, second = self.split(hidden[None, None], [3, len(hidden) - 3], dim=2)
         return self.inner(torch.cat([first * 2.0, second], dim=2)[0, 0], *args, **kwargs)
 
 
-def test_what_is_split_for_something_else_is_split(tmp_path: Path) -> None:
+def by_method(tensor: torch.Tensor, lengths: list[int], dim: int) -> Any:
+    return tensor.split(lengths, dim=dim)
+
+
+@pytest.mark.parametrize("split", [by_method, torch.split])
+def test_what_is_split_for_something_else_is_split(split: Callable[..., Any], tmp_path: Path) -> None:
     model, picture = copy.deepcopy(multimodal.tiny("qwen2_5_vl")), multimodal.picture("qwen2_5_vl", seed=9)
-    model.model.visual.blocks[1] = Halved(model.model.visual.blocks[1])
+    model.model.visual.blocks[1] = Halved(model.model.visual.blocks[1], split)
     module = lower_encoder(model, memory_weights(model), multimodal.picture("qwen2_5_vl"))
     support.apply(module, f"{support.CANONICAL},fuse-norms,fuse-activations")
     feeds = {str(v.name): picture[str(v.name)].numpy() for v in module.graph.inputs}
