@@ -79,6 +79,9 @@ def test_pictures_that_can_be_read_in_two_ways_are_refused(tmp_path: Path) -> No
     given = dict(processors.processor("idefics3")(images=[images] * 2, text=[text] * 2, return_tensors="pt"))
     with pytest.raises(RuntimeInputError, match=r"of prompt 1 can be read as such of several compiled sizes \(32 x 32"):
         model.generate(**given, **GREEDY)
+    for own in (images, images[::-1]):  # pictures themselves tell
+        answer = model.generate(prompts=text, images=own, processor=processors.processor("idefics3"), **GREEDY)
+        assert answer.generated_ids == [expected("idefics3", own, text)]
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +164,8 @@ def test_the_nearest_size_has_the_shape_and_then_the_area(size: tuple[int, int],
     inputs = {"pixel_values": InputForm((1, 1), None, 0, 0)}
     sizes = ((16, 16), (64, 65), (40, 20), (80, 40), (20, 40))
     forms = PictureForms(IMAGE, 1, tuple(PictureForm(f"vision_{n}", own, 1, inputs) for n, own in enumerate(sizes)))
-    found = fitting(forms, processors.processor("llava"), picture(size, 1), resize=True)
-    assert (found.height, found.width) == nearest
+    found, form = fitting(forms, processors.processor("llava"), picture(size, 1), resize=True)
+    assert (found.height, found.width) == nearest == form.size
 
 
 def test_prompts_that_do_not_fit_are_told(grids: QEFFAutoModelForImageTextToText) -> None:

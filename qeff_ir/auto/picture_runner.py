@@ -84,11 +84,11 @@ class PictureRunner:
 
         def read(number: int) -> tuple[list[int], Pictured]:
             own = [fitting(self.forms, processor, picture, resize=resize) for picture in pictures[number]]
-            made = processed(processor, prompts[number], own)
+            made = processed(processor, prompts[number], [picture for picture, _ in own])
             given = {name: _array(name, made[name]) for name in (*self.forms.inputs, *_TYPES) if name in made}
             ids, mask = made["input_ids"], made.get("attention_mask")
             real = ids[0] if mask is None else ids[0][mask[0].bool()]  # some processors fill up a text alone, too
-            return real.tolist(), self._prompts(ids, mask, given)[0]
+            return real.tolist(), self._prompts(ids, mask, given, [[form for _, form in own]])[0]
 
         def rows_of(batch: Sequence[int]) -> list[list[int]]:
             known = {number: read(number) for number in dict.fromkeys(batch)}
@@ -100,7 +100,9 @@ class PictureRunner:
         finally:
             self.decoder.prompts = ()
 
-    def _prompts(self, ids: Any, mask: Any, given: dict[str, Array]) -> list[Pictured]:
+    def _prompts(
+        self, ids: Any, mask: Any, given: dict[str, Array], known: Sequence[Sequence[PictureForm]] | None = None
+    ) -> list[Pictured]:
         from qeff_ir.runtime.picture_decoder import Pictured
 
         real = np.ones(tuple(ids.shape), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
@@ -108,7 +110,7 @@ class PictureRunner:
             return []  # told by `generate_now`
         tokens = [np.asarray(row)[keep] for row, keep in zip(ids, real, strict=True)]
         arrays = {name: value for name, value in given.items() if name in self.forms.inputs}
-        pictures = self.forms.split(arrays, [row.tolist() for row in tokens])
+        pictures = self.forms.split(arrays, [row.tolist() for row in tokens], known)
         types = next((given[name] for name in _TYPES if name in given), None)
         if types is not None and (types.shape != real.shape or not np.issubdtype(types.dtype, np.integer)):
             raise RuntimeInputError(

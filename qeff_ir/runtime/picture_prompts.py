@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from qeff_ir.errors import RuntimeInputError, first_line
+from qeff_ir.runtime.picture_form import PictureForm
 from qeff_ir.runtime.picture_forms import PictureForms
 
 
@@ -51,8 +52,8 @@ def tokenizer_of(processor: Any) -> Any:
     return found
 
 
-def fitting(forms: PictureForms, processor: Any, picture: Any, *, resize: bool) -> Any:
-    """The picture, which has a compiled size, or is resized to the nearest: in shape, then in area.
+def fitting(forms: PictureForms, processor: Any, picture: Any, *, resize: bool) -> tuple[Any, PictureForm]:
+    """The picture, which has a compiled size, or is resized to the nearest (in shape, then in area); and its size.
 
     Args:
         forms: The sizes.
@@ -65,16 +66,17 @@ def fitting(forms: PictureForms, processor: Any, picture: Any, *, resize: bool) 
     """
     made = _called(getattr(processor, "image_processor", processor), "the picture", images=[[picture]])
     arrays = {name: np.asarray(value) for name, value in made.items() if name in forms.inputs}
-    if forms.takes(arrays):
-        return picture
+    found = forms.of(arrays)
+    if found is not None:
+        return picture, found
     image = _image(picture)
     if not resize:
         raise RuntimeInputError(
             f"a picture is {image.height} x {image.width}, and the model is compiled for {forms.said}: pass "
             "resize=True (--resize), or compile with its image_size"
         )
-    height, width = min((form.size for form in forms.sizes), key=lambda size: _change(image, *size))
-    return image.convert("RGB").resize((width, height))
+    nearest = min(forms.sizes, key=lambda form: _change(image, *form.size))
+    return image.convert("RGB").resize(nearest.size[::-1]), nearest
 
 
 def _change(image: Any, height: int, width: int) -> tuple[float, float]:
