@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from qeff_ir import QEFFAutoModelForImageTextToText
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.package import MAIN, open_package
+from qeff_ir.runtime.picture_form import InputForm, PictureForm
+from qeff_ir.runtime.picture_forms import PictureForms
+from qeff_ir.runtime.picture_prompts import fitting, processed
 from tests import multimodal, processors, support
+from tests.multimodal import IMAGE
 from tests.processors import PROCESSORS
 
 NEW = 6
@@ -74,6 +79,9 @@ def test_pictures_that_can_be_read_in_two_ways_are_refused(tmp_path: Path) -> No
     given = dict(processors.processor("idefics3")(images=[images] * 2, text=[text] * 2, return_tensors="pt"))
     with pytest.raises(RuntimeInputError, match=r"of prompt 1 can be read as such of several compiled sizes \(32 x 32"):
         model.generate(**given, **GREEDY)
+    for own in (images, images[::-1]):  # pictures themselves tell
+        answer = model.generate(prompts=text, images=own, processor=processors.processor("idefics3"), **GREEDY)
+        assert answer.generated_ids == [expected("idefics3", own, text)]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +126,48 @@ def test_a_picture_of_no_compiled_size_is_told_or_resized(grids: QEFFAutoModelFo
         grids.generate(**made, **GREEDY)
 
 
+class Padding:
+    """A processor that fills up each text by itself."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.tokenizer, self.image_processor = inner, inner.tokenizer, inner.image_processor
+
+    def __call__(self, **given: Any) -> dict[str, Any]:
+        made = self.inner(**given)
+        filled = ("input_ids", "attention_mask", "mm_token_type_ids")
+        return {**made, **{name: torch.nn.functional.pad(made[name], (3, 0)) for name in filled}}
+
+
+def test_padding_of_a_processor_is_no_text(grids: QEFFAutoModelForImageTextToText) -> None:
+    image = picture(SIZES["qwen2_5_vl"][0], 1)
+    given: dict[str, Any] = {"prompts": ["w5 <image> w6", "w7"], "images": [[image], []], **GREEDY}
+    processor = processors.processor("qwen2_5_vl")
+    answer = grids.generate(processor=Padding(processor), **given).generated_ids
+    assert answer == [expected("qwen2_5_vl", [image], "w5 <image> w6"), expected("qwen2_5_vl", [], "w7")]
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content + 3 }}", "{{ raise_exception('no') }}", "{% for"])
+def test_a_chat_template_that_fails_is_told(template: str) -> None:
+    processor = processors.processor("llava")
+    processor.chat_template = template
+    with pytest.raises(
+        RuntimeInputError, match=r"chat template .* with 1 pictures \(.*\): write the prompt with '<image"
+    ):
+        processed(processor, "w5", [picture((20, 14), 1)])
+    assert processed(processor, "<image> w5", [picture((20, 14), 1)])["input_ids"].shape[1] > 2
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"), [((100, 98), (64, 65)), ((20, 21), (16, 16)), ((90, 44), (80, 40)), ((9, 30), (20, 40))]
+)
+def test_the_nearest_size_has_the_shape_and_then_the_area(size: tuple[int, int], nearest: tuple[int, int]) -> None:
+    inputs = {"pixel_values": InputForm((1, 1), None, 0, 0)}
+    sizes = ((16, 16), (64, 65), (40, 20), (80, 40), (20, 40))
+    forms = PictureForms(IMAGE, 1, tuple(PictureForm(f"vision_{n}", own, 1, inputs) for n, own in enumerate(sizes)))
+    found, form = fitting(forms, processors.processor("llava"), picture(size, 1), resize=True)
+    assert (found.height, found.width) == nearest == form.size
+
+
 def test_prompts_that_do_not_fit_are_told(grids: QEFFAutoModelForImageTextToText) -> None:
     processor, small = processors.processor("qwen2_5_vl"), picture(SIZES["qwen2_5_vl"][1], 1)
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
@@ -125,6 +175,9 @@ def test_prompts_that_do_not_fit_are_told(grids: QEFFAutoModelForImageTextToText
         ({"prompts": "w5", "images": "cat.png"}, "does not take the picture|a picture is of type str"),
         ({"prompts": "w5", "images": [small] * 3}, "a prompt has 3 pictures, the model is compiled for 2"),
         ({"prompts": "w5", "processor": None}, "prompts need processor="),
+        ({"prompts": "w5", "processor": processor.tokenizer}, "is of type TokenizersBackend, without a tokenizer"),
+        ({"prompts": "w5", "images": [small], "processor": processor.image_processor}, "without a tokenizer"),
+        ({"prompts": "w5", "processor": 5}, "is of type int, without a tokenizer"),
         ({"prompts": "w5", "attention_mask": [[1]]}, "prompts cannot be combined with attention_mask"),
         ({"prompts": "<image> w5", "images": []}, "'pixel_values' is missing|does not take the prompt"),
         ({"prompts": "<image> w5", "images": [small, small]}, "more pictures than the text|does not take the prompt"),

@@ -77,16 +77,18 @@ class PictureRunner:
 
         Each prompt goes through the processor by itself, before its batch runs.
         """
-        from qeff_ir.runtime.picture_prompts import fitting, pictures_of, processed
+        from qeff_ir.runtime.picture_prompts import fitting, pictures_of, processed, tokenizer_of
         from qeff_ir.runtime.texts import answer_rows
 
-        pictures = pictures_of(images, len(prompts))
+        pictures, tokenizer = pictures_of(images, len(prompts)), tokenizer_of(processor)
 
         def read(number: int) -> tuple[list[int], Pictured]:
             own = [fitting(self.forms, processor, picture, resize=resize) for picture in pictures[number]]
-            made = processed(processor, prompts[number], own)
+            made = processed(processor, prompts[number], [picture for picture, _ in own])
             given = {name: _array(name, made[name]) for name in (*self.forms.inputs, *_TYPES) if name in made}
-            return made["input_ids"][0].tolist(), self._prompts(made["input_ids"], None, given)[0]
+            ids, mask = made["input_ids"], made.get("attention_mask")
+            real = ids[0] if mask is None else ids[0][mask[0].bool()]  # some processors fill up a text alone, too
+            return real.tolist(), self._prompts(ids, mask, given, [[form for _, form in own]])[0]
 
         def rows_of(batch: Sequence[int]) -> list[list[int]]:
             known = {number: read(number) for number in dict.fromkeys(batch)}
@@ -94,11 +96,13 @@ class PictureRunner:
             return [known[number][0] for number in batch]
 
         try:
-            return answer_rows(self.model, len(prompts), rows_of, processor.tokenizer, kwargs)
+            return answer_rows(self.model, len(prompts), rows_of, tokenizer, kwargs)
         finally:
             self.decoder.prompts = ()
 
-    def _prompts(self, ids: Any, mask: Any, given: dict[str, Array]) -> list[Pictured]:
+    def _prompts(
+        self, ids: Any, mask: Any, given: dict[str, Array], known: Sequence[Sequence[PictureForm]] | None = None
+    ) -> list[Pictured]:
         from qeff_ir.runtime.picture_decoder import Pictured
 
         real = np.ones(tuple(ids.shape), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
@@ -106,7 +110,7 @@ class PictureRunner:
             return []  # told by `generate_now`
         tokens = [np.asarray(row)[keep] for row, keep in zip(ids, real, strict=True)]
         arrays = {name: value for name, value in given.items() if name in self.forms.inputs}
-        pictures = self.forms.split(arrays, [row.tolist() for row in tokens])
+        pictures = self.forms.split(arrays, [row.tolist() for row in tokens], known)
         types = next((given[name] for name in _TYPES if name in given), None)
         if types is not None and (types.shape != real.shape or not np.issubdtype(types.dtype, np.integer)):
             raise RuntimeInputError(

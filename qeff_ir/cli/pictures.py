@@ -110,7 +110,7 @@ def answer_about(
         quiet_transformers()
         processor = read_processor(found.package.folder / SIDE_FOLDER)
         forms = found.runner().forms
-    pictures = [fitting(forms, processor, picture, resize=resize) for picture in pictures]
+    pictures = [fitting(forms, processor, picture, resize=resize)[0] for picture in pictures]
     if stream:
         from transformers import TextStreamer
 

@@ -222,6 +222,16 @@ def without_modes() -> AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How many times something has been written into a tensor, or into another of the same memory."""
+    return tensor._version
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Which memory a tensor has, fake ones too: views have that of what they are views of."""
+    return tensor.untyped_storage()._cdata
+
+
 def changes_arguments(operator: Any) -> bool:
     """Whether a torch operator writes into one of its arguments."""
     return bool(operator._schema.is_mutable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -14,6 +15,9 @@ from qeff_ir.errors import PackageError, RuntimeInputError
 FILE = "pictures.json"
 """Where a package has them, in its side files."""
 
+_LISTED = 64
+"""Whole numbers that are kept as they are; of more (a mask has one for each pixel) only a digest is."""
+
 
 @dataclass(frozen=True)
 class InputForm:
@@ -21,13 +25,14 @@ class InputForm:
 
     Attributes:
         shape: For one picture.
-        numbers: Its numbers where they are whole, which are constants of the encoder; `None` for pixels.
+        numbers: Its numbers where they are whole, which are constants of the encoder, or a digest of many
+            (`known_numbers`); `None` for pixels.
         axis: Along which the pictures of one prompt follow one another.
         row_axis: Along which prompts do; `axis` where the pictures of all prompts do.
     """
 
     shape: tuple[int, ...]
-    numbers: list[Any] | None
+    numbers: list[Any] | str | None
     axis: int
     row_axis: int
 
@@ -121,7 +126,7 @@ class PictureForm:
             raise self._other_size(name, form, array)
         whole = array.take(range(start, start + form.step), axis=form.axis)
         piece = whole[tuple(slice(size) for size in form.shape)]
-        if piece.shape != form.shape or (form.numbers is not None and piece.tolist() != form.numbers):
+        if piece.shape != form.shape or (form.numbers is not None and known_numbers(piece) != form.numbers):
             raise self._other_size(name, form, whole)
         if piece.size < whole.size and np.count_nonzero(whole) != np.count_nonzero(piece):
             raise self._other_size(name, form, whole)
@@ -132,11 +137,12 @@ class PictureForm:
         return piece
 
     def _other_size(self, name: str, form: InputForm, found: Array) -> RuntimeInputError:
-        shown = found.tolist() if form.numbers is not None and found.size <= 8 else list(found.shape)
-        wanted = form.numbers if form.numbers is not None and found.size <= 8 else list(form.shape)
+        listed = isinstance(form.numbers, list) and found.size <= 8
+        shown, wanted = (found.tolist(), form.numbers) if listed else (list(found.shape), list(form.shape))
+        other = " of other numbers" if shown == wanted else ""
         return RuntimeInputError(
-            f"{name} is {shown}, and a picture of the compiled size ({self.said}) gives {wanted}: resize the pictures "
-            "to that, or compile with their image_size"
+            f"{name} is {shown}{other}, and a picture of the compiled size ({self.said}) gives {wanted}: resize the "
+            "pictures to that, or compile with their image_size"
         )
 
 
@@ -156,10 +162,18 @@ def form_of_inputs(
     found: dict[str, InputForm] = {}
     for name, array in one.items():
         axes = [_doubled(name, array, other[name]) for other in (pair, rows)]
-        whole = np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_
-        numbers = cast("list[Any]", array.tolist()) if whole else None
+        numbers = known_numbers(array) if array.dtype.kind in "biu" else None
         found[name] = InputForm(array.shape, numbers, *axes)
     return found
+
+
+def known_numbers(array: Array) -> list[Any] | str:
+    """Whole numbers as a form has them: as they are, or the SHA-256 of many as int64; "" for many others."""
+    if array.size <= _LISTED:
+        return cast("list[Any]", array.tolist())
+    if array.dtype.kind not in "biu":
+        return ""
+    return hashlib.sha256(array.astype(np.int64).tobytes()).hexdigest()
 
 
 def _doubled(name: str, one: Array, two: Array) -> int:

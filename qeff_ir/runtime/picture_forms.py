@@ -68,8 +68,8 @@ class PictureForms:
         """The sizes in words."""
         return ", ".join(form.said for form in self.sizes)
 
-    def takes(self, given: Mapping[str, Array]) -> bool:
-        """Whether the processor's output for one picture is that of a compiled size."""
+    def of(self, given: Mapping[str, Array]) -> PictureForm | None:
+        """The compiled size that the processor's output for one picture is of; `None` for another."""
         shapes = {name: array.shape for name, array in given.items()}
         for form in self.sizes:
             if {name: one.shape for name, one in form.inputs.items()} == shapes:
@@ -77,15 +77,21 @@ class PictureForms:
                     form.cut(given, dict.fromkeys(shapes, 0))
                 except RuntimeInputError:
                     continue
-                return True
-        return False
+                return form
+        return None
 
-    def split(self, given: Mapping[str, Array], prompts: Sequence[Sequence[int]]) -> list[list[Picture]]:
+    def split(
+        self,
+        given: Mapping[str, Array],
+        prompts: Sequence[Sequence[int]],
+        known: Sequence[Sequence[PictureForm]] | None = None,
+    ) -> list[list[Picture]]:
         """What the processor has made of the pictures of several prompts, picture by picture.
 
         Args:
             given: The processor's output, those that the encoders take.
             prompts: Token ids of each prompt, without padding.
+            known: The sizes of the pictures of each, where a caller has seen the pictures.
 
         Raises:
             RuntimeInputError: The placeholders are not those of whole pictures, an input is missing, there are more or
@@ -111,7 +117,7 @@ class PictureForms:
         for row, count in enumerate(places):
             own = {name: _of_row(name, form, given[name], row, len(places)) for name, form in self.inputs.items()}
             starts = {name: start if self._joined(name) else 0 for name, start in starts.items()}
-            pictures, starts = self._read_row(own, starts, count, row)
+            pictures, starts = self._read_row(own, starts, count, row, None if known is None else known[row])
             for name, form in self.inputs.items():
                 if row == len(places) - 1 or not self._joined(name):
                     _check_end(name, form, own[name], starts[name], row, len(pictures))
@@ -147,14 +153,19 @@ class PictureForms:
         return form.axis == form.row_axis
 
     def _read_row(
-        self, own: Mapping[str, Array], starts: dict[str, int], places: int, row: int
+        self,
+        own: Mapping[str, Array],
+        starts: dict[str, int],
+        places: int,
+        row: int,
+        known: Sequence[PictureForm] | None,
     ) -> tuple[list[Picture], dict[str, int]]:
         """The pictures of one prompt, and where the next one's begin.
 
         Raises:
             RuntimeInputError: There is no reading, or there is more than one.
         """
-        search = _Search(self, own)
+        search = _Search(self, own, known)
         readings = search.readings(places, starts)
         first = next(readings, None)
         if first is None and len(self.sizes) == 1:
@@ -182,13 +193,15 @@ class _Search:
         wrong: Why the first size did not fit.
     """
 
-    def __init__(self, forms: PictureForms, arrays: Mapping[str, Array]) -> None:
-        self._forms, self._arrays = forms, arrays
+    def __init__(
+        self, forms: PictureForms, arrays: Mapping[str, Array], known: Sequence[PictureForm] | None = None
+    ) -> None:
+        self._forms, self._arrays, self._known = forms, arrays, known
         self._dead: set[tuple[int, ...]] = set()
         self.wrong: RuntimeInputError | None = None
 
-    def readings(self, places: int, starts: Mapping[str, int]) -> Iterator[list[Picture]]:
-        """All readings with so many placeholders from these places on."""
+    def readings(self, places: int, starts: Mapping[str, int], number: int = 0) -> Iterator[list[Picture]]:
+        """All readings with so many placeholders from these places on, where a picture of this number begins."""
         state = (places, *starts.values())
         if places == 0:
             yield []
@@ -196,7 +209,7 @@ class _Search:
         if state in self._dead:
             return
         empty = True
-        for form in self._forms.sizes:
+        for form in self._forms.sizes if self._known is None else self._known[number : number + 1]:
             if form.rows > places:
                 continue
             try:
@@ -205,7 +218,7 @@ class _Search:
                 self.wrong = self.wrong or error
                 continue
             behind = {name: start + form.inputs[name].step for name, start in starts.items()}
-            for rest in self.readings(places - form.rows, behind):
+            for rest in self.readings(places - form.rows, behind, number + 1):
                 empty = False
                 yield [(form, picture), *rest]
         if empty:
@@ -230,8 +243,17 @@ def check_alike(sizes: Sequence[PictureForm]) -> None:
 
 
 def _of_row(name: str, form: InputForm, array: Array, row: int, rows: int) -> Array:
-    """The part of one prompt in an input; all of it where the pictures of all prompts follow one another."""
-    if form.axis == form.row_axis or array.ndim != len(form.shape):
+    """The part of one prompt in an input; all of it where the pictures of all prompts follow one another.
+
+    Raises:
+        RuntimeInputError: It is of another rank, or of another number of prompts.
+    """
+    if array.ndim != len(form.shape):
+        raise RuntimeInputError(
+            f"{name} is {list(array.shape)}, and that of a picture has {len(form.shape)} axes: give what the processor "
+            "returns"
+        )
+    if form.axis == form.row_axis:
         return array
     if array.shape[form.row_axis] != rows:
         raise RuntimeInputError(

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from qeff_ir.errors import RuntimeInputError, first_line
+from qeff_ir.runtime.picture_form import PictureForm
 from qeff_ir.runtime.picture_forms import PictureForms
 
 
@@ -36,8 +37,23 @@ def pictures_of(images: object, count: int) -> list[list[Any]]:
     return found
 
 
-def fitting(forms: PictureForms, processor: Any, picture: Any, *, resize: bool) -> Any:
-    """The picture, which has a compiled size, or is resized to the nearest.
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor of pictures and text.
+
+    Raises:
+        RuntimeInputError: It is something else.
+    """
+    found = getattr(processor, "tokenizer", None)
+    if not callable(processor) or found is None:
+        raise RuntimeInputError(
+            f"the processor is of type {type(processor).__name__}, without a tokenizer: give that of the model, as "
+            "AutoProcessor.from_pretrained returns it"
+        )
+    return found
+
+
+def fitting(forms: PictureForms, processor: Any, picture: Any, *, resize: bool) -> tuple[Any, PictureForm]:
+    """The picture, which has a compiled size, or is resized to the nearest (in shape, then in area); and its size.
 
     Args:
         forms: The sizes.
@@ -50,17 +66,23 @@ def fitting(forms: PictureForms, processor: Any, picture: Any, *, resize: bool) 
     """
     made = _called(getattr(processor, "image_processor", processor), "the picture", images=[[picture]])
     arrays = {name: np.asarray(value) for name, value in made.items() if name in forms.inputs}
-    if forms.takes(arrays):
-        return picture
+    found = forms.of(arrays)
+    if found is not None:
+        return picture, found
     image = _image(picture)
     if not resize:
         raise RuntimeInputError(
             f"a picture is {image.height} x {image.width}, and the model is compiled for {forms.said}: pass "
             "resize=True (--resize), or compile with its image_size"
         )
-    ratio = image.height / image.width
-    height, width = min(forms.sizes, key=lambda form: abs(math.log(form.size[0] / form.size[1] / ratio))).size
-    return image.convert("RGB").resize((width, height))
+    nearest = min(forms.sizes, key=lambda form: _change(image, *form.size))
+    return image.convert("RGB").resize(nearest.size[::-1]), nearest
+
+
+def _change(image: Any, height: int, width: int) -> tuple[float, float]:
+    """How much another size changes a picture: in shape, by tenths, then in area."""
+    tall, wide = math.log(height / image.height), math.log(width / image.width)
+    return round(abs(tall - wide), 1), abs(tall + wide)
 
 
 def _image(picture: Any) -> Any:
@@ -86,7 +108,7 @@ def processed(processor: Any, prompt: str, pictures: Sequence[Any]) -> dict[str,
     Raises:
         RuntimeInputError: It does not take the prompt.
     """
-    text, first = asked(processor, prompt, len(pictures)), getattr(processor.tokenizer, "bos_token", None)
+    text, first = asked(processor, prompt, len(pictures)), getattr(tokenizer_of(processor), "bos_token", None)
     given: dict[str, Any] = {"images": [list(pictures)]} if pictures else {}
     if first and text.startswith(first):  # as many chat templates do
         given["add_special_tokens"] = False
@@ -106,11 +128,20 @@ def asked(processor: Any, prompt: str, count: int) -> str:
     """A prompt with a place for each picture: as it was written, or by the model's chat template.
 
     A prompt without places has them in front where there is no template.
+
+    Raises:
+        RuntimeInputError: The template fails.
     """
     place = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or "<image>"
     if place in prompt:
         return prompt
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": prompt}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        try:
+            return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        except Exception as error:  # templates are code of the model's
+            raise RuntimeInputError(
+                f"the chat template of the processor does not take a prompt with {count} pictures "
+                f"({first_line(error)}): write the prompt with {place!r} for each picture"
+            ) from error
     return " ".join([place] * count + [prompt])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_what_depends_on_a_weight_is_refused_by_name(picked: str) -> None:
         lower_encoder(model, memory_weights(model), multimodal.picture("gemma3"))
 
 
-@pytest.mark.parametrize("way", ["an item", "a view", "an operator", "a weight"])
+@pytest.mark.parametrize("way", ["an item", "a view", "an operator", "a weight", "a weight apart", "a weight by out"])
 def test_what_is_written_is_not_what_it_was(way: str) -> None:
     model = multimodal.build("gemma3")
     inner, encode_all = model.model, model.model.get_image_features
@@ -151,6 +152,10 @@ def test_what_is_written_is_not_what_it_was(way: str) -> None:
             kept[3:].fill_(-1.0)
         elif way == "a weight":
             kept[3:].copy_(weight.flatten()[:1] * 0.0 - 1.0)
+        elif way == "a weight apart":
+            kept.detach()[3:].copy_(weight.flatten()[:1] * 0.0 - 1.0)
+        elif way == "a weight by out":
+            torch.sub(torch.tensor([1.0, 1.0, 1.0, -1.0]), weight.flatten()[:4] * 0.0, out=kept)
         else:
             kept -= torch.tensor([0.0, 0.0, 0.0, 2.0])
         out = encode_all(pixel_values=pixel_values, **rest)
@@ -159,12 +164,57 @@ def test_what_is_written_is_not_what_it_was(way: str) -> None:
 
     inner.get_image_features = choosing
     example = multimodal.picture("gemma3")
-    assert choosing(example["pixel_values"], return_dict=True).pooler_output.shape[1] == 3
-    if way == "a weight":  # of which only a run knows what it is
+    with torch.no_grad():
+        assert choosing(example["pixel_values"], return_dict=True).pooler_output.shape[1] == 3
+    if way.startswith("a weight"):  # of which only a run knows what it is
         with pytest.raises(UnsupportedModelError, match="branches on what only a run knows"):
             find_features(model, example)
     else:
         assert find_features(model, example).rows == 3  # not the four from before
+
+
+def test_numbers_are_those_from_before_they_were_written(tmp_path: Path) -> None:
+    """A trace holds known numbers as they are, and not what is written into them later."""
+    model = multimodal.build("gemma3")
+    inner, encode_all = model.model, model.model.get_image_features
+
+    def chosen(pixel_values: Any, **rest: Any) -> Any:
+        out, places = encode_all(pixel_values=pixel_values, **rest), torch.arange(4)
+        first = out.pooler_output[:, places]
+        places -= 1
+        out.pooler_output = first + 2.0 * out.pooler_output[:, places]
+        return out
+
+    inner.get_image_features = chosen
+    module = lower_encoder(model, memory_weights(model), multimodal.picture("gemma3"))
+    other = multimodal.picture("gemma3", seed=9)
+    rows = rows_of(multimodal.tiny("gemma3"), other)[0]
+    support.apply(module, support.CANONICAL)
+    made = support.run_graph(module, tmp_path, {"pixel_values": other["pixel_values"].numpy()})["vision_embeds"][0]
+    assert error_over_rms(made, rows + 2.0 * rows[[-1, 0, 1, 2]]) <= bound(depth(module, "vision_embeds"))
+
+
+@pytest.mark.parametrize("way", ["pixels", "a weight", "out"])
+def test_what_a_run_makes_is_not_written_into_known_numbers(way: str) -> None:
+    """Its values on the example would stay in the graph, or those from before."""
+    model = multimodal.build("gemma3")
+    inner, encode_all, weight = model.model, model.model.get_image_features, next(model.parameters())
+
+    def choosing(pixel_values: Any, **rest: Any) -> Any:
+        places = torch.zeros(4, dtype=torch.long)
+        if way == "pixels":
+            places[1:] = (pixel_values[0, 0, 0, :3] > 0).long()
+        elif way == "a weight":
+            places += (weight.flatten()[:4] > 0).long()
+        else:
+            torch.add(places, (weight.flatten()[:4] > 0).long(), out=places)
+        out = encode_all(pixel_values=pixel_values, **rest)
+        out.pooler_output = out.pooler_output[:, places]
+        return out
+
+    inner.get_image_features = choosing
+    with pytest.raises(UnsupportedModelError, match=r"into a tensor of numbers that are known before \(\w+\): make"):
+        lower_encoder(model, memory_weights(model), multimodal.picture("gemma3"))
 
 
 def test_pieces_of_a_split_are_slices(tmp_path: Path) -> None:
@@ -190,18 +240,23 @@ def test_a_layer_has_one_attention_whatever_its_windows(name: str) -> None:
 class Halved(torch.nn.Module):
     """Splits tokens as attention does, and is none."""
 
-    def __init__(self, inner: torch.nn.Module) -> None:
+    def __init__(self, inner: torch.nn.Module, split: Callable[..., Any]) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.split = inner, split
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        first, second = hidden[None, None].split([3, len(hidden) - 3], dim=2)
+        first, second = self.split(hidden[None, None], [3, len(hidden) - 3], dim=2)
         return self.inner(torch.cat([first * 2.0, second], dim=2)[0, 0], *args, **kwargs)
 
 
-def test_what_is_split_for_something_else_is_split(tmp_path: Path) -> None:
+def by_method(tensor: torch.Tensor, lengths: list[int], dim: int) -> Any:
+    return tensor.split(lengths, dim=dim)
+
+
+@pytest.mark.parametrize("split", [by_method, torch.split])
+def test_what_is_split_for_something_else_is_split(split: Callable[..., Any], tmp_path: Path) -> None:
     model, picture = copy.deepcopy(multimodal.tiny("qwen2_5_vl")), multimodal.picture("qwen2_5_vl", seed=9)
-    model.model.visual.blocks[1] = Halved(model.model.visual.blocks[1])
+    model.model.visual.blocks[1] = Halved(model.model.visual.blocks[1], split)
     module = lower_encoder(model, memory_weights(model), multimodal.picture("qwen2_5_vl"))
     support.apply(module, f"{support.CANONICAL},fuse-norms,fuse-activations")
     feeds = {str(v.name): picture[str(v.name)].numpy() for v in module.graph.inputs}

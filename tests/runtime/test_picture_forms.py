@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
-from qeff_ir.runtime.picture_form import InputForm, PictureForm
+from qeff_ir.runtime.picture_form import FILE, InputForm, PictureForm, form_of_inputs
 from qeff_ir.runtime.picture_forms import PictureForms
 
 TOKEN = 7
@@ -46,9 +48,10 @@ def test_a_larger_picture_is_not_cut_off() -> None:
     given = {"pixels": pixels(3), "sizes": np.array([[2, 9]])}
     with pytest.raises(RuntimeInputError, match="which has 4 placeholders, are not of the compiled sizes"):
         NAMED.split(given, [[TOKEN] * 4])
-    assert NAMED.takes({"pixels": pixels(2, wide=2), "sizes": np.array([[2, 9]])})
-    assert not NAMED.takes({"pixels": pixels(2, wide=2), "sizes": np.array([[3, 9]])})
-    assert not NAMED.takes(given)
+    assert NAMED.of({"pixels": pixels(2, wide=2), "sizes": np.array([[2, 9]])}) is NAMED.sizes[0]
+    assert NAMED.of({"pixels": pixels(3), "sizes": np.array([[3, 9]])}) is NAMED.sizes[1]
+    assert NAMED.of({"pixels": pixels(2, wide=2), "sizes": np.array([[3, 9]])}) is None
+    assert NAMED.of(given) is None
 
 
 def test_placeholders_that_no_sizes_add_up_to_are_told() -> None:
@@ -68,6 +71,52 @@ def test_tiles_alone_tell_sizes_by_their_number_only() -> None:
     assert one[0].program == "vision_2" and (one[1]["pixels"] == tiles[:, :2]).all()
     with pytest.raises(RuntimeInputError, match="can be read as such of several compiled sizes"):
         forms.split({"pixels": tiles[:, :5]}, [[TOKEN] * 10])  # 2 and 3, or 3 and 2
+    two, three = forms.sizes
+    for known in ([two, three], [three, two]):
+        (row,) = forms.split({"pixels": tiles[:, :5]}, [[TOKEN] * 10], [known])
+        assert [f for f, _ in row] == known
+        assert (np.concatenate([made["pixels"] for _, made in row], axis=1) == tiles[:, :5]).all()
+    for wrong in ([two, two], [three, three], [two], []):
+        with pytest.raises(RuntimeInputError, match="are not of the compiled sizes"):
+            forms.split({"pixels": tiles[:, :5]}, [[TOKEN] * 10], [wrong])
+    with pytest.raises(RuntimeInputError, match="with more pictures for prompt 1 than the 1 of its text"):
+        forms.split({"pixels": tiles[:, :5]}, [[TOKEN] * 4], [[two, three]])
+
+
+@pytest.mark.parametrize("own_row", [False, True])
+def test_arrays_of_another_rank_are_told(own_row: bool) -> None:
+    forms = PictureForms(TOKEN, 2, (form(2, 4, own_row=own_row),))
+    for wrong in (
+        np.ones(8, dtype=np.float32),
+        np.zeros((), dtype=np.float32),
+        np.ones((1, 1, 2, 2), dtype=np.float32),
+    ):
+        with pytest.raises(RuntimeInputError, match=r"pixels is \[.*\], and that of a picture has 3 axes"):
+            forms.split({"pixels": wrong}, [[1], [TOKEN] * 4])
+
+
+def test_a_mask_of_many_pixels_is_a_digest(tmp_path: Path) -> None:
+    """Processors give one for each pixel of each tile, millions of numbers."""
+    mask = np.ones((1, 17, 64, 64), dtype=np.int64)
+    mask[:, :, :, 60:] = 0
+    other, pixels = mask.copy(), np.ones((1, 17, 2), dtype=np.float32)
+    other[0, 16, 63, 0] = 0
+    pair, rows = (
+        {"mask": np.concatenate([mask] * 2, axis), "pixels": np.concatenate([pixels] * 2, axis)} for axis in (1, 0)
+    )
+    inputs = form_of_inputs({"mask": mask, "pixels": pixels}, pair, rows)
+    PictureForms(TOKEN, 1, (PictureForm("vision", (8, 8), 2, inputs),)).write(tmp_path)
+    assert (tmp_path / FILE).stat().st_size < 2000
+    forms = PictureForms.read(tmp_path)
+    for same in (mask, mask.astype(bool), mask.astype(np.int32)):
+        assert forms.of({"mask": same, "pixels": pixels}) is forms.sizes[0]
+    (((_, found),),) = forms.split({"mask": mask, "pixels": pixels}, [[TOKEN] * 2])
+    assert (found["mask"] == mask).all()
+    for wrong in (other, 1 - mask, mask.astype(np.float32), mask.astype(str)):
+        with pytest.raises(
+            RuntimeInputError, match=r"mask is \[1, 17, 64, 64\] of other numbers, and a picture of the"
+        ):
+            forms.split({"mask": wrong, "pixels": pixels}, [[TOKEN] * 2])
 
 
 def test_a_search_without_an_answer_ends() -> None:

@@ -72,11 +72,11 @@ def _attention(
             mask = torch.ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool)
         return torch.ops.qeff.sink_attention(query, key, value, mask, s_aux, scale, float(softcap or 0.0))
 
-    lengths = None if attention_mask is not None else segments.lengths_of(query, key, value)
-    if lengths is None:
-        out = attend(query, key, value, attention_mask)
-    else:
-        out = segments.attention(query, key, value, lengths, attend)
+    if attention_mask is None:
+        piece = segments.attended(query, key, value, (id(module), scale, softcap), attend)
+        if piece is not None:
+            return piece, None
+    out = attend(query, key, value, attention_mask)
     return out.transpose(1, 2).contiguous(), None
 
 

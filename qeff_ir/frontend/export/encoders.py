@@ -146,11 +146,8 @@ class _Step(torch.nn.Module):
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         example = self._example()
         known = PartialEvaluation({inputs[name]: example[name].float() for name in inputs})
-        with known:
-            with Segments() as segments:
-                output = encode(self.hf, self.modality, {**example, **inputs})
-            if not segments.all_taken:  # split for something else: what was traced of it is not used
-                output = encode(self.hf, self.modality, {**example, **inputs})
+        with known, Segments():
+            output = encode(self.hf, self.modality, {**example, **inputs})
             form, rows, layers = read_features(self.hf, output)
             self._note(form)
             made = () if not layers else (torch.stack(layers).unsqueeze(1),)

@@ -17,7 +17,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from qeff_ir.frontend.private import without_modes
+from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.frontend.private import storage_of, version_of, without_modes
 
 Tensor = torch.Tensor
 
@@ -57,6 +58,7 @@ class PartialEvaluation(TorchFunctionMode):
         # By identity, and held: another tensor at the same address would be taken for it.
         own = {tensor: _compute(value.clone, (), {}) for tensor, value in examples.items()}  # written into
         self._shadows: dict[int, tuple[Tensor, Tensor]] = {id(t): (t, value) for t, value in own.items()}
+        self._constants: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,15 +68,22 @@ class PartialEvaluation(TorchFunctionMode):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if all(type(tensor) is Tensor for tensor in tensors):
             return self._real(func, args, kwargs, any_tensor=bool(tensors))
+        written = _written(func, args, kwargs)
+        if type(written) is Tensor:
+            raise UnsupportedModelError(
+                "the encoder writes what it makes of its input into a tensor of numbers that are known before "
+                f"({getattr(func, '__name__', func)}): make the tensor of the input's type, or choose by torch.where"
+            )
+        args, kwargs = pytree.tree_map(self._as_it_is, (args, kwargs))
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], self._chosen(args[1]), *args[2:])
         elif getattr(func, "__name__", "") in _SIZED:
             args, kwargs = pytree.tree_map(_number, (args[1:], kwargs))
             args = (leaves[0], *args)
         unknown = any(self._value(tensor) is None for tensor in tensors)
-        if _writes(func):
-            if unknown or type(args[0]) is Tensor:
-                self._forget(args[0])
+        if written is not None:
+            if unknown:
+                self._forget(written)
             else:
                 _compute(func, *pytree.tree_map(self._value, (args, kwargs)))
             return func(*args, **kwargs)
@@ -106,10 +115,19 @@ class PartialEvaluation(TorchFunctionMode):
             if isinstance(one, Tensor) and isinstance(known, Tensor) and type(one) is not Tensor:
                 self._shadows[id(one)] = one, known
 
+    def _as_it_is(self, leaf: Any) -> Any:
+        """A real tensor as it is now: the trace holds it as it is, and the model may write into it later."""
+        if type(leaf) is not Tensor:
+            return leaf
+        found = self._constants.get(id(leaf))
+        if found is None or found[1] != version_of(leaf):
+            found = self._constants[id(leaf)] = leaf, version_of(leaf), _compute(leaf.clone, (), {})
+        return found[2]
+
     def _forget(self, written: Tensor) -> None:
         """Drop the value of a tensor that is written, and of all that share its memory."""
-        memory = _memory(written)
-        self._shadows = {key: held for key, held in self._shadows.items() if _memory(held[0]) is not memory}
+        memory = storage_of(written)
+        self._shadows = {key: held for key, held in self._shadows.items() if storage_of(held[0]) != memory}
 
     def _chosen(self, index: Any) -> Any:
         """An index whose masks, where they are known, have become the places that they choose."""
@@ -123,7 +141,7 @@ class PartialEvaluation(TorchFunctionMode):
         for part in parts:
             known = self._value(part)
             is_mask = isinstance(known, Tensor) and known.dtype is torch.bool
-            found += _compute(torch.nonzero, (known,), {"as_tuple": True}) if is_mask else [known]
+            found += _compute(torch.nonzero, (known,), {"as_tuple": True}) if is_mask else [part]
         return tuple(found)
 
     def _slice(self, given: slice) -> slice:
@@ -152,12 +170,9 @@ def _makes_whole_numbers(func: Callable[..., Any], kwargs: Mapping[str, Any]) ->
     return named and isinstance(dtype, torch.dtype) and not dtype.is_floating_point
 
 
-def _memory(tensor: Tensor) -> Tensor:
-    """The tensor that another is a view of; itself where it is of none."""
-    return tensor if tensor._base is None else tensor._base
-
-
-def _writes(func: Callable[..., Any]) -> bool:
-    """Whether a function changes its first argument."""
+def _written(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor that a function changes, its first argument or ``out``; `None` for a function that changes none."""
     name = getattr(func, "__name__", "")
-    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+    if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+        return args[0]
+    return kwargs.get("out")

@@ -45,6 +45,7 @@ def cut_splits(program: ExportedProgram) -> None:
     """Write each piece of a split as a slice, in place: torch's exporter makes a sequence of the pieces."""
     aten = torch.ops.aten
     graph = program.graph_module.graph
+    graph.eliminate_dead_code()  # pieces that nothing reads
     for node in list(graph.nodes):
         if node.target not in (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default):
             continue
