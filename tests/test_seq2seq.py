@@ -109,12 +109,19 @@ def test_rows_of_one_prompt_and_prompts_of_the_decoder(target: str, folder: Path
     assert found.tolist() == right.tolist()
 
 
-def test_a_recording_of_whisper_in_a_language_and_for_a_task(tmp_path: Path) -> None:
-    """transformers' own class adds tokens for both, and what it suppresses."""
+def whisper_of_languages() -> Any:
+    """Tiny, with the tokens that transformers' own class puts before an answer."""
     whisper: Any = copy.deepcopy(seq2seq.tiny("whisper"))
     config = whisper.generation_config
     config.lang_to_id, config.task_to_id = {"<|en|>": 20, "<|de|>": 21}, {"transcribe": 22, "translate": 23}
-    config.is_multilingual, config.no_timestamps_token_id, config._from_model_config = True, 24, False
+    config.is_multilingual, config.no_timestamps_token_id, config._from_model_config = True, 60, False
+    config.prev_sot_token_id = 58
+    return whisper
+
+
+def test_a_recording_of_whisper_in_a_language_and_for_a_task(tmp_path: Path) -> None:
+    """transformers' own class adds tokens for both, and what it suppresses."""
+    whisper = whisper_of_languages()
     model = QEFFAutoModelForSpeechSeq2Seq(whisper, seq2seq.Extractor("whisper"))
     model.compile(ctx_len=32, batch_size=2, compile_dir=tmp_path / "out", target="onnxruntime", prefill_seq_len=4)
     given = seq2seq.read("whisper")
@@ -125,6 +132,28 @@ def test_a_recording_of_whisper_in_a_language_and_for_a_task(tmp_path: Path) -> 
         assert found.tolist() == right.tolist()
     again = QEFFAutoModelForSpeechSeq2Seq.from_package(tmp_path / "out")  # a package knows all of that
     assert again.generate(**given, **settings).tolist() == right.tolist()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_passes_beside_the_loop_leave_the_request_as_it_is(target: str, tmp_path: Path) -> None:
+    """Whether anybody speaks is asked of the model itself, between two tokens of an answer."""
+    whisper = whisper_of_languages()
+    model = QEFFAutoModelForSpeechSeq2Seq(whisper, seq2seq.Extractor("whisper"))
+    model.compile(ctx_len=48, batch_size=2, compile_dir=tmp_path / "out", target=target, emit_only=True)
+    given = seq2seq.read("whisper")
+    asked = {"max_new_tokens": NEW, "temperature": (0.0, 0.2), "logprob_threshold": -100.0, "language": "en"}
+    asked |= {"return_timestamps": True, "do_sample": False}
+    for more in ({}, {"no_speech_threshold": 0.6}, {"no_speech_threshold": 0.6, "prompt_ids": torch.tensor([58, 30])}):
+        found, right = (one.generate(**given, **asked, **more) for one in (model, whisper))
+        assert found.tolist() == right.tolist() and len(set(found[0].tolist())) > 1
+    _, decoder = model.runner()
+    features = {"input_features": given["input_features"].numpy()}
+    rows = [[2, 20, 22], [2, 31]]
+    logits = decoder.beside(rows, features)
+    hf = whisper(input_features=given["input_features"], decoder_input_ids=torch.tensor([[2, 20, 22], [2, 31, 0]]))
+    for row, tokens in enumerate(rows):
+        right = hf.logits[row, : len(tokens)].detach().numpy()
+        assert error_over_rms(logits[row, : len(tokens)], right) <= LOOSE
 
 
 def test_a_folder_compiles_once_and_for_each_length(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ class EncodedDecoder(Decoder):
         self._whole = np.empty(0)
         self._now = np.empty(0)
         self._seen = np.empty(0, dtype=np.int64)
+        self._read: list[list[int]] = []
 
     @property
     def feature_names(self) -> tuple[str, str]:
@@ -67,7 +68,46 @@ class EncodedDecoder(Decoder):
         """
         with self.turns.join():
             self._whole, self._seen = self._padded()
-            return super().prefill(rows, lora_ids)
+            logits = super().prefill(rows, lora_ids)
+            self._read = [list(row) for row in rows]
+            return logits
+
+    def decode(self, tokens: Sequence[int] | Array, lora_ids: Array | None = None) -> Array:
+        """See `Decoder.decode`."""
+        with self.turns.join():
+            logits = super().decode(tokens, lora_ids)
+            for row, token in zip(self._read, np.asarray(tokens).reshape(-1).tolist(), strict=True):
+                if row:  # others are idle
+                    row.append(token)
+            return logits
+
+    def beside(self, rows: Sequence[Sequence[int]], given: Mapping[str, Array]) -> Array:
+        """Logits of all tokens of other rows; the request that is running goes on behind it.
+
+        The session has one cache, so that the request's own tokens are read again.
+
+        Args:
+            rows: See `prefill`.
+            given: What is encoded for them.
+
+        Returns:
+            Float32 ``[batch, tokens, vocab]``; what is behind the last token of a row means nothing.
+
+        Raises:
+            RuntimeInputError: See `prefill`.
+        """
+        with self.turns.join():
+            kept, read = self.given, self._read
+            self.given = given
+            try:
+                found = [self.prefill([row[:1] for row in rows])]
+                for at in range(1, max(map(len, rows))):
+                    found.append(self.decode([row[at] if at < len(row) else 0 for row in rows]))
+            finally:
+                self.given = kept
+            if kept:
+                self.prefill(read)
+            return np.stack(found, axis=1)
 
     def _begin(self) -> None:
         self._now = self._whole

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.runtime import private
 from qeff_ir.runtime.encoded_decoder import EncodedDecoder
@@ -158,13 +159,26 @@ def _forward(
     decoder_attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Seq2SeqLMOutput:
-    """Logits of the last token, ``[batch, 1, vocab]``: prefill on the first call of a request, then decode."""
-    if first:
-        decoder.given = {**_arrays(decoder, kwargs), **decoder.given}  # copies of rows are made of what was encoded
-        mask = torch.ones_like(decoder_input_ids) if decoder_attention_mask is None else decoder_attention_mask
-        rows = [row[keep.bool()].tolist() for row, keep in zip(decoder_input_ids, mask, strict=True)]
-        logits = decoder.prefill(rows)
-    else:
+    """Logits of the last token, ``[batch, 1, vocab]``: prefill on the first call of a request, then decode.
+
+    The loop of ``generate`` gives what is encoded to the encoder alone. So a call that has it is made beside the loop (a
+    language is told, or whether anybody speaks), and gets the logits of all its tokens, ``[batch, seq, vocab]``.
+    """
+    arrays = _arrays(decoder, kwargs)
+    if not first and decoder.feature_names[0] not in arrays:
         last = decoder_input_ids[:, -1]
-        logits = decoder.decode(torch.where(last >= 0, last, 0).numpy())
-    return Seq2SeqLMOutput(logits=torch.from_numpy(np.ascontiguousarray(logits))[:, None])  # pyright: ignore[reportArgumentType]
+        return _output(decoder.decode(torch.where(last >= 0, last, 0).numpy())[:, None])
+    keep = torch.ones_like(decoder_input_ids) if decoder_attention_mask is None else decoder_attention_mask
+    keep = keep.bool().numpy()
+    rows = [row[real].tolist() for row, real in zip(decoder_input_ids.numpy(), keep, strict=True)]
+    if decoder.feature_names[0] not in arrays:
+        decoder.given = {**arrays, **decoder.given}  # copies of rows are made of what was encoded
+        return _output(decoder.prefill(rows)[:, None])
+    found = decoder.beside(rows, arrays)
+    logits = np.zeros((*keep.shape, found.shape[-1]), dtype=found.dtype)
+    logits[keep] = found[np.arange(found.shape[1]) < keep.sum(axis=1, keepdims=True)]
+    return _output(logits)
+
+
+def _output(logits: Array) -> Seq2SeqLMOutput:
+    return Seq2SeqLMOutput(logits=torch.from_numpy(np.ascontiguousarray(logits)))  # pyright: ignore[reportArgumentType]
