@@ -156,6 +156,41 @@ def test_passes_beside_the_loop_leave_the_request_as_it_is(target: str, tmp_path
         assert error_over_rms(logits[row, : len(tokens)], right) <= LOOSE
 
 
+def test_a_batch_with_fewer_rows_than_compiled(folder: Path, tmp_path: Path) -> None:
+    """Of a long recording, fewer are left when the others have ended; of answers that are tried again, too."""
+    one = {name: value[1:] for name, value in seq2seq.read("t5").items()}
+    for target in TARGETS:
+        same(compiled("t5", target, folder), "t5", one)
+    whisper = whisper_of_languages()
+    model = QEFFAutoModelForSpeechSeq2Seq(whisper, seq2seq.Extractor("whisper"))
+    model.compile(ctx_len=32, batch_size=3, compile_dir=tmp_path / "out", target="onnxruntime")
+    long = torch.cat([seq2seq.read("whisper", seed)["input_features"] for seed in (1, 2, 3)], dim=-1)
+    mask = torch.ones((2, long.shape[-1]), dtype=torch.long)
+    mask[1, 100:] = 0
+    asked: dict[str, Any] = {"max_new_tokens": NEW, "return_timestamps": True, "language": "en"}
+    for more in (
+        {"do_sample": False},
+        {"no_speech_threshold": 0.6, "temperature": (0.0, 0.2), "logprob_threshold": -0.5},
+    ):
+        settings = {"input_features": long, "attention_mask": mask, **asked, **more}
+        answers = list[torch.Tensor]()
+        for each in (model, whisper):
+            torch.manual_seed(0)
+            answers.append(each.generate(**settings))
+        assert answers[0].tolist() == answers[1].tolist()
+    _, decoder = model.runner()
+    decoder.given = {"input_features": long[:, :, :60].numpy()}
+    with pytest.raises(RuntimeInputError, match="input_features has 2 rows, and the decoder is given 3 prompts"):
+        decoder.prefill([[2], [2], [2]])
+
+
+def test_a_package_of_an_encoder_is_opened_with_its_own_class(folder: Path) -> None:
+    for target in TARGETS:
+        package = compiled("t5", target, folder).package.folder
+        with pytest.raises(PackageError, match="of an encoder and a decoder: open it with QEFFAutoModelForSeq2SeqLM"):
+            QEFFAutoModelForCausalLM.from_package(package).generate(torch.ones((2, 3), dtype=torch.long))
+
+
 def test_a_folder_compiles_once_and_for_each_length(tmp_path: Path) -> None:
     seq2seq.tiny("bart").save_pretrained(tmp_path / "model")
     model = QEFFAutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")

@@ -161,20 +161,25 @@ def _forward(
 ) -> Seq2SeqLMOutput:
     """Logits of the last token, ``[batch, 1, vocab]``: prefill on the first call of a request, then decode.
 
-    The loop of ``generate`` gives what is encoded to the encoder alone. So a call that has it is made beside the loop (a
-    language is told, or whether anybody speaks), and gets the logits of all its tokens, ``[batch, seq, vocab]``.
+    The loop of ``generate`` gives what is encoded to the encoder alone. So a call that has it is made beside the loop
+    (a language is told, or whether anybody speaks), and gets the logits of all its tokens, ``[batch, seq, vocab]``.
     """
     arrays = _arrays(decoder, kwargs)
     if not first and decoder.feature_names[0] not in arrays:
-        last = decoder_input_ids[:, -1]
-        return _output(decoder.decode(torch.where(last >= 0, last, 0).numpy())[:, None])
+        last = np.zeros(decoder.batch_size, dtype=np.int64)
+        last[: len(decoder_input_ids)] = decoder_input_ids[:, -1]
+        known = (last >= 0) & (last < decoder.vocabulary)  # rows that have ended are filled with any pad token
+        logits = decoder.decode(np.where(known, last, 0))
+        return _output(logits[: len(decoder_input_ids), None])
     keep = torch.ones_like(decoder_input_ids) if decoder_attention_mask is None else decoder_attention_mask
     keep = keep.bool().numpy()
     rows = [row[real].tolist() for row, real in zip(decoder_input_ids.numpy(), keep, strict=True)]
+    # A class may give fewer rows than it was given: those of a batch that have ended, or that are not tried again.
+    batch = [*rows, *[list[int]()] * (decoder.batch_size - len(rows))]
     if decoder.feature_names[0] not in arrays:
         decoder.given = {**arrays, **decoder.given}  # copies of rows are made of what was encoded
-        return _output(decoder.prefill(rows)[:, None])
-    found = decoder.beside(rows, arrays)
+        return _output(decoder.prefill(batch)[: len(rows), None])
+    found = decoder.beside(batch, arrays)[: len(rows)]
     logits = np.zeros((*keep.shape, found.shape[-1]), dtype=found.dtype)
     logits[keep] = found[np.arange(found.shape[1]) < keep.sum(axis=1, keepdims=True)]
     return _output(logits)
