@@ -240,6 +240,17 @@ def test_what_does_not_fit_is_told(folder: Path) -> None:
         model.generate(given["input_ids"], attention_mask=given["attention_mask"][:, :5])
     with pytest.raises(RuntimeInputError, match="inputs and input_ids are the same thing"):
         model.generate(given["input_ids"], input_ids=given["input_ids"])
+    with pytest.raises(RuntimeInputError, match="a token outside the vocabulary of 99: use the model's tokenizer"):
+        model.generate(torch.tensor([[5], [99]]))
+    with pytest.raises(RuntimeInputError, match=r"generate needs input_ids of shape \[batch, tokens\].*not a ndarray"):
+        model.generate(given["input_ids"].numpy())
+    with pytest.raises(RuntimeInputError, match="input_ids is float32: give whole numbers"):
+        model.generate(given["input_ids"].float())
+    with pytest.raises(RuntimeInputError, match="a row of attention_mask is all padding"):
+        model.generate(given["input_ids"], attention_mask=given["attention_mask"] * torch.tensor([[1], [0]]))
+    with pytest.raises(RuntimeInputError, match="inputs and attention_mask are the same thing"):
+        model.generate(given, attention_mask=given["attention_mask"])
+    assert model.generate(given, max_new_tokens=2).tolist() == model.generate(**given, max_new_tokens=2).tolist()
     # A default of the model is cut to what fits.
     assert model.generate(**given, eos_token_id=98, min_length=33, do_sample=False, num_beams=1).shape[1] <= 33
     same(model, "bart", given)
@@ -259,6 +270,14 @@ def test_a_recording_of_another_length_is_told(shape: tuple[int, ...], said: str
     decoder.given = {"input_features": np.zeros(shape, dtype=np.float32)}
     with pytest.raises(RuntimeInputError, match=said):
         decoder.prefill([[2], [2]])
+
+
+def test_a_recording_that_is_none_and_an_answer_that_is_not_there(folder: Path) -> None:
+    model, features = compiled("whisper", "onnxruntime", folder), seq2seq.read("whisper")["input_features"]
+    with pytest.raises(RuntimeInputError, match=r"input_features is a ndarray: give a tensor, as the processor"):
+        model.generate(features.numpy())
+    with pytest.raises(RuntimeInputError, match="return_token_timestamps needs the decoder's attention"):
+        model.generate(features, return_token_timestamps=True)
 
 
 def test_models_and_lengths_that_are_refused(tmp_path: Path) -> None:
