@@ -109,12 +109,19 @@ def test_rows_of_one_prompt_and_prompts_of_the_decoder(target: str, folder: Path
     assert found.tolist() == right.tolist()
 
 
-def test_a_recording_of_whisper_in_a_language_and_for_a_task(tmp_path: Path) -> None:
-    """transformers' own class adds tokens for both, and what it suppresses."""
+def whisper_of_languages() -> Any:
+    """Tiny, with the tokens that transformers' own class puts before an answer."""
     whisper: Any = copy.deepcopy(seq2seq.tiny("whisper"))
     config = whisper.generation_config
     config.lang_to_id, config.task_to_id = {"<|en|>": 20, "<|de|>": 21}, {"transcribe": 22, "translate": 23}
-    config.is_multilingual, config.no_timestamps_token_id, config._from_model_config = True, 24, False
+    config.is_multilingual, config.no_timestamps_token_id, config._from_model_config = True, 60, False
+    config.prev_sot_token_id = 58
+    return whisper
+
+
+def test_a_recording_of_whisper_in_a_language_and_for_a_task(tmp_path: Path) -> None:
+    """transformers' own class adds tokens for both, and what it suppresses."""
+    whisper = whisper_of_languages()
     model = QEFFAutoModelForSpeechSeq2Seq(whisper, seq2seq.Extractor("whisper"))
     model.compile(ctx_len=32, batch_size=2, compile_dir=tmp_path / "out", target="onnxruntime", prefill_seq_len=4)
     given = seq2seq.read("whisper")
@@ -125,6 +132,63 @@ def test_a_recording_of_whisper_in_a_language_and_for_a_task(tmp_path: Path) -> 
         assert found.tolist() == right.tolist()
     again = QEFFAutoModelForSpeechSeq2Seq.from_package(tmp_path / "out")  # a package knows all of that
     assert again.generate(**given, **settings).tolist() == right.tolist()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_passes_beside_the_loop_leave_the_request_as_it_is(target: str, tmp_path: Path) -> None:
+    """Whether anybody speaks is asked of the model itself, between two tokens of an answer."""
+    whisper = whisper_of_languages()
+    model = QEFFAutoModelForSpeechSeq2Seq(whisper, seq2seq.Extractor("whisper"))
+    model.compile(ctx_len=48, batch_size=2, compile_dir=tmp_path / "out", target=target, emit_only=True)
+    given = seq2seq.read("whisper")
+    asked = {"max_new_tokens": NEW, "temperature": (0.0, 0.2), "logprob_threshold": -100.0, "language": "en"}
+    asked |= {"return_timestamps": True, "do_sample": False}
+    for more in ({}, {"no_speech_threshold": 0.6}, {"no_speech_threshold": 0.6, "prompt_ids": torch.tensor([58, 30])}):
+        found, right = (one.generate(**given, **asked, **more) for one in (model, whisper))
+        assert found.tolist() == right.tolist() and len(set(found[0].tolist())) > 1
+    _, decoder = model.runner()
+    features = {"input_features": given["input_features"].numpy()}
+    rows = [[2, 20, 22], [2, 31]]
+    logits = decoder.beside(rows, features)
+    hf = whisper(input_features=given["input_features"], decoder_input_ids=torch.tensor([[2, 20, 22], [2, 31, 0]]))
+    for row, tokens in enumerate(rows):
+        right = hf.logits[row, : len(tokens)].detach().numpy()
+        assert error_over_rms(logits[row, : len(tokens)], right) <= LOOSE
+
+
+def test_a_batch_with_fewer_rows_than_compiled(folder: Path, tmp_path: Path) -> None:
+    """Of a long recording, fewer are left when the others have ended; of answers that are tried again, too."""
+    one = {name: value[1:] for name, value in seq2seq.read("t5").items()}
+    for target in TARGETS:
+        same(compiled("t5", target, folder), "t5", one)
+    whisper = whisper_of_languages()
+    model = QEFFAutoModelForSpeechSeq2Seq(whisper, seq2seq.Extractor("whisper"))
+    model.compile(ctx_len=32, batch_size=3, compile_dir=tmp_path / "out", target="onnxruntime")
+    long = torch.cat([seq2seq.read("whisper", seed)["input_features"] for seed in (1, 2, 3)], dim=-1)
+    mask = torch.ones((2, long.shape[-1]), dtype=torch.long)
+    mask[1, 100:] = 0
+    asked: dict[str, Any] = {"max_new_tokens": NEW, "return_timestamps": True, "language": "en"}
+    for more in (
+        {"do_sample": False},
+        {"no_speech_threshold": 0.6, "temperature": (0.0, 0.2), "logprob_threshold": -0.5},
+    ):
+        settings = {"input_features": long, "attention_mask": mask, **asked, **more}
+        answers = list[torch.Tensor]()
+        for each in (model, whisper):
+            torch.manual_seed(0)
+            answers.append(each.generate(**settings))
+        assert answers[0].tolist() == answers[1].tolist()
+    _, decoder = model.runner()
+    decoder.given = {"input_features": long[:, :, :60].numpy()}
+    with pytest.raises(RuntimeInputError, match="input_features has 2 rows, and the decoder is given 3 prompts"):
+        decoder.prefill([[2], [2], [2]])
+
+
+def test_a_package_of_an_encoder_is_opened_with_its_own_class(folder: Path) -> None:
+    for target in TARGETS:
+        package = compiled("t5", target, folder).package.folder
+        with pytest.raises(PackageError, match="of an encoder and a decoder: open it with QEFFAutoModelForSeq2SeqLM"):
+            QEFFAutoModelForCausalLM.from_package(package).generate(torch.ones((2, 3), dtype=torch.long))
 
 
 def test_a_folder_compiles_once_and_for_each_length(tmp_path: Path) -> None:
@@ -176,6 +240,17 @@ def test_what_does_not_fit_is_told(folder: Path) -> None:
         model.generate(given["input_ids"], attention_mask=given["attention_mask"][:, :5])
     with pytest.raises(RuntimeInputError, match="inputs and input_ids are the same thing"):
         model.generate(given["input_ids"], input_ids=given["input_ids"])
+    with pytest.raises(RuntimeInputError, match="a token outside the vocabulary of 99: use the model's tokenizer"):
+        model.generate(torch.tensor([[5], [99]]))
+    with pytest.raises(RuntimeInputError, match=r"generate needs input_ids of shape \[batch, tokens\].*not a ndarray"):
+        model.generate(given["input_ids"].numpy())
+    with pytest.raises(RuntimeInputError, match="input_ids is float32: give whole numbers"):
+        model.generate(given["input_ids"].float())
+    with pytest.raises(RuntimeInputError, match="a row of attention_mask is all padding"):
+        model.generate(given["input_ids"], attention_mask=given["attention_mask"] * torch.tensor([[1], [0]]))
+    with pytest.raises(RuntimeInputError, match="inputs and attention_mask are the same thing"):
+        model.generate(given, attention_mask=given["attention_mask"])
+    assert model.generate(given, max_new_tokens=2).tolist() == model.generate(**given, max_new_tokens=2).tolist()
     # A default of the model is cut to what fits.
     assert model.generate(**given, eos_token_id=98, min_length=33, do_sample=False, num_beams=1).shape[1] <= 33
     same(model, "bart", given)
@@ -195,6 +270,14 @@ def test_a_recording_of_another_length_is_told(shape: tuple[int, ...], said: str
     decoder.given = {"input_features": np.zeros(shape, dtype=np.float32)}
     with pytest.raises(RuntimeInputError, match=said):
         decoder.prefill([[2], [2]])
+
+
+def test_a_recording_that_is_none_and_an_answer_that_is_not_there(folder: Path) -> None:
+    model, features = compiled("whisper", "onnxruntime", folder), seq2seq.read("whisper")["input_features"]
+    with pytest.raises(RuntimeInputError, match=r"input_features is a ndarray: give a tensor, as the processor"):
+        model.generate(features.numpy())
+    with pytest.raises(RuntimeInputError, match="return_token_timestamps needs the decoder's attention"):
+        model.generate(features, return_token_timestamps=True)
 
 
 def test_models_and_lengths_that_are_refused(tmp_path: Path) -> None:

@@ -89,7 +89,9 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource]):
             ctx_len: Tokens that the decoder's cache holds: its prompt and what it writes; 128 by default, or as many as
                 the model has positions.
             encoder_ctx_len: Tokens of a text that is read (128 by default), or positions that the encoder makes of a
-                recording (by default, of the longest that the feature extractor takes); shorter ones are padded.
+                recording (by default, of the longest that the feature extractor takes); shorter ones are padded. An
+                answer for a shorter recording is that of transformers for the padded one: an encoder that normalizes
+                over the whole length, or whose convolutions reach into the padding, makes others of it alone.
             target: See `qeff_ir.auto.causal_lm.QEFFAutoModelForCausalLM.compile`, as for all others.
             prefill_seq_len: Tokens of the decoder's prompt that one run takes; most models have one start token.
             batch_size: Rows of a run.
@@ -143,12 +145,12 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource]):
         super()._accept(made)
         self._runner = None
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: torch.Tensor | Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """``generate`` of the model's own class in transformers, over the compiled model.
 
         Args:
-            inputs: What is read, as the tokenizer or the processor returns it; also by its name, with
-                ``attention_mask=``.
+            inputs: What is read: all that the tokenizer or the processor returns, or the tokens or features alone; also
+                by name, with ``attention_mask=``. A batch may have fewer rows than compiled.
             kwargs: Everything that ``generate`` of the model's class takes.
 
         Returns:

@@ -73,9 +73,14 @@ class Decoder:
 
     def __init__(self, session: Session, table: TokenTable | None = None) -> None:
         interface = session.interface
-        if not self.writes_states and any(state.written_by_host for state in interface.states):
+        theirs = [state for state in interface.states if state.written_by_host]
+        if theirs and not self.writes_states:
+            pictures = theirs[0].shared
             raise PackageError(
                 "the package is of a model of pictures and text: open it with QEFFAutoModelForImageTextToText"
+                if pictures
+                else "the package is of an encoder and a decoder: open it with QEFFAutoModelForSeq2SeqLM, or with "
+                "QEFFAutoModelForSpeechSeq2Seq if it takes recordings"
             )
         unknown = next((port.name for port in interface.inputs if not port.is_fed), None)
         if unknown is not None:

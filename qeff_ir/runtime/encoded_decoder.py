@@ -9,7 +9,7 @@ import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.ports import FEATURES, FEATURES_MASK, Run
+from qeff_ir.ir.ports import FEATURES, FEATURES_MASK, LOGITS, Run
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.session import Session
 
@@ -29,8 +29,8 @@ class EncodedDecoder(Decoder):
 
     Attributes:
         given: What is encoded for the next `prefill`, by transformers' names of the encoder's inputs, ``[rows, ...]``;
-            fewer rows than the batch are repeated, each next to its own copies. Shorter ones than the compiled length
-            are padded.
+            fewer rows than prompts are repeated, each next to its own copies. Shorter ones than the compiled length are
+            padded.
     """
 
     writes_states = True
@@ -52,6 +52,7 @@ class EncodedDecoder(Decoder):
         self._whole = np.empty(0)
         self._now = np.empty(0)
         self._seen = np.empty(0, dtype=np.int64)
+        self._read: list[list[int]] = []
 
     @property
     def feature_names(self) -> tuple[str, str]:
@@ -59,15 +60,62 @@ class EncodedDecoder(Decoder):
         assert self._features is not None
         return self._features.name.removeprefix(PREFIX), "attention_mask"
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        port = self.session.interface.output(LOGITS)
+        assert port is not None
+        return int(port.shape[-1])
+
     def prefill(self, rows: Sequence[Sequence[int]], lora_ids: Array | None = None) -> Array:
         """See `Decoder.prefill`; encodes what is `given` first.
 
         Raises:
             RuntimeInputError: There is nothing to encode, or it does not fit the compiled length; or see `Decoder`.
         """
+        self._check(rows)
         with self.turns.join():
-            self._whole, self._seen = self._padded()
-            return super().prefill(rows, lora_ids)
+            self._whole, self._seen = self._padded(rows)
+            logits = super().prefill(rows, lora_ids)
+            self._read = [list(row) for row in rows]
+            return logits
+
+    def decode(self, tokens: Sequence[int] | Array, lora_ids: Array | None = None) -> Array:
+        """See `Decoder.decode`."""
+        with self.turns.join():
+            logits = super().decode(tokens, lora_ids)
+            for row, token in zip(self._read, np.asarray(tokens).reshape(-1).tolist(), strict=True):
+                if row:  # others are idle
+                    row.append(token)
+            return logits
+
+    def beside(self, rows: Sequence[Sequence[int]], given: Mapping[str, Array]) -> Array:
+        """Logits of all tokens of other rows; the request that is running goes on behind it.
+
+        The session has one cache, so that the request's own tokens are read again.
+
+        Args:
+            rows: See `prefill`.
+            given: What is encoded for them.
+
+        Returns:
+            Float32 ``[batch, tokens, vocab]``; what is behind the last token of a row means nothing.
+
+        Raises:
+            RuntimeInputError: See `prefill`.
+        """
+        with self.turns.join():
+            kept, read = self.given, self._read
+            self.given = given
+            try:
+                found = [self.prefill([row[:1] for row in rows])]
+                for at in range(1, max(map(len, rows))):
+                    found.append(self.decode([row[at] if at < len(row) else 0 for row in rows]))
+            finally:
+                self.given = kept
+            if kept:
+                self.prefill(read)
+            return np.stack(found, axis=1)
 
     def _begin(self) -> None:
         self._now = self._whole
@@ -89,7 +137,7 @@ class EncodedDecoder(Decoder):
         for axis in self._lengths.values():
             self._now = np.take(self._now, [0], axis=axis)
 
-    def _padded(self) -> tuple[Array, Array]:
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
         """The features of all rows in the compiled length, and which of them are real."""
         assert self._features is not None
         name, mask = self.feature_names
@@ -121,6 +169,16 @@ class EncodedDecoder(Decoder):
             )
         whole = np.pad(given, [(0, most - length) if at == axis else (0, 0) for at in range(given.ndim)])
         seen = np.pad(seen, [(0, 0), (0, most - length)]) if self._masks else seen
-        copies = max(self.batch_size // max(len(given), 1), 1)
-        dtype = self._features.dtype
-        return np.repeat(whole, copies, axis=0).astype(dtype), np.repeat(seen, copies, axis=0).astype(np.int64)
+        prompts = max((at for at, row in enumerate(rows, 1) if row), default=0)  # what is behind them is idle
+        copies = max(prompts // max(len(given), 1), 1)
+        if not max(prompts, 1) <= copies * len(given) <= self.batch_size:
+            raise RuntimeInputError(
+                f"{name} has {len(given)} rows, and the decoder is given {prompts} prompts in a batch of "
+                f"{self.batch_size}: give one row for each prompt, or for each of as many copies"
+            )
+        idle = self.batch_size - copies * len(given)
+        whole, seen = (
+            np.pad(np.repeat(a, copies, axis=0), [(0, idle), *[(0, 0)] * (a.ndim - 1)], mode="edge")
+            for a in (whole, seen)
+        )
+        return whole.astype(self._features.dtype), seen.astype(np.int64)

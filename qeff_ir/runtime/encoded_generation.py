@@ -17,47 +17,70 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.runtime import private
 from qeff_ir.runtime.encoded_decoder import EncodedDecoder
+from qeff_ir.runtime.generation import check_ids, check_mask
 from qeff_ir.runtime.request import read, refusals, wish
 
 _OURS = frozenset({"decoder_input_ids", "decoder_attention_mask"})
 """Arguments of ``generate`` that are given to the decoder."""
 
 
-def generate(model: Any, decoder: EncodedDecoder, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+def generate(
+    model: Any, decoder: EncodedDecoder, inputs: torch.Tensor | Mapping[str, Any] | None, kwargs: dict[str, Any]
+) -> Any:
     """Answer one batch, for a thread that has its turn (`Decoder.request`).
 
     Args:
         model: From `on_session`.
         decoder: The decoder that it was made for.
-        inputs: What is encoded; also by its name.
+        inputs: What is encoded; also by its name, alone or with its mask in a dictionary.
         kwargs: Everything else that ``generate`` of the model's class takes.
 
     Raises:
         RuntimeInputError: The request does not fit the compiled model, or asks for what it does not have.
     """
     name, mask = decoder.feature_names
-    if inputs is not None and name in kwargs:
-        raise RuntimeInputError(f"inputs and {name} are the same thing: give one of them")
-    if (inputs if inputs is not None else kwargs.get(name)) is None:
+    given = dict(inputs) if isinstance(inputs, Mapping) else {} if inputs is None else {name: inputs}
+    if twice := sorted(given.keys() & kwargs):
+        raise RuntimeInputError(f"inputs and {twice[0]} are the same thing: give one of them")
+    kwargs = {**given, **kwargs}
+    if kwargs.get(name) is None:
         raise RuntimeInputError(f"there is nothing to encode: give {name}, as the processor returns it")
+    kwargs |= _checked(model, name, mask, kwargs)
     own = inspect.signature(type(model).generate).parameters
     # What the model's own class takes, it knows; the rest are settings, which are checked as for any model.
     settings = {k: v for k, v in kwargs.items() if k not in {name, mask, *_OURS} and (k not in own or k in _SETTINGS)}
     read(model, settings)
     wished = wish(kwargs, "max_new_tokens") is not None or wish(kwargs, "max_length") is not None
     decoder.given, vars(model)["_wished_length"] = {}, wished
-    named = {name: inputs} if inputs is not None else {}
     with refusals(), torch.no_grad():
-        return model.generate(**named, **kwargs)
+        return model.generate(**kwargs)
+
+
+def _checked(model: Any, name: str, mask: str, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What is read, once it is known to be what the encoder takes."""
+    value = given[name]
+    if name != "input_ids":
+        if not isinstance(value, torch.Tensor) or value.is_meta:
+            raise RuntimeInputError(
+                f'{name} is a {type(value).__name__}: give a tensor, as the processor returns it (return_tensors="pt")'
+            )
+        return {}
+    ids = check_ids(value)
+    if ids.numel() and not 0 <= int(ids.amin()) <= int(ids.amax()) < model._words:
+        raise RuntimeInputError(
+            f"input_ids has a token outside the vocabulary of {model._words}: use the model's tokenizer"
+        )
+    return {name: ids} if given.get(mask) is None else {name: ids, mask: check_mask(given[mask], ids)}
 
 
 _SETTINGS = frozenset({"generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}) | {
-    "assistant_model", "streamer", "synced_gpus", "custom_generate",
+    "assistant_model", "streamer", "synced_gpus", "custom_generate", "return_token_timestamps",
 }  # fmt: skip
-"""Parameters of transformers' own ``generate`` that `read` checks."""
+"""Parameters of ``generate`` that `read` checks, also where the model's own class has them."""
 
 
 def on_session(skeleton: PreTrainedModel, decoder: EncodedDecoder, defaults: GenerationConfig) -> PreTrainedModel:
@@ -76,7 +99,9 @@ def on_session(skeleton: PreTrainedModel, decoder: EncodedDecoder, defaults: Gen
 
     forward.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]  # transformers looks at it
     encoder = _Encoder(decoder, inspect.signature(skeleton.get_encoder().forward))
-    members = {"forward": forward, "get_encoder": lambda _self: encoder, "_decoder": decoder}
+    members: dict[str, Any] = {"forward": forward, "get_encoder": lambda _self: encoder, "_decoder": decoder}
+    if decoder.feature_names[0] == "input_ids":
+        members["_words"] = len(skeleton.get_encoder().get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
     skeleton.__class__ = type(kind.__name__, (_OnSession, kind), members)
     skeleton.generation_config = defaults
     return skeleton
@@ -87,6 +112,8 @@ class _OnSession:
 
     _is_stateful = True  # keeps transformers from methods that rewind the cache
     _decoder: EncodedDecoder
+    _words: int
+    """Tokens that an encoder of texts knows."""
 
     @property
     def device(self) -> torch.device:
@@ -158,13 +185,31 @@ def _forward(
     decoder_attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Seq2SeqLMOutput:
-    """Logits of the last token, ``[batch, 1, vocab]``: prefill on the first call of a request, then decode."""
-    if first:
-        decoder.given = {**_arrays(decoder, kwargs), **decoder.given}  # copies of rows are made of what was encoded
-        mask = torch.ones_like(decoder_input_ids) if decoder_attention_mask is None else decoder_attention_mask
-        rows = [row[keep.bool()].tolist() for row, keep in zip(decoder_input_ids, mask, strict=True)]
-        logits = decoder.prefill(rows)
-    else:
-        last = decoder_input_ids[:, -1]
-        logits = decoder.decode(torch.where(last >= 0, last, 0).numpy())
-    return Seq2SeqLMOutput(logits=torch.from_numpy(np.ascontiguousarray(logits))[:, None])  # pyright: ignore[reportArgumentType]
+    """Logits of the last token, ``[batch, 1, vocab]``: prefill on the first call of a request, then decode.
+
+    The loop of ``generate`` gives what is encoded to the encoder alone. So a call that has it is made beside the loop
+    (a language is told, or whether anybody speaks), and gets the logits of all its tokens, ``[batch, seq, vocab]``.
+    """
+    arrays = _arrays(decoder, kwargs)
+    if not first and decoder.feature_names[0] not in arrays:
+        last = np.zeros(decoder.batch_size, dtype=np.int64)
+        last[: len(decoder_input_ids)] = decoder_input_ids[:, -1]
+        known = (last >= 0) & (last < decoder.vocabulary)  # rows that have ended are filled with any pad token
+        logits = decoder.decode(np.where(known, last, 0))
+        return _output(logits[: len(decoder_input_ids), None])
+    keep = torch.ones_like(decoder_input_ids) if decoder_attention_mask is None else decoder_attention_mask
+    keep = keep.bool().numpy()
+    rows = [row[real].tolist() for row, real in zip(decoder_input_ids.numpy(), keep, strict=True)]
+    # A class may give fewer rows than it was given: those of a batch that have ended, or that are not tried again.
+    batch = [*rows, *[list[int]()] * (decoder.batch_size - len(rows))]
+    if decoder.feature_names[0] not in arrays:
+        decoder.given = {**arrays, **decoder.given}  # copies of rows are made of what was encoded
+        return _output(decoder.prefill(batch)[: len(rows), None])
+    found = decoder.beside(batch, arrays)[: len(rows)]
+    logits = np.zeros((*keep.shape, found.shape[-1]), dtype=found.dtype)
+    logits[keep] = found[np.arange(found.shape[1]) < keep.sum(axis=1, keepdims=True)]
+    return _output(logits)
+
+
+def _output(logits: Array) -> Seq2SeqLMOutput:
+    return Seq2SeqLMOutput(logits=torch.from_numpy(np.ascontiguousarray(logits)))  # pyright: ignore[reportArgumentType]

@@ -104,7 +104,7 @@ class SessionLM(GenerationMixin):
         ids, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
         if ids is not None and inputs is not None:
             raise RuntimeInputError("inputs and input_ids are the same thing: give one of them")
-        ids = _check_ids(inputs if ids is None else ids)
+        ids = check_ids(inputs if ids is None else ids)
         self._check_rows(len(ids), wish(kwargs, "num_return_sequences"))
         return self.answer(read(self, kwargs), ids, mask).result
 
@@ -127,7 +127,7 @@ class SessionLM(GenerationMixin):
         self._check_rows(len(ids), copies)
         if mask is None:
             mask = private.infer_mask(self, ids, config)
-        mask = _check_mask(mask, ids)
+        mask = check_mask(mask, ids)
         if int(ids.amax()) >= self.vocabulary or int(ids[mask.bool()].amin()) < 0:
             raise RuntimeInputError(
                 f"input_ids has a token outside the vocabulary of {self.vocabulary}: use the model's tokenizer"
@@ -279,7 +279,12 @@ class _Ends(StoppingCriteriaList):
         return done
 
 
-def _check_ids(ids: object) -> torch.Tensor:
+def check_ids(ids: object) -> torch.Tensor:
+    """Token ids as int64.
+
+    Raises:
+        RuntimeInputError: They are something else than whole numbers ``[batch, tokens]``.
+    """
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] == 0 or ids.is_meta:
         kind = "" if ids is None or isinstance(ids, torch.Tensor) else f", not a {type(ids).__name__}"
         raise RuntimeInputError(f"generate needs input_ids of shape [batch, tokens] with at least one token{kind}")
@@ -288,7 +293,12 @@ def _check_ids(ids: object) -> torch.Tensor:
     return ids.long()
 
 
-def _check_mask(mask: object, ids: torch.Tensor) -> torch.Tensor:
+def check_mask(mask: object, ids: torch.Tensor) -> torch.Tensor:
+    """The mask of token ids as int64.
+
+    Raises:
+        RuntimeInputError: It is of another shape, has other numbers than 0 and 1, or leaves nothing of a row.
+    """
     if not isinstance(mask, torch.Tensor) or mask.is_meta:
         raise RuntimeInputError(f"attention_mask is a {type(mask).__name__}: give a tensor of the shape of input_ids")
     if mask.shape != ids.shape:

@@ -97,6 +97,7 @@ REFUSED_ARGUMENTS = {
     "cache": "is not taken, the session keeps the cache: give the whole prompt",
     "inputs_embeds": "is not taken: give input_ids",
     "position_ids": "is not taken, tokens are counted from the first that is no padding: leave it out",
+    "return_token_timestamps": "needs the decoder's attention, a compiled model gives logits only: leave it out",
     "token_type_ids": "is not taken by the compiled model: leave it out (the tokenizer's return_token_type_ids=False)",
 }
 """Arguments that ask for what a compiled model does not have."""
