@@ -40,6 +40,7 @@ def test_segments_do_not_see_one_another(lengths: list[int], batch: int) -> None
         ]
     assert segments.attended(pieces[0][0], pieces[1][0], pieces[2][0], 1, attend) is None
     torch.testing.assert_close(found, right.transpose(1, 2))
+    assert made[0] is not None and found.data_ptr() == made[0].data_ptr()  # the whole, and no copy of its pieces
     for part, one, two in zip(right.transpose(1, 2).split(lengths, dim=1), made, other, strict=True):
         torch.testing.assert_close(one, part)
         torch.testing.assert_close(two, 2.0 * part)
