@@ -141,7 +141,12 @@ def test_passes_beside_the_loop_leave_the_request_as_it_is(target: str, tmp_path
     model = QEFFAutoModelForSpeechSeq2Seq(whisper, seq2seq.Extractor("whisper"))
     model.compile(ctx_len=48, batch_size=2, compile_dir=tmp_path / "out", target=target, emit_only=True)
     given = seq2seq.read("whisper")
-    asked = {"max_new_tokens": NEW, "temperature": (0.0, 0.2), "logprob_threshold": -100.0, "language": "en"}
+    asked: dict[str, Any] = {
+        "max_new_tokens": NEW,
+        "temperature": (0.0, 0.2),
+        "logprob_threshold": -100.0,
+        "language": "en",
+    }
     asked |= {"return_timestamps": True, "do_sample": False}
     for more in ({}, {"no_speech_threshold": 0.6}, {"no_speech_threshold": 0.6, "prompt_ids": torch.tensor([58, 30])}):
         found, right = (one.generate(**given, **asked, **more) for one in (model, whisper))
@@ -172,7 +177,7 @@ def test_a_batch_with_fewer_rows_than_compiled(folder: Path, tmp_path: Path) -> 
         {"do_sample": False},
         {"no_speech_threshold": 0.6, "temperature": (0.0, 0.2), "logprob_threshold": -0.5},
     ):
-        settings = {"input_features": long, "attention_mask": mask, **asked, **more}
+        settings: dict[str, Any] = {"input_features": long, "attention_mask": mask, **asked, **more}
         answers = list[torch.Tensor]()
         for each in (model, whisper):
             torch.manual_seed(0)
@@ -243,7 +248,7 @@ def test_what_does_not_fit_is_told(folder: Path) -> None:
     with pytest.raises(RuntimeInputError, match="a token outside the vocabulary of 99: use the model's tokenizer"):
         model.generate(torch.tensor([[5], [99]]))
     with pytest.raises(RuntimeInputError, match=r"generate needs input_ids of shape \[batch, tokens\].*not a ndarray"):
-        model.generate(given["input_ids"].numpy())
+        model.generate(given["input_ids"].numpy())  # pyright: ignore[reportArgumentType]
     with pytest.raises(RuntimeInputError, match="input_ids is float32: give whole numbers"):
         model.generate(given["input_ids"].float())
     with pytest.raises(RuntimeInputError, match="a row of attention_mask is all padding"):
@@ -275,7 +280,7 @@ def test_a_recording_of_another_length_is_told(shape: tuple[int, ...], said: str
 def test_a_recording_that_is_none_and_an_answer_that_is_not_there(folder: Path) -> None:
     model, features = compiled("whisper", "onnxruntime", folder), seq2seq.read("whisper")["input_features"]
     with pytest.raises(RuntimeInputError, match=r"input_features is a ndarray: give a tensor, as the processor"):
-        model.generate(features.numpy())
+        model.generate(features.numpy())  # pyright: ignore[reportArgumentType]
     with pytest.raises(RuntimeInputError, match="return_token_timestamps needs the decoder's attention"):
         model.generate(features, return_token_timestamps=True)
 

@@ -64,8 +64,9 @@ class EncodedDecoder(Decoder):
     def vocabulary(self) -> int:
         """How many tokens there are."""
         port = self.session.interface.output(LOGITS)
-        assert port is not None
-        return int(port.shape[-1])
+        size = None if port is None else port.shape[-1]
+        assert isinstance(size, int)
+        return size
 
     def prefill(self, rows: Sequence[Sequence[int]], lora_ids: Array | None = None) -> Array:
         """See `Decoder.prefill`; encodes what is `given` first.
