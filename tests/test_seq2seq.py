@@ -149,7 +149,8 @@ def test_passes_beside_the_loop_leave_the_request_as_it_is(target: str, tmp_path
     }
     asked |= {"return_timestamps": True, "do_sample": False}
     prompted: dict[str, Any] = {"no_speech_threshold": 0.6, "prompt_ids": torch.tensor([58, 30])}
-    for more in ({}, {"no_speech_threshold": 0.6}, prompted):
+    unheard: dict[str, Any] = {"no_speech_threshold": 0.6}
+    for more in ({}, unheard, prompted):
         found, right = (one.generate(**given, **asked, **more) for one in (model, whisper))
         assert found.tolist() == right.tolist() and len(set(found[0].tolist())) > 1
     _, decoder = model.runner()
