@@ -89,9 +89,9 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource]):
             ctx_len: Tokens that the decoder's cache holds: its prompt and what it writes; 128 by default, or as many as
                 the model has positions.
             encoder_ctx_len: Tokens of a text that is read (128 by default), or positions that the encoder makes of a
-                recording (by default, of the longest that the feature extractor takes); shorter ones are padded. An
-                answer for a shorter recording is that of transformers for the padded one: an encoder that normalizes
-                over the whole length, or whose convolutions reach into the padding, makes others of it alone.
+                recording (by default, of the longest that the feature extractor takes). Shorter texts are padded;
+                shorter recordings are refused, as encoders make something else of a padded one: they normalize over
+                the whole length, and their convolutions reach into the padding.
             target: See `qeff_ir.auto.causal_lm.QEFFAutoModelForCausalLM.compile`, as for all others.
             prefill_seq_len: Tokens of the decoder's prompt that one run takes; most models have one start token.
             batch_size: Rows of a run.

@@ -29,8 +29,8 @@ class EncodedDecoder(Decoder):
 
     Attributes:
         given: What is encoded for the next `prefill`, by transformers' names of the encoder's inputs, ``[rows, ...]``;
-            fewer rows than prompts are repeated, each next to its own copies. Shorter ones than the compiled length are
-            padded.
+            fewer rows than prompts are repeated, each next to its own copies. Shorter texts than the compiled length
+            are padded.
     """
 
     writes_states = True
@@ -158,10 +158,11 @@ class EncodedDecoder(Decoder):
                 f"{name} has a length of {length}, and the model is compiled for {most}: compile with a longer "
                 "encoder_ctx_len, or give less"
             )
-        if length < most and not self._masks:
+        if length < most and (not self._masks or np.issubdtype(self._features.dtype, np.floating)):
+            # Encoders of recordings normalize over the whole length, and their convolutions reach into the padding.
             raise RuntimeInputError(
-                f"{name} has a length of {length}, and the encoder, which sees no mask, takes just {most}: let the "
-                "processor pad it"
+                f"{name} has a length of {length}, and the encoder takes just {most}: let the processor pad it, if the "
+                "answer for the padded recording is the one that is wanted, or compile for its length"
             )
         seen = np.asarray(self.given.get(mask, np.ones((len(given), length))))
         if self._masks and seen.shape != (len(given), length):
