@@ -30,6 +30,7 @@ TEXT = 16
 _CONTEXT = 32
 _SEEN = 100.0
 """How many times the limit the answer changes at least where something else is encoded."""
+_NO_ENCODER = "is no encoder-decoder: what it hears takes the place of tokens of a decoder"
 
 Inputs = dict[str, torch.Tensor]
 
@@ -53,18 +54,19 @@ class Seq2Seq(Coverage):
 
     def absent(self) -> Mapping[str, str]:
         """See `Coverage.absent`."""
-        return self._data["absent"].get(self._kind, {})
+        without = (name for name in self._types if name not in self._data[self._kind])
+        return {**dict.fromkeys(without, _NO_ENCODER), **self._data["absent"].get(self._kind, {})}
 
     def check(self, job: Job, row: Row, folder: Path) -> None:
         """See `Coverage.check`."""
         said = self._data[self._kind].get(job.name)
         if said is None:
-            raise UnsupportedModelError("has no encoder of its own: rows of an encoder take the place of tokens")
+            raise UnsupportedModelError(_NO_ENCODER)
         said = dict(said)
         heard = said.pop("_heard", None)
         model = self._tiny(job.name, said)
         row.model = type(model).__name__
-        extractor = None if heard is None else _Extractor(model.main_input_name, **heard)
+        extractor = None if heard is None else _Extractor(model.get_encoder().main_input_name, **heard)
         opened = _opened(model, extractor)
         source = EncodedMemory(model, opened.task, extractor).for_length(LENGTH if extractor is None else None)
         decoder, encoder = source.lower(), source.lower_encoder()
