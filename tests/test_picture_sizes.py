@@ -182,7 +182,8 @@ def test_prompts_that_do_not_fit_are_told(grids: QEFFAutoModelForImageTextToText
         ({"prompts": "<image> w5", "images": []}, "'pixel_values' is missing|does not take the prompt"),
         ({"prompts": "<image> w5", "images": [small, small]}, "more pictures than the text|does not take the prompt"),
         ({"prompts": "<image> <image> w5", "images": [small, small]}, "cannot tell where .* shape mismatch"),
-        ({"images": [small], "input_ids": [[5]]}, "images are given without prompts"),
+        ({"images": [small], "input_ids": [[5]]}, "images is for prompts, and there are none"),
+        ({"images": None, "processor": None, "resize": True}, "resize is for prompts, and there are none"),
     )
     for given, message in wrong:
         with pytest.raises(RuntimeInputError, match=message):

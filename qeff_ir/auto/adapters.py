@@ -55,6 +55,9 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         self._active: str | None = None
         self._held: AdapterSlots | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_held": None}  # slots are those of the session
+
     @classmethod
     def from_pretrained(
         cls,

@@ -10,7 +10,7 @@ from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
-from qeff_ir.compiler import Compiled, TokenEmbedding, Watch, table_record
+from qeff_ir.compiler import TokenEmbedding, Watch, table_record
 from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
 from qeff_ir.ir.ports import EMBEDDINGS
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qeff_ir.runtime.token_table import TokenTable
 
 
-class QEFFAutoModelForCausalLM(CompiledModel[Source]):
+class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
     """A causal LM that is compiled instead of run by torch.
 
         model = QEFFAutoModelForCausalLM.from_pretrained("my-model")
@@ -58,7 +58,6 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
     def _open(self, source: Source | None) -> None:
         super()._open(source)
         self._checkpoint = source
-        self._runner: SessionLM | None = None
 
     @classmethod
     def from_pretrained(
@@ -152,10 +151,6 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
             watch=watch,
         )
 
-    def _accept(self, made: Compiled) -> None:
-        super()._accept(made)
-        self._runner = None
-
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -208,17 +203,6 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source]):
         if inputs is not None:
             raise RuntimeInputError("prompts cannot be combined with inputs: give token ids, or texts")
         return generate_texts(runner, prompts, tokenizer, kwargs, slots)
-
-    def runner(self, threads: int | None = None) -> SessionLM:
-        """The session that `generate` uses, opened on first use.
-
-        Raises:
-            PackageError: The model is not compiled, or its package is damaged.
-        """
-        with self._lock:
-            if self._runner is None:
-                self._runner = self._open_runner(threads)
-            return self._runner
 
     def _open_runner(self, threads: int | None) -> SessionLM:
         from qeff_ir.runtime.decoder import Decoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 
 SourceT = TypeVar("SourceT", bound=Source)
+RunnerT = TypeVar("RunnerT")
 
 
-class CompiledModel(Generic[SourceT]):
+class CompiledModel(ABC, Generic[SourceT, RunnerT]):
     """A model that is compiled instead of run by torch; see its subclasses.
 
-    Several threads may use one object. The package and the session on it change together, under `_lock`; whoever takes
-    both this lock and a turn of the session takes the turn first.
+    Several threads may use one object. The package and what runs it change together, under `_lock`; whoever takes both
+    this lock and a turn of the session takes the turn first.
     """
 
     def _open(self, source: SourceT | None) -> None:
@@ -34,6 +36,7 @@ class CompiledModel(Generic[SourceT]):
         self._lock = threading.RLock()
         self._source = source
         self._compiled: Compiled | None = None
+        self._runner: RunnerT | None = None
 
     @classmethod
     def _opened(cls, source: SourceT | None) -> Self:
@@ -54,7 +57,8 @@ class CompiledModel(Generic[SourceT]):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        # Sessions stay in this process, and are opened again where the object is copied to.
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_runner": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
@@ -107,4 +111,22 @@ class CompiledModel(Generic[SourceT]):
 
     def _accept(self, made: Compiled) -> None:
         """Take a package in place of the one before, and leave its session."""
-        self._compiled = made
+        self._compiled, self._runner = made, None
+
+    def runner(self, threads: int | None = None) -> RunnerT:
+        """What requests use, its sessions with it, opened on first use.
+
+        Args:
+            threads: Threads of the sessions, where they are not open yet; the runtime's own choice by default.
+
+        Raises:
+            PackageError: The model is not compiled, or its package is damaged.
+        """
+        with self._lock:
+            if self._runner is None:
+                self._runner = self._open_runner(threads)
+            return self._runner
+
+    @abstractmethod
+    def _open_runner(self, threads: int | None) -> RunnerT:
+        """Open the sessions of the package."""

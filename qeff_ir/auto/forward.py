@@ -10,7 +10,7 @@ from backends import find_backend
 from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
-from qeff_ir.compiler import Compiled, Watch, choose_target, chosen
+from qeff_ir.compiler import Watch, choose_target, chosen
 from qeff_ir.errors import ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions
 from qeff_ir.frontend.source import find_folder
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qeff_ir.runtime.encoder import Encoder
 
 
-class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
+class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory, "Encoder"]):
     """A model without a cache that is compiled instead of run by torch; see its subclasses.
 
     Several threads may use one object; a run that goes on while another thread compiles finishes with the package that
@@ -46,10 +46,6 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
 
     def __init__(self, model: PreTrainedModel, *, inputs: Wanted | None = None) -> None:
         self._open(in_memory(model, ForwardOptions(self.task, inputs)))
-
-    def _open(self, source: ForwardFolder | ForwardMemory | None) -> None:
-        super()._open(source)
-        self._encoder: Encoder | None = None
 
     @classmethod
     def from_pretrained(
@@ -127,10 +123,6 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
             watch=watch,
         )
 
-    def _accept(self, made: Compiled) -> None:
-        super()._accept(made)
-        self._encoder = None
-
     def pipeline_for(self, target: str) -> Pipeline:
         """The pipeline that `compile` runs: the target's own."""
         return Pipeline.parse(find_backend(target).pipeline)
@@ -154,20 +146,15 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory]):
         return self.encoder().run({**(inputs or {}), **kwargs})
 
     def encoder(self, threads: int | None = None) -> Encoder:
-        """The session that `generate` uses, opened on first use.
+        """The session that `generate` uses, see `runner`."""
+        return self.runner(threads)
 
-        Raises:
-            PackageError: The model is not compiled, or its package is damaged.
-        """
-        with self._lock:
-            if self._encoder is None:
-                from qeff_ir.runtime.encoder import Encoder
+    def _open_runner(self, threads: int | None) -> Encoder:
+        from qeff_ir.runtime.encoder import Encoder
 
-                package = self.package
-                with opened(package.folder, package.manifest.key):
-                    encoder = Encoder(find_backend(package.manifest.target).open(package.folder, threads=threads))
-                self._encoder = encoder
-            return self._encoder
+        package = self.package
+        with opened(package.folder, package.manifest.key):
+            return Encoder(find_backend(package.manifest.target).open(package.folder, threads=threads))
 
 
 def in_memory(model: PreTrainedModel, options: ForwardOptions) -> ForwardMemory:

@@ -11,7 +11,7 @@ from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.auto.picture_sizes import picture_sizes
-from qeff_ir.compiler import Compiled, Watch
+from qeff_ir.compiler import Watch
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.picture_source import PictureFolder, PictureMemory, PictureSource
 from qeff_ir.frontend.source import find_folder
@@ -30,7 +30,7 @@ _WORDS = 1024
 """Words and new tokens that the context has room for beside the pictures, where nobody says."""
 
 
-class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
+class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunner"]):
     """A model of pictures and text that is compiled instead of run by torch.
 
         model = QEFFAutoModelForImageTextToText.from_pretrained("my-model")
@@ -56,13 +56,6 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
                 "AutoProcessor.from_pretrained returns it"
             )
         self._open(PictureMemory(model, processor))
-
-    def _open(self, source: PictureSource | None) -> None:
-        super()._open(source)
-        self._runner: PictureRunner | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_runner": None}  # sessions stay here, and are opened again there
 
     @classmethod
     def from_pretrained(
@@ -189,10 +182,6 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         paths = {"lang": folder} | {name: program_folder(folder, name) for name in encoders}
         return {f"{name}_qpc_path": str(p / "qpc" if (p / "qpc").is_dir() else p) for name, p in paths.items()}
 
-    def _accept(self, made: Compiled) -> None:
-        super()._accept(made)
-        self._runner = None
-
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -224,10 +213,9 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         """
         runner = self.runner()
         if prompts is None:
-            if images is not None or resize:
-                raise RuntimeInputError("images are given without prompts: give both, or what the processor returns")
-            if processor is not None:
-                raise RuntimeInputError("a processor is given without prompts: give both, or what it returns")
+            given = {"images": images, "processor": processor, "resize": resize or None}
+            for name in (name for name, value in given.items() if value is not None):
+                raise RuntimeInputError(f"{name} is for prompts, and there are none: give what the processor returns")
             with runner.decoder.request():
                 return runner.generate(inputs, kwargs)
         if processor is None or inputs is not None:
@@ -238,32 +226,24 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource]):
         with runner.decoder.request():
             return runner.answer(texts, images, processor, kwargs, resize=resize)
 
-    def runner(self, threads: int | None = None) -> PictureRunner:
-        """The sessions that `generate` uses, opened on first use.
+    def _open_runner(self, threads: int | None) -> PictureRunner:
+        from qeff_ir.auto.picture_runner import PictureRunner
+        from qeff_ir.runtime.generation import SessionLM
+        from qeff_ir.runtime.picture_decoder import PictureDecoder
+        from qeff_ir.runtime.session import Session
 
-        Raises:
-            PackageError: The model is not compiled, or its package is damaged.
-        """
-        with self._lock:
-            if self._runner is None:
-                from qeff_ir.auto.picture_runner import PictureRunner
-                from qeff_ir.runtime.generation import SessionLM
-                from qeff_ir.runtime.picture_decoder import PictureDecoder
-                from qeff_ir.runtime.session import Session
-
-                package = self.package
-                with opened(package.folder, package.manifest.key):
-                    backend, side = find_backend(package.manifest.target), package.folder / SIDE_FOLDER
-                    decoder = PictureDecoder(backend.open(package.folder, threads=threads))
-                    model = SessionLM(decoder, self.config, read_generation_config(side))
-                    forms, encoders = PictureForms.read(side), dict[str, Session]()
-                    for form in forms.sizes:
-                        session = backend.open(program_folder(package.folder, form.program), threads=threads)
-                        form.check({port.name: port.shape for port in session.interface.inputs})
-                        encoders[form.program] = session
-                    trust = isinstance(self._source, PictureFolder) and self._source.trust_remote_code
-                    self._runner = PictureRunner(model, decoder, encoders, forms, trust_remote_code=trust)
-            return self._runner
+        package = self.package
+        with opened(package.folder, package.manifest.key):
+            backend, side = find_backend(package.manifest.target), package.folder / SIDE_FOLDER
+            decoder = PictureDecoder(backend.open(package.folder, threads=threads))
+            model = SessionLM(decoder, self.config, read_generation_config(side))
+            forms, encoders = PictureForms.read(side), dict[str, Session]()
+            for form in forms.sizes:
+                session = backend.open(program_folder(package.folder, form.program), threads=threads)
+                form.check({port.name: port.shape for port in session.interface.inputs})
+                encoders[form.program] = session
+            trust = isinstance(self._source, PictureFolder) and self._source.trust_remote_code
+            return PictureRunner(model, decoder, encoders, forms, trust_remote_code=trust)
 
 
 def _default_context(rows: int, config: PreTrainedConfig) -> int:

@@ -10,7 +10,7 @@ from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
-from qeff_ir.compiler import Compiled, Watch
+from qeff_ir.compiler import Watch
 from qeff_ir.errors import CompileError, ModelLoadError
 from qeff_ir.frontend.encoded_source import EncodedFolder, EncodedMemory, EncodedSource
 from qeff_ir.frontend.source import find_folder
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qeff_ir.runtime.encoded_decoder import EncodedDecoder
 
 
-class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource]):
+class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, "tuple[PreTrainedModel, EncodedDecoder]"]):
     """A model that reads a text and writes one, compiled instead of run by torch.
 
         model = QEFFAutoModelForSeq2SeqLM.from_pretrained("my-model")
@@ -44,13 +44,6 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource]):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._open(EncodedMemory(model, self.task))
-
-    def _open(self, source: EncodedSource | None) -> None:
-        super()._open(source)
-        self._runner: tuple[PreTrainedModel, EncodedDecoder] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_runner": None}  # sessions stay here, and are opened again there
 
     @classmethod
     def from_pretrained(
@@ -141,10 +134,6 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource]):
                 options = {**options, "ctx_len": _default_context(source)}
         return self._compile(options, compile_dir, source, **rest)
 
-    def _accept(self, made: Compiled) -> None:
-        super()._accept(made)
-        self._runner = None
-
     def generate(self, inputs: torch.Tensor | Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """``generate`` of the model's own class in transformers, over the compiled model.
 
@@ -166,29 +155,21 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource]):
         with decoder.request():
             return generate(model, decoder, inputs, kwargs)
 
-    def runner(self, threads: int | None = None) -> tuple[PreTrainedModel, EncodedDecoder]:
-        """The model that `generate` uses, and its sessions, opened on first use.
+    def _open_runner(self, threads: int | None) -> tuple[PreTrainedModel, EncodedDecoder]:
+        """The model that `generate` uses, and its sessions."""
+        from qeff_ir.frontend.checkpoint.skeleton import empty_model
+        from qeff_ir.runtime.encoded_decoder import EncodedDecoder
+        from qeff_ir.runtime.encoded_generation import on_session
 
-        Raises:
-            PackageError: The model is not compiled, or its package is damaged.
-        """
-        with self._lock:
-            if self._runner is None:
-                from qeff_ir.frontend.checkpoint.skeleton import empty_model
-                from qeff_ir.runtime.encoded_decoder import EncodedDecoder
-                from qeff_ir.runtime.encoded_generation import on_session
-
-                package = self.package
-                with opened(package.folder, package.manifest.key):
-                    backend, side = find_backend(package.manifest.target), package.folder / SIDE_FOLDER
-                    encoder = None
-                    if ENCODER in package.manifest.programs:
-                        encoder = backend.open(program_folder(package.folder, ENCODER), threads=threads)
-                    decoder = EncodedDecoder(backend.open(package.folder, threads=threads), encoder)
-                    trust = isinstance(self._source, EncodedFolder) and self._source.trust_remote_code
-                    skeleton = empty_model(self.config, auto=self.task.auto_class(), trust_remote_code=trust)
-                    self._runner = on_session(skeleton, decoder, read_generation_config(side)), decoder
-            return self._runner
+        package = self.package
+        with opened(package.folder, package.manifest.key):
+            backend, side, encoder = find_backend(package.manifest.target), package.folder / SIDE_FOLDER, None
+            if ENCODER in package.manifest.programs:
+                encoder = backend.open(program_folder(package.folder, ENCODER), threads=threads)
+            decoder = EncodedDecoder(backend.open(package.folder, threads=threads), encoder)
+            trust = isinstance(self._source, EncodedFolder) and self._source.trust_remote_code
+            skeleton = empty_model(self.config, auto=self.task.auto_class(), trust_remote_code=trust)
+            return on_session(skeleton, decoder, read_generation_config(side)), decoder
 
 
 class QEFFAutoModelForSpeechSeq2Seq(QEFFAutoModelForSeq2SeqLM):

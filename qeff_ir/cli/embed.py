@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qeff_ir.cli.models import refuse_options
 from qeff_ir.cli.terminal import line, working
 from qeff_ir.errors import PackageError, RuntimeInputError
 
@@ -101,9 +102,7 @@ def _open_package(folder: Path, context: typer.Context) -> QEFFAutoModel:
 
     sources = {name: context.get_parameter_source(name) for name in _OF_COMPILING}
     given = [name for name, where in sources.items() if where is not None and where.name != "DEFAULT"]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise PackageError(f"{folder} is compiled already: leave out {options}, or give the model")
+    refuse_options(folder, given)
     return QEFFAutoModel.from_package(folder)
 
 

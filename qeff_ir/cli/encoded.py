@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_ir.cli.models import compiling, open_model, open_tokenizer
+from qeff_ir.cli.models import compiling, open_model, open_tokenizer, refuse_options
 from qeff_ir.cli.request import Request
 from qeff_ir.cli.terminal import line, quiet_transformers, working
-from qeff_ir.errors import CompileError, PackageError, RuntimeInputError, first_line
+from qeff_ir.errors import CompileError, RuntimeInputError, first_line
 from qeff_ir.reading import path_of, regular_file
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ def open_encoded(name: str, request: Request) -> QEFFAutoModelForSeq2SeqLM | Non
     config = read_model_config(folder / SIDE_FOLDER)
     if not getattr(config, "is_encoder_decoder", False):
         return None
-    if request.given:
-        options = ", ".join(f"--{n.replace('_', '-')}" for n in request.given)
-        raise PackageError(f"{name} is compiled already: leave out {options}, or give the model instead of the package")
+    refuse_options(name, request.given)
     return _kind(config).from_package(folder)
 
 

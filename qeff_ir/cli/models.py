@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from qeff_ir.cli.request import Request
 from qeff_ir.cli.terminal import quiet_transformers, show, working
-from qeff_ir.errors import ModelLoadError, RuntimeInputError
+from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
 from qeff_ir.reading import path_of
 
 if TYPE_CHECKING:
@@ -47,6 +47,21 @@ def open_model(name: str, request: Request) -> Source:
         source = open_source(folder if folder.is_dir() else name, trust_remote_code=request.trust_remote_code)
         quiet_transformers()
     return source
+
+
+def refuse_options(name: str | Path, given: Collection[str]) -> None:
+    """Refuse options of compiling beside a package.
+
+    Args:
+        name: The package.
+        given: The options that the user gave, by Python names.
+
+    Raises:
+        PackageError: There are some.
+    """
+    if given:
+        options = ", ".join(f"--{option.replace('_', '-')}" for option in given)
+        raise PackageError(f"{name} is compiled already: leave out {options}, or give the model instead of the package")
 
 
 def compile_source(source: Source, request: Request, out: Path | None = None, *, announce: bool = True) -> Compiled:

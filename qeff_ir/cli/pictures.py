@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_ir.cli.models import compiling
+from qeff_ir.cli.models import compiling, refuse_options
 from qeff_ir.cli.request import Request
 from qeff_ir.cli.terminal import line, quiet_transformers, working
-from qeff_ir.errors import CompileError, PackageError, RuntimeInputError, first_line
+from qeff_ir.errors import CompileError, RuntimeInputError, first_line
 from qeff_ir.reading import path_of, regular_file
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ def answer_about(
     if is_package(folder):
         from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
 
-        if request.given:
-            options = ", ".join(f"--{n.replace('_', '-')}" for n in request.given)
-            raise PackageError(f"{model} is compiled already: leave out {options}")
+        refuse_options(model, request.given)
         found = QEFFAutoModelForImageTextToText.from_package(folder)
     else:
         sizes = list(dict.fromkeys((picture.height, picture.width) for picture in pictures))

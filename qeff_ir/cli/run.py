@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qeff_ir.cli.encoded import answer_encoded, open_encoded
-from qeff_ir.cli.models import compile_source, open_model, open_tokenizer
+from qeff_ir.cli.models import compile_source, open_model, open_tokenizer, refuse_options
 from qeff_ir.cli.pictures import answer_about, is_of_pictures
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.terminal import line, seconds, show, working
-from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.errors import RuntimeInputError
 from qeff_ir.reading import path_of
 
 if TYPE_CHECKING:
@@ -143,11 +143,7 @@ def open_runnable(name: str, request: Request) -> QEFFAutoModelForCausalLM:
     packaged = is_package(folder) or (folder / SIDE_FOLDER).is_dir()  # one without its manifest is a damaged package
     if packaged:
         open_package(folder)
-        if request.given:
-            options = ", ".join(f"--{n.replace('_', '-')}" for n in request.given)
-            raise PackageError(
-                f"{name} is compiled already: leave out {options}, or give the model instead of the package"
-            )
+        refuse_options(name, request.given)
     else:
         source = open_model(name, request)
         folder = compile_source(source, request).folder

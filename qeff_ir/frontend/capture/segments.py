@@ -51,10 +51,8 @@ class Segments(TorchFunctionMode):
         _active.reset(self._before)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = (
-            kwargs or {},
-            getattr(func, "__name__", ""),
-        )  # split and cat are there twice, and replaced in a trace
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")  # split and cat are there twice, and replaced in a trace
         if name == "cat":
             whole = self._joined(*args, **kwargs)
             return func(*args, **kwargs) if whole is None else whole
