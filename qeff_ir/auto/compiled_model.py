@@ -61,7 +61,7 @@ class CompiledModel(ABC, Generic[SourceT, RunnerT]):
         return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_runner": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        vars(self).update(state, _lock=threading.RLock())
 
     @property
     def package(self) -> Compiled:
