@@ -84,19 +84,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Anywhere: a user adds it at the end of the command that failed. Without a command, help is what is wanted.
     words = [w for w in words if w != "--debug"] or ["--help"]
     terminal.write_any_text()
-    try:
-        with terminal.quiet():
-            code: int | None = app(words, prog_name="qeff", standalone_mode=False)
-        return code or 0
-    except KeyboardInterrupt:
-        return _EXIT_INTERRUPT
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail once more
-        return 0
-    except Exception as error:
-        code, message = _explain(error)
-        if debug:
-            traceback.print_exc()
+    with terminal.interrupts() as interrupted:
+        try:
+            with terminal.quiet():
+                code: int | None = app(words, prog_name="qeff", standalone_mode=False)
+            return code or 0
+        except KeyboardInterrupt:
+            return _EXIT_INTERRUPT
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail once more
+            return 0
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            if interrupted():  # a library has answered the interrupt with an exception of its own
+                return _EXIT_INTERRUPT
+            code, message = _explain(error)
     terminal.complain(message)
     return code
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -54,6 +57,29 @@ def working(text: str) -> Generator[Callable[[str], None]]:
         task = progress.add_task(text, total=None)
         with telling(lambda text: progress.update(task, description=text)):
             yield lambda text: progress.reset(task, description=text)
+
+
+@contextlib.contextmanager
+def interrupts() -> Generator[Callable[[], bool]]:
+    """Within it, the result tells whether there was an interrupt (SIGINT); each raises `KeyboardInterrupt` as ever.
+
+    Always false where the process handles interrupts in its own way, or outside its main thread.
+    """
+    seen = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.set()
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield seen.is_set
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

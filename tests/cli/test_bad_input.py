@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import qeff_ir.cli.app as app
 from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.cli.request import Request
 from qeff_ir.cli.verify import random_prompts
@@ -205,6 +206,23 @@ def test_a_killed_compile_leaves_no_package(qeff: Qeff, tmp_path: Path) -> None:
     assert "Compiled" in qeff(*compile_words(MODEL_FOLDER, out)).out
     assert qeff("run", out, "--prompt", "3+4=").out.startswith("3+4=7\n")
     assert list(tmp_path.glob(".out.partial-*")) == []
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (0, 70)])
+def test_an_interrupt_that_a_library_turns_into_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sent: int, code: int
+) -> None:
+    def answer(*_: object, **__: object) -> int:
+        try:
+            os.kill(os.getpid(), sent)
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            pass
+        raise SystemError("a call returned a result with an exception set")
+
+    monkeypatch.setattr(app, "app", answer)
+    assert app.main(["demo"]) == code
+    assert bool(capsys.readouterr().err) == (code == 70)
 
 
 def heed_interrupts() -> None:

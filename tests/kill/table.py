@@ -83,6 +83,7 @@ PROPERTIES = {
     "results of qeff opt": "cli/test_opt_writing.py",
     "files of flags": "test_compiler.py::test_another_file_of_a_flag_is_another_package",
     "flags of the command line": "cli/test_flags.py",
+    "interrupts of the command line": "cli/test_bad_input.py::test_an_interrupt_that_a_library_turns_into_an_error",
     "sampling from the command line": "cli/test_commands.py::test_a_seed_alone_asks_for_samples",
     "options beside a package": "cli/test_bad_input.py::test_run_refuses",
     "qeff embed": "cli/test_embed.py",
