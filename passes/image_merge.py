@@ -16,6 +16,7 @@ from qeff_ir.ir.ports import (
     LOGITS,
     NEXT_ROW,
     PICTURE_TOKENS,
+    PIXELS,
     PLANES,
     POSITIONS,
     ROWS,
@@ -33,10 +34,11 @@ _INT, _BOOL = ir.DataType.INT64, ir.DataType.BOOL
 @register
 @dataclass(frozen=True, slots=True)
 class ImageMerge(Pass):
-    """Lower `MergeRows` and `SpreadTokens`, and say where the rows are between two runs.
+    """Lower `MergeRows` and `SpreadTokens`, and say where the rows, or the pixels for them, are between two runs.
 
     ``rows=retained``: they are states that the host writes once, before the prompt, and that runs only read. Each has
-    an output that hands it on (AI 100 contract §1.8). ``rows=given``: they stay inputs of every run.
+    an output that hands it on (AI 100 contract §1.8). ``rows=given``: they stay inputs of every run. Of an encoder in
+    the graph, the pixels are what is retained or given.
 
     Which row a token stands for is computed once for all places. A model without such places stays as it is.
     """
@@ -80,7 +82,7 @@ class ImageMerge(Pass):
         if rewriter.count:
             rewriter.sweep()
         operators.attach(module.model)
-        given = [value for value in module.graph.inputs if module.role_of(value) is ROWS]
+        given = [value for value in module.graph.inputs if module.role_of(value) in (ROWS, PIXELS)]
         if self.rows == "retained" and given:
             _retain(module, given, rewriter)
 
@@ -170,5 +172,5 @@ def _retain(module: Module, given: list[ir.Value], rewriter: Rewriter) -> None:
     graph.outputs[:] = [logits, *kept, after, *(v for v in graph.outputs if v not in (logits, after))]
 
 
-_FRONT = (EMBEDDINGS, TOKENS, ROWS, POSITIONS, FIRST_ROW, PLANES, PICTURE_TOKENS)
+_FRONT = (EMBEDDINGS, TOKENS, ROWS, PIXELS, POSITIONS, FIRST_ROW, PLANES, PICTURE_TOKENS)
 """Roles of inputs in the order of the contract; states and adapters follow."""

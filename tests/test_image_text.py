@@ -92,7 +92,11 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> QEFFAutoModelForImageText
 @pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_tokens_are_those_of_transformers(name: str, target: str, tmp_path: Path) -> None:
-    model = compiled(name, tmp_path, target)
+    answers_like_transformers(compiled(name, tmp_path, target), name)
+
+
+def answers_like_transformers(model: QEFFAutoModelForImageTextToText, name: str) -> None:
+    """Rows of two pictures and one, then of one and none, in tokens and in logits; each picture spans prefill runs."""
     text, images = texts(name), [pictures(name, [1, 2]), pictures(name, [3])]
     right = [expected(name, own, said) for own, said in zip(images, text, strict=True)]
     assert answered(model, **processed(name, images, text)) == right
@@ -305,8 +309,8 @@ def test_requests_that_do_not_fit_are_told(llava: QEFFAutoModelForImageTextToTex
 
 def test_what_cannot_be_compiled_is_told(llava: QEFFAutoModelForImageTextToText, tmp_path: Path) -> None:
     folder = llava.package.folder.parent / "model"
-    with pytest.raises(ModelLoadError, match="kv_offload=False asks for one program"):
-        QEFFAutoModelForImageTextToText.from_pretrained(folder, kv_offload=False)
+    with pytest.raises(ModelLoadError, match="kv_offload is None: give True for a vision and a language program"):
+        QEFFAutoModelForImageTextToText.from_pretrained(folder, kv_offload=None)  # pyright: ignore[reportArgumentType]
     model = QEFFAutoModelForImageTextToText.from_pretrained(folder)
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"image_size": (0, 4)}, "image_size is"),

@@ -18,6 +18,24 @@ import onnx_graphsurgeon as gs
 
 from backends.ai100 import specializations, weight_free
 from backends.ai100.artifact import model_file
+from backends.ai100.contract_encoders import (
+    CROSSED,
+    FEATURES,
+    SEEN,
+    SUFFIX,
+    encoder_interface,
+    runs_of_encoder,
+    written_once,
+)
+from backends.ai100.contract_pictures import (
+    BESIDE,
+    NEXT,
+    PIXELS,
+    ROWS,
+    language_interface,
+    runs_of_pixels,
+    vision_interface,
+)
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.qnn.contract import violations as qnn_violations
 from backends.ai100.sdk import Sdk, description
@@ -25,13 +43,10 @@ from backends.ai100.violation import Violation, refuse_first
 from qeff_ir.errors import PackageError
 from qeff_ir.reading import read_bytes, read_json
 
-_SUFFIX = "_RetainedState"
 _EMBEDS = "inputs_embeds"
 # Written out again: this module checks what the others make, and shares no names with them.
-_CROSSED = ("past_key_self", "past_value_self", "past_key_cross", "past_value_cross")
-"""States of a layer that reads an encoder's output, in order (§1.7)."""
 _WHOLE = ("conv_state", "recurrent_state")
-_STEMS = ("past_key", "past_value", "past_indexer", *_CROSSED, *_WHOLE)
+_STEMS = ("past_key", "past_value", "past_indexer", *CROSSED, *_WHOLE)
 """Names of retained states, before the number of the layer, in the order of a layer (contract §1.1 and §1.6)."""
 _STATE = re.compile(rf"({'|'.join(_STEMS)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
 _RUN_INPUTS: dict[str, list[str | int]] = {
@@ -41,15 +56,6 @@ _RUN_INPUTS: dict[str, list[str | int]] = {
     "lora_ids": ["batch_size", 1],
 }
 """What a run may be given behind the states, int64 (contract §1.1), in order."""
-_ROWS = ("vision_embeds", "deepstack_features")
-"""Rows that a vision program makes and a language program keeps, in the order of its inputs (§1.8 and §1.9)."""
-_BESIDE = ("image_idx", "mm_token_type_ids")
-"""What a language program is given beside positions."""
-_NEXT = "image_idx_output"
-_FEATURES = ("input_features", "input_values", "encoder_input_ids")
-"""What an encoder in a decoder's graph is given, by the kind of model (§1.7 and its like)."""
-_SEEN = "encoder_attention_mask"
-"""What of it is real, beside the positions."""
 _ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
@@ -105,10 +111,10 @@ def violations(folder: Path) -> Iterator[Violation]:
     yield from _opsets(proto, sdk)
     yield from _ops(graph, sdk)
     yield from _interface(graph)
-    yield from _written_once(graph)
+    yield from written_once(graph)
     yield from _specializations(graph, recorded, sdk)
     retains = _retains(graph)
-    listed = retains or _ROWS[0] in _by_name(graph.outputs)
+    listed = retains or ROWS[0] in _by_name(graph.outputs)
     if "commands" in command:
         form = specializations.form_of(recorded)
         sizes = [s.symbols for s in specializations.load(folder / specializations.FILE)] if form is not None else []
@@ -190,13 +196,13 @@ def _interface(graph: gs.Graph) -> Iterator[Violation]:
 def _retains(graph: gs.Graph) -> bool:
     """Whether a graph has retained states."""
     names: list[str] = [*_by_name(graph.inputs), *_by_name(graph.outputs)]
-    return any(name.endswith(_SUFFIX) or _STATE.fullmatch(name) for name in names)
+    return any(name.endswith(SUFFIX) or _STATE.fullmatch(name) for name in names)
 
 
 def _forward_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
     """A forward pass: its batch comes first, token ids before their mask, both int64 (§1.10)."""
-    if _ROWS[0] in outputs:
-        yield from _vision_interface(inputs, outputs)
+    if ROWS[0] in outputs:
+        yield from vision_interface(inputs, outputs)
         return
     for name, tensor in inputs.items():
         shape = list(tensor.shape or [])
@@ -211,44 +217,19 @@ def _forward_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         yield Violation("outputs", "there is no output")
 
 
-def _vision_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
-    """A vision program: all sizes are fixed, and so are the names of what it makes (§1.8 and §1.9)."""
-    for name, tensor in (*inputs.items(), *outputs.items()):
-        shape = list(tensor.shape or [])
-        if not shape or not all(isinstance(size, int) for size in shape):
-            yield Violation("dtype-shape", f"{name} is {shape}, not of a fixed size")
-    if list(outputs) != [name for name in _ROWS if name in outputs]:
-        yield Violation("outputs", f"the outputs of a vision program must be {', '.join(_ROWS)} in order")
-    yield from _rows({name: outputs[name] for name in _ROWS if name in outputs}, 1)
-
-
-def _rows(tensors: dict[str, Any], batch: int | str) -> Iterator[Violation]:
-    """Rows are ``[batch, rows, hidden]``, those for layers as many and as wide."""
-    whole = list(tensors[_ROWS[0]].shape or []) if _ROWS[0] in tensors else []
-    for name, tensor in tensors.items():
-        shape = list(tensor.shape or [])
-        inner = shape if name == _ROWS[0] else shape[1:]
-        fixed = all(isinstance(size, int) for size in [*shape[: len(shape) - len(inner)], *inner[1:]])
-        if tensor.dtype != np.float32 or len(inner) != 3 or inner[0] != batch or inner != whole or not fixed:
-            wanted = f"[{batch}, rows, hidden]" if name == _ROWS[0] else f"[layers, *{whole}]"
-            yield Violation("dtype-shape", f"{name} is {tensor.dtype} {shape}, not float32 {wanted}")
-
-
 def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[Violation]:
-    for name in sorted(n for n in outputs if n.endswith(_SUFFIX) and n.removesuffix(_SUFFIX) not in inputs):
-        yield Violation("state-pair", f"output {name} has no input {name.removesuffix(_SUFFIX)}")
-    features = [n for n in _FEATURES if n in inputs]
-    given = (_EMBEDS, "input_ids", "position_ids", *_RUN_INPUTS, *_BESIDE, *features, _SEEN)
+    for name in sorted(n for n in outputs if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) not in inputs):
+        yield Violation("state-pair", f"output {name} has no input {name.removesuffix(SUFFIX)}")
+    features = [n for n in FEATURES if n in inputs]
+    given = (_EMBEDS, "input_ids", "position_ids", *_RUN_INPUTS, *BESIDE, *features, SEEN)
     retained = [n for n in inputs if n not in given]
     adapters = [n for n in retained if _ADAPTER.search(n)]
-    rows = [n for n in _ROWS if n in retained]
+    rows = [n for n in (*ROWS, PIXELS) if n in retained]
     states = [n for n in retained if n not in (*adapters, *rows)]
-    if bool(rows) != (_BESIDE[0] in inputs) or bool(rows) != (_NEXT in outputs):
-        yield Violation("inputs", f"{_ROWS[0]}, {_BESIDE[0]} and the output {_NEXT} belong together: keep all or none")
-    yield from _rows({name: inputs[name] for name in rows}, "batch_size")
+    yield from language_interface(inputs, outputs)
     for name in retained:
-        if name + _SUFFIX not in outputs:
-            yield Violation("state-pair", f"input {name} has no output {name}{_SUFFIX}")
+        if name + SUFFIX not in outputs:
+            yield Violation("state-pair", f"input {name} has no output {name}{SUFFIX}")
     for name in states:
         if _STATE.fullmatch(name) is None:
             yield Violation("inputs", f"input {name} is no retained state: name it {_STEMS[0]}.<layer>, say")
@@ -260,8 +241,8 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
             yield Violation("inputs", f"input {name} has no {other} beside it")
     expected += [n for n in _RUN_INPUTS if n in inputs] + adapters
     tokens = [n for n in (_EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
-    beside = [n for n in (*_BESIDE, _SEEN) if n in inputs]
-    yield from _encoder_interface(inputs, features, states)
+    beside = [n for n in (*BESIDE, SEEN) if n in inputs]
+    yield from encoder_interface(inputs, {n: found[1] for n in states if (found := _STATE.fullmatch(n))})
     if list(inputs) != [*features, *tokens, *rows, "position_ids", *beside, *expected]:
         first = ", ".join(tokens)
         yield Violation("inputs", f"the inputs must be {first}, position_ids, past_key.0, past_value.0, ... in order")
@@ -271,22 +252,22 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         if embeds.dtype != np.float32 or shape[:2] != ["batch_size", "seq_len"] or len(shape) != 3:
             found = f"{embeds.dtype} {shape}"
             yield Violation("dtype-shape", f"{_EMBEDS} is {found}, not float32 [batch_size, seq_len, hidden]")
-    returned = [n.removesuffix(_SUFFIX) for n in outputs if n.endswith(_SUFFIX)]
-    handed = [*(n + _SUFFIX for n in rows if n in returned), *([_NEXT] if _NEXT in outputs else [])]
+    returned = [n.removesuffix(SUFFIX) for n in outputs if n.endswith(SUFFIX)]
+    handed = [*(n + SUFFIX for n in rows if n in returned), *([NEXT] if NEXT in outputs else [])]
     returned = [
         *sorted((n for n in returned if _STATE.fullmatch(n) is not None), key=_order),
         *(n for n in adapters if n in returned),
     ]
-    if list(outputs) != ["logits", *handed, *(name + _SUFFIX for name in returned)]:
+    if list(outputs) != ["logits", *handed, *(name + SUFFIX for name in returned)]:
         yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
-    for name in ("input_ids", "position_ids", _BESIDE[1]):
+    for name in ("input_ids", "position_ids", BESIDE[1]):
         tensor = inputs.get(name)
         shapes: list[list[str | int]] = [["batch_size", "seq_len"]]
         if rows and name == "position_ids":
             shapes.append([4, "batch_size", "seq_len"])  # places on further axes (§1.1)
         if tensor is not None and (tensor.dtype != np.int64 or list(tensor.shape) not in shapes):
             yield Violation("dtype-shape", f"{name} is {tensor.dtype} {tensor.shape}, not int64 [batch_size, seq_len]")
-    for name, tensor in ((_BESIDE[0], inputs.get(_BESIDE[0])), (_NEXT, outputs.get(_NEXT))):
+    for name, tensor in ((BESIDE[0], inputs.get(BESIDE[0])), (NEXT, outputs.get(NEXT))):
         if tensor is not None and (tensor.dtype != np.int64 or list(tensor.shape) != ["batch_size", 1]):
             yield Violation("dtype-shape", f"{name} is {tensor.dtype} {tensor.shape}, not int64 [batch_size, 1]")
     logits = outputs.get("logits")
@@ -304,7 +285,7 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
             yield Violation("dtype-shape", f"{name} is {given.dtype} {given.shape}, not int64 [{sizes}]")
     batch = "full_batch_size" if "batch_index" in inputs else "batch_size"
     for name in retained:
-        before, after = inputs[name], outputs.get(name + _SUFFIX)
+        before, after = inputs[name], outputs.get(name + SUFFIX)
         shape = list(before.shape or [])
         if name in adapters:
             if not all(isinstance(size, int) for size in shape):
@@ -318,53 +299,6 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
             yield Violation("dtype-shape", f"{name} is {shape}, not [{batch}, heads, slots, width]")
         if after is not None and (before.dtype != after.dtype or shape != list(after.shape or [])):
             yield Violation("state-pair", f"{name} is {before.dtype} {shape}, its output {after.dtype} {after.shape}")
-
-
-def _encoder_interface(inputs: dict[str, Any], features: list[str], states: list[str]) -> Iterator[Violation]:
-    """An encoder in a decoder's graph: its features, and four states in each layer that reads them (§1.7)."""
-    kinds = [found[1] for name in states if (found := _STATE.fullmatch(name))]
-    crossed = [kind for kind in kinds if kind in _CROSSED]
-    if bool(crossed) != bool(features) or (crossed and kinds != [*_CROSSED] * (len(kinds) // len(_CROSSED))):
-        yield Violation(
-            "inputs",
-            f"features, and {', '.join(_CROSSED)} of each layer, belong together: keep all or none",
-        )
-    for name in features:
-        shape, wanted = list(inputs[name].shape or []), np.int64 if name == _FEATURES[2] else np.float32
-        open_sizes = [size for size in shape[1:] if not isinstance(size, int)]
-        if inputs[name].dtype != wanted or shape[:1] != ["batch_size"] or open_sizes != ["feature_len"]:
-            found = f"{inputs[name].dtype} {shape}"
-            yield Violation("dtype-shape", f"{name} is {found}, not {np.dtype(wanted)} [batch_size, ..., feature_len]")
-    if _SEEN in inputs:
-        shape = list(inputs[_SEEN].shape or [])
-        if inputs[_SEEN].dtype != np.int64 or shape[:1] != ["batch_size"] or not isinstance(shape[-1], int):
-            yield Violation("dtype-shape", f"{_SEEN} is {inputs[_SEEN].dtype} {shape}, not int64 [batch_size, length]")
-    for name in states:
-        length = "encoder_ctx_len" if "_cross." in name else "decoder_ctx_len" if "_self." in name else None
-        shape = list(inputs[name].shape or [])
-        if length is not None and (len(shape) != 4 or shape[2] != length):
-            yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, {length}, width]")
-
-
-def _written_once(graph: gs.Graph) -> Iterator[Violation]:
-    """What an encoder makes is written by runs with features, and kept by those without (§1.7)."""
-    outputs: list[Any] = list(graph.outputs)
-    for tensor in outputs:
-        if "_cross." in tensor.name and tensor.name.endswith(_SUFFIX):
-            node = tensor.inputs[0] if tensor.inputs else None
-            kept = node.inputs[1].name if node is not None and node.op == "Where" else ""
-            if kept != tensor.name.removesuffix(_SUFFIX):
-                yield Violation("cross-state", f"{tensor.name} is not Where(feature_len == 1, old, new): emit again")
-
-
-def _runs_of_encoder(entries: Sequence[Mapping[str, str]]) -> Iterator[Violation]:
-    """One specialization has features, one has a single entry, and the contexts are the same in both (§1.7)."""
-    lengths = [entry["feature_len"] for entry in entries if "feature_len" in entry]
-    contexts = {tuple(entry.get(f"{part}_ctx_len") for part in ("encoder", "decoder")) for entry in entries}
-    if lengths and (lengths.count("1") != 1 or len(lengths) != 2 or len(contexts) != 1):
-        yield Violation(
-            "encoder-runs", f"feature_len is {', '.join(lengths)}: give one specialization with features and one with 1"
-        )
 
 
 def _order(name: str) -> tuple[int, int, int]:
@@ -385,7 +319,8 @@ def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Viola
         yield Violation(
             "duplicate-specialization", "two specializations have the same name or the same sizes: drop one"
         )
-    yield from _runs_of_encoder(entries)
+    yield from runs_of_encoder(entries)
+    yield from runs_of_pixels(graph, entries)
     symbols = {d for t in [*graph.inputs, *graph.outputs] for d in t.shape or [] if d and not isinstance(d, int)}
     for symbol in sorted(symbols, key=str):
         for index, entry in enumerate(entries):
@@ -401,9 +336,9 @@ def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
     entries = dict(_ENTRY.findall(text))
     if _ENTRY.sub("", text) != "" or len(entries) != len(_ENTRY.findall(text)):
         yield Violation("custom-io", f"{CUSTOM_IO} is not a list of one IOName and Precision for each tensor")
-    names = {name for name in _by_name(graph.outputs) if name.endswith(_SUFFIX)}
-    names |= {name.removesuffix(_SUFFIX) for name in names}
-    heard = {n for n in _FEATURES[:2] if names and n in _by_name(graph.inputs)}
+    names = {name for name in _by_name(graph.outputs) if name.endswith(SUFFIX)}
+    names |= {name.removesuffix(SUFFIX) for name in names}
+    heard = {n for n in FEATURES[:2] if names and n in _by_name(graph.inputs)}
     names |= heard
     if not names:
         names = {*_by_name(graph.inputs), *_by_name(graph.outputs)}
@@ -411,7 +346,7 @@ def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
         what = "lacks" if name in names else "has the unknown tensor"
         yield Violation("custom-io", f"{CUSTOM_IO} {what} {name}: it lists every state twice, and nothing else")
     halves = heard & set(entries) | {
-        name for name in entries if _ADAPTER.search(name) or name.removesuffix(_SUFFIX) in _ROWS
+        name for name in entries if _ADAPTER.search(name) or name.removesuffix(SUFFIX) in (*ROWS, PIXELS)
     }
     halves |= heard & set(entries)
     if any(entries[name] != "float16" for name in halves):

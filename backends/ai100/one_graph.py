@@ -9,7 +9,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qeff_ir.errors import CompileError
-from qeff_ir.ir.module import WEIGHT_KEY, Dim, Module
+from qeff_ir.ir.joining import absorb
+from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.ports import ENCODER_CONTEXT, FEATURE_LENGTH, FEATURES, FEATURES_MASK
 
 _PREFIX = "encoder_"
@@ -30,11 +31,10 @@ def join(decoder: Module, encoder: Module) -> Module:
     if len(features) != 1:
         names = ", ".join(str(v.name) for v in encoder.graph.inputs)
         raise CompileError(f"the encoder of {decoder.name} takes {names}: the AI 100 contract knows one input (§1.7)")
-    made = {str(value.name): value for value in encoder.graph.outputs}
     mask = encoder.find(FEATURES_MASK)
     if mask is not None:
         mask.replace_all_uses_with(_mask(decoder, mask))
-    _move(encoder.graph, decoder.graph)
+    made = absorb(decoder.graph, encoder.graph, _PREFIX)
     whole, keep = _features(decoder, features[0], encoder.dims[FEATURE_LENGTH])
     features[0].replace_all_uses_with(whole)
     for index, state in enumerate(decoder.states):
@@ -53,26 +53,6 @@ def _mask(decoder: Module, mask: ir.Value) -> ir.Value:
     made = ir.val(f"{_PREFIX}{mask.name}", shape=mask.shape, type=mask.type)
     decoder.graph.inputs.insert(2, made)
     return decoder.declare(made, FEATURES_MASK)
-
-
-def _move(encoder: ir.Graph, graph: ir.Graph) -> None:
-    """Take all nodes, and the constants that the decoder does not have."""
-    for name, value in list(encoder.initializers.items()):
-        del encoder.initializers[name]
-        own = graph.initializers.get(name)
-        if own is not None and WEIGHT_KEY in own.metadata_props:  # a weight of both
-            value.replace_all_uses_with(own)
-            continue
-        value.name = name if own is None else f"{_PREFIX}graph.{name}"
-        graph.register_initializer(value)
-    encoder.outputs.clear()
-    nodes = list(encoder)
-    encoder.remove(nodes)
-    for value in (value for node in nodes for value in node.outputs):
-        value.name = None
-    for node in nodes:
-        node.name = None
-    graph.insert_before(next(iter(graph)), nodes)
 
 
 def _features(decoder: Module, old: ir.Value, dim: Dim) -> tuple[ir.Value, ir.Value]:

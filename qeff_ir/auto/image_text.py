@@ -39,23 +39,24 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
 
     The package has two programs: ``vision`` makes rows of one picture, and the language model, which keeps the rows of
     up to `num_images` pictures, reads them in the place of placeholder tokens. Of several sizes of pictures, each has
-    an encoder of its own.
+    an encoder of its own. With ``kv_offload=False``, one program takes pixels and tokens.
 
     Args:
         model: A transformers model in memory, which stays unchanged.
         processor: Its processor, which says what it makes of a picture.
+        kv_offload: See `from_pretrained`.
 
     Raises:
         ModelLoadError: It is something else.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Any, *, kv_offload: bool = True) -> None:
         if not callable(processor) or not hasattr(processor, "save_pretrained"):
             raise ModelLoadError(
                 f"the processor is of type {type(processor).__name__}: give that of the model, as "
                 "AutoProcessor.from_pretrained returns it"
             )
-        self._open(PictureMemory(model, processor))
+        self._open(_single(PictureMemory(model, processor), kv_offload))
 
     @classmethod
     def from_pretrained(
@@ -70,18 +71,18 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
 
         Args:
             pretrained_model_name_or_path: The folder or id.
-            kv_offload: Whether encoder and language model are two programs; one for both is not supported.
+            kv_offload: Whether encoder and language model are two programs. One for both (`False`) takes pixels and
+                tokens (AI 100 contract §1.8): every prefill run encodes the pictures of all rows, and so does every
+                decode run on ONNX Runtime, which has no compiler to leave the encoder out.
             trust_remote_code: Whether code that comes with the model may run.
             kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
 
         Raises:
             ModelLoadError: There is no such model, it cannot be read, or an argument asks for what is not supported.
         """
-        if kv_offload is not True:
-            raise ModelLoadError("kv_offload=False asks for one program for pictures and text: leave it out")
         hub = hub_arguments(kwargs)
         folder = find_folder(model_name(pretrained_model_name_or_path), **hub)
-        return cls._opened(PictureFolder(folder, trust_remote_code=trust_remote_code))
+        return cls._opened(_single(PictureFolder(folder, trust_remote_code=trust_remote_code), kv_offload))
 
     def compile(
         self,
@@ -97,7 +98,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         emit_only: bool = False,
         watch: Watch | None = None,
         **options: Any,
-    ) -> dict[str, str]:
+    ) -> dict[str, str] | str:
         """Compile for a target; an equal package in the cache is used as it is.
 
         Args:
@@ -119,7 +120,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
 
         Returns:
             Paths of the programs, ``vision_qpc_path`` and ``lang_qpc_path``, as the AI 100 contract has it (§1.9); of
-            several sizes ``vision_336x336_qpc_path`` and so on.
+            several sizes ``vision_336x336_qpc_path`` and so on. That of a single program alone.
 
         Raises:
             QeffError: See `qeff_ir.compiler.compile_model`.
@@ -150,7 +151,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         num_images: int,
         compile_dir: str | Path | None = None,
         **rest: Any,
-    ) -> dict[str, str]:
+    ) -> dict[str, str] | str:
         """`compile` with its options by name.
 
         Args:
@@ -165,7 +166,10 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         if type(num_images) is not int or num_images < 1:
             raise CompileError(f"num_images must be a whole number of at least 1, not {num_images!r}")
         if source is not None:
-            source = source.for_pictures(image_size, num_images)  # another object: other threads may compile this one
+            batch = options.get("batch_size") or 1
+            if source.single_program and options.get("prefill_seq_len") == 1:
+                raise CompileError("a run of one token reads no picture: give prefill_seq_len=2 or more")
+            source = source.for_pictures(image_size, num_images, batch)  # another: threads may compile this one
             assert source.pictured is not None
             rows, ctx_len = source.pictured.features.rows * num_images, options["ctx_len"]
             if ctx_len is None:
@@ -176,7 +180,9 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
                     f"{ctx_len}: raise it, or ask for fewer or smaller pictures"
                 )
             options = {**options, "ctx_len": ctx_len}
-        self._compile(options, compile_dir, source, **rest)
+        path = self._compile(options, compile_dir, source, **rest)
+        if list(self.package.manifest.programs) == [MAIN]:
+            return path
         folder = self.package.folder
         encoders = [name for name in self.package.manifest.programs if name != MAIN]
         paths = {"lang": folder} | {name: program_folder(folder, name) for name in encoders}
@@ -235,15 +241,30 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         package = self.package
         with opened(package.folder, package.manifest.key):
             backend, side = find_backend(package.manifest.target), package.folder / SIDE_FOLDER
-            decoder = PictureDecoder(backend.open(package.folder, threads=threads))
-            model = SessionLM(decoder, self.config, read_generation_config(side))
             forms, encoders = PictureForms.read(side), dict[str, Session]()
-            for form in forms.sizes:
+            single = forms.sizes[0].program == MAIN
+            decoder = PictureDecoder(backend.open(package.folder, threads=threads), forms if single else None)
+            model = SessionLM(decoder, self.config, read_generation_config(side))
+            for form in () if single else forms.sizes:
                 session = backend.open(program_folder(package.folder, form.program), threads=threads)
                 form.check({port.name: port.shape for port in session.interface.inputs})
                 encoders[form.program] = session
             trust = isinstance(self._source, PictureFolder) and self._source.trust_remote_code
             return PictureRunner(model, decoder, encoders, forms, trust_remote_code=trust)
+
+
+def _single(source: PictureSource, kv_offload: bool) -> PictureSource:
+    """The source of a single program where `kv_offload` is `False`.
+
+    Raises:
+        ModelLoadError: It is neither `True` nor `False`.
+    """
+    if type(kv_offload) is not bool:
+        raise ModelLoadError(
+            f"kv_offload is {kv_offload!r}: give True for a vision and a language program, or False for one program"
+        )
+    source.single_program = not kv_offload
+    return source
 
 
 def _default_context(rows: int, config: PreTrainedConfig) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from qeff_ir.errors import RuntimeInputError, first_line
 from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
 from qeff_ir.ir.ports import ALL_PLANES, AXES, PLANES
+from qeff_ir.ir.residents import KINDS
 from qeff_ir.runtime.picture_form import PictureForm
 from qeff_ir.runtime.picture_forms import Picture, PictureForms
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 _KEPT = 256 << 20
 """Bytes of rows of pictures that are kept, so that the next question about one does not encode it again."""
 
+_PIXELS = KINDS["pixels"].stem
+"""What a graph that has the encoder calls the pixels, whatever the processor does."""
+
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 """What processors call the types of tokens; the first tells the pictures, whatever else the second may tell."""
 
@@ -38,7 +42,7 @@ class PictureRunner:
     Args:
         model: The language model.
         decoder: Its decoder.
-        encoders: The encoders, by program.
+        encoders: The encoders, by program; none where the decoder's graph has it.
         forms: What the processor makes of pictures.
         trust_remote_code: Whether code that came with the model may run.
     """
@@ -124,7 +128,10 @@ class PictureRunner:
         return prompts
 
     def _encoded(self, pictures: Sequence[Picture]) -> dict[str, Array]:
-        """Rows of the pictures of a prompt, one after the other."""
+        """Rows of the pictures of a prompt, one after the other, or their pixels where the decoder's graph encodes."""
+        if pictures and not self._encoders:
+            name, form = self.forms.sizes[0].pixels
+            return {_PIXELS: np.concatenate([picture[name] for _, picture in pictures], axis=form.axis)}
         made = [self.encode(form, inputs) for form, inputs in pictures]
         return {name: np.concatenate([one[name] for one in made], axis=-2) for name in (made[0] if made else ())}
 

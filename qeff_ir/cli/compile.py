@@ -38,6 +38,10 @@ def command(
         typer.Option(help="Tokens (or positions of a recording) that an encoder takes, where there is one.", min=1),
     ] = None,
     num_images: Annotated[int, typer.Option(help="Pictures that a prompt may have.", min=1)] = 1,
+    single_program: Annotated[
+        bool,
+        typer.Option("--single-program", help="Encoder and language model in one program, for a model of pictures."),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(help="Write what the passes did (to each program) as JSON.", metavar="FILE"),
@@ -50,6 +54,8 @@ def command(
     Any other option is a flag of the AI 100 compiler, and comes after MODEL (--aic-enable-depth-first, --mos 1).
     """
     started = time.perf_counter()
+    if single_program and not image_size:
+        raise CompileError("--single-program is for models of pictures and text: give --image-size too")
     source = None if image_size else open_model(model, request)
     encoded = source is not None and is_encoded(source)
     if encoder_ctx_len is not None and not encoded:
@@ -60,7 +66,9 @@ def command(
         compiled = compile_source(source, request, out)
     else:
         assert image_size
-        compiled = compile_pictures(model, request, [size_of(size) for size in image_size], num_images, out).package
+        sizes = [size_of(size) for size in image_size]
+        found = compile_pictures(model, request, sizes, num_images, out, single_program=single_program)
+        compiled = found.package
     show_programs(compiled.manifest)
     if compiled.cached:
         line(("Nothing to do: ", "green"), "an equal package was there already.")

@@ -35,7 +35,13 @@ def size_of(text: str) -> tuple[int, int]:
 
 
 def compile_pictures(
-    model: str, request: Request, sizes: Sequence[tuple[int, int]], count: int, out: Path | None = None
+    model: str,
+    request: Request,
+    sizes: Sequence[tuple[int, int]],
+    count: int,
+    out: Path | None = None,
+    *,
+    single_program: bool = False,
 ) -> QEFFAutoModelForImageTextToText:
     """Compile a model of pictures and text.
 
@@ -45,6 +51,7 @@ def compile_pictures(
         sizes: Height and width of pictures.
         count: Pictures of a prompt.
         out: Folder of the package; in the cache by default.
+        single_program: Whether one program takes pixels and tokens.
 
     Raises:
         QeffError: See `qeff_ir.auto.image_text.QEFFAutoModelForImageTextToText.compile`.
@@ -55,7 +62,9 @@ def compile_pictures(
 
     quiet_transformers()
     with working(f"Opening {model}"):
-        found = QEFFAutoModelForImageTextToText.from_pretrained(model, trust_remote_code=request.trust_remote_code)
+        found = QEFFAutoModelForImageTextToText.from_pretrained(
+            model, kv_offload=not single_program, trust_remote_code=request.trust_remote_code
+        )
     shapes = {} if "ctx_len" in request.given else {"ctx_len": None}
     with compiling(request) as rest:
         found.compile_with(

@@ -1,4 +1,7 @@
-"""Where a model of pictures and text comes from; its package has an encoder, and a language model given rows."""
+"""Where a model of pictures and text comes from; its package has an encoder, and a language model given rows.
+
+Asked for a single program, it has both in one graph.
+"""
 
 from __future__ import annotations
 
@@ -44,21 +47,30 @@ class Pictured:
         forms: What a processor makes of pictures of each size.
         examples: Just that, for a picture of noise, by the program that encodes it.
         features: What the encoder makes of a picture of the size with the most rows.
+        whole: What the processor makes of the pictures of a whole batch, for a single program; `None` for several.
     """
 
     forms: PictureForms
     examples: Mapping[str, Example]
     features: Features
+    whole: Example | None = None
 
 
 class PictureSource(Source):
-    """A model of pictures and text, see `for_pictures`."""
+    """A model of pictures and text, see `for_pictures`.
+
+    Attributes:
+        single_program: Whether encoder and language model are one program.
+    """
 
     task = IMAGE_TEXT_TO_TEXT
     pictured: Pictured | None = None
+    single_program: bool = False
 
     def programs(self) -> Mapping[str, Callable[[], Module]]:
         """See `Source.programs`."""
+        if self.single_program:
+            return {MAIN: self.lower}
         encoders = {name: functools.partial(self.lower_vision, name) for name in self._known().examples}
         return {MAIN: self.lower, **encoders}
 
@@ -70,13 +82,19 @@ class PictureSource(Source):
     def image_processor(self) -> Any:
         """transformers' image processor of the model."""
 
-    def for_pictures(self, sizes: Sequence[tuple[int, int]], count: int) -> PictureSource:
+    def for_pictures(self, sizes: Sequence[tuple[int, int]], count: int, batch: int = 1) -> PictureSource:
         """The model, to be compiled for up to `count` pictures of these sizes (height and width) in a prompt.
 
         Sizes of which the image processor makes the same are one.
 
+        Args:
+            sizes: The sizes.
+            count: Pictures of a prompt.
+            batch: Prompts of a run, whose pictures a single program encodes together.
+
         Raises:
-            CompileError: The image processor does not take such pictures.
+            CompileError: The image processor does not take such pictures, or there are several sizes for a single
+                program.
             UnsupportedModelError: The model has no encoder of its own, or makes rows of another kind for each size.
         """
         from qeff_ir.frontend.export.encoders import find_features
@@ -100,7 +118,12 @@ class PictureSource(Source):
                 form = PictureForm(f"{VISION}_{size[0]}x{size[1]}", size, features.rows, inputs)
                 found.append((form, example, features))
         if len(found) == 1:
-            found = [(replace(found[0][0], program=VISION), *found[0][1:])]
+            found = [(replace(found[0][0], program=MAIN if self.single_program else VISION), *found[0][1:])]
+        elif self.single_program:
+            raise CompileError(
+                f"one program for pictures and text takes pictures of one size, and {len(found)} are asked for: leave "
+                "out kv_offload=False (--single-program)"
+            )
         if len({replace(features, rows=1) for _, _, features in found}) > 1:
             raise UnsupportedModelError(
                 f"the encoder of {type(model).__name__} makes rows of another kind for each size of pictures: compile "
@@ -109,8 +132,9 @@ class PictureSource(Source):
         forms = PictureForms(token, count, tuple(form for form, _, _ in found))
         check_alike(forms.sizes)
         largest = max((features for _, _, features in found), key=lambda features: features.rows)
+        whole = _of_batch(processor, forms, batch, takes) if self.single_program else None
         made = copy.copy(self)
-        made.pictured = Pictured(forms, {form.program: example for form, example, _ in found}, largest)
+        made.pictured = Pictured(forms, {form.program: example for form, example, _ in found}, largest, whole)
         return made
 
     def _known(self) -> Pictured:
@@ -119,12 +143,19 @@ class PictureSource(Source):
         return self.pictured
 
     def _language(self, model: PreTrainedModel, weights: Weights) -> Module:
+        from qeff_ir.frontend.export.encoders import lower_encoder
         from qeff_ir.frontend.export.pictures import lower_language
+        from qeff_ir.frontend.export.single_program import join
 
         known = self._known()
-        largest = next(form.program for form in known.forms.sizes if form.rows == known.features.rows)
-        example = known.examples[largest]
-        return lower_language(model, weights, known.features, count=known.forms.count, example=example)
+        largest = next(form for form in known.forms.sizes if form.rows == known.features.rows)
+        example = known.examples[largest.program]
+        language = lower_language(model, weights, known.features, count=known.forms.count, example=example)
+        if known.whole is None:
+            return language
+        _, pixels = largest.pixels
+        batched = pixels.row_axis == 0 and (pixels.axis != 0 or pixels.step * known.forms.count == 1)
+        return join(language, lower_encoder(model, weights, known.whole), batched=batched)
 
     def _vision(self, model: PreTrainedModel, weights: Weights, program: str) -> Module:
         from qeff_ir.frontend.export.encoders import lower_encoder
@@ -222,6 +253,14 @@ def _example(
     )
     arrays = [{name: value.numpy() for name, value in made.items()} for made in (one, pair, rows)]
     return one, form_of_inputs(*arrays)
+
+
+def _of_batch(processor: Any, forms: PictureForms, batch: int, takes: Collection[str]) -> dict[str, torch.Tensor]:
+    """What an image processor makes of as many pictures of noise as a batch may have, of that what an encoder takes."""
+    random = np.random.default_rng(0)
+    size = (batch, forms.count, *forms.sizes[0].size, 3)
+    noise = random.integers(0, 256, size, dtype=np.uint8)
+    return {n: v for n, v in _processed(processor, [list(row) for row in noise]).items() if n in takes}
 
 
 def _processed(processor: Any, images: list[list[Any]]) -> dict[str, torch.Tensor]:

@@ -142,6 +142,7 @@ ADAPTER_ROW = define(Role("adapter-row", "slot of each row's adapter, int64 [bat
 MASK = define(Role("mask", "1 for tokens and 0 for padding, int64 [batch, seq]"))
 TOKEN_TYPES = define(Role("token-types", "segment of each token, int64 [batch, seq]"))
 ROWS = define(Role("rows", "what an encoder made for placeholders, float32 [batch, rows, hidden]"))
+PIXELS = define(Role("pixels", "what an encoder in a language model's graph is given, float32"))
 ROWS_OUTPUT = define(Role("made-rows", "what an encoder makes for placeholders, float32", is_output=True))
 FIRST_ROW = define(Role("first-row", "the row that the next placeholder stands for, int64 [batch, 1]", _first_rows))
 NEXT_ROW = define(Role("next-row", "the same for the next run, int64 [batch, 1]", is_output=True))

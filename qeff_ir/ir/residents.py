@@ -1,4 +1,6 @@
-"""Residents: what stays on the device between two runs. A run writes the states, the host writes rows and adapters.
+"""Residents: what stays on the device between two runs.
+
+A run writes the states; the host writes rows of pictures, their pixels, and adapters.
 
 A kind of state is one row of `KINDS`: its names, its order, where its context axis is and how a run writes it.
 """
@@ -59,6 +61,7 @@ define(Kind("conv", "conv_state", "slide"))
 define(Kind("recurrent", "recurrent_state", "replace"))
 define(Kind("rows", "vision_embeds", "host", shared=True))
 define(Kind("layer-rows", "deepstack_features", "host", shared=True))
+define(Kind("pixels", "pixel_values", "host", shared=True))
 define(Kind("self-key", "past_key_self", "append", context_axis=2))
 define(Kind("self-value", "past_value_self", "append", context_axis=2))
 define(Kind("cross-key", "past_key_cross", "host"))
@@ -72,8 +75,8 @@ class State:
     Attributes:
         layer: Index of the decoder layer; 0 for what all layers have together.
         kind: What the tensor holds, a row of `KINDS`: keys or values of tokens, an indexer's keys, the last inputs of a
-            convolution, a recurrence's state, rows of an encoder, or keys and values that a decoder's cross-attention
-            reads (``self-key`` and ``self-value`` are those of its own tokens, beside these).
+            convolution, a recurrence's state, rows of an encoder, pixels for one, or keys and values that a decoder's
+            cross-attention reads (``self-key`` and ``self-value`` are those of its own tokens, beside these).
         shape: Symbols and sizes, for example ``("batch_size", 8, "ctx_len", 64)`` for ``[batch, kv_heads, ctx,
             head_dim]``.
         dtype: Element type in the graph; a backend may store another one.

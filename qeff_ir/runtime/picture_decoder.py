@@ -10,7 +10,9 @@ import numpy as np
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.ports import AXES, NEXT_ROW, PICTURE_TOKENS, Run
+from qeff_ir.ir.residents import State
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.picture_forms import PictureForms
 from qeff_ir.runtime.session import Session
 
 
@@ -20,7 +22,8 @@ class Pictured:
 
     Attributes:
         rows: By the name of the resident, float32 ``[rows, hidden]`` (``[layers, rows, hidden]`` where they are for
-            layers): one for each placeholder, in order. Empty for a prompt of text alone.
+            layers): one for each placeholder, in order; where the graph has the encoder, all pixels of the prompt, as
+            the processor returns them. Empty for a prompt of text alone.
         planes: Place of each token on three axes, int64 ``[3, tokens]``; its position on each by default.
         types: 0 for text, int64 ``[tokens]``; text alone by default.
     """
@@ -35,9 +38,10 @@ class PictureDecoder(Decoder):
 
     Args:
         session: The session.
+        forms: The pictures that the encoder in the session's graph takes; `None` where it is not there.
 
     Raises:
-        PackageError: The session keeps no rows, or see `Decoder`.
+        PackageError: The session keeps no rows, or pixels of other pictures, or see `Decoder`.
 
     Attributes:
         capacity: Rows that the context of each prompt may hold.
@@ -48,13 +52,18 @@ class PictureDecoder(Decoder):
 
     writes_states = True
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, forms: PictureForms | None = None) -> None:
         super().__init__(session)
         self._residents = {s.input: s for s in session.interface.states if s.written_by_host}
         if not self._residents:
             raise PackageError("the package keeps no rows of an encoder: open it as a causal LM")
-        sizes = {state.shape[-2] for state in self._residents.values()}
-        self.capacity = max(size for size in sizes if isinstance(size, int))
+        self._pixels = None if forms is None else forms.sizes[0].pixels[1]
+        if forms is None:
+            sizes = {state.shape[-2] for state in self._residents.values()}
+            self.capacity = max(size for size in sizes if isinstance(size, int))
+        else:
+            forms.check_batch([self._sizes(state) for state in self._residents.values()], self.batch_size)
+            self.capacity = forms.count * forms.sizes[0].rows
         self.whole = session.interface.input(PICTURE_TOKENS) is not None
         self.prompts: Sequence[Pictured] = ()
         self._rows: list[Pictured] = [Pictured()] * self.batch_size
@@ -90,7 +99,7 @@ class PictureDecoder(Decoder):
                     f"the types are {list(prompt.types.shape)} for a prompt of {len(tokens)} tokens: give one for each"
                 )
             for name, given in prompt.rows.items():
-                if given.shape[-2] > self.capacity:
+                if self._pixels is None and given.shape[-2] > self.capacity:
                     raise RuntimeInputError(
                         f"{name} has {given.shape[-2]} rows, and a prompt may have {self.capacity}: give fewer pictures"
                     )
@@ -98,17 +107,24 @@ class PictureDecoder(Decoder):
     def _begin(self) -> None:
         self._rows = self._asked
         for name, state in self._residents.items():
-            shape = [self.batch_size if isinstance(size, str) else size for size in state.shape]
-            self.session.write(name, self._written(name, shape))
+            self.session.write(name, self._written(name, self._sizes(state)))
         self._first = np.zeros((self.batch_size, 1), dtype=np.int64)
 
+    def _sizes(self, state: State) -> list[int]:
+        return [self.batch_size if isinstance(size, str) else size for size in state.shape]
+
     def _written(self, name: str, shape: Sequence[int]) -> Array:
-        """The rows of all prompts as a resident holds them; zeros behind those that there are."""
+        """The rows, or pixels, of all prompts as a resident holds them; zeros behind those that there are."""
         held = np.zeros(shape, dtype=np.float32)
+        axis = len(shape) - 3 if self._pixels is None else self._pixels.row_axis
+        own = shape[axis] // self.batch_size
         for index, prompt in enumerate(self._rows):
-            rows = prompt.rows.get(name)
-            if rows is not None:
-                held[..., index, : rows.shape[-2], :] = rows
+            given = prompt.rows.get(name)
+            if given is not None:
+                whole = np.expand_dims(given, axis) if self._pixels is None else given
+                place = [slice(size) for size in whole.shape]
+                place[axis] = slice(index * own, index * own + whole.shape[axis])
+                held[tuple(place)] = whole
         return held
 
     def _cut(self, row: int, length: int) -> list[tuple[int, int]]:

@@ -86,9 +86,16 @@ class PictureForm:
                 yield f"{name} is {number}"
         if not self.inputs:
             yield "there are no inputs"
+        elif all(form.numbers is not None for form in self.inputs.values()):
+            yield "there are no pixels"
         for name, form in self.inputs.items():
             if not all(0 <= axis < len(form.shape) for axis in (form.axis, form.row_axis)) or min(form.shape) < 1:
                 yield f"{name} has the shape {list(form.shape)} and axes {form.axis} and {form.row_axis}"
+
+    @property
+    def pixels(self) -> tuple[str, InputForm]:
+        """The first input that is no constant; an encoder in a language model's graph has no other."""
+        return next((name, form) for name, form in self.inputs.items() if form.numbers is None)
 
     @property
     def said(self) -> str:

@@ -27,7 +27,7 @@ class PictureForms:
     Attributes:
         token: The token that stands for one row.
         count: Pictures that a prompt may have.
-        sizes: The sizes, each with an encoder of its own; at least one.
+        sizes: The sizes, each with an encoder of its own; at least one. One alone may have it in the main program.
     """
 
     token: int
@@ -67,6 +67,19 @@ class PictureForms:
     def said(self) -> str:
         """The sizes in words."""
         return ", ".join(form.said for form in self.sizes)
+
+    def check_batch(self, shapes: Sequence[Sequence[int]], batch: int) -> None:
+        """Compare with what a graph that has the encoder keeps: pixels of as many pictures as a batch may have.
+
+        Raises:
+            PackageError: They are of other pictures, or it keeps something else.
+        """
+        _, form = self.sizes[0].pixels
+        wanted = list(form.shape)
+        wanted[form.axis] *= self.count
+        wanted[form.row_axis] *= batch
+        if [list(shape) for shape in shapes] != [wanted]:
+            raise PackageError(f"{FILE} is of other pictures than the encoder takes: compile the model again")
 
     def of(self, given: Mapping[str, Array]) -> PictureForm | None:
         """The compiled size that the processor's output for one picture is of; `None` for another."""

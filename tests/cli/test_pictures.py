@@ -60,6 +60,15 @@ def test_a_package_answers_about_a_picture(qeff: Qeff, model: Path, tmp_path: Pa
     assert lost.code == 2 and "Found 1 <image> tokens in the text but no images" in " ".join(lost.err.split())
 
 
+def test_one_program_answers_about_a_picture(qeff: Qeff, model: Path, tmp_path: Path) -> None:
+    common = ("--target", "ai100", "--emit-only", "--prefill-seq-len", "8", "--ctx-len", "64")
+    size = f"{SIZE[0]}x{SIZE[1]}"
+    said = qeff("compile", model, "-o", tmp_path / "out", "--image-size", size, "--single-program", *common)
+    assert (said.code, said.err) == (0, "") and not (tmp_path / "out" / "vision").exists()
+    ask = ("--image", model / "cat.png", "--prompt", PROMPT, "--max-new-tokens", "4")
+    assert right(PROMPT) in qeff("run", tmp_path / "out", *ask).out
+
+
 def test_a_picture_stands_as_its_camera_was_held(tmp_path: Path) -> None:
     held = Image.Exif()
     held[0x0112] = 6  # a quarter turn
@@ -94,6 +103,7 @@ def test_a_template_that_begins_a_text_does_so_once(model: Path) -> None:
         (("run", "--image", "none.png", "--prompt", "a"), "none.png' cannot be read"),
         (("run", "--image", "config.json", "--prompt", "a"), "config.json is not a picture that Pillow reads"),
         (("compile", "--image-size", "336"), "--image-size is '336': give height and width in pixels, as 336x336"),
+        (("compile", "--single-program"), "--single-program is for models of pictures and text: give --image-size too"),
         (("compile", "--image-size", "8x8", "--token-embedding", "host"), "is for models of text alone"),
         (
             ("compile", "--image-size", "90x90", "--num-images", "9", "--ctx-len", "128"),
