@@ -29,7 +29,13 @@ OTHERS = [(name, target) for name in PROCESSORS for target in ("onnxruntime", "a
 def single(name: str, out: Path, target: str, **more: Any) -> QEFFAutoModelForImageTextToText:
     """The tiny model as one program."""
     model = QEFFAutoModelForImageTextToText(multimodal.lively(name), processors.processor(name), kv_offload=False)
-    options: dict[str, Any] = {"image_size": PROCESSORS[name].size, "target": target, "emit_only": True, **SHAPES, **more}
+    options: dict[str, Any] = {
+        "image_size": PROCESSORS[name].size,
+        "target": target,
+        "emit_only": True,
+        **SHAPES,
+        **more,
+    }
     assert model.compile(compile_dir=out, **options) == str(out)
     return model
 
