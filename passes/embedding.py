@@ -77,7 +77,7 @@ class Embedding(Pass):
         if self.dim is not None:
             value = b("Slice", value, b.const([0]), b.const([self.dim]), b.const([-1]))
         if self.normalize:
-            value = _unit(value, b)
+            value = unit(value, b)
         self._deliver(module, value, hidden, anchor, rewriter)
 
     def _deliver(self, module: Module, value: ir.Value, hidden: ir.Value, anchor: ir.Node, rewriter: Rewriter) -> None:
@@ -224,7 +224,7 @@ def _joined(values: list[ir.Value], b: OpBuilder) -> ir.Value:
     return values[0] if len(values) == 1 else b("Concat", *values, axis=-1)
 
 
-def _unit(value: ir.Value, b: OpBuilder) -> ir.Value:
+def unit(value: ir.Value, b: OpBuilder) -> ir.Value:
     """The vectors divided by their length, zeros staying zeros.
 
     They are scaled to a largest entry of 1 first: squares of half precision numbers overflow at 256.

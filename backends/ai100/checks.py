@@ -15,6 +15,7 @@ from qeff_ir.ir.module import WEIGHT_KEY, Module, all_values
 from qeff_ir.ir.ports import (
     ADAPTER_ROW,
     CACHE_ROW,
+    EMBEDDED,
     EMBEDDINGS,
     FEATURES,
     FEATURES_MASK,
@@ -144,7 +145,8 @@ def _states(module: Module) -> Iterator[Violation]:
     elif [v.name for v in module.graph.inputs] != expected:
         yield Violation("inputs", f"the inputs must be {', '.join(expected[:4])}, ... in this order")
     given_back = [str(v.name) for v in module.graph.outputs if module.role_of(v) is NEXT_ROW]
-    expected = [name_of(LOGITS), *(s.output for s in shared), *given_back]
+    embeds = EMBEDDED in [v.name for v in module.graph.outputs]
+    expected = [EMBEDDED if embeds else name_of(LOGITS), *(s.output for s in shared), *given_back]
     expected += [*(s.output for s in own), *(a.output for a in module.adapters)]
     if [v.name for v in module.graph.outputs] != expected:
         yield Violation("outputs", f"the outputs must be {', '.join(expected[:3])}, ... in this order")

@@ -56,6 +56,8 @@ _RUN_INPUTS: dict[str, list[str | int]] = {
     "lora_ids": ["batch_size", 1],
 }
 """What a run may be given behind the states, int64 (contract §1.1), in order."""
+_EMBEDDED = "embedding_output"
+"""What stands in the place of the logits of an embedding model (§1.9)."""
 _ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
 _ENTRY = re.compile(r" - IOName: (\S+)\n   Precision: (\S+)\n\n")
 _PRECISIONS = frozenset({"float16", "bfloat16", "mxint8"})
@@ -258,7 +260,8 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         *sorted((n for n in returned if _STATE.fullmatch(n) is not None), key=_order),
         *(n for n in adapters if n in returned),
     ]
-    if list(outputs) != ["logits", *handed, *(name + SUFFIX for name in returned)]:
+    first = _EMBEDDED if _EMBEDDED in outputs else "logits"
+    if list(outputs) != [first, *handed, *(name + SUFFIX for name in returned)]:
         yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
     for name in ("input_ids", "position_ids", BESIDE[1]):
         tensor = inputs.get(name)
@@ -270,13 +273,13 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
     for name, tensor in ((BESIDE[0], inputs.get(BESIDE[0])), (NEXT, outputs.get(NEXT))):
         if tensor is not None and (tensor.dtype != np.int64 or list(tensor.shape) != ["batch_size", 1]):
             yield Violation("dtype-shape", f"{name} is {tensor.dtype} {tensor.shape}, not int64 [batch_size, 1]")
-    logits = outputs.get("logits")
+    logits = outputs.get(first)
     if logits is not None:
         shape = list(logits.shape or [])
         kept = _RUN_INPUTS["num_logits_to_keep"][0] if "num_logits_to_keep" in inputs else 1
         if logits.dtype != np.float32 or shape[:2] != ["batch_size", kept] or len(shape) != 3:
             yield Violation(
-                "dtype-shape", f"logits are {logits.dtype} {shape}, not float32 [batch_size, {kept}, vocab]"
+                "dtype-shape", f"{first} is {logits.dtype} {shape}, not float32 [batch_size, {kept}, width]"
             )
     for name, wanted in _RUN_INPUTS.items():
         given = inputs.get(name)

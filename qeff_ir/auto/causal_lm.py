@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qeff_ir.arrays import Array
     from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.runtime.generation import SessionLM
     from qeff_ir.runtime.interface import Interface
@@ -203,6 +204,48 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
         if inputs is not None:
             raise RuntimeInputError("prompts cannot be combined with inputs: give token ids, or texts")
         return generate_texts(runner, prompts, tokenizer, kwargs, slots)
+
+    def score(
+        self,
+        *,
+        tokens: Sequence[int | str],
+        prompts: Sequence[str] | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> Array:
+        """How the probability of the next token is shared among some tokens, as rerankers are read ("no" and "yes").
+
+        Args:
+            tokens: By id, or with `tokenizer` as texts of one token each.
+            prompts: Texts; any number.
+            tokenizer: The model's, for texts.
+            input_ids: Token ids instead of prompts, int64 ``[rows, tokens]``; any number of rows.
+            attention_mask: 1 for text and 0 for padding, on either side.
+
+        Returns:
+            float32 ``[rows, tokens]``, see `qeff_ir.runtime.read_out.shares`.
+
+        Raises:
+            RuntimeInputError: The request does not fit the compiled model, or a token is none.
+            PackageError: The model is not compiled.
+        """
+        from qeff_ir.runtime.read_out import read_out, real_rows, shares
+        from qeff_ir.runtime.texts import as_texts, encode
+
+        runner = self.runner()
+        if (prompts is None) == (input_ids is None):
+            raise RuntimeInputError("give prompts and tokenizer, or input_ids")
+        if prompts is None:
+            rows = real_rows(input_ids, attention_mask, runner.vocabulary)
+        elif tokenizer is None or attention_mask is not None:
+            raise RuntimeInputError("prompts need tokenizer=, the model's, and no attention_mask")
+        else:
+            rows = [encode(tokenizer, text) for text in as_texts(prompts)]
+        runner.decoder.check_scores()
+        with runner.decoder.request():
+            logits = read_out(runner.decoder, len(rows), lambda batch: [rows[number] for number in batch])
+        return shares(logits, tokens, tokenizer)
 
     def _open_runner(self, threads: int | None) -> SessionLM:
         from qeff_ir.runtime.decoder import Decoder

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments
-from qeff_ir.auto.forward import ForwardModel, in_memory
-from qeff_ir.errors import ModelLoadError, PassError, RuntimeInputError
+from qeff_ir.auto.forward import ForwardModel, in_memory, named
+from qeff_ir.auto.picture_sizes import asks_for_pictures
+from qeff_ir.errors import CompileError, ModelLoadError, PassError, RuntimeInputError
 from qeff_ir.frontend.forward_source import ForwardFolder, ForwardOptions
+from qeff_ir.frontend.headless import without_head
 from qeff_ir.frontend.source import find_folder
 from qeff_ir.frontend.tasks import EMBEDDING, Task
 from qeff_ir.package import SIDE_FOLDER
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     from passes.embedding import Embedding
     from qeff_ir.arrays import Array
+    from qeff_ir.auto.picture_embedding import PictureEmbedder
+    from qeff_ir.compiler import Compiled
     from qeff_ir.frontend.inputs import Wanted
     from qeff_ir.frontend.sentence import SentenceConfig
     from qeff_ir.passing.pipeline import Pipeline
@@ -39,16 +43,25 @@ class QEFFAutoModel(ForwardModel):
         model.generate(tokenizer("My name is", return_tensors="pt"))["output"]  # float32 [1, features]
         model.encode(["My name is", "Hello"])  # float32 [2, features]
 
+    A model of pictures and text embeds both once it is compiled for a size of pictures::
+
+        model = QEFFAutoModel.from_pretrained("my-model", pooling="last", normalize=True)
+        model.compile(image_size=(336, 336), num_images=1, ctx_len=1024)
+        model.generate(processor(images=images, text=texts, return_tensors="pt", padding=True))["output"]
+        model.encode(texts, images=images, processor=processor)
+
     Without a pooling, the outputs are those of the model's forward pass (on AI 100, for token ids: the first one only,
     called ``output``, as its contract has it). A sentence-transformers folder brings its own pooling and normalization.
 
     Args:
-        model: A transformers model in memory, which stays unchanged. Of an encoder-decoder, the encoder is taken.
+        model: A transformers model in memory, which stays unchanged. Of an encoder-decoder, the encoder is taken; with
+            a mode of pooling, of a model with an LM head, the base model.
         inputs: As for `ForwardModel`.
         pooling: A mode of the pass `embedding` (``mean``, ``max``, ``cls``, ``last``, ``mean-sqrt-len``,
             ``weighted-mean``), or a torch module or function of ``(last_hidden_states, attention_mask)``.
         normalize: Whether embeddings are scaled to unit length.
         dim: How many of an embedding's features are kept, before it is scaled.
+        processor: Of a model of pictures and text: its processor.
 
     Raises:
         ModelLoadError: The pooling is unknown or does not take two tensors.
@@ -57,6 +70,9 @@ class QEFFAutoModel(ForwardModel):
     task: ClassVar[Task] = EMBEDDING
     _embedding: Embedding | None = None
     _tokenizer: PreTrainedTokenizerBase | None = None
+    _processor: Any = None
+    _pictures: PictureEmbedder | None = None
+    """What runs the package where that is for pictures."""
 
     def __init__(
         self,
@@ -66,9 +82,12 @@ class QEFFAutoModel(ForwardModel):
         pooling: Pooling = None,
         normalize: bool = False,
         dim: int | None = None,
+        processor: Any = None,
     ) -> None:
         options = ForwardOptions(self.task, inputs, pooling=_own(pooling))
-        self._open(in_memory(model, options))
+        pooled = isinstance(pooling, str) and pooling != "none"
+        self._open(in_memory(without_head(model) if pooled else model, options))
+        self._processor = processor
         self._set_embedding(pooling, normalize, dim)
 
     @classmethod
@@ -117,6 +136,67 @@ class QEFFAutoModel(ForwardModel):
         self._set_embedding(pooling, False if normalize is None else normalize, dim)
         return self
 
+    @classmethod
+    def from_package(cls, folder: str | Path) -> Self:
+        """See `ForwardModel.from_package`."""
+        from qeff_ir.auto.picture_embedding import PictureEmbedder, is_for_pictures
+
+        self = super().from_package(folder)
+        if is_for_pictures(self.package.folder):
+            self._pictures = PictureEmbedder.from_package(folder)
+        return self
+
+    def compile(
+        self,
+        *,
+        image_size: int | tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        num_images: int = 1,
+        prefill_seq_len: int | None = None,
+        ctx_len: int | None = None,
+        **options: Any,
+    ) -> str:
+        """See `ForwardModel.compile`; with a size of pictures, for pictures and text.
+
+        Args:
+            image_size: As for `qeff_ir.auto.image_text.QEFFAutoModelForImageTextToText.compile`, as for the others.
+            num_images: Pictures that a row may have.
+            prefill_seq_len: Tokens of one run; a longer row takes several.
+            ctx_len: The longest row, in the place of ``seq_len``.
+            options: What `ForwardModel.compile` takes.
+
+        Returns:
+            As `ForwardModel.compile`; of a package for pictures, the path of its language model.
+
+        Raises:
+            QeffError: See `qeff_ir.compiler.compile_model`.
+        """
+        from qeff_ir.auto.picture_embedding import PictureEmbedder
+
+        if not asks_for_pictures({"image_size": image_size, **options}):
+            if (num_images, prefill_seq_len, ctx_len) != (1, None, None):
+                raise CompileError("num_images, prefill_seq_len and ctx_len are for pictures: give image_size as well")
+            return super().compile(**options)
+        if options.pop("seq_len", None) is not None:
+            raise CompileError("seq_len is for text alone: with image_size, give ctx_len (and prefill_seq_len)")
+        embedder = PictureEmbedder.of(self._source, self._processor, self._embedding)
+        given: dict[str, Any] = {"prefill_seq_len": prefill_seq_len, "ctx_len": ctx_len, **options}
+        paths = embedder.compile(image_size=image_size, num_images=num_images, **given)
+        with self._lock:
+            self._accept(embedder.package)
+            self._pictures = embedder
+        return paths["lang_qpc_path"]
+
+    def _accept(self, made: Compiled) -> None:
+        super()._accept(made)
+        self._pictures = None
+
+    def generate(self, inputs: Any = None, **kwargs: Any) -> dict[str, Array]:
+        """See `ForwardModel.generate`; of a package for pictures, ``output`` is the embedding of each row."""
+        pictures = self._pictures
+        if pictures is None:
+            return super().generate(inputs, **kwargs)
+        return {"output": pictures.embed(named(inputs, kwargs))}
+
     def _set_embedding(self, pooling: Pooling, normalize: bool, dim: int | None) -> None:
         from passes.embedding import Embedding, check_pooling
 
@@ -133,6 +213,8 @@ class QEFFAutoModel(ForwardModel):
     @property
     def pools(self) -> bool:
         """Whether `encode` will work once it is compiled: there is a pooling."""
+        if self._pictures is not None:
+            return True
         if self._source is None:
             return self.encoder().pools
         own = self._source.options.pooling is not None
@@ -155,6 +237,9 @@ class QEFFAutoModel(ForwardModel):
         self,
         sentences: str | Sequence[str],
         *,
+        images: Any = None,
+        processor: Any = None,
+        resize: bool = False,
         batch_size: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         truncate: bool = False,
@@ -167,7 +252,11 @@ class QEFFAutoModel(ForwardModel):
         Unlike there, a prompt is only the one given here, and nothing is cut that `truncate` does not ask for.
 
         Args:
-            sentences: One text, or any number of them.
+            sentences: One text, or any number of them; of a package for pictures, as the ``prompts`` of
+                `qeff_ir.auto.image_text.QEFFAutoModelForImageTextToText.generate`, in which pictures have places.
+            images: Of a package for pictures: a list of pictures for each text, as there.
+            processor: Of a package for pictures: the model's processor, in the place of `tokenizer`.
+            resize: Whether pictures that have none of the compiled sizes are resized to the nearest.
             batch_size: Texts of a run; 32 where any number runs, else what the model is compiled for.
             tokenizer: The model's own by default.
             truncate: Whether a text is cut that is longer than the largest ``seq_len``, or than what a
@@ -190,6 +279,17 @@ class QEFFAutoModel(ForwardModel):
             raise RuntimeInputError(f"sentences is {type(sentences).__name__}: give a text, or a list of texts")
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         settings = self.text_settings
+        if (pictures := self._pictures) is not None:
+            first = settings.prompt(prompt, prompt_name)
+            for name, value in (("batch_size", batch_size), ("tokenizer", tokenizer), ("truncate", truncate or None)):
+                if value is not None:
+                    raise RuntimeInputError(f"{name} is for text alone, and the package is for pictures: leave it out")
+            found = pictures.embed(
+                prompts=[first + text for text in texts], images=images, processor=processor, resize=resize
+            )
+            return found[0] if isinstance(sentences, str) else found
+        if images is not None or processor is not None:
+            raise RuntimeInputError("the package is for text alone: compile it with image_size to give images")
         found = encode(
             self.encoder(),
             texts,

@@ -141,9 +141,7 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory, "Encoder"]):
             RuntimeInputError: An input does not fit the compiled model.
             PackageError: The model is not compiled.
         """
-        if inputs is not None and not isinstance(inputs, Mapping):
-            raise RuntimeInputError(f"inputs is a {type(inputs).__name__}: give arrays by name, as a tokenizer does")
-        return self.encoder().run({**(inputs or {}), **kwargs})
+        return self.encoder().run(named(inputs, kwargs))
 
     def encoder(self, threads: int | None = None) -> Encoder:
         """The session that `generate` uses, see `runner`."""
@@ -155,6 +153,17 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory, "Encoder"]):
         package = self.package
         with opened(package.folder, package.manifest.key):
             return Encoder(find_backend(package.manifest.target).open(package.folder, threads=threads))
+
+
+def named(inputs: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tokenizer or processor returns, and the same input by input, as one.
+
+    Raises:
+        RuntimeInputError: It is no mapping.
+    """
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise RuntimeInputError(f"inputs is a {type(inputs).__name__}: give arrays by name, as a tokenizer does")
+    return {**(inputs or {}), **kwargs}
 
 
 def in_memory(model: PreTrainedModel, options: ForwardOptions) -> ForwardMemory:

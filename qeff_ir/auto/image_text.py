@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from qeff_ir.arrays import Array
     from qeff_ir.auto.picture_runner import PictureRunner
     from qeff_ir.passing.pipeline import Pipeline
 
@@ -231,6 +232,52 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         texts = as_texts(prompts)  # before the turn: a generator may run anything
         with runner.decoder.request():
             return runner.answer(texts, images, processor, kwargs, resize=resize)
+
+    def score(
+        self,
+        *,
+        tokens: Sequence[int | str],
+        prompts: Sequence[str] | str | None = None,
+        images: Any = None,
+        processor: Any = None,
+        resize: bool = False,
+        **kwargs: Any,
+    ) -> Array:
+        """How the probability of the next token is shared among some tokens, as rerankers are read ("no" and "yes").
+
+        Args:
+            tokens: By id, or with `processor` as texts of one token each.
+            prompts: As for `generate`; any number.
+            images: As for `generate`.
+            processor: As for `generate`.
+            resize: As for `generate`.
+            kwargs: What the processor returns, in the place of prompts; any number of rows.
+
+        Returns:
+            float32 ``[rows, tokens]``, see `qeff_ir.runtime.read_out.shares`.
+
+        Raises:
+            RuntimeInputError: The request does not fit the compiled model, or a token is none.
+            PackageError: The model is not compiled.
+        """
+        from qeff_ir.runtime.read_out import shares
+
+        self.runner().decoder.check_scores()
+        logits = self._last(prompts, images, processor, kwargs, resize=resize)
+        return shares(logits, tokens, getattr(processor, "tokenizer", None))
+
+    def _last(self, prompts: object, images: Any, processor: Any, kwargs: dict[str, Any], *, resize: bool) -> Array:
+        """What the language model returns for the last token of each row, ``[rows, width]``."""
+        from qeff_ir.runtime.texts import as_texts
+
+        runner = self.runner()
+        if (prompts is None) == (not kwargs):
+            raise RuntimeInputError("give prompts, images and processor, or what the processor returns")
+        texts = None if prompts is None else as_texts(prompts)
+        with runner.decoder.request():
+            if texts is None:
+                return runner.last(kwargs)
+            return runner.last_of_prompts(texts, images, processor, resize=resize)
 
     def _open_runner(self, threads: int | None) -> PictureRunner:
         from qeff_ir.auto.picture_runner import PictureRunner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from qeff_ir.ir.ports import ALL_PLANES, AXES, PLANES
 from qeff_ir.ir.residents import KINDS
 from qeff_ir.runtime.picture_form import PictureForm
 from qeff_ir.runtime.picture_forms import Picture, PictureForms
+from qeff_ir.runtime.read_out import read_out, real_rows
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +65,7 @@ class PictureRunner:
     def generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Answer one batch, for a thread that has its turn."""
         ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
-        found = {name: kwargs.pop(name) for name in (*self.forms.inputs, *_TYPES) if name in kwargs}
-        given = {name: _array(name, value) for name, value in found.items() if value is not None}
+        given = self._taken(kwargs)
         if not hasattr(ids, "tolist") or getattr(ids, "ndim", 0) != 2:
             return self.model.generate_now(inputs, **kwargs)  # which says what is wrong
         self.decoder.prompts = self._prompts(ids, mask, given)
@@ -74,17 +74,65 @@ class PictureRunner:
         finally:
             self.decoder.prompts = ()
 
+    def last(self, kwargs: dict[str, Any]) -> Array:
+        """What the language model returns for the last token of each row that a processor made, of any number of rows.
+
+        Args:
+            kwargs: What it returns.
+
+        Returns:
+            float32 ``[rows, vocab]``, or ``[rows, features]`` of an embedding model.
+
+        Raises:
+            RuntimeInputError: An input does not fit the compiled model, or is not known.
+        """
+        given, ids, mask = self._taken(kwargs), kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
+        rows = real_rows(ids, mask, self.model.vocabulary)
+        for name in kwargs:
+            raise RuntimeInputError(f"the model takes no {name}: give what the processor returns, and no more")
+        prompts = self._prompts(ids, mask, given)
+
+        def rows_of(batch: Sequence[int]) -> list[list[int]]:
+            self.decoder.prompts = [prompts[number] for number in batch]
+            return [rows[number] for number in batch]
+
+        return self._read_out(len(rows), rows_of)
+
+    def last_of_prompts(self, prompts: Sequence[str], images: object, processor: Any, *, resize: bool) -> Array:
+        """As `last`, of prompts about pictures."""
+        return self._read_out(len(prompts), self._reader(prompts, images, processor, resize=resize))
+
+    def _read_out(self, count: int, rows_of: Callable[[Sequence[int]], list[list[int]]]) -> Array:
+        try:
+            return read_out(self.decoder, count, rows_of)
+        finally:
+            self.decoder.prompts = ()
+
+    def _taken(self, kwargs: dict[str, Any]) -> dict[str, Array]:
+        """What encoders take and types of tokens, out of a processor's output."""
+        found = {name: kwargs.pop(name) for name in (*self.forms.inputs, *_TYPES) if name in kwargs}
+        return {name: _array(name, value) for name, value in found.items() if value is not None}
+
     def answer(
         self, prompts: Sequence[str], images: object, processor: Any, kwargs: dict[str, Any], *, resize: bool
     ) -> GenerationResult:
-        """Answer prompts about pictures, for a thread that has its turn.
-
-        Each prompt goes through the processor by itself, before its batch runs.
-        """
-        from qeff_ir.runtime.picture_prompts import fitting, pictures_of, processed, tokenizer_of
+        """Answer prompts about pictures, for a thread that has its turn."""
+        from qeff_ir.runtime.picture_prompts import tokenizer_of
         from qeff_ir.runtime.texts import answer_rows
 
-        pictures, tokenizer = pictures_of(images, len(prompts)), tokenizer_of(processor)
+        rows_of = self._reader(prompts, images, processor, resize=resize)
+        try:
+            return answer_rows(self.model, len(prompts), rows_of, tokenizer_of(processor), kwargs)
+        finally:
+            self.decoder.prompts = ()
+
+    def _reader(
+        self, prompts: Sequence[str], images: object, processor: Any, *, resize: bool
+    ) -> Callable[[Sequence[int]], list[list[int]]]:
+        """Makes rows of a batch of prompts, by their numbers; each prompt goes through the processor by itself."""
+        from qeff_ir.runtime.picture_prompts import fitting, pictures_of, processed, tokenizer_of
+
+        pictures, _ = pictures_of(images, len(prompts)), tokenizer_of(processor)
 
         def read(number: int) -> tuple[list[int], Pictured]:
             own = [fitting(self.forms, processor, picture, resize=resize) for picture in pictures[number]]
@@ -99,10 +147,7 @@ class PictureRunner:
             self.decoder.prompts = [known[number][1] for number in batch]
             return [known[number][0] for number in batch]
 
-        try:
-            return answer_rows(self.model, len(prompts), rows_of, tokenizer, kwargs)
-        finally:
-            self.decoder.prompts = ()
+        return rows_of
 
     def _prompts(
         self, ids: Any, mask: Any, given: dict[str, Array], known: Sequence[Sequence[PictureForm]] | None = None

@@ -14,6 +14,12 @@ _FOLLOWS = ("num_patches", "max_num_tiles", "vision_size", "valid_size", "num_cr
 _PARTS = ("skip_vision", "skip_lang")
 
 
+def asks_for_pictures(given: Mapping[str, Any]) -> bool:
+    """Whether arguments of ``compile`` name a size of pictures."""
+    names = (*_SQUARE, *(side for sides in _SIDES for side in sides))
+    return any(given.get(name) is not None for name in names)
+
+
 def picture_sizes(given: Mapping[str, Any]) -> tuple[list[tuple[int, int]], dict[str, Any]]:
     """Heights and widths, each once, and the arguments that are left.
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qeff_ir.errors import CompileError, QeffError, UnsupportedModelError, first_line
+from qeff_ir.frontend.headless import fill_head, with_head
 from qeff_ir.frontend.source import FolderSource, MemorySource, Source
 from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
 from qeff_ir.ir.module import Module
@@ -168,19 +169,34 @@ class PictureSource(Source):
 
 
 class PictureFolder(PictureSource, FolderSource):
-    """A model folder with its image processor."""
+    """A model folder with its image processor.
+
+    Args:
+        folder: The folder.
+        trust_remote_code: Whether code of the folder may run.
+        headless: Whether its LM head is not read, so that the checkpoint may lack it.
+    """
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False, headless: bool = False) -> None:
+        super().__init__(folder, trust_remote_code=trust_remote_code)
+        self._headless = headless
 
     def lower(self) -> Module:
         """See `Source.lower`."""
-        return self._language(*self._load())
+        model, weights = self._load(partial=self._headless)
+        return self._language(model, fill_head(model, weights) if self._headless else weights)
+
+    def weights(self) -> Weights:
+        """See `Source.weights`."""
+        return self._load(partial=self._headless)[1]
 
     def lower_vision(self, program: str) -> Module:
         """See `PictureSource.lower_vision`."""
-        return self._vision(*self._load(), program)
+        return self._vision(*self._load(partial=self._headless), program)
 
     def skeleton(self) -> PreTrainedModel:
         """See `PictureSource.skeleton`."""
-        return self._load()[0]
+        return self._load(partial=self._headless)[0]
 
     def image_processor(self) -> Any:
         """See `PictureSource.image_processor`.
@@ -204,10 +220,11 @@ class PictureMemory(PictureSource, MemorySource):
     Args:
         model: The model.
         processor: Its processor, or its image processor alone.
+        headless: Whether its LM head is not read, so that it may be a base model.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, processor: Any, *, headless: bool = False) -> None:
+        super().__init__(with_head(model, IMAGE_TEXT_TO_TEXT) if headless else model)
         self.processor = processor
 
     def lower(self) -> Module:

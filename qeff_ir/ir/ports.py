@@ -160,7 +160,11 @@ FEATURES_MASK = define(
 CROSSING = define(
     Role("crossing", "keys or values of an encoder's output, float32 [batch, heads, length, width]", is_output=True)
 )
-LOGITS = define(Role("logits", "scores of the vocabulary, float32 [batch, tokens, vocab]", is_output=True))
+LOGITS = define(
+    Role("logits", "scores of the vocabulary, or features, float32 [batch, tokens, vocab or features]", is_output=True)
+)
+EMBEDDED = "embedding_output"
+"""What the AI 100 calls the output of `LOGITS` where it has features of an embedding (contract §1.9)."""
 
 _TRANSFORMERS: dict[str, Role] = {
     "input_ids": TOKENS,

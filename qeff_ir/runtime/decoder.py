@@ -12,7 +12,7 @@ import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.ports import ADAPTER_ROW, KEPT_LOGITS, LOGITS, Run
+from qeff_ir.ir.ports import ADAPTER_ROW, EMBEDDED, KEPT_LOGITS, LOGITS, Run
 from qeff_ir.runtime.runs import fitted, last
 from qeff_ir.runtime.session import Session
 from qeff_ir.runtime.token_table import TokenTable
@@ -66,6 +66,7 @@ class Decoder:
         lora_ids: Slot of each row's adapter, int64 ``[batch]``, for a model with slots; 0 and less is the base model.
             It may change between two runs.
         turns: Whose request it is.
+        embeds: Whether it returns the features of an embedding in the place of logits.
     """
 
     writes_states = False
@@ -94,6 +95,7 @@ class Decoder:
             raise PackageError("the package returns the logits of all tokens: put last-logits into the pipeline")
         self.session = session
         self._logits = logits.name
+        self.embeds = logits.name == EMBEDDED
         self._table = table
         specializations = session.specializations
         prefill = [s for s in specializations if s.phase == "prefill"] or specializations
@@ -116,6 +118,15 @@ class Decoder:
             RuntimeInputError: A request of this thread is running.
         """
         return self.turns.take()
+
+    def check_scores(self) -> None:
+        """Refuse to read logits of an embedding model.
+
+        Raises:
+            RuntimeInputError: It returns features of an embedding.
+        """
+        if self.embeds:
+            raise RuntimeInputError("the package returns embeddings, and no logits: open it with QEFFAutoModel")
 
     def prefill(self, rows: Sequence[Sequence[int]], lora_ids: Array | None = None) -> Array:
         """Forget everything and read the prompts.

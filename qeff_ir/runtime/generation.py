@@ -122,6 +122,7 @@ class SessionLM(GenerationMixin):
         Raises:
             RuntimeInputError: See `generate`.
         """
+        self.decoder.check_scores()
         config = copy.deepcopy(request.config)
         copies: int = config.num_return_sequences or 1
         self._check_rows(len(ids), copies)

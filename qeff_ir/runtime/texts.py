@@ -168,14 +168,15 @@ def tokenizing(what: str) -> Generator[None]:
         raise RuntimeInputError(f"the tokenizer fails on {what}: {said}") from error
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text.
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+    """Token ids of a text, with the special tokens of the tokenizer or without.
 
     Raises:
         RuntimeInputError: There are none, or the tokenizer fails.
     """
     with tokenizing(f"the prompt {text[:40]!r}"):
-        row = [int(token) for token in tokenizer(text)["input_ids"]]  # pyright: ignore[reportArgumentType]
+        made = tokenizer(text, add_special_tokens=special)["input_ids"]
+        row = [int(token) for token in made]  # pyright: ignore[reportArgumentType]
     if not row:
         raise RuntimeInputError(f"the prompt {text!r} has no token: give some text")
     return row

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[Recipe, str, str]] = {
     "fuse-rotary": (ROTATED, "onnxruntime", "fuse-rotary"),
     "fuse-activations": (PLAIN, "onnxruntime", "fuse-activations"),
     "last-logits": (PLAIN, "onnxruntime", "last-logits"),
+    "embedding-output": (PLAIN, "onnxruntime", "last-logits,embedding-output{normalize=true dim=2}"),
     "token-embedding": (PLAIN, "onnxruntime", "token-embedding"),
     "lora": (PLAIN, "onnxruntime", 'lora{mode=slots n=1 rank=2 targets="q"}'),
     "kv-retention-tensor-scatter": (PLAIN, "onnxruntime", "kv-retention{layout=tensor-scatter}"),
