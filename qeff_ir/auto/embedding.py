@@ -184,7 +184,7 @@ class QEFFAutoModel(ForwardModel):
         with self._lock:
             self._accept(embedder.package)
             self._pictures = embedder
-        return paths["lang_qpc_path"]
+        return paths if isinstance(paths, str) else paths["lang_qpc_path"]
 
     def _accept(self, made: Compiled) -> None:
         super()._accept(made)

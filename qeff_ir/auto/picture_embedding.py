@@ -64,7 +64,7 @@ class PictureEmbedder(QEFFAutoModelForImageTextToText):
         target: str = "auto",
         pipeline: Pipeline | str | None = None,
         **rest: Any,
-    ) -> dict[str, str]:
+    ) -> dict[str, str] | str:
         """See `QEFFAutoModelForImageTextToText.compile_with`; the embedding takes the place of the logits."""
         from passes.embedding_output import EmbeddingOutput
 

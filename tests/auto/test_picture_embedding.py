@@ -89,8 +89,10 @@ def test_rows_of_any_number_and_length_are_embedded(grids: QEFFAutoModel) -> Non
 
 def test_a_folder_needs_no_head(tmp_path: Path) -> None:
     model = multimodal.build("qwen3_vl", 0.3)
-    model.set_output_embeddings(torch.nn.Linear(32, multimodal.VOCAB))  # not that of the tokens
-    model.base_model.save_pretrained(tmp_path / "model")
+    base: Any = model.base_model
+    head: Any = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(torch.ones(multimodal.VOCAB, 32))  # not that of the tokens
+    base.save_pretrained(tmp_path / "model")
     processors.processor("qwen3_vl").save_pretrained(tmp_path / "model")
     found = QEFFAutoModel.from_pretrained(tmp_path / "model", pooling="last", normalize=True, dim=8)
     options: dict[str, Any] = {**SHAPES, "image_size": PROCESSORS["qwen3_vl"].size, "target": "onnxruntime"}
