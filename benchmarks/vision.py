@@ -1,15 +1,17 @@
-"""A question about a picture beside transformers: encoder, prompt and decode, the same model, the same picture."""
+"""A question about a picture beside peers: encoder, prompt and decode, the same model, the same picture."""
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import typer
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil
 from transformers.generation.streamers import BaseStreamer
 
@@ -23,6 +25,10 @@ _WORDS = 32
 """Tokens of the question, half of them before the picture."""
 _TOWERS = {"tiny": (64, 2, 4, 56), "125M": (768, 12, 12, 336)}
 """Width, layers, heads and pixels of an encoder by the shape of its decoder; others take that of 1024."""
+_PEERS = {"eager": "transformers, eager", "openvino": "OpenVINO"}
+"""Names of the rows of the peers, by the names that `--peers` takes."""
+_NEEDS = {"openvino": "openvino"}
+"""Modules that a peer needs beyond what qeff-ir itself needs."""
 
 
 @dataclass
@@ -31,7 +37,7 @@ class Laps:
 
     Attributes:
         encoder: Seconds of the encoder.
-        first: Seconds to the first token, encoder included.
+        first: Seconds to the first token, encoder included; the prefill is the rest.
         rate: Decoded tokens per second.
         tokens: The answer of the last round.
     """
@@ -63,20 +69,26 @@ def main(
     size = (2 * images.size["shortest_edge"],) * 2
     with tempfile.TemporaryDirectory() as folder:
         ours = _Ours(model, images, size, Path(folder), threads)
-        contenders: dict[str, _Ours | _Transformers] = {"qeff-ir, onnxruntime": ours}
-        if peers != "none":
-            contenders["transformers, eager"] = _Transformers(model)
+        asked = [_question(images, size, index, ours.rows, SHAPES[shape]["vocab"]) for index in range(rounds + 1)]
+        contenders: dict[str, Contender] = {"qeff-ir, onnxruntime": ours}
+        missing: list[Row] = []
+        for name in _wanted(peers):
+            found = _peer(name, model, asked[0], threads)
+            if isinstance(found, Row):
+                missing.append(found)
+            else:
+                contenders[_PEERS[name]] = found
         laps = {name: Laps() for name in contenders}
-        for index in range(rounds + 1):
-            asked = _question(images, size, index, ours.rows, SHAPES[shape]["vocab"])
+        for index, question in enumerate(asked):
             for name, contender in contenders.items():
-                _lap(contender, asked, new_tokens, laps[name] if index else Laps())
-    right = list(laps.values())[-1].tokens
+                _lap(contender, question, new_tokens, laps[name] if index else Laps())
+    right = laps.get(_PEERS["eager"], laps["qeff-ir, onnxruntime"]).tokens
     rows = [
         Row(
             name,
             {
                 "encoder ms": figure((s * 1e3 for s in lap.encoder), "lower"),
+                "prefill ms": figure((1e3 * (f - e) for f, e in zip(lap.first, lap.encoder, strict=True)), "lower"),
                 "first token ms": figure((s * 1e3 for s in lap.first), "lower"),
                 "tokens/s": figure(lap.rate, "higher"),
                 "equal steps %": figure([100 * float(np.mean(np.equal(lap.tokens, right)))], "neither"),
@@ -84,8 +96,21 @@ def main(
         )
         for name, lap in laps.items()
     ]
+    rows += missing
     settings = {"shape": shape, "pixels": size[0], "rows": ours.rows, "new tokens": new_tokens, "threads": threads}
     publish(Result("vision", quick, {**settings, "rounds": rounds}, rows), json, plot)
+
+
+class Contender(Protocol):
+    """One way to run the model."""
+
+    def encode(self, given: dict[str, Any]) -> object:
+        """Encode the picture of a question that was not seen yet."""
+        ...
+
+    def answer(self, given: dict[str, Any]) -> torch.Tensor:
+        """Question and answer, ``[1, tokens]``; each token is told to ``streamer``."""
+        ...
 
 
 class _Ours:
@@ -133,7 +158,32 @@ class _Transformers:
             return model.generate(**given)
 
 
-def _lap(contender: _Ours | _Transformers, given: dict[str, Any], count: int, laps: Laps) -> None:
+def _wanted(peers: str) -> list[str]:
+    """Names of the peers that were asked for.
+
+    Raises:
+        typer.BadParameter: There is no such peer.
+    """
+    found = list(_PEERS) if peers == "all" else [] if peers == "none" else peers.split(",")
+    for name in (name for name in found if name not in _PEERS):
+        raise typer.BadParameter(f"there is no peer '{name}': it is one of {', '.join(_PEERS)}")
+    return found
+
+
+def _peer(
+    name: str, model: LlavaNextForConditionalGeneration, question: dict[str, Any], threads: int
+) -> Contender | Row:
+    """A peer that is ready, or the reason why it is missing."""
+    if name == "eager":
+        return _Transformers(model)
+    if importlib.util.find_spec(_NEEDS[name]) is None:
+        return Row(_PEERS[name], missing=f"{_NEEDS[name]} is not installed")
+    from benchmarks.peers.openvino_pictures import OpenVinoPictures
+
+    return OpenVinoPictures(model, question, threads)
+
+
+def _lap(contender: Contender, given: dict[str, Any], count: int, laps: Laps) -> None:
     started = time.perf_counter()
     contender.encode(given)
     laps.encoder.append(time.perf_counter() - started)

@@ -19,22 +19,31 @@ _PAST, _NEW = 5, 3
 """Tokens of the example, cached and new: neither 0 nor 1, which an export would take for constants, and different."""
 
 
-def export(model: PreTrainedModel, config: DynamoConfig, batch: int) -> ExportedModel:
+def export(model: PreTrainedModel, config: DynamoConfig, batch: int, *, vectors: bool = False) -> ExportedModel:
     """One graph that reads any number of tokens after a past of any length, so that it prefills and decodes.
 
     `export_for_generation` would make two graphs, and logits of every token of a prompt; this one computes those of
     the last token alone, as `generate` asks of eager.
+
+    Args:
+        model: The model.
+        config: Of the exporter.
+        batch: Rows.
+        vectors: Whether it takes vectors instead of tokens, as ``inputs_embeds``.
     """
     ids = torch.zeros((batch, _PAST + _NEW), dtype=torch.int64)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids[:, :_PAST], use_cache=True, **{CACHE: cache})
     example: dict[str, Any] = {**inputs(ids[:, _PAST:].tolist(), _PAST), CACHE: cache}
+    if vectors:
+        with torch.no_grad():
+            example = {"inputs_embeds": model.get_input_embeddings()(example.pop("input_ids")), **example}
     # Naming what varies spares the exporter to find out; rows and heads are fixed in a race.
     tokens, slots = {1: Dim.AUTO}, {2: Dim.AUTO}
     config.dynamic = True
     config.dynamic_shapes = {
-        "input_ids": tokens,
+        "inputs_embeds" if vectors else "input_ids": tokens,
         "position_ids": tokens,
         "logits_to_keep": None,
         CACHE: [slots] * (2 * len(cache.layers)),

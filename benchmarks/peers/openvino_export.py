@@ -11,6 +11,9 @@ from transformers.exporters.configs import OpenVINOConfig
 from benchmarks.peers.contender import Rows
 from benchmarks.peers.exported import export, inputs
 
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+"""float32 throughout: on a processor that has bfloat16, OpenVINO computes in it whatever the export records."""
+
 
 class OpenVinoExport:
     """A stateful model: the cache stays inside the request, which forgets it between prompts.
@@ -25,9 +28,7 @@ class OpenVinoExport:
 
     def __init__(self, model: PreTrainedModel, batch: int, threads: int) -> None:
         exported = export(model, OpenVINOConfig(), batch)
-        # The precision that the export records is not heeded: on a processor that has bfloat16 OpenVINO computes in it.
-        precision = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-        exported.to("cpu", config={"INFERENCE_NUM_THREADS": threads, **precision})
+        exported.to("cpu", config={"INFERENCE_NUM_THREADS": threads, **EXACT})
         runner: Any = exported.runners["model"]
         self.request = runner.request
         self.ports = {name for port in runner.compiled_model.inputs for name in port.names}
