@@ -312,3 +312,22 @@ def test_recordings_of_any_length_that_the_encoder_makes_so_many_positions_of() 
     assert source is not None
     shapes = {s.name: s.shape for s in source.for_length(8).specs or ()}
     assert shapes == {"input_features": ("batch_size", 32, 8), "attention_mask": ("batch_size", 32)}
+
+
+def test_a_decoder_that_asks_its_encoder_for_a_type_reads_nothing_of_it() -> None:
+    """Such as that of a mask: a cast to the type of a tensor is no use of the tensor."""
+    model = copy.deepcopy(theirs("speech_to_text"))
+    decoder = model.model.decoder
+
+    kind: Any = type(decoder)
+
+    def typed(self: Any, encoder_hidden_states: Any, encoder_attention_mask: Any, **kwargs: Any) -> Any:
+        seen = encoder_hidden_states.new_ones(encoder_hidden_states.shape[:2])
+        seen = seen.masked_fill(encoder_attention_mask == 0, 0)
+        return kind.forward(self, encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=seen, **kwargs)
+
+    decoder.__class__ = type("Typed", (kind,), {"forward": typed})
+    source = QEFFAutoModelForSpeechSeq2Seq(model, seq2seq.Extractor("speech_to_text"))._source
+    assert source is not None
+    names = [str(value.name) for value in source.for_length(15).lower().graph.inputs]
+    assert names[:3] == ["input_ids", "position_ids", "encoder_attention_mask"] and "past_key_cross.2" in names[3:]

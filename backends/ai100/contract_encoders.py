@@ -47,7 +47,9 @@ def encoder_interface(inputs: Mapping[str, Any], states: Mapping[str, str]) -> I
     for name in states:
         length = "encoder_ctx_len" if "_cross." in name else "decoder_ctx_len" if "_self." in name else None
         shape = list(inputs[name].shape or [])
-        if length is not None and (len(shape) != 4 or shape[2] != length):
+        slots = shape[2] if len(shape) == 4 else None
+        window = length == "decoder_ctx_len" and str(slots).startswith("sliding_window")
+        if length is not None and slots != length and not window:
             yield Violation("dtype-shape", f"{name} is {shape}, not [batch_size, heads, {length}, width]")
 
 

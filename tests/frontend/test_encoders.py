@@ -12,13 +12,18 @@ import onnx_ir as ir
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bart.modeling_bart import eager_attention_forward
 
 from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.frontend.capture.forward_attention import captured_forward
 from qeff_ir.frontend.checkpoint.references import open_checkpoint
 from qeff_ir.frontend.checkpoint.skeleton import build_skeleton
 from qeff_ir.frontend.checkpoint.weights import checkpoint_weights, memory_weights
 from qeff_ir.frontend.export.encoders import find_features, lower_encoder
 from qeff_ir.frontend.export.features import encode, read_features
+from qeff_ir.frontend.export.lower import convert
+from qeff_ir.frontend.export.spelling import drop_idle_squeezes
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.numerics import bound, depth, error_over_rms
 from qeff_ir.storage import file_range
@@ -235,6 +240,39 @@ def test_a_layer_has_one_attention_whatever_its_windows(name: str) -> None:
     module = lowered(name)
     layers = [node.metadata_props[SOURCE_KEY] for node in module.graph if node.op_type == "Attention"]
     assert len(layers) == len(set(layers)) > 0
+
+
+def test_an_axis_that_is_longer_than_one_is_not_squeezed(tmp_path: Path) -> None:
+    """Neither one that is known, nor the batch, whatever its size is."""
+
+    class Squeezed(torch.nn.Module):
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            some = rows.squeeze(0).squeeze(1) + rows.squeeze((0, 2))[..., None]
+            return some + rows.squeeze()[..., None] + rows.squeeze(-1)[..., None]
+
+    sizes = {"rows": {0: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(Squeezed(), (torch.ones(2, 3, 1),), dynamic_shapes=sizes, strict=False)
+    drop_idle_squeezes(program)
+    module = Module(convert(program, ["rows"], ["out"]).model, "Squeezed")
+    assert [node.op_type for node in module.graph].count("Squeeze") == 3
+    for batch in (1, 4):
+        rows = np.arange(3.0 * batch, dtype=np.float32).reshape(batch, 3, 1)
+        assert np.array_equal(support.run_graph(module, tmp_path / str(batch), {"rows": rows})["out"], rows * 4)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_mask_of_truths_is_not_added_to_scores(masked: bool) -> None:
+    """As sdpa takes it: transformers hands on a mask that a model has made, whoever is to take it."""
+    model = copy.deepcopy(multimodal.tiny("llava"))
+    drawn = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn((2, 4, 5, 8), generator=drawn) for _ in range(3))
+    mask = torch.rand((2, 1, 5, 5), generator=drawn) > 0.5
+    mask |= torch.eye(5, dtype=torch.bool)
+    right = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask if masked else None)
+    with captured_forward(model):
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface("eager", eager_attention_forward)
+    found, _ = attend(model, query, key, value, mask if masked else None, scaling=8**-0.5)
+    assert error_over_rms(found.transpose(1, 2).numpy(), right.numpy()) <= 1e-6
 
 
 class Halved(torch.nn.Module):

@@ -100,15 +100,34 @@ class Counted(torch.nn.Module):
         return torch.nn.functional.embedding(count, self.table) + 0 * position_ids[:, :, None]
 
 
+class Stored(torch.nn.Module):
+    """``[batch, seq, width]``: rows of a table by positions that are stored on one row."""
+
+    stored: Tensor
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("stored", torch.arange(LONGEST)[None])
+        self.register_buffer("table", torch.arange(2.0 * LONGEST).reshape(LONGEST, 2))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
+        start = counted.shape[0]
+        found = torch.nn.functional.embedding(self.stored[:, start : start + input_ids.shape[1]], self.table)
+        return found + 0 * input_ids[:, :, None]
+
+
 class Kinds(torch.nn.Module):
     """``[batch, seq]``: the kind of each token, looked up by positions."""
 
-    def __init__(self, from_tokens: bool) -> None:
+    def __init__(self, from_tokens: bool, gathered: bool) -> None:
         super().__init__()
-        self.from_tokens = from_tokens
+        self.from_tokens, self.gathered = from_tokens, gathered
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, past: Tensor, counted: Tensor) -> Tensor:
         kinds = (input_ids == 90).long() if self.from_tokens else torch.zeros_like(input_ids)
+        if self.gathered:
+            return torch.gather(kinds, 1, position_ids)
         return kinds[torch.arange(input_ids.shape[0])[:, None], position_ids]
 
 
@@ -203,13 +222,21 @@ def test_the_size_of_the_positions_is_not_the_positions() -> None:
     assert torch.equal(result, torch.stack([2.0 * (positions + 2), 2.0 * (positions + 2) + 1], dim=-1))
 
 
+def test_a_table_is_looked_up_by_positions_that_are_stored() -> None:
+    changed, result, _ = given(Stored(), POSITIONS.clamp(min=0), TOKENS)
+    assert changed == 1
+    assert torch.equal(result, torch.arange(2.0 * LONGEST).reshape(LONGEST, 2)[POSITIONS.clamp(min=0)])
+
+
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("from_tokens", [False, True])
-def test_only_what_no_token_changes_is_one_number(from_tokens: bool) -> None:
+def test_only_what_no_token_changes_is_one_number(from_tokens: bool, gathered: bool) -> None:
     tokens = TOKENS.clone()
     tokens[1, 0] = 90
     positions = torch.arange(SEQ).expand(ROWS, -1)
-    changed, result, graph = given(Kinds(from_tokens), positions, tokens)
+    changed, result, graph = given(Kinds(from_tokens, gathered), positions, tokens)
     assert changed == 0
-    looked_up = any(node.target is torch.ops.aten.index.Tensor for node in graph.nodes)
+    lookups = (torch.ops.aten.index.Tensor, torch.ops.aten.gather.default)
+    looked_up = any(node.target in lookups for node in graph.nodes)
     assert looked_up == from_tokens
     assert int(result.sum()) == int(from_tokens)

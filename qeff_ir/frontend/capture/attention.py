@@ -71,10 +71,10 @@ def _additive_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor 
     mask = _positions_mask(**kwargs)
     if mask is None:
         return None
-    return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), _HIDDEN, dtype=dtype))
+    return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), HIDDEN, dtype=dtype))
 
 
-_HIDDEN = -65504.0
+HIDDEN = -65504.0
 """What a hidden key adds to a score, in masks that are added: the least finite half."""
 
 HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
@@ -105,13 +105,13 @@ def _attention(
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     cap = float(softcap or 0.0)
     if attention_mask.is_floating_point():  # -inf in a whole row would be NaN, which spreads through the cache
-        attention_mask = attention_mask.clamp(min=_HIDDEN)
+        attention_mask = attention_mask.clamp(min=HIDDEN)
     if indices is not None:
         nothing = torch.zeros((*indices.shape[:2], key.shape[2]), dtype=torch.bool)
         attention_mask = attention_mask & nothing.scatter(-1, indices.long(), True).unsqueeze(1)
     if s_aux is not None:
         if attention_mask.is_floating_point():
-            attention_mask = attention_mask > _HIDDEN
+            attention_mask = attention_mask > HIDDEN
         out = torch.ops.qeff.sink_attention(query, key, value, attention_mask, s_aux, scale, cap)
     else:
         out = torch.ops.qeff.attention(query, key, value, attention_mask, scale, cap)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import private
 from qeff_ir.frontend.capture import segments
-from qeff_ir.frontend.capture.attention import HARMLESS, IMPLEMENTATION
+from qeff_ir.frontend.capture.attention import HARMLESS, HIDDEN, IMPLEMENTATION
+from qeff_ir.frontend.capture.own_thread import replaced
 
 Tensor = torch.Tensor
 
@@ -80,9 +81,34 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def encoding() -> contextlib.AbstractContextManager[None]:
+def _adding(get: Callable[..., Any]) -> Callable[..., Any]:
+    """`AttentionInterface.get_interface`, whose eager functions are given no boolean mask: they add it to the scores.
+
+    transformers makes masks that are to be added, but passes on one that a model has made, as only sdpa takes it.
+    """
+
+    def found(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        attend = get(self, attn_implementation, default)
+
+        def added(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+            if attention_mask is not None and attention_mask.dtype == torch.bool:
+                nothing = torch.zeros((), dtype=query.dtype)
+                attention_mask = torch.where(attention_mask, nothing, torch.full_like(nothing, HIDDEN))
+            return attend(module, query, key, value, attention_mask, **kwargs)
+
+        return added if attend is default else attend
+
+    return found
+
+
+@contextlib.contextmanager
+def encoding() -> Generator[None]:
     """Around a model's encoder inside of `qeff_ir.frontend.capture.attention.captured`, which is for its decoder."""
-    return private.registered({IMPLEMENTATION: _attention}, {IMPLEMENTATION: _mask, "eager": eager_mask})
+    with (
+        private.registered({IMPLEMENTATION: _attention}, {IMPLEMENTATION: _mask, "eager": eager_mask}),
+        replaced(AttentionInterface, "get_interface", _adding),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -94,7 +120,10 @@ def captured_forward(model: PreTrainedModel) -> Generator[None]:
     implementation = private.attention_implementations(model.config)
     experts = model.get_experts_implementation() if private.has_experts(model) else None
     try:
-        with private.registered({IMPLEMENTATION: _attention}, {IMPLEMENTATION: _mask}):
+        with (
+            private.registered({IMPLEMENTATION: _attention}, {IMPLEMENTATION: _mask}),
+            replaced(AttentionInterface, "get_interface", _adding),
+        ):
             model.set_attn_implementation(IMPLEMENTATION if private.supports_attention_interface(model) else "eager")
             if private.has_experts(model):
                 model.set_experts_implementation("batched_mm")

@@ -99,6 +99,7 @@ def lower_decoder(model: PreTrainedModel, weights: Weights, specs: Sequence[Inpu
     if not any(state.written_by_host for state in module.states):
         raise _whole(name)
     _take_batch_from_tokens(module)
+    _spell_out_types(module)
     RemoveUnusedNodesPass()(module.model)
     for value in list(module.graph.inputs):
         if module.role_of(value) in (FEATURES, FEATURES_MASK) and not value.uses():
@@ -123,6 +124,16 @@ def _take_batch_from_tokens(module: Module) -> None:
         if shape is not None and node.attributes.get_int("end", len(shape)) == start + 1 and shape[start] == BATCH:
             node.replace_input_with(0, tokens)
             node.attributes["start"], node.attributes["end"] = ir.AttrInt64("start", 0), ir.AttrInt64("end", 1)
+
+
+def _spell_out_types(module: Module) -> None:
+    """Cast to a type by its name, where that of a tensor is asked for: the tensor itself is not read then."""
+    for node in list(module.graph):
+        like = node.inputs[1] if node.op_type == "CastLike" else None
+        if like is None or like.dtype is None:
+            continue
+        cast = ir.node("Cast", [node.inputs[0]], {"to": like.dtype.value}, metadata_props=node.metadata_props)
+        ir.convenience.replace_nodes_and_values(module.graph, node, [node], [cast], node.outputs, cast.outputs)
 
 
 def _name_states(module: Module) -> None:

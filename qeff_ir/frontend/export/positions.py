@@ -229,14 +229,16 @@ class _Rows:
         return next((past for symbol, past in self.sizes.keys.items() if symbol in symbols), pasts[0])
 
     def _insert(self, traced: torch.fx.Graph, inputs: list[Node]) -> list[Node]:
-        """Copy a graph, each node to where what it stands for is; its results."""
+        """Copy a graph, each node to where what it stands for is, and behind what it reads; its results."""
         copies: dict[Node, Node] = {}
+        places: dict[Node, int] = {}
         given = iter(inputs)
         for node in traced.nodes:
             if node.op == "placeholder":
                 copies[node] = next(given)
             elif node.op == "call_function":
                 at = (node.meta.get("custom") or {}).get("before", 0)
+                at = places[node] = max([at, *(places.get(n, 0) for n in node.all_input_nodes)])
                 with self.graph.inserting_before(self.nodes[at]):
                     copies[node] = self.graph.node_copy(node, copies.__getitem__)
                 copies[node].meta["nn_module_stack"] = self.nodes[at].meta.get("nn_module_stack")
@@ -383,23 +385,30 @@ def _only_looked_up(node: Node, axis: int) -> bool:
 
 def _take_number(node: Node, example: Example) -> bool:
     """Let a lookup in what holds one number everywhere (kinds of tokens, where all are text) be that number."""
-    if node.target is not aten.index.Tensor or not isinstance(node.args[0], Node):
+    indices = _indices_of_all_axes(node)
+    if not indices or depends_on_values(cast("Node", node.args[0])):
         return False
-    indices = cast("list[Node | None]", node.args[1])
-    if len(indices) != node.args[0].meta["val"].dim() or depends_on_values(node.args[0]):
-        return False
-    same = number(node.args[0], example)
+    same = number(cast("Node", node.args[0]), example)
     if same is None:
         return False
-    given = [index for index in indices if index is not None]
-    if len(given) != len(indices):
-        return False
     with node.graph.inserting_before(node):
-        shaped = given[0]
-        for index in given[1:]:
+        shaped = indices[0]
+        for index in indices[1:]:
             shaped = call(aten.add.Tensor, shaped, index)
         made = node.graph.call_function(aten.full_like.default, (shaped, same), {"dtype": node.meta["val"].dtype})
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
     node.graph.erase_node(node)
     return True
+
+
+def _indices_of_all_axes(node: Node) -> list[Node]:
+    """The indices whose shape a lookup has; none for what is no lookup, or keeps an axis as it is."""
+    if not node.args or not isinstance(node.args[0], Node):
+        return []
+    if node.target is aten.gather.default:
+        return [cast("Node", node.args[2])]
+    if node.target is not aten.index.Tensor:
+        return []
+    given = [index for index in cast("list[Node | None]", node.args[1]) if index is not None]
+    return given if len(given) == node.args[0].meta["val"].dim() else []

@@ -30,15 +30,24 @@ def spell_out_complex(program: ExportedProgram) -> None:
 
 
 def drop_idle_squeezes(program: ExportedProgram) -> None:
-    """Take out each squeeze of an axis that is longer than one, in place: nothing in torch, an error in ONNX."""
+    """Squeeze no axis that is longer than one, in place: nothing in torch, an error in ONNX.
+
+    The batch is longer than one where it is traced, so that it is never squeezed.
+    """
+    aten = torch.ops.aten
     graph = program.graph_module.graph
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten.squeeze.dim:
-            value, axis = node.args
-            size = value.meta["val"].shape[axis] if value.meta["val"].dim() else 1
-            if isinstance(size, int) and size != 1:
-                node.replace_all_uses_with(value)
-                graph.erase_node(node)
+        if node.target not in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
+            continue
+        value, *asked = node.args
+        shape = value.meta["val"].shape
+        axes = range(len(shape)) if not asked else [asked[0]] if isinstance(asked[0], int) else asked[0]
+        for axis in sorted({axis % len(shape) for axis in axes if shape}, reverse=True):
+            if isinstance(shape[axis], int) and shape[axis] == 1:
+                with graph.inserting_before(node):
+                    value = call(aten.squeeze.dim, value, axis)
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
 
 
 def cut_splits(program: ExportedProgram) -> None:

@@ -109,6 +109,8 @@ DAMAGE: list[tuple[Callable[[onnx.ModelProto], object], set[str]]] = [
     (_fix("input_features", 2, 60), {"dtype-shape"}),
     (_set_dim("past_key_self.0", 2, "encoder_ctx_len"), {"dtype-shape", "state-pair"}),
     (_set_dim("past_key_cross.0", 2, "decoder_ctx_len"), {"dtype-shape", "state-pair"}),
+    (_set_dim("past_key_cross.0", 2, "sliding_window"), {"dtype-shape", "state-pair", "symbol"}),
+    (_set_dim("past_key_self.0", 2, "sliding_window"), {"state-pair", "symbol"}),
 ]
 
 
