@@ -87,6 +87,11 @@ def _differs(key: Key) -> UnsupportedModelError:
     return UnsupportedModelError(f"a layer keeps a {key[0]} state of one shape in one run and of another in the next")
 
 
+def _channels(tensor: Tensor) -> int:
+    """How many numbers are stored for each token."""
+    return _size(tensor, 1) * _size(tensor, 3)
+
+
 def _size(tensor: Tensor, axis: int) -> int:
     return int(tensor.shape[axis])
 
@@ -114,9 +119,25 @@ class AttentionLayer(DynamicIndexedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """See `DynamicLayer.update`."""
-        self.keys = self.held.append(("key", 0), key_states)
-        self.values = self.held.append(("value", 0), value_states)
+        if not _channels(key_states):
+            self.values, self.keys = self._halved(value_states, key_states)
+        elif not _channels(value_states):
+            self.keys, self.values = self._halved(key_states, value_states)
+        else:
+            self.keys = self.held.append(("key", 0), key_states)
+            self.values = self.held.append(("value", 0), value_states)
         return self.keys, self.values
+
+    def _halved(self, new: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+        """Store tokens beside which there is nothing to store: one half as keys, and one as values.
+
+        A cache is a pair on every device, and nothing without channels can be retained.
+        """
+        size = _size(new, 3) - _size(new, 3) // 2
+        halves = new.split([size, _size(new, 3) - size], dim=-1)
+        stored = [self.held.append((kind, 0), half) for kind, half in zip(("key", "value"), halves, strict=True)]
+        whole = torch.cat(stored, dim=-1)
+        return whole, whole.new_zeros((whole.shape[0], empty.shape[1], whole.shape[2], empty.shape[3]))
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """See `DynamicIndexedLayer.update_indexer`; ``[batch, seq, width]`` in, ``[batch, ctx, width]`` out."""
