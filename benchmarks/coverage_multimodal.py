@@ -30,7 +30,7 @@ from qeff_ir.frontend.export.encoders import find_features, lower_encoder
 from qeff_ir.frontend.export.features import encoder_of
 from qeff_ir.frontend.export.pictures import lower_language
 from qeff_ir.ir.module import Module
-from qeff_ir.ir.ports import AXES, PLANES
+from qeff_ir.ir.ports import AXES, PICTURES_TOKENS, PLANES, PREFIX_TOKENS
 from qeff_ir.runtime.picture_decoder import Pictured, PictureDecoder
 from qeff_ir.runtime.session import Session
 from qeff_ir.testing.trace import Trace, compare, session_trace
@@ -95,7 +95,9 @@ class Multimodal(Coverage):
         modality = self.data.get("modalities", {}).get(name, self.modality)
         said: Mapping[str, Any] = self.data["inputs"].get(name) or _by_encoder(model, modality)
         inputs = [{key: _drawn(value, seed) for key, value in said.items()} for seed in (5, 9)]
-        return Request(model, modality, inputs, joined=self.data["joined"].get(name, {}))
+        beside = {key: _drawn(value, 9) for key, value in self.data.get("second", {}).get(name, {}).items()}
+        joined, kind = self.data["joined"].get(name, {}), self.data.get("types", {}).get(name, 1)
+        return Request(model, modality, inputs, beside, joined=joined, kind=kind)
 
     def check(self, job: Job, row: Row, folder: Path) -> None:
         """See `Coverage.check`."""
@@ -116,8 +118,9 @@ class Multimodal(Coverage):
         reference = _of_tokens(reference, kept)
         row.allow(request.rounding(model, reference, kept))
         for target in backend_names():
-            session = compiled(encoder, target, folder / target / "encoder", request.options, "Vision")
-            decoder = PictureDecoder(compiled(language, target, folder / target, request.options))
+            options = request.options(cut=not any(language.find(role) for role in (PICTURES_TOKENS, PREFIX_TOKENS)))
+            session = compiled(encoder, target, folder / target / "encoder", options, "Vision")
+            decoder = PictureDecoder(compiled(language, target, folder / target, options))
             given = request.given(session, planes=language.find(PLANES) is not None)
             decoder.prompts = [given, Pictured()]
             found = session_trace(decoder, request.prompts, reference.tokens)
@@ -138,27 +141,39 @@ class Request:
         model: The small model.
         modality: What they are.
         inputs: What a processor would make of each.
+        beside: What it would make of the second where it stands beside the first, if that is something else.
         joined: By input, the axis along which both lie one after the other in a processor's output; 0 by default.
+        kind: The type of their tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, modality: str, inputs: list[Inputs], joined: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modality: str,
+        inputs: list[Inputs],
+        beside: Inputs,
+        *,
+        joined: Mapping[str, int],
+        kind: int = 1,
+    ) -> None:
         self.modality, self.inputs = modality, inputs
-        self._both = {key: _joined([one[key] for one in inputs], joined.get(key, 0)) for key in inputs[0]}
+        together = [inputs[0], {**inputs[1], **beside}]
+        self._both = {key: _joined([one[key] for one in together], joined.get(key, 0)) for key in inputs[0]}
         self._model = model
         token, count = getattr(model.config, f"{modality}_token_id"), find_features(model, inputs[0], modality).rows
         rng = np.random.default_rng(3)
         words = [rng.integers(4, 60, length).tolist() for length in WORDS]
         place = [token] * count
         self.prompts: list[list[int]] = [[*words[0], *place, *words[1], *place, *words[2]], words[3]]
-        self._types = (torch.tensor(self.prompts[0]) == token).long()
+        self._types = kind * (torch.tensor(self.prompts[0]) == token).long()
         accepted = inspect.signature(model.forward).parameters
         self._typed = [name for name in _TYPES if name in accepted]
 
-    @property
-    def options(self) -> CompileOptions:
-        """Shapes with room for both prompts and their answers."""
-        longest = max(map(len, self.prompts)) + STEPS
-        return CompileOptions(prefill_seq_len=CHUNK, ctx_len=-(-longest // 16) * 16, batch_size=2)
+    def options(self, *, cut: bool) -> CompileOptions:
+        """Shapes with room for both prompts and their answers, in chunks if they may be cut."""
+        longest = max(map(len, self.prompts))
+        chunk = CHUNK if cut else longest
+        return CompileOptions(prefill_seq_len=chunk, ctx_len=-(-(longest + STEPS) // 16) * 16, batch_size=2)
 
     def answer(self, model: PreTrainedModel) -> Trace:
         """The greedy answer of a model to both, each alone."""
@@ -184,9 +199,16 @@ class Request:
             found.append(compare(reference, _of_tokens(self.answer(double), kept)).error)
         with contextlib.suppress(Exception), torch.no_grad():
             words = torch.tensor([self.prompts[1] + reference.tokens[:-1, 1].tolist()])
-            whole = model(input_ids=words, use_cache=False).logits[0, -STEPS:].numpy()[:, kept]
+            types = self._types_of_answer(model, words.shape[1])
+            whole = model(input_ids=words, use_cache=False, **types).logits[0, -STEPS:].numpy()[:, kept]
             found += [numerics.error_over_rms(reference.logits[at, 1], whole[at]) for at in range(STEPS)]
         return max(found)
+
+    def _types_of_answer(self, model: PreTrainedModel, length: int) -> Inputs:
+        """Types of the prompt of words alone and of what follows it."""
+        words = len(self.prompts[1])
+        types = dict.fromkeys(self._typed, torch.zeros(1, words, dtype=torch.long))
+        return private.with_new_tokens(model, types, length - words)
 
     def given(self, vision: Session, *, planes: bool) -> Pictured:
         """What a host gives beside the tokens of the first prompt, rows of the encoder's session among it."""

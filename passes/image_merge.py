@@ -15,11 +15,11 @@ from qeff_ir.ir.ports import (
     FIRST_ROW,
     LOGITS,
     NEXT_ROW,
-    PICTURE_TOKENS,
     PIXELS,
     PLANES,
     POSITIONS,
     ROWS,
+    TOKEN_KINDS,
     TOKENS,
 )
 from qeff_ir.ir.residents import KINDS, State
@@ -172,5 +172,5 @@ def _retain(module: Module, given: list[ir.Value], rewriter: Rewriter) -> None:
     graph.outputs[:] = [logits, *kept, after, *(v for v in graph.outputs if v not in (logits, after))]
 
 
-_FRONT = (EMBEDDINGS, TOKENS, ROWS, PIXELS, POSITIONS, FIRST_ROW, PLANES, PICTURE_TOKENS)
+_FRONT = (EMBEDDINGS, TOKENS, ROWS, PIXELS, POSITIONS, FIRST_ROW, PLANES, *TOKEN_KINDS)
 """Roles of inputs in the order of the contract; states and adapters follow."""

@@ -28,7 +28,9 @@ class TinyMultimodal:
         picture: Name and shape of what the encoder takes for one picture; whole numbers are given as they are.
         rows: Rows that it makes of one.
         planes: Whether tokens have places on several axes.
-        types: Name of the input that says which tokens are of a picture, if the masks depend on it.
+        types: Name of the input that says which tokens see later ones, if any do.
+        kind: The type of the tokens of a picture.
+        whole: Whether a prompt must lie in one run.
         post_norm: As in `tests.models.TinyModel`.
     """
 
@@ -38,6 +40,8 @@ class TinyMultimodal:
     rows: int = 0
     planes: bool = False
     types: str | None = None
+    kind: int = 1
+    whole: bool = False
     post_norm: float = 0.0
 
 
@@ -91,6 +95,15 @@ MODELS: dict[str, TinyMultimodal] = {
         4,
         types="token_type_ids",
         post_norm=-0.7,
+    ),
+    "paligemma": TinyMultimodal(
+        "paligemma",
+        _both("gemma", _SIGLIP, projection_dim=32),
+        {"pixel_values": (1, 3, 16, 16)},
+        16,
+        types="token_type_ids",
+        kind=0,  # of all tokens of a prompt
+        whole=True,
     ),
     "qwen2_5_vl": TinyMultimodal(
         "qwen2_5_vl",

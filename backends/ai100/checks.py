@@ -23,10 +23,10 @@ from qeff_ir.ir.ports import (
     KEPT_LOGITS,
     LOGITS,
     NEXT_ROW,
-    PICTURE_TOKENS,
     POSITIONS,
     READ_LENGTH,
     ROWS_OUTPUT,
+    TOKEN_KINDS,
     TOKENS,
     name_of,
 )
@@ -45,7 +45,7 @@ _CONSTANT_IN_FUNCTIONS = {
 """Inputs that must be constants inside functions, because the compiler compiles a function by itself."""
 
 
-_BESIDE_POSITIONS = (FIRST_ROW, PICTURE_TOKENS, FEATURES_MASK)
+_BESIDE_POSITIONS = (FIRST_ROW, *TOKEN_KINDS, FEATURES_MASK)
 """Roles of what is given beside the positions, for pictures (contract §1.8) and for what an encoder sees."""
 
 

@@ -25,6 +25,7 @@ from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
 from transformers.exporters.utils import _PATCHES, import_dotted_path
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils.generic import ModelOutput
 
 from qeff_ir.frontend.capture.own_thread import Function, Overlaid, here, replaced
 
@@ -126,6 +127,14 @@ def places(model: PreTrainedModel, ids: torch.Tensor, arguments: Mapping[str, to
     mixin: Any = model
     given = {**arguments, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return mixin._prepare_position_ids_for_generation(ids, given)
+
+
+def with_new_tokens(model: PreTrainedModel, types: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """Types of tokens, ``[batch, seq]`` by argument, with those that a model gives to `count` tokens that it makes."""
+    mixin: Any = model
+    given = {**types, "attention_mask": torch.ones_like(next(iter(types.values()), torch.zeros(1, 0)))}
+    made = mixin._update_model_kwargs_for_generation(ModelOutput(), given, num_new_tokens=count)
+    return {name: made[name] for name in types}
 
 
 def unchecked(told: Function) -> Function:

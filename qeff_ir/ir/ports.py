@@ -147,7 +147,17 @@ ROWS_OUTPUT = define(Role("made-rows", "what an encoder makes for placeholders, 
 FIRST_ROW = define(Role("first-row", "the row that the next placeholder stands for, int64 [batch, 1]", _first_rows))
 NEXT_ROW = define(Role("next-row", "the same for the next run, int64 [batch, 1]", is_output=True))
 PLANES = define(Role("planes", "place of each token on three axes, int64 [3, batch, seq]", _planes))
-PICTURE_TOKENS = define(Role("picture-tokens", "tokens of a picture, int64 [batch, seq]", _types))
+PICTURE_TOKENS = define(
+    Role("picture-tokens", "other than 0 for tokens of a picture, which see one another, int64 [batch, seq]", _types)
+)
+PICTURES_TOKENS = define(
+    Role("pictures-tokens", "the same where the tokens of all pictures see one another, int64 [batch, seq]", _types)
+)
+PREFIX_TOKENS = define(
+    Role("prefix-tokens", "0 for the tokens of a prompt, which see one another, int64 [batch, seq]", _types)
+)
+TOKEN_KINDS = (PICTURE_TOKENS, PICTURES_TOKENS, PREFIX_TOKENS)
+"""Roles of an input that tells which tokens see later ones; these must be of one run."""
 ALL_PLANES = define(
     Role("all-planes", "positions, -1 is padding, then places on three axes, int64 [4, batch, seq]", _all_planes)
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.ports import AXES, NEXT_ROW, PICTURE_TOKENS, Run
+from qeff_ir.ir.ports import AXES, NEXT_ROW, PICTURE_TOKENS, PICTURES_TOKENS, PREFIX_TOKENS, Role, Run
 from qeff_ir.ir.residents import State
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.picture_forms import PictureForms
@@ -25,7 +25,7 @@ class Pictured:
             layers): one for each placeholder, in order; where the graph has the encoder, all pixels of the prompt, as
             the processor returns them. Empty for a prompt of text alone.
         planes: Place of each token on three axes, int64 ``[3, tokens]``; its position on each by default.
-        types: 0 for text, int64 ``[tokens]``; text alone by default.
+        types: As the model's processor returns them, int64 ``[tokens]``; 0, which is text, by default.
     """
 
     rows: Mapping[str, Array] = field(default_factory=dict[str, Array])
@@ -45,7 +45,7 @@ class PictureDecoder(Decoder):
 
     Attributes:
         capacity: Rows that the context of each prompt may hold.
-        whole: Whether a picture must lie in one prefill run: its tokens see one another.
+        whole: Role of the types, where tokens that see one another must lie in one prefill run.
         prompts: What the prompts of the next `prefill`, which takes it, have beside tokens; fewer than the batch are
             repeated, each next to its own copies. Text alone by default.
     """
@@ -64,7 +64,7 @@ class PictureDecoder(Decoder):
         else:
             forms.check_batch([self._sizes(state) for state in self._residents.values()], self.batch_size)
             self.capacity = forms.count * forms.sizes[0].rows
-        self.whole = session.interface.input(PICTURE_TOKENS) is not None
+        self.whole = next((role for role in _BLOCKS if session.interface.input(role) is not None), None)
         self.prompts: Sequence[Pictured] = ()
         self._rows: list[Pictured] = [Pictured()] * self.batch_size
         self._asked = self._rows
@@ -128,15 +128,16 @@ class PictureDecoder(Decoder):
         return held
 
     def _cut(self, row: int, length: int) -> list[tuple[int, int]]:
-        types = self._asked[row].types
-        if not self.whole or types is None:
+        if self.whole is None:
             return super()._cut(row, length)
+        types = self._asked[row].types
+        said, blocks = _BLOCKS[self.whole]
         pieces: list[tuple[int, int]] = []
         start = 0
-        for first, end in [*_blocks(types), (length, length)]:
+        for first, end in [*blocks(np.zeros(length) if types is None else types), (length, length)]:
             if end - first > self.prefill_len:
                 raise RuntimeInputError(
-                    f"a picture takes {end - first} tokens, which must lie in one prefill run, and those have "
+                    f"{said} takes {end - first} tokens, which must lie in one prefill run, and those have "
                     f"{self.prefill_len}: compile with prefill_seq_len={end - first} or more"
                 )
             while end - start > self.prefill_len:  # as much as fits, but nothing of the picture
@@ -166,8 +167,22 @@ def _places(planes: Array, positions: Array) -> Array:
     return known + np.maximum(positions - planes.shape[1] + 1, 0)
 
 
-def _blocks(types: Array) -> list[tuple[int, int]]:
+def _pictures(types: Array) -> list[tuple[int, int]]:
     """Where each run of tokens that are no text begins and ends."""
     marked = np.concatenate([[0], (types != 0).astype(np.int64), [0]])
     edges = np.flatnonzero(np.diff(marked))
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _around(marked: Array) -> list[tuple[int, int]]:
+    """From the first token that is marked to the last."""
+    at = np.flatnonzero(marked)
+    return [(int(at[0]), int(at[-1]) + 1)] if len(at) else []
+
+
+_BLOCKS: dict[Role, tuple[str, Callable[[Array], list[tuple[int, int]]]]] = {
+    PICTURE_TOKENS: ("a picture", _pictures),
+    PICTURES_TOKENS: ("what lies from the first picture to the last", lambda types: _around(types != 0)),
+    PREFIX_TOKENS: ("the prompt", lambda types: _around(types == 0)),
+}
+"""What must lie in one run by the role of the types, and where it begins and ends."""

@@ -80,7 +80,7 @@ def test_the_pictures_of_a_request_differ_and_span_runs() -> None:
     ids, words = request.prompts
     places = np.flatnonzero(np.array(ids) == model.config.image_token_id)
     assert len(places) == 24 and model.config.image_token_id not in words
-    assert len(set(places[:12] // 8)) > 1 and request.options.ctx_len >= len(ids) + 6
+    assert len(set(places[:12] // 8)) > 1 and request.options(cut=True).ctx_len >= len(ids) + 6
 
 
 def test_a_task_that_is_not_known_is_told() -> None:
@@ -98,7 +98,7 @@ def test_every_type_has_a_verdict(task: CoverageTask) -> None:
         assert version != here or set(rows) == names
         assert all(row.reason for row in rows.values() if row.result != PASSED)
         assert not [row.architecture for row in rows.values() if row.result == "fail"]
-    for key in ("absent", "architectures", "inputs", "joined", "modalities"):
+    for key in ("absent", "architectures", "inputs", "joined", "modalities", "second", "types"):
         assert set(coverage.data.get(key, {})) <= names, key
 
 

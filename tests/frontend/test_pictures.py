@@ -18,10 +18,12 @@ from backends.options import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError, UnsupportedModelError
 from qeff_ir.frontend.checkpoint.weights import memory_weights
+from qeff_ir.frontend.export.blocks import find_blocks
 from qeff_ir.frontend.export.encoders import find_features
 from qeff_ir.frontend.export.features import encode, read_features
 from qeff_ir.frontend.export.pictures import Pictures, lower_language
 from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import PICTURE_TOKENS, PICTURES_TOKENS, PREFIX_TOKENS, Role
 from qeff_ir.numerics import bound, depth, error_over_rms
 from qeff_ir.passing import Pipeline, run_pipeline
 from qeff_ir.runtime.decoder import Decoder
@@ -33,6 +35,8 @@ from tests.multimodal import IMAGE, MODELS
 TARGETS = ["onnxruntime", "ai100"]
 STEPS, CHUNK = 4, 8
 OPTIONS = CompileOptions(prefill_seq_len=CHUNK, ctx_len=192, batch_size=2)
+WHOLE = dataclasses.replace(OPTIONS, prefill_seq_len=48)
+"""Room for a prompt whose tokens all see one another."""
 
 
 @functools.cache
@@ -44,12 +48,12 @@ def _lowered(name: str) -> Module:
 
 def opened(name: str, target: str, folder: Path) -> tuple[PictureDecoder, int]:
     """A decoder over a tiny model's language program, and the program's depth."""
-    module = _lowered(name).clone()
-    specialize(module, OPTIONS)
+    module, options = _lowered(name).clone(), WHOLE if MODELS[name].whole else OPTIONS
+    specialize(module, options)
     backend = find_backend(target)
     run_pipeline(module, Pipeline.parse(backend.pipeline))
-    backend.check(module, OPTIONS)
-    backend.emit(module, folder, OPTIONS)
+    backend.check(module, options)
+    backend.emit(module, folder, options)
     return PictureDecoder(backend.open(folder, threads=1)), depth(module)
 
 
@@ -73,7 +77,7 @@ def pictured(name: str, ids: list[int], pictures: list[dict[str, torch.Tensor]])
     if found[0][2]:
         layers = [torch.cat(parts) for parts in zip(*(deep for _, _, deep in found), strict=True)]
         rows["deepstack_features"] = torch.stack(layers).numpy()
-    types = (torch.tensor([ids]) == IMAGE).long()
+    types = case.kind * (torch.tensor([ids]) == IMAGE).long()
     planes = None
     if case.planes:
         grids = torch.cat([one["image_grid_thw"] for one in pictures])
@@ -93,7 +97,7 @@ def reference(name: str) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any
         for key in case.picture if pictures else ():
             joined = torch.cat([one[key] for one in pictures], dim=1 if name == "idefics3" else 0)
             given[key] = joined.double() if joined.is_floating_point() else joined
-        types = (given["input_ids"] == IMAGE).long()
+        types = case.kind * (given["input_ids"] == IMAGE).long()
         given |= {case.types: types} if case.types else {"mm_token_type_ids": types} if case.planes else {}
         with torch.no_grad():
             out = model.generate(
@@ -142,12 +146,38 @@ def test_a_picture_whose_tokens_see_one_another_is_not_cut(tmp_path: Path) -> No
     ids, pictures = prompts("gemma3")[0]
     decoder.prompts = [pictured("gemma3", ids, pictures), Pictured()]
     decoder.prefill([ids, [5]])
-    assert decoder.whole and decoder._cut(0, len(ids)) == [(0, 5), (5, 12), (12, 20)]
+    assert decoder.whole is PICTURE_TOKENS and decoder._cut(0, len(ids)) == [(0, 5), (5, 12), (12, 20)]
     assert decoder._cut(1, 20) == [(0, 8), (8, 16), (16, 20)]
     long = np.ones(9, dtype=np.int64)
     decoder.prompts = [Pictured({}, None, long), Pictured()]
     with pytest.raises(RuntimeInputError, match=r"takes 9 tokens.* and those have 8: compile with prefill_seq_len=9"):
         decoder.prefill([[5] * 9, [5]])
+
+
+def test_pictures_whose_tokens_see_one_another_lie_in_one_run(tmp_path: Path) -> None:
+    decoder, _ = opened("gemma3", "onnxruntime", tmp_path)
+    decoder.whole = PICTURES_TOKENS
+    decoder._asked = [Pictured(types=np.array([0] * 5 + [1, 1, 0, 0, 1, 1] + [0] * 9))] * 2
+    assert decoder._cut(0, 20) == [(0, 5), (5, 13), (13, 20)]
+    decoder._asked = [Pictured(types=np.array([0, 1, 1] + [0] * 7 + [1]))] * 2
+    with pytest.raises(RuntimeInputError, match="from the first picture to the last takes 10 tokens"):
+        decoder._cut(0, 11)
+
+
+def test_a_prompt_whose_tokens_see_one_another_lies_in_one_run(tmp_path: Path) -> None:
+    decoder, products = opened("paligemma", "onnxruntime", tmp_path)
+    words, model = prompts("paligemma")[1][0], multimodal.tiny("paligemma")
+    ids, logits = torch.tensor([words]), list[Array]()
+    for types in (None, np.ones(len(words), dtype=np.int64)):  # of none, transformers takes 0
+        decoder.prompts = [Pictured(types=types)]
+        logits.append(decoder.prefill([words, words])[0])
+        given = {} if types is None else {"token_type_ids": torch.from_numpy(types)[None]}
+        with torch.no_grad():
+            right = model(input_ids=ids, **given).logits[0, -1].numpy()
+        assert error_over_rms(logits[-1], right) <= bound(products)
+    assert error_over_rms(*logits) > 0.01
+    with pytest.raises(RuntimeInputError, match="the prompt takes 49 tokens, which must lie in one prefill run"):
+        decoder.prefill([[5] * 49, [5]])
 
 
 def test_a_prompt_that_is_refused_leaves_the_request_before(tmp_path: Path) -> None:
@@ -198,13 +228,16 @@ def test_a_model_without_a_way_in_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "message"),
+    ("groups", "role"),
     [
-        (lambda types: torch.where(types == 0, 0, -1), "lets words see later words"),
-        (lambda types: torch.where(types == 1, 0, -1), "lets tokens of a picture see later pictures"),
+        (lambda types: torch.where(types == 1, types.ne(types.roll(1)).cumsum(1), -1), PICTURE_TOKENS),
+        (lambda types: torch.where(types == 1, 0, -1), PICTURES_TOKENS),
+        (lambda types: torch.where(types == 0, 0, -1), PREFIX_TOKENS),
+        (torch.zeros_like, "lets words see later tokens of a picture"),
+        (lambda types: types, "lets words see later words"),
     ],
 )
-def test_a_model_whose_other_tokens_see_later_ones_is_refused(groups: Any, message: str) -> None:
+def test_who_sees_later_tokens_is_found_or_refused(groups: Any, role: Role | str) -> None:
     def masks(
         config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Any, position_ids: Any,
         token_type_ids: Any, is_first_iteration: bool = False,
@@ -216,8 +249,11 @@ def test_a_model_whose_other_tokens_see_later_ones_is_refused(groups: Any, messa
 
     model: Any = multimodal.build("gemma3")
     model.create_masks_for_generate = masks
+    if isinstance(role, Role):
+        assert find_blocks(model, "token_type_ids") is role
+        return
     form = find_features(model, multimodal.picture("gemma3"))
-    with pytest.raises(UnsupportedModelError, match=message):
+    with pytest.raises(UnsupportedModelError, match=role):
         lower_language(model, memory_weights(model), form)
 
 
@@ -261,6 +297,7 @@ def test_inputs_are_those_that_the_model_reads() -> None:
         "llava": set(),
         "llava_next": set(),
         "gemma3": {"mm_token_type_ids"},
+        "paligemma": {"mm_token_type_ids"},
         "qwen2_5_vl": {"rope_position_ids"},
         "qwen3_vl": {"rope_position_ids", "deepstack_features"},
         "idefics3": set(),

@@ -33,3 +33,15 @@ def test_a_subclass_of_a_cache_layer_is_refused(name: str, monkeypatch: pytest.M
         monkeypatch.setattr(states, "DynamicCache", with_own(at))
         with pytest.raises(UnsupportedModelError, match=rf"keeps a Own\w+ state in layer {at}, a kind of its own"):
             states._layers(model, positions, {}, model.config.num_hidden_layers)
+
+
+def test_a_cache_beside_nothing_is_kept_in_two_halves() -> None:
+    positions, width, nothing = torch.zeros((2, 5), dtype=torch.long), torch.randn(2, 1, 5, 7), torch.zeros(2, 1, 5, 0)
+    for given in ((width, nothing), (nothing, width)):
+        layer = states.AttentionLayer(None, states._Held(positions, {}, 0))
+        stored = layer.update(*given)
+        assert all(torch.equal(one, other) for one, other in zip(stored, given, strict=True))
+        assert layer.held.seen == {
+            ("key", 0): ("batch_size", 1, "ctx_len", 4),
+            ("value", 0): ("batch_size", 1, "ctx_len", 3),
+        }

@@ -117,6 +117,7 @@ PROPERTIES = {
     "encoders and decoders": "test_seq2seq.py",
     "AI 100 encoders and decoders": "backends/ai100/test_seq2seq.py",
     "pictures in prompts": "frontend/test_pictures.py",
+    "cache layers": "frontend/test_states.py",
     "coverage of pictures": "benchmarks/test_coverage_pictures.py",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""

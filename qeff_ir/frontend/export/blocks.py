@@ -1,36 +1,45 @@
-"""Which tokens of a prompt see later ones: those of one picture, one another, or a model is not understood."""
+"""Which tokens of a prompt see later ones: a model has one of the forms known here, or is not understood."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.ir.ports import PICTURE_TOKENS, PICTURES_TOKENS, PREFIX_TOKENS, Role
 
 Tensor = torch.Tensor
 
 _TYPES = (0, 1, 1, 0, 1, 1, 0)
 """Two pictures of two tokens between words."""
-_WITHIN = {(1, 2), (4, 5)}
-"""Who sees which later token, where only the tokens of a picture do."""
+_SEEING: dict[Role, set[tuple[int, int]]] = {
+    PICTURE_TOKENS: {(1, 2), (4, 5)},
+    PICTURES_TOKENS: set(combinations((1, 2, 4, 5), 2)),
+    PREFIX_TOKENS: set(combinations((0, 3, 6), 2)),
+}
+"""Who sees which later token: those of one picture one another, those of all, or those of the type of words."""
 
 
-def check_blocks(model: PreTrainedModel, types: str) -> None:
-    """Refuse a model in which other tokens than those of one picture see later ones.
+def find_blocks(model: PreTrainedModel, types: str) -> Role:
+    """Who sees later tokens in a model whose masks follow the types of tokens.
 
-    A prompt is cut between pictures, so that whoever sees a later token must have it in its own run.
+    A prompt is cut where nobody looks ahead, so that whoever sees a later token has it in its own run.
 
     Args:
-        model: A model whose masks follow the types of tokens.
-        types: What it calls them.
+        model: The model.
+        types: What it calls the types.
+
+    Returns:
+        The role of the types, which says where a prompt may be cut.
 
     Raises:
-        UnsupportedModelError: Words or tokens of another picture see later tokens, or nothing tells which do.
+        UnsupportedModelError: Tokens see later ones in another form, or nothing tells which do.
     """
     name, make = type(model).__name__, getattr(model, "create_masks_for_generate", None)
     if make is None:
@@ -39,15 +48,16 @@ def check_blocks(model: PreTrainedModel, types: str) -> None:
             "may be cut is not known"
         )
     made: Any = make(**_request(model, types, inspect.signature(make).parameters))
-    for mask in made.values() if isinstance(made, Mapping) else [made]:
-        wrong = _later(mask) - _WITHIN
-        if wrong:
-            first, later = min(wrong)
-            said = "words" if _TYPES[first] == 0 else "tokens of a picture"
-            raise UnsupportedModelError(
-                f"{name} lets {said} see later {'words' if _TYPES[later] == 0 else 'pictures'}: only models in which "
-                "the tokens of one picture see one another can be given a prompt in parts"
-            )
+    later = set[tuple[int, int]]().union(*(_later(m) for m in (made.values() if isinstance(made, Mapping) else [made])))
+    found = next((role for role, seeing in _SEEING.items() if later <= seeing), None)
+    if found is None:
+        first, last = min(later - _SEEING[PICTURE_TOKENS])
+        said = ["words" if _TYPES[at] == 0 else "tokens of a picture" for at in (first, last)]
+        raise UnsupportedModelError(
+            f"{name} lets {said[0]} see later {said[1]}: only models in which the tokens of one picture, of all "
+            "pictures, or of the whole prompt see one another can be given a prompt in parts"
+        )
+    return found
 
 
 def _request(model: PreTrainedModel, types: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from qeff_ir.frontend.capture.own_thread import alone, replaced
 from qeff_ir.frontend.capture.states import CapturingCache
 from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.checkpoint.weights import Weights
-from qeff_ir.frontend.export.blocks import check_blocks
+from qeff_ir.frontend.export.blocks import find_blocks
 from qeff_ir.frontend.export.encoders import ROWS as NAMES
 from qeff_ir.frontend.export.encoders import Example
 from qeff_ir.frontend.export.features import DEEPSTACK, Features, encoder_of, replaced_encoder
@@ -38,7 +38,7 @@ from qeff_ir.frontend.export.lower import Step, as_unsupported, attributes_kept,
 from qeff_ir.frontend.export.quiet import quiet
 from qeff_ir.frontend.private import export_patches
 from qeff_ir.ir.module import Module
-from qeff_ir.ir.ports import AXES, FIRST_ROW, NEXT_ROW, PICTURE_TOKENS, PLANES, ROWS
+from qeff_ir.ir.ports import AXES, FIRST_ROW, NEXT_ROW, PICTURE_TOKENS, PLANES, ROWS, Role
 
 Tensor = torch.Tensor
 
@@ -61,7 +61,7 @@ class Pictures(Given):
         features: The form of its encoder's output, for one picture.
         count: Pictures that the context may hold.
         example: What the model's processor makes of one.
-        types: Whether its masks may depend on which tokens are of a picture.
+        kinds: Role of the types of tokens; `None` where no mask depends on them.
 
     Raises:
         UnsupportedModelError: The model has no way in for rows, gives tokens places on another number of axes, or takes
@@ -76,7 +76,7 @@ class Pictures(Given):
         count: int,
         example: Example,
         *,
-        types: bool = True,
+        kinds: Role | None = PICTURE_TOKENS,
     ) -> None:
         name, parameters = type(model).__name__, inspect.signature(model.forward).parameters
         self.taken = _ENCODED if _ENCODED in parameters else _shared(model, modality)
@@ -98,7 +98,7 @@ class Pictures(Given):
                 "that alone are known"
             )
         self.modality, self.features, self.axes = modality, features, axes
-        self.types = next((n for n in _TYPE_ARGUMENTS if n in parameters), None) if types else None
+        self.types = next((n for n in _TYPE_ARGUMENTS if n in parameters), None) if kinds else None
         shape = ("batch_size", count * features.rows, features.width)
         layers = (len(features.layers), *shape)
         found = [
@@ -106,7 +106,7 @@ class Pictures(Given):
             *([GivenPort(DEEPSTACK, layers, torch.float32, ROWS)] if features.layers else []),
             GivenPort("image_idx", ("batch_size", 1), torch.int64, FIRST_ROW),
             *([GivenPort(PLACES, (AXES, "batch_size", "seq_len"), torch.int64, PLANES)] if axes > 1 else []),
-            *([GivenPort(TYPES, ("batch_size", "seq_len"), torch.int64, PICTURE_TOKENS)] if self.types else []),
+            *([GivenPort(TYPES, ("batch_size", "seq_len"), torch.int64, kinds)] if kinds and self.types else []),
         ]
         self.inputs = tuple(found)
         self.outputs = (GivenPort("image_idx_output", ("batch_size", 1), torch.int64, NEXT_ROW),)
@@ -208,14 +208,13 @@ def lower_language(
         ``image_idx_output`` goes on from, both ``[batch_size, 1]``.
 
     Raises:
-        UnsupportedModelError: See `Pictures`, `qeff_ir.frontend.export.blocks.check_blocks` and
+        UnsupportedModelError: See `Pictures`, `qeff_ir.frontend.export.blocks.find_blocks` and
             `qeff_ir.frontend.export.lower.lower`.
     """
     pictures = Pictures(model, modality, features, count, example or {})
-    types = _masks_follow_types(model, pictures)
-    if types and pictures.types is not None:
-        check_blocks(model, pictures.types)
-    return lower(model, weights, given=Pictures(model, modality, features, count, example or {}, types=types))
+    types = pictures.types if _masks_follow_types(model, pictures) else None
+    kinds = None if types is None else find_blocks(model, types)
+    return lower(model, weights, given=Pictures(model, modality, features, count, example or {}, kinds=kinds))
 
 
 def _masks_follow_types(model: PreTrainedModel, pictures: Pictures) -> bool:
