@@ -138,6 +138,21 @@ MODELS: dict[str, TinyMultimodal] = {
 }  # fmt: skip
 
 
+@functools.cache
+def speaking() -> Any:
+    """A model that also speaks; the part that answers in text takes the pictures of ``qwen2_5_vl``."""
+    import torch
+    from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
+
+    case = MODELS["qwen2_5_vl"].config
+    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "output_dim": 32}
+    parts = {key: {k: v for k, v in case[key].items() if k != "model_type"} for key in ("text_config", "vision_config")}
+    parts["text_config"]["initializer_range"] = 0.3
+    torch.manual_seed(0)
+    config = Qwen2_5OmniConfig(thinker_config={**case, **parts, "audio_config": audio}, enable_audio_output=False)
+    return Qwen2_5OmniForConditionalGeneration(config).eval()
+
+
 def _drawn(name: str, shape: Any, seed: int) -> torch.Tensor:
     import torch
 

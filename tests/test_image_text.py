@@ -18,6 +18,7 @@ import torch
 from qeff_ir import QEFFAutoModelForImageTextToText
 from qeff_ir.auto import picture_runner
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError, RuntimeInputError, UnsupportedModelError
+from qeff_ir.frontend.picture_source import PictureMemory
 from qeff_ir.numerics import error_over_rms
 from qeff_ir.package import MAIN, SIDE_FOLDER, open_package
 from qeff_ir.runtime.picture_form import FILE
@@ -257,6 +258,24 @@ def test_a_model_in_memory_answers_alike(tmp_path: Path) -> None:
     assert answered(again, **given) == right
     with pytest.raises(PackageError, match="cannot be compiled again"):
         again.compile(image_size=(4, 4))
+
+
+def test_of_a_model_that_also_speaks_what_answers_in_text_is_taken(tmp_path: Path) -> None:
+    whole = multimodal.speaking()
+    whole.save_pretrained(tmp_path / "model")
+    processor("qwen2_5_vl").save_pretrained(tmp_path / "model")
+    arguments: dict[str, Any] = {**SHAPES, "image_size": PROCESSORS["qwen2_5_vl"].size, "emit_only": True}
+    model = QEFFAutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    model.compile(target="onnxruntime", compile_dir=tmp_path / "out", **arguments)
+    text, images = texts("qwen2_5_vl"), [pictures("qwen2_5_vl", [1, 2]), pictures("qwen2_5_vl", [3])]
+    alone = processed("qwen2_5_vl", images[:1], text[:1])
+    del alone["mm_token_type_ids"]
+    right = logits(whole.thinker, **alone)
+    again = QEFFAutoModelForImageTextToText.from_package(tmp_path / "out")
+    assert again.config.model_type == model.config.model_type == whole.thinker.config.model_type
+    for opened in (model, again):
+        assert error_over_rms(logits(opened, **processed("qwen2_5_vl", images, text))[0], right[0]) <= LOOSE
+    assert PictureMemory(whole, processor("qwen2_5_vl")).model is whole.thinker
 
 
 def test_a_picture_that_was_seen_is_not_encoded_again(llava: QEFFAutoModelForImageTextToText) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qeff_ir.errors import CompileError, QeffError, UnsupportedModelError, first_line
+from qeff_ir.frontend.checkpoint.config import CONFIG
 from qeff_ir.frontend.headless import fill_head, with_head
 from qeff_ir.frontend.source import FolderSource, MemorySource, Source
 from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
@@ -171,6 +172,8 @@ class PictureSource(Source):
 class PictureFolder(PictureSource, FolderSource):
     """A model folder with its image processor.
 
+    Of a model that answers in other ways too, the part that answers in text is taken.
+
     Args:
         folder: The folder.
         trust_remote_code: Whether code of the folder may run.
@@ -178,8 +181,13 @@ class PictureFolder(PictureSource, FolderSource):
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False, headless: bool = False) -> None:
+        from qeff_ir.frontend.parts import answering_config
+
         super().__init__(folder, trust_remote_code=trust_remote_code)
-        self._headless = headless
+        whole, self._headless = self.config, headless
+        if not self._remote:
+            self.config = answering_config(whole, self._auto())
+        self._is_part = self.config is not whole
 
     def lower(self) -> Module:
         """See `Source.lower`."""
@@ -211,6 +219,8 @@ class PictureFolder(PictureSource, FolderSource):
     def save_side_files(self, folder: Path) -> None:
         """See `Source.save_side_files`; with the forms of pictures, by which it is part of the package's key."""
         super().save_side_files(folder)
+        if self._is_part:
+            self.config.to_json_file(folder / CONFIG)
         self._known().forms.write(folder)
 
 
@@ -218,14 +228,18 @@ class PictureMemory(PictureSource, MemorySource):
     """A transformers model in memory with its processor.
 
     Args:
-        model: The model.
+        model: The model; see `PictureFolder` of one that answers in other ways too.
         processor: Its processor, or its image processor alone.
         headless: Whether its LM head is not read, so that it may be a base model.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, *, headless: bool = False) -> None:
-        super().__init__(with_head(model, IMAGE_TEXT_TO_TEXT) if headless else model)
-        self.processor = processor
+        from qeff_ir.frontend.parts import answering_model
+
+        model = with_head(model, self.task) if headless else model
+        super().__init__(model)
+        self.model = answering_model(self.model, self.task.auto_class())
+        self.config, self.processor = self.model.config, processor
 
     def lower(self) -> Module:
         """See `Source.lower`."""

@@ -257,6 +257,15 @@ def test_who_sees_later_tokens_is_found_or_refused(groups: Any, role: Role | str
         lower_language(model, memory_weights(model), form)
 
 
+def test_sounds_of_a_model_of_pictures_are_given_to_its_encoder() -> None:
+    model, sound = multimodal.speaking().thinker, {"input_features": torch.randn(1, 128, 8)}
+    sound["feature_attention_mask"] = torch.ones(1, 8, dtype=torch.long)
+    form = find_features(model, sound, "audio")
+    assert form.rows == 2 and form.also == ("last_hidden_state",)
+    module = lower_language(model, memory_weights(model), form, "audio", count=2, example=sound)
+    assert [node.op_type for node in module.graph].count("MergeRows") == 1
+
+
 def test_types_of_tokens_for_another_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, forward = multimodal.build("llava"), multimodal.build("llava").forward
 

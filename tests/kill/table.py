@@ -117,6 +117,8 @@ PROPERTIES = {
     "encoders and decoders": "test_seq2seq.py",
     "AI 100 encoders and decoders": "backends/ai100/test_seq2seq.py",
     "pictures in prompts": "frontend/test_pictures.py",
+    "parts of models": "test_image_text.py::test_of_a_model_that_also_speaks_what_answers_in_text_is_taken",
+    "sounds beside pictures": "frontend/test_pictures.py::test_sounds_of_a_model_of_pictures_are_given_to_its_encoder",
     "cache layers": "frontend/test_states.py",
     "coverage of pictures": "benchmarks/test_coverage_pictures.py",
 }

@@ -37,6 +37,7 @@ class Features:
         rows: How many there are.
         width: Size of each.
         layers: One entry for each tensor of `DEEPSTACK`: the layer that it names, and whether it is in a list.
+        also: Other fields that hold the very same rows.
     """
 
     kind: type[Any] | None
@@ -45,6 +46,7 @@ class Features:
     rows: int
     width: int
     layers: tuple[tuple[int | None, bool], ...] = ()
+    also: tuple[str, ...] = ()
 
     def filled(self, rows: Tensor, layers: Sequence[Tensor]) -> Any:
         """An output object with these rows.
@@ -57,7 +59,7 @@ class Features:
             return _contained(rows, self.listed)
         fields: dict[str, Any] = dict.fromkeys(_needed_fields(self.kind))
         if self.field != DEEPSTACK:
-            fields[self.field] = _contained(rows, self.listed)
+            fields |= dict.fromkeys((self.field, *self.also), _contained(rows, self.listed))
         if self.layers:
             held = [_contained(r, listed) for r, (_, listed) in zip(layers, self.layers, strict=True)]
             fields[DEEPSTACK] = [
@@ -133,7 +135,8 @@ def read_features(model: PreTrainedModel, output: Any) -> tuple[Features, Tensor
             "would not belong to the same tokens"
         )
     form = tuple((layer, not isinstance(item, Tensor)) for layer, item in layers)
-    return Features(type(output), field, not isinstance(held, Tensor), *_sizes(rows), form), rows, found
+    also = tuple(name for name in _FIELDS if name != field and output.get(name) is held)
+    return Features(type(output), field, not isinstance(held, Tensor), *_sizes(rows), form, also), rows, found
 
 
 def _names_layer(item: Any) -> bool:

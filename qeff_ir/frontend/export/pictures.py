@@ -48,6 +48,9 @@ PLACES = "rope_position_ids"
 _ENCODED = "mm_encoder_outputs"
 """What a forward pass calls the outputs of encoders; without it, the encoder's method is replaced while it runs."""
 
+_ENCODED_MODALITIES = ("image", "video")
+"""What transformers' generation gives in it (`transformers.generation.utils`)."""
+
 _TYPE_ARGUMENTS = ("token_type_ids", TYPES)
 """What a forward pass calls the input that says which tokens are of a picture."""
 
@@ -79,7 +82,8 @@ class Pictures(Given):
         kinds: Role | None = PICTURE_TOKENS,
     ) -> None:
         name, parameters = type(model).__name__, inspect.signature(model.forward).parameters
-        self.taken = _ENCODED if _ENCODED in parameters else _shared(model, modality)
+        taken = _ENCODED in parameters and modality in _ENCODED_MODALITIES
+        self.taken = _ENCODED if taken else _shared(model, modality)
         if self.taken is None:
             raise UnsupportedModelError(
                 f"{name} takes no {_ENCODED}, by which models of transformers are given what their encoder made, nor "
