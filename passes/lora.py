@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from qeff_ir.adapters.layers import Layer, bias_name, find_layers, layers_without_weight, output_layer
+from qeff_ir.adapters.layers import Layer, bias_name, encoder_nodes, find_layers, layers_without_weight, output_layer
 from qeff_ir.adapters.targets import select, selection
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import Module
@@ -39,6 +39,8 @@ class Lora(Pass):
     ``layers_to_transform`` and ``layers_pattern``.
 
     ``bias=targets`` gives those layers a bias of the adapter's, ``bias=all`` gives one to every bias of the model.
+    An encoder of pictures in the graph gets no branch: its rows are not those of the batch.
+
     ``retained=true`` returns every input as an output, as devices want it that keep inputs between runs.
     """
 
@@ -68,7 +70,8 @@ class Lora(Pass):
             raise PassError(f"n={self.n} and rank={self.rank} must be at least 1")
         if module.adapters:
             raise PassError("the module has adapter inputs already: put lora into the pipeline once")
-        found = find_layers(module)
+        apart = encoder_nodes(module)
+        found = [layer for layer in find_layers(module) if layer.node not in apart]
         chosen = self._chosen(module, found)
         lost = layers_without_weight(module)
         named = self._of(lost, lost) if lost else set[str]()
@@ -85,7 +88,8 @@ class Lora(Pass):
             if layer.path in chosen and rewriter.rewrite(layer.kind):
                 branches.low_rank(layer)
         if self.bias == "all":
-            for node in [node for node in module.graph if node.op_type in ("Add", "LayerNormalization")]:
+            biased = "Add", "LayerNormalization"
+            for node in [node for node in module.graph if node.op_type in biased and node not in apart]:
                 owner = next((name for v in node.inputs if (name := bias_name(v)) is not None), None)
                 if owner is not None and owner not in chosen and rewriter.rewrite("bias"):
                     branches.bias_alone(node, owner)

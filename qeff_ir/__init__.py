@@ -20,6 +20,7 @@ _HOMES = {
     "QEFFAutoModelForTokenClassification": "heads",
     "QEffAutoLoraModelForCausalLM": "finite_adapters",
     "QEffAutoPeftModelForCausalLM": "adapters",
+    "QEffAutoPeftModelForImageTextToText": "adapted_pictures",
     "QEffPeftModelForCausalLM": "peft_model",
 }
 """The module of `qeff_ir.auto` that each public name lives in."""

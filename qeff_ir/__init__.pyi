@@ -1,3 +1,4 @@
+from qeff_ir.auto.adapted_pictures import QEffAutoPeftModelForImageTextToText as QEffAutoPeftModelForImageTextToText
 from qeff_ir.auto.adapters import QEffAutoPeftModelForCausalLM as QEffAutoPeftModelForCausalLM
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM as QEFFAutoModelForCausalLM
 from qeff_ir.auto.embedding import QEFFAutoModel as QEFFAutoModel

@@ -337,6 +337,7 @@ def test_what_cannot_be_compiled_is_told(llava: QEFFAutoModelForImageTextToText,
         ({"image_size": []}, r"image_size is \[\]"),
         ({"image_size": [(16, 16), (16,)]}, "image_size is"),
         ({"image_size": (16, 16), "num_images": 0}, "num_images must be"),
+        ({"image_size": (16, 16), "token_embedding": "host"}, "token_embedding='host' is for models of text alone"),
         ({"image_size": (16, 16), "num_images": 8, "ctx_len": 128}, "8 pictures of 16 x 16 take up to 128 tokens"),
     )
     for arguments, message in wrong:

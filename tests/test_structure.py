@@ -102,7 +102,7 @@ PUBLIC = {
     qeff_ir: """QEFFAutoModel QEFFAutoModelForCTC QEFFAutoModelForCausalLM QEFFAutoModelForImageTextToText
         QEFFAutoModelForSeq2SeqLM QEFFAutoModelForSequenceClassification QEFFAutoModelForSpeechSeq2Seq
         QEFFAutoModelForTokenClassification QEffAutoLoraModelForCausalLM QEffAutoPeftModelForCausalLM
-        QEffPeftModelForCausalLM""",
+        QEffAutoPeftModelForImageTextToText QEffPeftModelForCausalLM""",
     passing: """AllSites AnyNumber AtLeast Dump Exactly Expect Instrument Missed OpBuilder Pass PassRun Phase Pipeline
         PrintIR Report Rewriter RulePass SurgeonPass register run_pipeline""",
 }

@@ -8,8 +8,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from qeff_ir.ir import dialect
 from qeff_ir.ir.module import LAYER_KEY, PARTS_KEY, WEIGHT_KEY, Module
-from qeff_ir.ir.ports import LOGITS
+from qeff_ir.ir.ports import LOGITS, PIXELS
 from qeff_ir.ir.sources import sources_of
 from qeff_ir.passing.matching import made_by
 from qeff_ir.passing.weights import stored
@@ -44,6 +45,18 @@ def find_layers(module: Module) -> list[Layer]:
     A layer counts by where its node comes from, so the two users of a tied weight are two layers.
     """
     return [layer for node in module.graph if (layer := _layer(node)) is not None]
+
+
+def encoder_nodes(module: Module) -> set[ir.Node]:
+    """The nodes of an encoder of pictures in a language model's graph, whose rows are not those of the batch."""
+    found = set[ir.Node]()
+    waiting = [value for value in module.graph.inputs if module.role_of(value) is PIXELS]
+    while waiting:
+        for node in waiting.pop().consumers():
+            if node not in found and (node.domain, node.op_type) != (dialect.DOMAIN, "MergeRows"):
+                found.add(node)
+                waiting += node.outputs
+    return found
 
 
 def layers_without_weight(module: Module) -> dict[str, ir.Node]:

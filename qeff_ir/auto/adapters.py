@@ -1,24 +1,19 @@
-"""The Auto classes with adapters: switch, mix, add and remove them without compiling again."""
+"""The Auto classes of causal LMs with adapters."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from backends import find_backend
-from qeff_ir.adapters.base_model import base_of, check_base
-from qeff_ir.adapters.fit import fit, package_weights
-from qeff_ir.adapters.folder import Adapter, check_name, open_adapter
-from qeff_ir.adapters.slots import AdapterSlots
-from qeff_ir.adapters.step import Bias, Mode, lora_step
+from qeff_ir.adapters.base_model import base_of
+from qeff_ir.adapters.folder import check_name, open_adapter
+from qeff_ir.adapters.step import Bias, Mode
+from qeff_ir.auto.adapted import AdaptedModel
 from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments, model_name
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
-from qeff_ir.compiler import Compiled, choose_target, chosen
-from qeff_ir.errors import AdapterError, RuntimeInputError
+from qeff_ir.compiler import choose_target
+from qeff_ir.errors import AdapterError
 from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.reading import path_of
@@ -30,7 +25,7 @@ if TYPE_CHECKING:
     from qeff_ir.runtime.generation import SessionLM
 
 
-class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
+class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoModelForCausalLM):
     """A causal LM and its LoRA adapters.
 
         model = QEffAutoPeftModelForCausalLM.from_pretrained("my-adapter", adapter_name="sub")
@@ -38,25 +33,11 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         model.compile(num_cores=16, adapter_slots=4, max_lora_rank=32)
         model.generate(prompts=[...], tokenizer=tokenizer, adapters=["sub", "mul", None])
 
-    After `compile`, adapters are loaded, set, disabled and deleted in the running session; none of it compiles again.
-
-    Several threads may use one object. A request keeps its adapters from its start to its last token: loading, deleting
-    and replacing one in another thread waits for the end of the request that is running. Which adapter is active holds
-    for all threads: name them by request (``adapters=``) where threads differ.
+    See `qeff_ir.auto.adapted.AdaptedModel` for what holds after `compile`.
 
     Args:
         model: The base model, a transformers causal LM in memory, which stays unchanged.
     """
-
-    def _open(self, source: Source | None) -> None:
-        super()._open(source)
-        self._adapters: dict[str, Adapter] = {}
-        self._merged: list[Path] = []
-        self._active: str | None = None
-        self._held: AdapterSlots | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_held": None}  # slots are those of the session
 
     @classmethod
     def from_pretrained(
@@ -100,113 +81,6 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         self._active = adapter_name
         return self
 
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the loaded adapters, in the order of loading."""
-        return list(self._adapters)
-
-    @property
-    def active_adapter(self) -> str | None:
-        """The adapter of all rows that `generate` is told nothing else of; `None` for the base model."""
-        return self._active
-
-    def load_adapter(
-        self, adapter: str | Path, adapter_name: str, *, check_base_model: bool = True, **hub: Any
-    ) -> None:
-        """Load one more adapter; into the running session when there is one.
-
-        Ranks and targets may differ from those of other adapters. Before `compile`, every adapter is fine; afterwards,
-        one that fits the compiled model. The active adapter stays.
-
-        Args:
-            adapter: Folder or hub id.
-            adapter_name: What to call it; a loaded adapter of that name is replaced.
-            check_base_model: Refuse an adapter that says it is of another base model.
-            hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
-
-        Raises:
-            AdapterError: It cannot be read, is not supported, or does not fit; everything else goes on as before.
-        """
-        check_name(adapter_name)
-        path_of(adapter, "the adapter", AdapterError)
-        found = open_adapter(adapter, **hub)
-        if check_base_model and self._source is not None:  # a package only knows its own folder
-            check_base(adapter_name, found, self._source)
-        with self._between_requests():
-            if self._held is not None:
-                self._held.add(adapter_name, found)
-            elif self._compiled is not None:
-                self._check_fits(self._compiled, {**self._adapters, adapter_name: found}, [adapter_name])
-            self._adapters[adapter_name] = found
-
-    def set_adapter(self, adapter_name: str) -> None:
-        """Make an adapter the one of all rows that `generate` is told nothing else of.
-
-        Raises:
-            AdapterError: There is no such adapter.
-        """
-        with self._lock:
-            self._known(adapter_name)
-            self._active = adapter_name
-
-    def disable_adapter(self) -> contextlib.ExitStack:
-        """Answer as the base model from now on; as a context manager, until the end of the block.
-
-        As in PEFT, an adapter that the block sets stays the active one.
-        """
-        with self._lock:
-            before, self._active = self._active, None
-        stack = contextlib.ExitStack()
-        stack.callback(self._enable, before)
-        return stack
-
-    def _enable(self, name: str | None) -> None:
-        with self._lock:
-            if self._active is None and name in self._adapters:  # it may have been deleted since
-                self._active = name
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter, and free its slot; when it was the active one, the base model answers.
-
-        Raises:
-            AdapterError: There is no such adapter.
-        """
-        with self._between_requests():
-            self._known(adapter_name)
-            if self._held is not None and self._held.holds(adapter_name):
-                if not self._held.single:  # what comes into the slot next is not for rows that had this one
-                    ids = self.runner().decoder.lora_ids
-                    ids[ids == self._held.slot(adapter_name)] = 0
-                self._held.remove(adapter_name)
-            del self._adapters[adapter_name]
-            if self._active == adapter_name:
-                self._active = None
-
-    def merge_adapter(self, adapter_names: Sequence[str] | str | None = None) -> None:
-        """Make adapters a part of the base model; takes effect with the next `compile`, when weights are written.
-
-        Args:
-            adapter_names: The adapters, the active one by default. They stop being adapters.
-
-        Raises:
-            AdapterError: There is no such adapter, or the model was opened from a package.
-        """
-        if self._source is None:
-            raise AdapterError("a model opened from a package cannot be compiled again, so nothing is merged into it")
-        names = None if adapter_names is None else _names(adapter_names)
-        with self._lock:
-            names = [self._active] if names is None and self._active else names or []
-            for name in names:
-                self._known(name)
-            names = list(dict.fromkeys(names))
-            if not names:
-                raise AdapterError("no adapter is active: name those to merge")
-            for name in names:
-                self._merged.append(self._adapters.pop(name).folder)
-            if self._active in names:
-                self._active = None
-            self._compiled = self._runner = self._held = None
-
     def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         *,
@@ -238,40 +112,12 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         """
         check_compile_arguments({"target": target, "pipeline": pipeline, **kwargs})
         target, _ = choose_target(target)
-        steps = chosen(pipeline, Pipeline.parse(find_backend(target).pipeline))
-        with self._lock:
-            adapters, merged = list(self._adapters.values()), list(self._merged)
-        for folder in merged:
-            from passes.merge_lora import MergeLora, adapter_digest
-
-            steps = steps.add(MergeLora(adapter=str(folder.resolve()), digest=adapter_digest(folder)[:16]))
-        if not any(item.name == "lora" for item in steps.passes):
-            step = lora_step(
-                adapters,
-                slots=adapter_slots,
-                rank=max_lora_rank,
-                targets=lora_targets,
-                bias=lora_bias,
-                mode=lora_mode,
-                retained=find_backend(target).retains_adapters,
-            )
-            steps = steps.add(step)
-        result = super().compile(target=target, pipeline=steps, **kwargs)
-        with self._lock:
-            if self._merged != merged:
-                self._compiled = self._runner = self._held = None
-                raise AdapterError("another thread merged an adapter while the model was compiled: compile it again")
-        return result
-
-    def _accept(self, made: Compiled) -> None:
-        """Take a package; the one before stays when an adapter does not fit.
-
-        Raises:
-            AdapterError: A loaded adapter does not fit.
-        """
-        self._check_fits(made, self._adapters, list(self._adapters))
-        super()._accept(made)
-        self._held = None
+        with self._compiling() as merged:
+            steps = self._steps(
+                target, pipeline, merged,
+                slots=adapter_slots, rank=max_lora_rank, targets=lora_targets, bias=lora_bias, mode=lora_mode,
+            )  # fmt: skip
+            return super().compile(target=target, pipeline=steps, **kwargs)
 
     def generate(
         self,
@@ -299,120 +145,15 @@ class QEffAutoPeftModelForCausalLM(QEFFAutoModelForCausalLM):
         from qeff_ir.runtime.texts import as_texts
 
         with self._lock:
-            runner, held, active = self.runner(), self._held, self._active
+            runner: SessionLM = self.runner()
+            held, active = self._held, self._active
         assert held is not None
         texts = None if prompts is None else as_texts(prompts)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         rows: tuple[int, ...] = getattr(ids, "shape", ()) if texts is None else (len(texts),)
-        given = rows[0] if rows else 0
-        if adapters is None or isinstance(adapters, str):
-            names = [adapters if adapters is not None else active] * given
-        else:
-            names = _names(adapters)
-        if len(names) != given:
-            raise RuntimeInputError(f"there are {len(names)} adapters for {given} rows: name one for each")
+        names = self._named(adapters, rows[0] if rows else 0, active)
         with runner.decoder.request():
             slots = self._slots(held, names)
-            if texts is None and slots and runner.decoder.batch_size % len(slots) == 0:  # copies of each row
-                runner.decoder.lora_ids[:] = np.repeat(slots, runner.decoder.batch_size // len(slots))
+            if texts is None:
+                self._give(runner, slots)
             return self._answer(runner, inputs, texts, tokenizer, kwargs, slots)
-
-    def use_adapters(self, adapters: Sequence[str | None]) -> None:
-        """Give each row of the compiled batch its adapter, from the next run of the session on; `generate` does so too.
-
-        Between requests, or inside one that is written by hand (`Decoder.request`); where threads share the model, only
-        the latter is sure to be the request's own.
-
-        Args:
-            adapters: One name for each row, `None` for the base model.
-
-        Raises:
-            AdapterError: There is no such adapter, or the model is compiled for one adapter at a time.
-            RuntimeInputError: There are not as many names as rows, or `generate` is running in this thread.
-        """
-        with self._lock:
-            runner, held = self.runner(), self._held
-        assert held is not None
-        decoder, names = runner.decoder, _names(adapters)
-        if len(names) != decoder.batch_size:
-            raise RuntimeInputError(f"there are {len(names)} adapters for {decoder.batch_size} rows: name one for each")
-        by_hand = decoder.turns.mine and not runner.running
-        with decoder.turns.join() if by_hand else decoder.request():
-            decoder.lora_ids[:] = self._slots(held, names)
-
-    def _open_runner(self, threads: int | None) -> SessionLM:
-        """The session, with the loaded adapters in it."""
-        runner = super()._open_runner(threads)
-        held = AdapterSlots(runner.decoder.session, package_weights(_model_file(self.package)))
-        for name, adapter in self._adapters.items() if not held.single else ():
-            held.add(name, adapter)
-        self._held = held
-        return runner
-
-    @contextlib.contextmanager
-    def _between_requests(self) -> Generator[None]:
-        """The adapters and the session for this thread alone, when the request that is running has ended.
-
-        Raises:
-            RuntimeInputError: It is a request of this thread.
-        """
-        while True:
-            runner = self._runner
-            with contextlib.nullcontext() if runner is None else runner.decoder.request(), self._lock:
-                if self._runner is runner:  # nobody has opened or left one meanwhile
-                    yield
-                    return
-
-    def _slots(self, held: AdapterSlots, names: list[str | None]) -> list[int]:
-        """The slot of each row; with one adapter at a time, puts it in. The thread has its turn."""
-        names = [None if name == "base" else name for name in names]  # the incumbent's name of the base model
-        with self._lock:
-            for name in names:
-                if name is not None:
-                    self._known(name)
-            if not held.single:
-                return [0 if name is None else held.slot(name) for name in names]
-            if len(set(names)) > 1:
-                raise AdapterError(
-                    "the model is compiled for one adapter at a time: compile with lora_mode='slots' to mix"
-                )
-            if names:
-                held.put(names[0], None if names[0] is None else self._adapters[names[0]])
-            return [0 for _ in names]
-
-    def _known(self, name: str) -> None:
-        if not isinstance(name, str) or name not in self._adapters:  # pyright: ignore[reportUnnecessaryIsInstance]
-            there = f"there are {', '.join(self._adapters)}" if self._adapters else "there are none"
-            raise AdapterError(f"there is no adapter '{name}' ({there}): load it first")
-
-    def _check_fits(self, package: Compiled, adapters: dict[str, Adapter], names: list[str]) -> None:
-        """Refuse adapters that the compiled package cannot take, without opening it."""
-        from qeff_ir.ir.snapshot import load_module
-
-        model = _model_file(package)
-        inputs = load_module(model).adapters
-        slots = [item.shape[0] - 1 for item in inputs if item.slots]
-        if slots and len(adapters) > slots[0]:
-            raise AdapterError(
-                f"{len(adapters)} adapters do not fit {slots[0]} slots: delete one, or compile with "
-                f"adapter_slots={len(adapters)} or more"
-            )
-        for name in names:
-            fit(name, adapters[name], inputs, package_weights(model))
-
-
-def _model_file(package: Compiled) -> Path:
-    return find_backend(package.manifest.target).model_file(package.folder)
-
-
-def _names(adapters: object) -> list[Any]:
-    """One name, or any number of them, as a list.
-
-    Raises:
-        RuntimeInputError: It is something else.
-    """
-    if isinstance(adapters, str):
-        return [adapters]
-    if not isinstance(adapters, Iterable) or isinstance(adapters, bytes):
-        raise RuntimeInputError(f"adapters is {adapters!r}: give the name of an adapter, or one for each row")
-    return list(cast("Iterable[Any]", adapters))

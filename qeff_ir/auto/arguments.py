@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qeff_ir.errors import CompileError, ModelLoadError
 from qeff_ir.passing.pipeline import Pipeline
@@ -74,11 +74,17 @@ def check_compile_arguments(arguments: Mapping[str, Any]) -> None:
         elif name == "target":
             fits, wanted = isinstance(value, str), "a text"
         elif name == "pipeline":
-            fits, wanted = value is None or isinstance(value, str | Pipeline), "a text or a Pipeline"
+            fits = all(one is None or isinstance(one, str | Pipeline) for one in _each(value))
+            wanted = "a text or a Pipeline, or one for each program by name"
         else:
             continue
         if not fits:
             raise CompileError(f"{name} is {value!r}: give {wanted}")
+
+
+def _each(pipeline: Any) -> list[Any]:
+    """All pipelines that a caller gives."""
+    return list(cast("Mapping[str, Any]", pipeline).values()) if isinstance(pipeline, Mapping) else [pipeline]
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

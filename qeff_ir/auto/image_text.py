@@ -11,7 +11,7 @@ from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.auto.picture_sizes import picture_sizes
-from qeff_ir.compiler import Watch
+from qeff_ir.compiler import Pipelines, Watch
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.picture_source import PictureFolder, PictureMemory, PictureSource
 from qeff_ir.frontend.source import find_folder
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from qeff_ir.arrays import Array
     from qeff_ir.auto.picture_runner import PictureRunner
-    from qeff_ir.passing.pipeline import Pipeline
 
 _WORDS = 1024
 """Words and new tokens that the context has room for beside the pictures, where nobody says."""
@@ -95,7 +94,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         ctx_len: int | None = None,
         batch_size: int = 1,
         compile_dir: str | Path | None = None,
-        pipeline: Pipeline | str | None = None,
+        pipeline: Pipelines = None,
         emit_only: bool = False,
         watch: Watch | None = None,
         **options: Any,
@@ -114,7 +113,8 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
                 tokens, in whole 128s, as far as the model has positions.
             batch_size: Rows of a run.
             compile_dir: Folder of the package; one in the cache when not given.
-            pipeline: Another pipeline than the target's own, or edits of it, for both programs.
+            pipeline: Another pipeline than the target's own, or edits of it, for all programs; or a mapping from names
+                of programs (``main`` is the language model) to such.
             emit_only: Write the package without running the target's compiler.
             watch: Told of every step.
             options: What the target takes beside that, by name, flags of its compiler too.
@@ -126,6 +126,8 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         Raises:
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
+        if options.pop("token_embedding", "graph") != "graph":
+            raise CompileError("token_embedding='host' is for models of text alone: leave it out")
         sizes, options = picture_sizes({"image_size": image_size, **options})
         given = {
             "prefill_seq_len": prefill_seq_len,
@@ -219,19 +221,30 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
             PackageError: The model is not compiled.
         """
         runner = self.runner()
+        texts = self._texts(inputs, prompts, images, processor, resize=resize)
+        with runner.decoder.request():
+            if texts is None:
+                return runner.generate(inputs, kwargs)
+            return runner.answer(texts, images, processor, kwargs, resize=resize)
+
+    def _texts(
+        self, inputs: object, prompts: Sequence[str] | str | None, images: Any, processor: Any, *, resize: bool
+    ) -> list[str] | None:
+        """The prompts, before the turn, as a generator may run anything; `None` for token ids.
+
+        Raises:
+            RuntimeInputError: Arguments of one way to ask are given for the other.
+        """
+        from qeff_ir.runtime.texts import as_texts
+
         if prompts is None:
             given = {"images": images, "processor": processor, "resize": resize or None}
             for name in (name for name, value in given.items() if value is not None):
                 raise RuntimeInputError(f"{name} is for prompts, and there are none: give what the processor returns")
-            with runner.decoder.request():
-                return runner.generate(inputs, kwargs)
+            return None
         if processor is None or inputs is not None:
             raise RuntimeInputError("prompts need processor=, the model's, and nothing that it returns")
-        from qeff_ir.runtime.texts import as_texts
-
-        texts = as_texts(prompts)  # before the turn: a generator may run anything
-        with runner.decoder.request():
-            return runner.answer(texts, images, processor, kwargs, resize=resize)
+        return as_texts(prompts)
 
     def score(
         self,

@@ -62,6 +62,11 @@ class PictureRunner:
         self._rows: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
         self._skeleton: PreTrainedModel | None = None
 
+    @property
+    def running(self) -> bool:
+        """Whether ``generate`` is running."""
+        return self.model.running
+
     def generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Answer one batch, for a thread that has its turn."""
         ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
@@ -114,20 +119,36 @@ class PictureRunner:
         return {name: _array(name, value) for name, value in found.items() if value is not None}
 
     def answer(
-        self, prompts: Sequence[str], images: object, processor: Any, kwargs: dict[str, Any], *, resize: bool
+        self,
+        prompts: Sequence[str],
+        images: object,
+        processor: Any,
+        kwargs: dict[str, Any],
+        *,
+        resize: bool,
+        lora_ids: Sequence[int] | None = None,
     ) -> GenerationResult:
-        """Answer prompts about pictures, for a thread that has its turn."""
+        """Answer prompts about pictures, for a thread that has its turn.
+
+        `lora_ids` are the slots of their adapters; those of the decoder stay by default.
+        """
         from qeff_ir.runtime.picture_prompts import tokenizer_of
         from qeff_ir.runtime.texts import answer_rows
 
-        rows_of = self._reader(prompts, images, processor, resize=resize)
+        rows_of = self._reader(prompts, images, processor, resize=resize, lora_ids=lora_ids)
         try:
             return answer_rows(self.model, len(prompts), rows_of, tokenizer_of(processor), kwargs)
         finally:
             self.decoder.prompts = ()
 
     def _reader(
-        self, prompts: Sequence[str], images: object, processor: Any, *, resize: bool
+        self,
+        prompts: Sequence[str],
+        images: object,
+        processor: Any,
+        *,
+        resize: bool,
+        lora_ids: Sequence[int] | None = None,
     ) -> Callable[[Sequence[int]], list[list[int]]]:
         """Makes rows of a batch of prompts, by their numbers; each prompt goes through the processor by itself."""
         from qeff_ir.runtime.picture_prompts import fitting, pictures_of, processed, tokenizer_of
@@ -145,6 +166,8 @@ class PictureRunner:
         def rows_of(batch: Sequence[int]) -> list[list[int]]:
             known = {number: read(number) for number in dict.fromkeys(batch)}
             self.decoder.prompts = [known[number][1] for number in batch]
+            if lora_ids is not None:
+                self.decoder.lora_ids[:] = [lora_ids[number] for number in batch]
             return [known[number][0] for number in batch]
 
         return rows_of

@@ -107,6 +107,8 @@ PROPERTIES = {
     "pictures of several sizes": "test_picture_sizes.py",
     "one program for pictures": "test_single_program.py",
     "AI 100 one program for pictures": "backends/ai100/test_single_program.py",
+    "adapters of pictures and text": "auto/test_adapted_pictures.py",
+    "programs of pictures and text": "test_picture_programs.py",
     "pictures on the command line": "cli/test_pictures.py",
     "picture forms": "runtime/test_picture_forms.py",
     "sizes of pictures": "auto/test_picture_sizes.py",
