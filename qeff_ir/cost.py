@@ -57,7 +57,7 @@ class Cost:
 
     Attributes:
         name: Of the specialization.
-        tokens: Tokens that the run takes, all rows together.
+        tokens: Tokens that the run takes, all rows together; 0 of an encoder of pictures.
         weight_bytes: Bytes of weights that are read.
         state_bytes: Bytes of retained states that are read: every slot of the context.
         written_bytes: Bytes of states that are written: the slots of the run's own tokens.
@@ -79,8 +79,10 @@ class Cost:
 def cost(module: Module, specialization: Specialization, storage: Storage | None = None) -> Cost:
     """Count the cost of one run.
 
+    Everything in the graph is counted, also what a compiler leaves out of a run whose sizes tell that it is not needed.
+
     Args:
-        module: A module with retained states.
+        module: A lowered module.
         specialization: The sizes of its dims.
         storage: How the target stores weights and states; as the graph has them by default.
 
@@ -123,7 +125,7 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
         written += math.prod(sizes) * width
     return Cost(
         specialization.name,
-        symbols["batch_size"] * symbols["seq_len"],
+        symbols["batch_size"] * symbols["seq_len"] if "seq_len" in symbols else 0,
         sum(item.weight_bytes for item in ops.values()),
         state_bytes,
         written,

@@ -39,6 +39,8 @@ def command(
             module = _module(package, manifest, program)
             storage = _storage(manifest)
             costs = [cost(module, item, storage) for item in module.specializations]
+    if described is not None and not all(item.tokens for item in costs):
+        raise CompileError(f"--device tells the time of tokens, and the program '{program}' takes none: leave it out")
     if as_json:
         print(json.dumps([asdict(c) for c in costs], indent=2))
         return
@@ -87,7 +89,8 @@ def _show(costs: list[Cost]) -> None:
     rows = ("MB weights", "MB cache", "G multiply-adds", "share")
     table = grid("run", "operator", "nodes", *rows, right=("nodes", *rows))
     for item in costs:
-        per = f"{item.name}, {item.tokens} token{'s' if item.tokens > 1 else ''}"
+        of = f", {item.tokens} token{'s' if item.tokens > 1 else ''}"
+        per = f"{item.name}{of if item.tokens else ''}"
         total = item.multiply_adds
         cache = f"{item.state_bytes / 1e6:,.3f}"
         table.add_row(per, "all", "", f"{item.weight_bytes / 1e6:,.3f}", cache, f"{total / 1e9:,.4f}", "")

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 VISION = "vision"
 """The program that encodes pictures; the main one is the language model (AI 100 contract §1.8).
 
-Of several sizes, each has a program of its own, with the size in its name.
+Of several sizes, each has a program of its own, with the size in its name: places, windows and masks of a size are
+constants of its graph, and two sizes may differ in nodes, so they are not specializations of one graph (§1.9).
 """
 
 

@@ -87,7 +87,9 @@ def _attention_lowered(module: Module) -> str | None:
 
 @define("last-logits")
 def _last_logits(module: Module) -> str | None:
-    """``logits`` are ``[batch, 1, vocab]``, for the last real token of each row."""
+    """``logits`` are ``[batch, 1, vocab]``, for the last real token of each row; an encoder has none."""
+    if not module.states and module.find(LOGITS) is None:
+        return None
     shape = module.port(LOGITS).shape
     return None if shape is not None and shape[1] == 1 else f"the logits have the shape {shape}"
 

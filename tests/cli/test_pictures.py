@@ -50,6 +50,9 @@ def test_a_package_answers_about_a_picture(qeff: Qeff, model: Path, tmp_path: Pa
     assert answer in qeff("run", tmp_path / "out", *ask).out
     assert answer in qeff("run", tmp_path / "out", *ask, "--stream").out
     assert answer in qeff("run", model, *ask, *common).out
+    assert "Vision  " in qeff("cost", tmp_path / "out", "--program", "vision").out
+    timed = qeff("cost", tmp_path / "out", "--program", "vision", "--device", "ultra")
+    assert timed.code == 2 and "the program 'vision' takes none: leave it out" in " ".join(timed.err.split())
     small = qeff("run", tmp_path / "out", "--image", model / "dot.png", "--prompt", PROMPT, "--max-new-tokens", "4")
     assert small.code == 0  # this processor brings any picture to its own size
     words = ("--prompt", "w5 w6 w7", "--prompt", "w8 w9", "--max-new-tokens", "4")
@@ -67,6 +70,7 @@ def test_one_program_answers_about_a_picture(qeff: Qeff, model: Path, tmp_path: 
     assert (said.code, said.err) == (0, "") and not (tmp_path / "out" / "vision").exists()
     ask = ("--image", model / "cat.png", "--prompt", PROMPT, "--max-new-tokens", "4")
     assert right(PROMPT) in qeff("run", tmp_path / "out", *ask).out
+    assert "Prefill, 8 tokens" in qeff("cost", tmp_path / "out").out
 
 
 def test_a_picture_stands_as_its_camera_was_held(tmp_path: Path) -> None:
