@@ -16,7 +16,7 @@ from rich.text import Text
 
 from qeff_ir.cli.models import compile_source, encode, open_model, open_tokenizer
 from qeff_ir.cli.request import Request
-from qeff_ir.cli.tables import grid, pipeline_table
+from qeff_ir.cli.tables import agreement_table, grid, pipeline_table
 from qeff_ir.cli.terminal import line, seconds, show, working
 from qeff_ir.errors import CompileError
 
@@ -45,6 +45,9 @@ def command(
         Path | None, typer.Option("--out", "-o", help="Keep the packages in this folder.", show_default=False)
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Switch between adapters of the model instead.")] = False,
+    vision: Annotated[
+        bool, typer.Option("--vision", help="Ask about pictures instead, another bundled model.")
+    ] = False,
 ) -> None:
     """Compile the bundled model, run it, and hold every token and logit against transformers."""
     from backends import backend_names
@@ -52,10 +55,17 @@ def command(
     names = backend_names()
     if target is not None and target not in names:
         raise CompileError(f"the demo has no target '{target}': use {' or '.join(names)}, or leave it out for all")
+    if lora and vision:
+        raise CompileError("--lora and --vision are two demos: take one of them")
     if lora:
         import qeff_ir.cli.demo_lora as demo_lora
 
         demo_lora.command([target] if target else names, out)
+        return
+    if vision:
+        import qeff_ir.cli.demo_pictures as demo_pictures
+
+        demo_pictures.command([target] if target else names, out)
         return
     from qeff_ir.demo import MODEL_FOLDER, problems
 
@@ -99,7 +109,7 @@ def command(
     show()
     show(Text(f"Against transformers: {len(rows)} prompts in a batch, {_STEPS} tokens each", style="bold"))
     show()
-    show(_agreement_table(outcomes, yardstick.limit))
+    show(agreement_table({o.target: o.comparison for o in outcomes}, yardstick.limit))
     show()
     show(str(yardstick))
     wrong = [o.target for o in outcomes if o.answers != right or not o.comparison.equal(yardstick.limit)]
@@ -156,19 +166,4 @@ def _answers_table(questions: Sequence[str], right: Sequence[str], outcomes: Seq
             Text(f"{a} ✓", style="green") if a == right[index] else Text(f"{a} ✗", style="bold red") for a in answers
         ]
         table.add_row(Text(question), right[index], *marks)
-    return table
-
-
-def _agreement_table(outcomes: Sequence[_Outcome], limit: float) -> Table:
-    table = grid("target", "tokens", "max |error| / rms", "bound", "", right=("max |error| / rms", "bound"))
-    for outcome in outcomes:
-        found = outcome.comparison
-        fits = found.equal(limit)
-        table.add_row(
-            outcome.target,
-            "all agree" if found.agreement == found.steps else f"differ from step {found.agreement} on",
-            f"{found.error:.1e}",
-            f"{limit:.1e}",
-            Text("✓", style="green") if fits else Text("✗", style="bold red"),
-        )
     return table

@@ -154,10 +154,9 @@ def read_picture(path: Path) -> Any:
         RuntimeInputError: It cannot be read, is too large, or Pillow is not installed.
     """
     file = regular_file(path_of(path, "--image", RuntimeInputError), error=RuntimeInputError)
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise RuntimeInputError("pictures are read by Pillow, which is not installed: pip install pillow") from error
+    need_pillow()
+    from PIL import Image, ImageOps
+
     try:
         with Image.open(file) as found:
             if found.width * found.height > _PIXELS:
@@ -169,3 +168,15 @@ def read_picture(path: Path) -> Any:
         raise
     except Exception as error:  # Pillow has an error for each of its formats
         raise RuntimeInputError(f"{path} is not a picture that Pillow reads ({first_line(error)})") from error
+
+
+def need_pillow() -> None:
+    """Refuse to go on without Pillow.
+
+    Raises:
+        RuntimeInputError: It is not installed.
+    """
+    try:
+        import PIL  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise RuntimeInputError("pictures are read by Pillow, which is not installed: pip install pillow") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -16,6 +16,7 @@ from qeff_ir.cli.terminal import seconds, show
 
 if TYPE_CHECKING:
     from qeff_ir.package import Manifest
+    from qeff_ir.testing.trace import Comparison
 
 _WORD = 12
 """Cells of text are broken into pieces of at least so many characters."""
@@ -120,3 +121,22 @@ def _deeds(run: dict[str, Any]) -> Text:
     if not text:
         text.append("changed in place" if run["modified"] else "nothing to do", style="dim")
     return text
+
+
+def agreement_table(comparisons: Mapping[str, Comparison], limit: float) -> Grid:
+    """How far each target's answers lie from those of transformers.
+
+    Args:
+        comparisons: By target.
+        limit: The largest error that still counts as agreement.
+    """
+    table = grid("target", "tokens", "max |error| / rms", "bound", "", right=("max |error| / rms", "bound"))
+    for target, found in comparisons.items():
+        table.add_row(
+            target,
+            "all agree" if found.agreement == found.steps else f"differ from step {found.agreement} on",
+            f"{found.error:.1e}",
+            f"{limit:.1e}",
+            Text("✓", style="green") if found.equal(limit) else Text("✗", style="bold red"),
+        )
+    return table

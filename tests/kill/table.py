@@ -123,6 +123,7 @@ PROPERTIES = {
     "sounds beside pictures": "frontend/test_pictures.py::test_sounds_of_a_model_of_pictures_are_given_to_its_encoder",
     "cache layers": "frontend/test_states.py",
     "coverage of pictures": "benchmarks/test_coverage_pictures.py",
+    "demo of pictures": "cli/test_demo_pictures.py",
 }
 """The columns of the table, each a test or a file of them below ``tests``."""
 
