@@ -1,7 +1,7 @@
-"""Train the bundled model of pictures: ``python -m qeff_ir.demo.train_pictures [--out FOLDER]``, ten minutes on one core.
+"""Train the bundled model of pictures and text: ``python -m qeff_ir.demo.train_pictures [--out FOLDER]``.
 
-The model answers questions about drawn pictures (`qeff_ir.demo.pictures`). A tenth of the sets of shapes is never
-trained on; the right answers about those show that the model looks and does not recite.
+It takes ten minutes on one core. The model answers questions about drawn pictures (`qeff_ir.demo.pictures`). A tenth
+of the sets of shapes is never trained on; the right answers about those show that the model looks and does not recite.
 """
 
 from __future__ import annotations
