@@ -88,7 +88,7 @@ class PictureDecoder(Decoder):
                 )
             self._asked = [prompt for prompt in given for _ in range(copies)]
             logits = super().prefill(rows, lora_ids)
-            self._first = np.full((self.batch_size, 1), self.capacity)  # a placeholder that is generated is a token
+            self._first = np.full((self.batch_size, 1), self.capacity + 1)  # a placeholder that is generated is a token
         return logits
 
     def _check(self, rows: Sequence[Sequence[int]]) -> None:
@@ -108,7 +108,8 @@ class PictureDecoder(Decoder):
         self._rows = self._asked
         for name, state in self._residents.items():
             self.session.write(name, self._written(name, self._sizes(state)))
-        self._first = np.zeros((self.batch_size, 1), dtype=np.int64)
+        # Beside words alone, a placeholder is a token, and so is one for what stands beside pictures.
+        self._first = np.array([[0 if prompt.rows else self.capacity + 1] for prompt in self._rows], dtype=np.int64)
 
     def _sizes(self, state: State) -> list[int]:
         return [self.batch_size if isinstance(size, str) else size for size in state.shape]

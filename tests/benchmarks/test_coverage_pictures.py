@@ -31,6 +31,7 @@ WAYS = {
     "kimi_k25": "its tower sums weighted rows; experts are those of a model within it",
     "minicpmv4_7": "tokens have places on axes only beside pictures",
     "lighton_ocr": "its tower cuts pictures by sizes that are tensors, and chunks what it knows of them",
+    "ovis2": "vectors that are weights stand for the tokens around its pictures",
     "smolvlm": "its tower writes into what it knows of pixels",
 }
 SOUNDS = {

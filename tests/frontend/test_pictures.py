@@ -17,6 +17,7 @@ from backends import find_backend
 from backends.options import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError, UnsupportedModelError
+from qeff_ir.frontend.capture.merging import Sizes
 from qeff_ir.frontend.checkpoint.weights import memory_weights
 from qeff_ir.frontend.export.blocks import find_blocks
 from qeff_ir.frontend.export.encoders import find_features
@@ -139,6 +140,8 @@ def test_a_placeholder_that_is_generated_is_a_token(tmp_path: Path) -> None:
     with torch.no_grad():
         right = model(input_ids=torch.tensor([[*words, IMAGE]])).logits[0, -1].numpy()
     assert error_over_rms(logits, right) <= bound(products)
+    decoder.prompts = [pictured("llava", ids, pictures), Pictured()]
+    assert error_over_rms(decoder.prefill([ids, [*words, IMAGE]])[1], right) <= bound(products)  # or beside words
 
 
 def test_a_picture_whose_tokens_see_one_another_is_not_cut(tmp_path: Path) -> None:
@@ -264,6 +267,11 @@ def test_sounds_of_a_model_of_pictures_are_given_to_its_encoder() -> None:
     assert form.rows == 2 and form.also == ("last_hidden_state",)
     module = lower_language(model, memory_weights(model), form, "audio", count=2, example=sound)
     assert [node.op_type for node in module.graph].count("MergeRows") == 1
+
+
+def test_a_product_of_sizes_fixes_none() -> None:
+    sizes = Sizes((2, 3, 4))
+    assert (sizes.numel(), sizes[:-1].numel(), sizes[-1], list(sizes)) == (24, 6, 4, [2, 3, 4])
 
 
 def test_types_of_tokens_for_another_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,8 @@ PROPERTIES = {
     "pictures in prompts": "frontend/test_pictures.py",
     "parts of models": "test_image_text.py::test_of_a_model_that_also_speaks_what_answers_in_text_is_taken",
     "sounds beside pictures": "frontend/test_pictures.py::test_sounds_of_a_model_of_pictures_are_given_to_its_encoder",
+    "what stands beside pictures": "benchmarks/test_coverage_pictures.py::test_a_model_answers_as_transformers"
+    "[image-text-to-text-ovis2]",
     "cache layers": "frontend/test_states.py",
     "coverage of pictures": "benchmarks/test_coverage_pictures.py",
     "demo of pictures": "cli/test_demo_pictures.py",

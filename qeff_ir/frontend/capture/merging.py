@@ -3,17 +3,20 @@
 Models put rows in the place of placeholder tokens by `torch.Tensor.masked_scatter`, which starts at row 0 in each run;
 some add rows to the hidden states of a layer by ``x[mask] = x[mask] + rows``. Both become `MergeRows`, which knows the
 row that a run begins with, so that a picture may span the chunks of a prompt. A branch on whether there is any
-placeholder is taken; one on anything else is refused, as everywhere.
+placeholder, or any other token that the configuration names, is taken; one on anything else is refused, as everywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+import math
+import re
+from collections.abc import Collection, Generator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend.capture.own_thread import replaced
@@ -21,6 +24,8 @@ from qeff_ir.frontend.capture.own_thread import replaced
 Tensor = torch.Tensor
 
 _EQUAL = (Tensor.__eq__, Tensor.eq, torch.eq)
+_TOKEN = re.compile(r"_token_(ids?|index)$")
+"""How configurations name tokens."""
 _ANY = (Tensor.any, torch.any)
 _SAME = (Tensor.to, Tensor.__or__)
 """What makes a mask of placeholders from masks of placeholders, views apart."""
@@ -32,15 +37,15 @@ class Merging(TorchFunctionMode):
     Args:
         first: The row that the next placeholder stands for, int64 ``[batch, 1]``.
         count: Rows of each row of the batch.
-        token: The placeholder; `None` where the model does not say.
+        tokens: The placeholder, and others whose places a model may ask for.
 
     Attributes:
         next: `first` after the run; `None` until something was merged.
     """
 
-    def __init__(self, first: Tensor, count: int, token: int | None = None) -> None:
+    def __init__(self, first: Tensor, count: int, tokens: Collection[int] = ()) -> None:
         super().__init__()
-        self.first, self.count, self.token = first, count, token
+        self.first, self.count, self.tokens = first, count, tokens
         self.next: Tensor | None = None
         self._masks: dict[int, Tensor] = {}  # of placeholders, by identity, and held
         self._anys: dict[int, Tensor] = {}
@@ -75,9 +80,13 @@ class Merging(TorchFunctionMode):
                 if isinstance(value, ChosenRows) or value.dim() == 2:
                     held.copy_(self.merge(held, mask, value))
                 else:
-                    held.copy_(torch.where(mask.unsqueeze(-1), value, held))
+                    beside = value.dim() == 1  # a vector beside rows, which a run behind them does not write
+                    at = mask & (self.first <= self.count) if beside else mask
+                    held.copy_(torch.where(at.unsqueeze(-1), value, held))
                 return None
         out = func(*args, **(kwargs or {}))
+        if func is Tensor.size and isinstance(out, torch.Size):
+            return Sizes(out)
         if isinstance(out, Tensor) and out.dtype is torch.bool:
             self._note(func, args, out)
         return out
@@ -89,8 +98,8 @@ class Merging(TorchFunctionMode):
 
     def _note(self, func: Any, args: Any, out: Tensor) -> None:
         """Remember what tells where placeholders are, and whether there is one."""
-        if func in _EQUAL and self.token is not None:
-            if isinstance(args[1], int) and args[1] == self.token and not args[0].is_floating_point():
+        if func in _EQUAL and isinstance(args[1], int):
+            if args[1] in self.tokens and not args[0].is_floating_point():
                 self._masks[id(out)] = out
         elif args and all(self._is_mask(tensor) for tensor in args if isinstance(tensor, Tensor)):
             if func in _SAME:
@@ -135,6 +144,18 @@ class ChosenRows:
         )
 
 
+class Sizes(tuple[Any, ...]):
+    """The sizes of a tensor, as `torch.Size`, whose product of a size that may change fixes it."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return Sizes(found) if isinstance(found, tuple) else found
+
+    def numel(self) -> Any:
+        """The product of all."""
+        return math.prod(self)
+
+
 class AsMany:
     """How many numbers a mask chooses: as many as rows bring, which the host sees to; nothing else is known of it."""
 
@@ -142,6 +163,13 @@ class AsMany:
         return True
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def named_tokens(config: PreTrainedConfig) -> set[int]:
+    """The tokens that a configuration names."""
+    named = [value for name, value in config.to_dict().items() if _TOKEN.search(name)]
+    listed = [value if isinstance(value, list) else [value] for value in named]
+    return {token for tokens in listed for token in tokens if type(token) is int}
 
 
 def _of_tokens(mask: Tensor) -> Tensor:

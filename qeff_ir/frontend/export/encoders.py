@@ -6,7 +6,9 @@ and what follows from them alone is computed while the encoder is traced (`qeff_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -14,12 +16,20 @@ from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
 
 from qeff_ir.errors import UnsupportedModelError
+from qeff_ir.frontend.capture.following import Following
 from qeff_ir.frontend.capture.forward_attention import captured_forward
 from qeff_ir.frontend.capture.own_thread import alone
 from qeff_ir.frontend.capture.segments import Segments
 from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.checkpoint.weights import Weights
-from qeff_ir.frontend.export.features import DEEPSTACK, Features, encode, encoder_of, read_features
+from qeff_ir.frontend.export.features import (
+    DEEPSTACK,
+    Features,
+    encode,
+    encoder_of,
+    other_fields,
+    read_features,
+)
 from qeff_ir.frontend.export.lower import as_unsupported, attributes_kept, clean, convert
 from qeff_ir.frontend.export.partial import PartialEvaluation
 from qeff_ir.frontend.export.quiet import quiet
@@ -130,7 +140,14 @@ def find_features(model: PreTrainedModel, example: Example, modality: str = "ima
         fake,
     ):
         step({name: torch.empty(value.shape, dtype=torch.float32) for name, value in floats.items()})
-    return forms[-1]
+    return replace(forms[-1], fixed=step.fixed)
+
+
+def fixed_fields(model: PreTrainedModel, example: Example, modality: str, names: Collection[str]) -> dict[str, Any]:
+    """Fields of an encoder's output that follow from weights alone; the rest of what it does is for nothing."""
+    with captured_forward(model), PartialEvaluation({}), Segments():
+        output = encode(model, modality, example)
+    return {name: output[name] for name in names}
 
 
 class _Step(torch.nn.Module):
@@ -142,13 +159,16 @@ class _Step(torch.nn.Module):
         self.modality = modality
         self._example = lambda: example  # tensors on a module would be taken for its own
         self._note = forms.append
+        self.fixed: tuple[str, ...] = ()
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         example = self._example()
         known = PartialEvaluation({inputs[name]: example[name].float() for name in inputs})
-        with known, Segments():
+        following = Following(inputs.values())
+        with known, Segments(), following:
             output = encode(self.hf, self.modality, {**example, **inputs})
             form, rows, layers = read_features(self.hf, output)
+            self.fixed = other_fields(output, lambda tensor: tensor not in following)
             self._note(form)
             made = () if not layers else (torch.stack(layers).unsqueeze(1),)
             return (rows.unsqueeze(0), *made)

@@ -38,6 +38,7 @@ class Features:
         width: Size of each.
         layers: One entry for each tensor of `DEEPSTACK`: the layer that it names, and whether it is in a list.
         also: Other fields that hold the very same rows.
+        fixed: Other fields that hold a tensor which follows from weights alone.
     """
 
     kind: type[Any] | None
@@ -47,17 +48,19 @@ class Features:
     width: int
     layers: tuple[tuple[int | None, bool], ...] = ()
     also: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
 
-    def filled(self, rows: Tensor, layers: Sequence[Tensor]) -> Any:
+    def filled(self, rows: Tensor, layers: Sequence[Tensor], fixed: Mapping[str, Tensor]) -> Any:
         """An output object with these rows.
 
         Args:
             rows: ``[rows, width]``.
             layers: The same for each of `layers`.
+            fixed: The tensors of `fixed`.
         """
         if self.kind is None:
             return _contained(rows, self.listed)
-        fields: dict[str, Any] = dict.fromkeys(_needed_fields(self.kind))
+        fields: dict[str, Any] = {**dict.fromkeys(_needed_fields(self.kind)), **fixed}
         if self.field != DEEPSTACK:
             fields |= dict.fromkeys((self.field, *self.also), _contained(rows, self.listed))
         if self.layers:
@@ -137,6 +140,12 @@ def read_features(model: PreTrainedModel, output: Any) -> tuple[Features, Tensor
     form = tuple((layer, not isinstance(item, Tensor)) for layer, item in layers)
     also = tuple(name for name in _FIELDS if name != field and output.get(name) is held)
     return Features(type(output), field, not isinstance(held, Tensor), *_sizes(rows), form, also), rows, found
+
+
+def other_fields(output: Any, wanted: Callable[[Tensor], bool]) -> tuple[str, ...]:
+    """The fields of an output that hold a tensor as wanted, those that may hold rows apart."""
+    found = output.items() if isinstance(output, Mapping) else ()
+    return tuple(name for name, held in found if name not in _FIELDS and isinstance(held, Tensor) and wanted(held))
 
 
 def _names_layer(item: Any) -> bool:

@@ -16,22 +16,21 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import private
 from qeff_ir.frontend.capture.attention import captured
-from qeff_ir.frontend.capture.merging import Merging
+from qeff_ir.frontend.capture.following import Following
+from qeff_ir.frontend.capture.merging import Merging, named_tokens
 from qeff_ir.frontend.capture.own_thread import alone, replaced
 from qeff_ir.frontend.capture.states import CapturingCache
 from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.checkpoint.weights import Weights
 from qeff_ir.frontend.export.blocks import find_blocks
 from qeff_ir.frontend.export.encoders import ROWS as NAMES
-from qeff_ir.frontend.export.encoders import Example
+from qeff_ir.frontend.export.encoders import Example, fixed_fields
 from qeff_ir.frontend.export.features import DEEPSTACK, Features, encoder_of, replaced_encoder
 from qeff_ir.frontend.export.given import TYPES, Call, Given, GivenPort
 from qeff_ir.frontend.export.lower import Step, as_unsupported, attributes_kept, example_inputs, lower
@@ -101,7 +100,7 @@ class Pictures(Given):
                 f"{name} gives tokens places on {axes} axes: only {AXES}, with or without the position in the text, or "
                 "that alone are known"
             )
-        self.modality, self.features, self.axes = modality, features, axes
+        self.modality, self.features, self.axes, self._example = modality, features, axes, example
         self.types = next((n for n in _TYPE_ARGUMENTS if n in parameters), None) if kinds else None
         shape = ("batch_size", count * features.rows, features.width)
         layers = (len(features.layers), *shape)
@@ -119,8 +118,9 @@ class Pictures(Given):
     def calling(self, model: PreTrainedModel, values: Mapping[str, Tensor], cache: CapturingCache) -> Generator[Call]:
         """See `Given.calling`."""
         token = getattr(model.config, f"{self.modality}_token_id", None)
-        merging = Merging(values["image_idx"], values[NAMES[self.modality]].shape[1], token)
-        made, arguments = self._filled(values), dict[str, object](dict.fromkeys(_needed(model.forward)))
+        known = named_tokens(model.config) if token is None else {token, *named_tokens(model.config)}
+        merging = Merging(values["image_idx"], values[NAMES[self.modality]].shape[1], known)
+        made, arguments = self._filled(model, values), dict[str, object](dict.fromkeys(_needed(model.forward)))
         encoder: AbstractContextManager[None] = contextlib.nullcontext()
         if self.taken == _ENCODED:
             arguments[_ENCODED] = {self.modality: made}
@@ -142,12 +142,13 @@ class Pictures(Given):
             )
         call.results.append(merging.next)
 
-    def _filled(self, values: Mapping[str, Tensor]) -> Any:
+    def _filled(self, model: PreTrainedModel, values: Mapping[str, Tensor]) -> Any:
         """The encoder's output made of the inputs, rows of all rows of the batch after one another."""
         rows, features = values[NAMES[self.modality]], self.features
         layers = values.get(DEEPSTACK)
         flat = [] if layers is None else [layer.reshape(-1, features.width) for layer in layers.unbind(0)]
-        return features.filled(rows.reshape(-1, features.width), flat)
+        fixed = fixed_fields(model, self._example, self.modality, features.fixed) if features.fixed else {}
+        return features.filled(rows.reshape(-1, features.width), flat, fixed)
 
 
 def _axes(model: PreTrainedModel, modality: str, features: Features, example: Example) -> int:
@@ -239,24 +240,7 @@ def _masks_follow_types(model: PreTrainedModel, pictures: Pictures) -> bool:
         fake,
     ):
         ids, values = example_inputs(pictures)
-        cache, follow = CapturingCache(model, ids, {}), _Follow(values[TYPES])
+        cache, follow = CapturingCache(model, ids, {}), Following([values[TYPES]])
         with follow:
             Step(model, [], pictures).run(ids, ids, cache, values)
     return any(mask in follow for mask in cache.masks)
-
-
-class _Follow(TorchFunctionMode):
-    """Notes which tensors follow from one while the block lasts."""
-
-    def __init__(self, start: Tensor) -> None:
-        super().__init__()
-        self._held = {id(start): start}  # by identity, and held
-
-    def __contains__(self, tensor: object) -> bool:
-        return id(tensor) in self._held
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if any(leaf in self for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)):
-            self._held |= {id(leaf): leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)}
-        return out
