@@ -70,8 +70,7 @@ class Lora(Pass):
             raise PassError(f"n={self.n} and rank={self.rank} must be at least 1")
         if module.adapters:
             raise PassError("the module has adapter inputs already: put lora into the pipeline once")
-        apart = encoder_nodes(module)
-        found = [layer for layer in find_layers(module) if layer.node not in apart]
+        found = find_layers(module)
         chosen = self._chosen(module, found)
         lost = layers_without_weight(module)
         named = self._of(lost, lost) if lost else set[str]()
@@ -88,7 +87,7 @@ class Lora(Pass):
             if layer.path in chosen and rewriter.rewrite(layer.kind):
                 branches.low_rank(layer)
         if self.bias == "all":
-            biased = "Add", "LayerNormalization"
+            biased, apart = ("Add", "LayerNormalization"), encoder_nodes(module)
             for node in [node for node in module.graph if node.op_type in biased and node not in apart]:
                 owner = next((name for v in node.inputs if (name := bias_name(v)) is not None), None)
                 if owner is not None and owner not in chosen and rewriter.rewrite("bias"):

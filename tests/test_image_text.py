@@ -225,6 +225,7 @@ def test_a_form_of_other_pictures_is_told(llava: QEFFAutoModelForImageTextToText
         ({"sizes": [{**size, "inputs": {"pixel_values": {**pixels, "axis": 9}}}]}, "axes 9 and"),
         ({"sizes": []}, "the sizes are none, or do not go together"),
         ({"sizes": [size, size]}, "the sizes are none, or do not go together"),
+        ({"sizes": [size, {**size, "program": "main"}]}, "the sizes are none, or do not go together"),
         ({"sizes": [size, {**size, "program": "v", "inputs": {"pixels": pixels}}]}, "do not go together"),
     ):
         (tmp_path / FILE).write_text(json.dumps({**known, **change}))

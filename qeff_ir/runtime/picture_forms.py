@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
+from qeff_ir.package import MAIN
 from qeff_ir.reading import read_json
 from qeff_ir.runtime.picture_form import FILE, InputForm, PictureForm
 
@@ -52,7 +53,9 @@ class PictureForms:
             found = cls(int(data["token"]), int(data["count"]), sizes)
             if found.count < 1:
                 raise ValueError(f"count is {found.count}")
-            if not sizes or len({form.program for form in sizes}) < len(sizes) or not _alike(sizes):
+            programs = {form.program for form in sizes}
+            single = MAIN in programs and len(sizes) > 1
+            if not sizes or len(programs) < len(sizes) or single or not _alike(sizes):
                 raise ValueError("the sizes are none, or do not go together")
             return found
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -44,8 +44,11 @@ def test_each_row_has_its_adapter(
         folder, "one", base_model=folder.parent / "model", kv_offload=kv_offload
     )
     model.compile(
-        target=target, image_size=PROCESSORS[NAME].size, compile_dir=tmp_path, emit_only=True, **SHAPES, adapter_slots=2
-    )
+        target=target, image_size=PROCESSORS[NAME].size, compile_dir=tmp_path, emit_only=True, **SHAPES,
+        adapter_slots=2, lora_targets="q_proj,down_proj", lora_bias="all",
+    )  # fmt: skip
+    branches = {item.layer for item in model.runner().decoder.session.interface.adapters}
+    assert len(branches) == 6 and all("language_model" in layer for layer in branches)
     model.load_adapter(adapters["two"][0], "two", check_base_model=False)
     text, images = texts(NAME), [pictures(NAME, [1, 2]), pictures(NAME, [3])]
     by_name: dict[str | None, Any] = {"one": one, "two": adapters["two"][1], None: multimodal.lively(NAME)}
