@@ -71,7 +71,10 @@ def command(targets: Sequence[str], out: Path | None) -> None:
         for target in targets:
             answers[target], agreement[target] = _try(target, Path(folder), processor, asked, reference)
     show()
-    show(f"Pictures of seed {DEMO_SEED}, as they came; the model was trained on none with the same things on it.")
+    show(
+        f"Pictures of seed {DEMO_SEED}, as they came. No picture of the training has the same set of shapes; of digits, "
+        "the drawing is new."
+    )
     for picture in pictures:
         show()
         own = [number for number, (shown, _) in enumerate(asked) if shown is picture]
