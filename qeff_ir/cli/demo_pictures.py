@@ -72,8 +72,8 @@ def command(targets: Sequence[str], out: Path | None) -> None:
             answers[target], agreement[target] = _try(target, Path(folder), processor, asked, reference)
     show()
     show(
-        f"Pictures of seed {DEMO_SEED}, as they came. No picture of the training has the same set of shapes; of digits, "
-        "the drawing is new."
+        f"Pictures of seed {DEMO_SEED}, as they came. No picture of the training has the same set of shapes; of "
+        "digits, the drawing is new."
     )
     for picture in pictures:
         show()
