@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
@@ -12,8 +12,8 @@ class CompileOptions:
     """The options of every target. A target's own are the fields of a subclass (`backends.base.Backend.Options`).
 
     Fields are read as the options of a pass are (`qeff_ir.passing.options`): ``help`` in the metadata is the line of
-    the command line's help, ``path`` marks the path of a file, ``least`` is the least number that is taken (1 by
-    default). A field ``flags`` of a subclass takes whatever else a user gives, by name.
+    the command line's help (shapes have theirs there), ``path`` marks the path of a file, ``least`` is the least number
+    that is taken (1 by default). A field ``flags`` of a subclass takes whatever else a user gives, by name.
 
     Attributes:
         title: Heading of a target's own options in the command line's help.
@@ -21,6 +21,8 @@ class CompileOptions:
         ctx_len: Slots of the KV cache: prompt and generated tokens together.
         batch_size: Rows of a run.
         seq_len: Lengths of the inputs of a model without a cache, one specialization for each.
+        materialize: Whether weights of 16 bits are written as float32, for what reads no others. They stay references
+            into the checkpoint otherwise, and are widened when the package is loaded.
     """
 
     title: ClassVar[str] = ""
@@ -29,6 +31,9 @@ class CompileOptions:
     ctx_len: int = 128
     batch_size: int = 1
     seq_len: tuple[int, ...] = ()
+    materialize: bool = field(
+        default=False, metadata={"help": "Write float32 copies of weights of 16 bits, instead of referring to them."}
+    )
 
 
 def completed(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from qeff_ir.frontend.source import Source
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import fingerprint
 from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.ranges import stored_in
 from qeff_ir.reading import files_below
 from qeff_ir.sharing import choice
-from qeff_ir.storage import file_range
 from qeff_ir.target_options import as_given
 
 _OWN_PACKAGES = ("qeff_ir", "passes", "backends")
@@ -131,7 +131,7 @@ def _weight_digests(module: Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in module.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and WEIGHT_KEY in value.metadata_props and file_range(tensor) is None:
+        if tensor is not None and WEIGHT_KEY in value.metadata_props and stored_in(tensor) is None:
             found[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
     return found
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from backends import find_backend, preferred
 from backends.base import Backend
 from backends.options import CompileOptions
+from qeff_ir import widening
 from qeff_ir.cache_key import input_digests, package_key, refuse_changes
 from qeff_ir.errors import CompileError, PackageError
 from qeff_ir.frontend.source import Source
@@ -34,11 +35,11 @@ from qeff_ir.package import (
 )
 from qeff_ir.passing.manager import PassRun, Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline, nearest
+from qeff_ir.ranges import numbers_digest
 from qeff_ir.reading import plain_name
 from qeff_ir.replacement import disk_errors, put_right
 from qeff_ir.sharing import together
 from qeff_ir.specialize import specialize
-from qeff_ir.storage import numbers_digest
 from qeff_ir.target_options import as_given, read_options
 
 Pipelines = Pipeline | str | Mapping[str, Pipeline | str] | None
@@ -210,6 +211,8 @@ def _build(
                 f"a program cannot be called '{program}', as what {backend.name} writes is: choose another name"
             )
         folder.mkdir()
+    if options.materialize:
+        widening.forget(module.model)
     with together(placed):  # this alone: who watches may save files elsewhere
         backend.emit(module, folder, options)
     if not emit_only:
@@ -245,7 +248,7 @@ def _read(backend: Backend, source: Source, asked: CompileOptions | Mapping[str,
     task, given = source.task, as_given(asked) if isinstance(asked, CompileOptions) else asked
     for field in fields(CompileOptions):
         named = field.name in given and (given is asked or given[field.name] != field.default)
-        if named and field.name not in task.shapes:
+        if named and "help" not in field.metadata and field.name not in task.shapes:  # with help, it is no shape
             raise CompileError(
                 f"{_architecture(source)} has no option {field.name}: its shapes are {', '.join(task.shapes)}"
             )

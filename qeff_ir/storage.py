@@ -7,109 +7,24 @@ written as the main graph is.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qeff_ir.digests import digest_file
+from qeff_ir import widening
 from qeff_ir.errors import PackageError
 from qeff_ir.ir.module import WEIGHT_KEY
+from qeff_ir.ranges import FileRange, file_range
 from qeff_ir.reading import regular_file
 from qeff_ir.sharing import WEIGHTS, share
 
 INLINE_BYTES = 1024
 """Tensors up to this size stay inside the ONNX file, as constants do in the AI 100 contract (§8)."""
-
-_META_KEY = "qeff.range"
-_STORED_KEY = "qeff.stored"
-_CHUNK = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class FileRange:
-    """A tensor in a file.
-
-    Attributes:
-        file: Absolute path, symbolic links resolved.
-        offset: First byte.
-        length: Bytes.
-        dtype: Element type as stored.
-        shape: Sizes.
-        linkable: Whether the file may get a further hard link: it is a checkpoint's, and not an ONNX file's.
-    """
-
-    file: Path
-    offset: int
-    length: int
-    dtype: ir.DataType
-    shape: tuple[int, ...]
-    linkable: bool = field(default=False, compare=False)
-
-    def tensor(self, name: str) -> ir.LazyTensor:
-        """An initializer value that is read (memory-mapped) only when somebody asks for its numbers.
-
-        `onnx_ir.ExternalTensor` is not used here because it refuses to read files that have several hard links, which
-        a checkpoint and a large package made of it may be.
-        """
-
-        def read() -> ir.Tensor[Any]:
-            if self.length == 0:  # nothing that could be mapped
-                return ir.Tensor(np.zeros(self.shape, self.dtype.numpy()), dtype=self.dtype, name=name)
-            try:
-                data = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.length,))
-            except (OSError, ValueError) as error:
-                raise PackageError(
-                    f"the weight file {self.file} is gone or too short ({error}): restore it, or open the model again"
-                ) from error
-            return ir.Tensor(data.view(self.dtype.numpy()).reshape(self.shape), dtype=self.dtype, name=name)
-
-        tensor = ir.LazyTensor(read, self.dtype, ir.Shape(self.shape), name=name)
-        tensor.meta[_META_KEY] = self
-        return tensor
-
-
-def file_range(tensor: ir.TensorProtocol | None) -> FileRange | None:
-    """Where a tensor made by `FileRange.tensor` lies, or `None` for any other tensor."""
-    return tensor.meta.get(_META_KEY) if isinstance(tensor, ir.LazyTensor) else None
-
-
-def widened(tensor: ir.LazyTensor, stored_as: FileRange) -> ir.LazyTensor:
-    """The tensor, marked as the numbers of `stored_as` in a wider element type (see `stored`)."""
-    tensor.meta[_STORED_KEY] = stored_as
-    return tensor
-
-
-def stored(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
-    """The numbers of a tensor; memory-mapped, and in the element type of the file, where they lie in one."""
-    where: FileRange | None = tensor.meta.get(_STORED_KEY) if isinstance(tensor, ir.LazyTensor) else None
-    return (tensor if where is None else where.tensor(tensor.name or "")).numpy()
-
-
-def stored_in(tensor: ir.TensorProtocol) -> FileRange | None:
-    """Where `stored` takes the numbers of a tensor from; `None` for memory."""
-    where: FileRange | None = tensor.meta.get(_STORED_KEY) if isinstance(tensor, ir.LazyTensor) else None
-    return where or file_range(tensor)
-
-
-def numbers_digest(tensor: ir.TensorProtocol) -> str:
-    """SHA-256 of the numbers of a tensor as float32, whatever they are stored as; in a file, taken once."""
-    where = stored_in(tensor)
-    if where is None:
-        return hashlib.sha256(np.ascontiguousarray(tensor.numpy(), dtype=np.float32).tobytes()).hexdigest()
-    dtype = where.dtype.numpy()
-
-    def widen(data: bytes) -> bytes:
-        return np.frombuffer(data, dtype).astype(np.float32).tobytes()
-
-    return digest_file(where.file, where.offset, where.length, (f"{where.dtype.name} as float32", widen))
 
 
 def load_proto(path: Path, content: bytes | None = None) -> onnx.ModelProto:
@@ -163,6 +78,7 @@ def load_model(path: Path, content: bytes | None = None) -> ir.Model:
             put(_located(tensor, path).tensor(tensor.name or ""))
         else:
             _check_numbers(tensor, path)
+    widening.fold(model)
     return model
 
 
@@ -185,6 +101,7 @@ def save_model(
         PackageError: A referenced file is gone.
     """
     copy = model.clone()
+    widening.spell(copy)
     initializers = {id(v.const_value): WEIGHT_KEY in v.metadata_props for v in copy.graph.initializers.values()}
     ranges: list[tuple[FileRange, str, Callable[[ir.TensorProtocol], None]]] = []
     loose: list[tuple[ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]] = []

@@ -29,8 +29,8 @@ from qeff_ir.frontend.checkpoint.references import read_header
 from qeff_ir.frontend.source import FolderSource
 from qeff_ir.ir.module import METADATA_KEY, Module
 from qeff_ir.package import MANIFEST, SIDE_FOLDER, is_package, open_package
+from qeff_ir.ranges import file_range, numbers_digest
 from qeff_ir.runtime.token_table import TokenTable
-from qeff_ir.storage import file_range, numbers_digest
 from tests import support
 
 TARGETS = ["onnxruntime", "ai100"]

@@ -15,7 +15,7 @@ from qeff_ir.frontend.source import FolderSource
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import fingerprint
 from qeff_ir.ir.snapshot import load_module, save_module
-from qeff_ir.storage import FileRange, file_range
+from qeff_ir.ranges import FileRange, file_range
 from tests import support
 
 

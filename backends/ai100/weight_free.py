@@ -17,10 +17,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qeff_ir import widening
 from qeff_ir.errors import ModelLoadError, PackageError
 from qeff_ir.frontend.checkpoint.references import DTYPES, read_header
 from qeff_ir.ir.module import WEIGHT_KEY
-from qeff_ir.storage import WEIGHTS, FileRange, file_range, place
+from qeff_ir.ranges import FileRange, file_range
+from qeff_ir.storage import WEIGHTS, place
 
 METADATA = "com.qti.aisw.extdata"
 """Model metadata in which the compiler looks for the places of the weights."""
@@ -45,6 +47,7 @@ def save(model: ir.Model, folder: Path, filename: str, name: str) -> None:
         PackageError: A weight file is gone.
     """
     copy = model.clone()
+    widening.spell(copy)
     headers: dict[Path, dict[tuple[Any, ...], str]] = {}
     bound: dict[str, tuple[FileRange | None, str]] = {}
     loose: dict[str, ir.TensorProtocol] = {}

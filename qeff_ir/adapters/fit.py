@@ -16,7 +16,8 @@ from qeff_ir.errors import AdapterError
 from qeff_ir.ir.module import LAYER_KEY, WEIGHT_KEY
 from qeff_ir.ir.residents import AdapterInput
 from qeff_ir.ir.sources import sources_of
-from qeff_ir.storage import FileRange, load_model
+from qeff_ir.ranges import FileRange
+from qeff_ir.storage import load_model
 
 Base = Callable[[str], Array | None]
 """A parameter of the base model by name, float32; `None` when there is none of that name."""

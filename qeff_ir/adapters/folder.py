@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from qeff_ir.adapters.configuration import CONFIG_FILE, read_config
 from qeff_ir.adapters.targets import ALL_LINEAR
 from qeff_ir.errors import AdapterError, ModelLoadError
+from qeff_ir.ranges import FileRange
 from qeff_ir.reading import path_of, regular_file
-from qeff_ir.storage import FileRange
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -81,17 +81,17 @@ class Request:
 
 
 def _of_targets() -> list[inspect.Parameter]:
-    """One command-line option for each option that only some target has."""
+    """One command-line option for each option with a line of help; of those that all targets have, one."""
     shared = {f.name for f in fields(CompileOptions)}
     found: dict[str, inspect.Parameter] = {}
-    for kind in option_types():
+    for kind in (CompileOptions, *option_types()):
         hints = typing.get_type_hints(kind)
         for item in fields(kind):
-            if item.name in shared or "help" not in item.metadata:
+            if "help" not in item.metadata or (item.name in shared and kind is not CompileOptions):
                 continue
             flag = (f"--{item.name.replace('_', '-')}",) if hints[item.name] is bool else ()
             least = item.metadata.get("least", 1) if hints[item.name] is int else None
-            option = typer.Option(*flag, help=item.metadata["help"], min=least, rich_help_panel=kind.title)
+            option = typer.Option(*flag, help=item.metadata["help"], min=least, rich_help_panel=kind.title or _TARGET)
             annotation = Annotated[hints[item.name], option]
             keyword = inspect.Parameter.KEYWORD_ONLY
             if item.name in found or item.name in {f.name for f in fields(Request)}:

@@ -19,7 +19,7 @@ from qeff_ir.ir.verifier import broken, verify
 from qeff_ir.passing.base import Pass, Rewriter
 from qeff_ir.passing.hiding import LARGE, hidden_weights
 from qeff_ir.passing.report import Missed, site_name
-from qeff_ir.storage import file_range
+from qeff_ir.ranges import stored_in
 
 if TYPE_CHECKING:
     from onnx_ir import TensorProtocol
@@ -163,7 +163,7 @@ def _stored(module: Module, *, weights_only: bool) -> dict[str, tuple[object, in
 
 
 def _storage(tensor: TensorProtocol) -> object:
-    return file_range(tensor) or id(tensor)
+    return stored_in(tensor) or id(tensor)
 
 
 def _check_expectation(run: Transition) -> None:

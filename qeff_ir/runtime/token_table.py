@@ -7,7 +7,7 @@ import onnx_ir as ir
 from qeff_ir.arrays import Array
 from qeff_ir.digests import stamp
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.storage import stored, stored_in
+from qeff_ir.ranges import stored, stored_in
 
 
 class TokenTable:

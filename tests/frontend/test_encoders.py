@@ -26,7 +26,7 @@ from qeff_ir.frontend.export.lower import convert
 from qeff_ir.frontend.export.spelling import drop_idle_squeezes
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
 from qeff_ir.numerics import bound, depth, error_over_rms
-from qeff_ir.storage import file_range
+from qeff_ir.ranges import file_range
 from tests import multimodal, support
 from tests.multimodal import MODELS
 

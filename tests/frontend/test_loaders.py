@@ -23,7 +23,7 @@ from qeff_ir.frontend.forward_source import ForwardFolder, ForwardOptions
 from qeff_ir.frontend.source import FolderSource
 from qeff_ir.frontend.tasks import EMBEDDING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Task
 from qeff_ir.ir.module import WEIGHT_KEY
-from qeff_ir.storage import FileRange
+from qeff_ir.ranges import FileRange
 
 Tensors = dict[str, torch.Tensor]
 

@@ -24,7 +24,7 @@ from qeff_ir.frontend.export.lower import lower
 from qeff_ir.frontend.source import FolderSource, open_source
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import fingerprint
-from qeff_ir.storage import file_range
+from qeff_ir.ranges import file_range
 from tests import support
 from tests.models import MODELS, build
 

@@ -26,8 +26,8 @@ from qeff_ir.ir.printer import fingerprint
 from qeff_ir.ir.snapshot import load_module, write_module
 from qeff_ir.package import open_package
 from qeff_ir.passing.manager import Report
+from qeff_ir.ranges import file_range
 from qeff_ir.replacement import put_right
-from qeff_ir.storage import file_range
 from tests import support
 
 Edition = str

@@ -19,9 +19,9 @@ from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.package import MAIN
 from qeff_ir.passing.base import Rewriter
+from qeff_ir.ranges import stored
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.token_table import TokenTable
-from qeff_ir.storage import stored
 from qeff_ir.testing.build import build as draw
 from qeff_ir.testing.judge import prepare
 from qeff_ir.testing.recipe import Layer, Recipe

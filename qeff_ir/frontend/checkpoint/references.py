@@ -16,8 +16,8 @@ import onnx_ir as ir
 from safetensors import SafetensorError, safe_open
 
 from qeff_ir.errors import ModelLoadError
+from qeff_ir.ranges import FileRange
 from qeff_ir.reading import read_json, regular_file
-from qeff_ir.storage import FileRange
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """What transformers looks for in a folder, in this order."""

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qeff_ir.frontend import private
-from qeff_ir.storage import file_range, stored
+from qeff_ir.ranges import file_range, stored
 
 _CHUNK = 1 << 20
 """Elements that are compared at a time."""

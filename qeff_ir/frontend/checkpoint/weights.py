@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -18,14 +18,31 @@ from onnx_ir import tensor_adapters
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    PermuteForRope,
+    Split,
+    SplitModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from qeff_ir.errors import ModelLoadError, first_line
 from qeff_ir.frontend.checkpoint.references import Checkpoint
 from qeff_ir.frontend.checkpoint.skeleton import initial_values
 from qeff_ir.frontend.checkpoint.ties import tie
 from qeff_ir.frontend.private import ignored_when_missing
-from qeff_ir.storage import FileRange, widened
+from qeff_ir.ranges import FileRange, widened
+from qeff_ir.widening import HALVES
+
+_MOVING = (Chunk, Concatenate, Interleave, MergeModulelist, PermuteForRope, Split, SplitModulelist, Transpose)
+"""Operations of a conversion that compute nothing."""
 
 Weights = dict[str, ir.TensorProtocol]
 """Parameter or persistent buffer name to its tensor."""
@@ -96,7 +113,9 @@ def memory_weights(model: PreTrainedModel) -> Weights:
         data = tensor.detach()
         if data.is_meta:
             raise ModelLoadError(f"parameter '{name}' of the model has no data (it is on the meta device)")
-        if data.is_floating_point() and data.dtype != torch.float32:
+        if data.dtype in (torch.float16, torch.bfloat16):
+            weights[name] = _float(name, data, lambda data=data: data.contiguous())
+        elif data.is_floating_point() and data.dtype != torch.float32:
             weights[name] = _lazy(name, tuple(data.shape), torch.float32, lambda data=data: data.float())
         else:
             weights[name] = _Shared(data.contiguous(), name=name)
@@ -138,7 +157,16 @@ class _Loader:
 
 
 def _converted(model: PreTrainedModel, name: str, group: WeightConverter, checkpoint: Checkpoint) -> Weights:
-    """The tensors that one conversion makes, found by a dry run without data."""
+    """The tensors that one conversion makes, found by a dry run without data.
+
+    Halves stay halves where it only moves numbers.
+    """
+    collected = cast("Iterable[list[_Loader]]", group.collected_tensors.values())
+    loaders = [loader for several in collected for loader in several]
+    stored = {loader.entry.dtype for loader in loaders}
+    if len(stored) == 1 and stored <= HALVES and all(isinstance(operation, _MOVING) for operation in group.operations):
+        for loader in loaders:
+            loader.dtype = tensor_adapters.to_torch_dtype(loader.entry.dtype)
     dry = copy.deepcopy(group)
     for loaders in dry.collected_tensors.values():
         for loader in loaders:
@@ -158,15 +186,21 @@ def _converted(model: PreTrainedModel, name: str, group: WeightConverter, checkp
     weights: Weights = {}
     for target, shape_only in made.items():
         like = shape_only[0] if isinstance(shape_only, list) else shape_only
-        weights[target] = _lazy(target, tuple(like.shape), like.dtype, lambda target=target: load(target).contiguous())
+        weights[target] = _float(target, like, lambda target=target: load(target).contiguous())
     return weights
+
+
+def _float(name: str, like: torch.Tensor, load: Callable[[], torch.Tensor]) -> ir.TensorProtocol:
+    """What `load` returns, a tensor like `like`; halves widened to float32."""
+    made, shape = _lazy(name, tuple(like.shape), like.dtype, load), tuple(like.shape)
+    return widened(_lazy(name, shape, torch.float32, lambda: load().float()), made) if made.dtype in HALVES else made
 
 
 def _typed(loader: _Loader, name: str) -> ir.TensorProtocol:
     entry = loader.entry
     if entry.dtype == _ir_dtype(loader.dtype):
         return entry.tensor(name)
-    return widened(_lazy(name, entry.shape, loader.dtype, loader), entry)
+    return widened(_lazy(name, entry.shape, loader.dtype, loader), entry.tensor(name))
 
 
 def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:

@@ -25,8 +25,8 @@ from qeff_ir.cli.app import app
 from qeff_ir.errors import PackageError
 from qeff_ir.frontend.source import FolderSource
 from qeff_ir.ir.module import WEIGHT_KEY
+from qeff_ir.ranges import file_range
 from qeff_ir.runtime.decoder import Decoder
-from qeff_ir.storage import file_range
 from qeff_ir.testing.trace import compare, session_trace
 from tests import support
 from tests.encoders import build
