@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-VOCAB, IMAGE = 99, 90
-"""Tokens, and the one that stands for a row of a picture."""
+VOCAB, IMAGE, VIDEO = 99, 90, 91
+"""Tokens, and those that stand for a row of a picture and of a video."""
 
 
 @dataclass(frozen=True)
@@ -45,50 +45,50 @@ class TinyMultimodal:
     post_norm: float = 0.0
 
 
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "initializer_range": 0.05,
 }  # fmt: skip
-_CLIP: dict[str, Any] = {
+CLIP: dict[str, Any] = {
     "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 4, "image_size": 16, "patch_size": 4, "projection_dim": 32,
 }  # fmt: skip
-_SIGLIP: dict[str, Any] = {
+SIGLIP: dict[str, Any] = {
     "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "image_size": 16, "patch_size": 4, "vision_use_head": False,
 }  # fmt: skip
-_GRID: dict[str, Any] = {
+GRID: dict[str, Any] = {
     "depth": 2, "hidden_size": 32, "embed_dim": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 4,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, "window_size": 16,
     "fullatt_block_indexes": [1], "in_channels": 3, "in_chans": 3,
 }  # fmt: skip
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _TOKENS = {
-    "image_token_id": IMAGE, "image_token_index": IMAGE, "video_token_id": 91, "video_token_index": 91,
+    "image_token_id": IMAGE, "image_token_index": IMAGE, "video_token_id": VIDEO, "video_token_index": VIDEO,
     "vision_start_token_id": 92, "vision_end_token_id": 93, "boi_token_index": 92, "eoi_token_index": 93,
 }  # fmt: skip
 
 
-def _both(kind: str, vision: dict[str, Any], text: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+def both(kind: str, vision: dict[str, Any], text: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """A configuration of two parts."""
     rotary = {"rope_parameters": _ROTARY} if "vl_text" in kind else {}
-    own = {"model_type": kind, **_TEXT, **rotary, **(text or {})}
+    own = {"model_type": kind, **TEXT, **rotary, **(text or {})}
     return {"text_config": own, "vision_config": vision, **_TOKENS, **more}
 
 
 MODELS: dict[str, TinyMultimodal] = {
-    "llava": TinyMultimodal("llava", _both("llama", _CLIP), {"pixel_values": (1, 3, 16, 16)}, 16),
+    "llava": TinyMultimodal("llava", both("llama", CLIP), {"pixel_values": (1, 3, 16, 16)}, 16),
     "llava_next": TinyMultimodal(
         "llava_next",
-        _both("llama", _CLIP, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]]),
+        both("llama", CLIP, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]]),
         {"pixel_values": (1, 5, 3, 16, 16), "image_sizes": [[25, 32]]},
         70,
     ),
     "gemma3": TinyMultimodal(
         "gemma3",
-        _both(
-            "gemma3_text", _SIGLIP, mm_tokens_per_image=4,
+        both(
+            "gemma3_text", SIGLIP, mm_tokens_per_image=4,
             text={"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
         ),
         {"pixel_values": (1, 3, 16, 16)},
@@ -98,7 +98,7 @@ MODELS: dict[str, TinyMultimodal] = {
     ),
     "paligemma": TinyMultimodal(
         "paligemma",
-        _both("gemma", _SIGLIP, projection_dim=32),
+        both("gemma", SIGLIP, projection_dim=32),
         {"pixel_values": (1, 3, 16, 16)},
         16,
         types="token_type_ids",
@@ -107,16 +107,16 @@ MODELS: dict[str, TinyMultimodal] = {
     ),
     "qwen2_5_vl": TinyMultimodal(
         "qwen2_5_vl",
-        _both("qwen2_5_vl_text", _GRID),
+        both("qwen2_5_vl_text", GRID),
         {"pixel_values": (24, 96), "image_grid_thw": [[1, 6, 4]]},
         6,  # in two windows, one smaller than the other
         planes=True,
     ),
     "qwen3_vl": TinyMultimodal(
         "qwen3_vl",
-        _both(
+        both(
             "qwen3_vl_text",
-            {**_GRID, "depth": 3, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+            {**GRID, "depth": 3, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
         ),
         {"pixel_values": (32, 96), "image_grid_thw": [[1, 8, 4]]},
         8,
@@ -124,7 +124,7 @@ MODELS: dict[str, TinyMultimodal] = {
     ),
     "idefics3": TinyMultimodal(
         "idefics3",
-        _both(
+        both(
             "llama",
             {
                 "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -182,10 +182,14 @@ def lively(name: str) -> PreTrainedModel:
 
 def build(name: str, initializer_range: float = 0.05, post_norm: float | None = None) -> PreTrainedModel:
     """A tiny model of one's own."""
+    return of_case(MODELS[name], initializer_range, post_norm)
+
+
+def of_case(case: TinyMultimodal, initializer_range: float, post_norm: float | None = None) -> PreTrainedModel:
+    """A tiny model of a configuration."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    case = MODELS[name]
     torch.manual_seed(0)
     text = {**case.config["text_config"], "initializer_range": initializer_range}
     config = AutoConfig.for_model(case.model_type, **{**case.config, "text_config": text})

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.multimodal import IMAGE, VOCAB
+from tests.multimodal import IMAGE, VIDEO, VOCAB
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,35 @@ def tokenizer(special: dict[str, str]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{n}": n for n in range(4, IMAGE)}
-    marks = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, "<image>": IMAGE, "<boi>": 92, "<eoi>": 93}
+    marks = {
+        "<pad>": 0,
+        "<bos>": 1,
+        "<eos>": 2,
+        "<unk>": 3,
+        "<image>": IMAGE,
+        "<video>": VIDEO,
+        "<boi>": 92,
+        "<eoi>": 93,
+    }
     marks["<fake_token_around_image>"] = 94
-    more = {f"<extra{n}>": n for n in (91, *range(95, VOCAB))}
+    more = {f"<extra{n}>": n for n in range(95, VOCAB)}
     made = Tokenizer(models.WordLevel({**words, **marks, **more}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    own = {"image_token": "<image>", "fake_token": "<fake_token_around_image>", **special}
+    own = {"image_token": "<image>", "video_token": "<video>", "fake_token": "<fake_token_around_image>", **special}
     return PreTrainedTokenizerFast(tokenizer_object=made, extra_special_tokens=own, **names)
 
 
 def processor(name: str) -> Any:
     """The processor of a tiny model."""
+    return made(PROCESSORS[name])
+
+
+def made(case: TinyProcessor) -> Any:
+    """A processor of its own."""
     import transformers
     from transformers.models.auto import image_processing_auto
 
-    case = PROCESSORS[name]
     kind: Any = image_processing_auto.get_image_processor_class_from_name(case.images)
     images = kind(**case.sizes)
     if not case.kind:
@@ -100,26 +113,66 @@ def processor(name: str) -> Any:
 
 
 class OfGrids:
-    """What stands in for a processor whose video processor needs torchvision: pictures and text, and no more."""
+    """What stands in for a processor whose video processor needs torchvision."""
 
     def __init__(self, image_processor: Any, tokenizer: Any) -> None:
         self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.video_processor = VideosOfGrids(image_processor)
+        self.chat_template: str | None = None
 
-    def __call__(self, images: list[list[Any]] | None = None, text: Any = (), **kwargs: Any) -> dict[str, Any]:
-        """Both as tensors; each ``<image>`` is as many tokens as its grid has places."""
+    def __call__(
+        self, images: list[list[Any]] | None = None, text: Any = (), videos: list[Any] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """All as tensors; each ``<image>`` and ``<video>`` is as many tokens as its grid has places."""
+        import torch
+
         made = dict(self.image_processor(images=images, return_tensors="pt")) if images and any(images) else {}
-        grids = iter(made["image_grid_thw"].prod(-1).tolist() if made else ())
+        if videos:
+            made |= self.video_processor(videos)
+            made["second_per_grid_ts"] = torch.tensor([1.0 + number for number in range(len(videos))])
         merged = self.image_processor.merge_size**2
-        texts = [
-            " ".join(" <image>" * (next(grids) // merged) if w == "<image>" else w for w in t.split()) for t in text
-        ]
+        grids = {
+            f"<{what}>": iter((made[f"{what}_grid_thw"].prod(-1) // merged).tolist())
+            for what in ("image", "video")
+            if f"{what}_grid_thw" in made
+        }
+        texts = [" ".join(f" {w}" * next(grids[w]) if w in grids else w for w in t.split()) for t in text]
         found = dict(self.tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False))
-        return {**found, **made, "mm_token_type_ids": (found["input_ids"] == IMAGE).long()}
+        ids = found["input_ids"]
+        return {**found, **made, "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO)}
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> str:
+        """As a processor does it, by its `chat_template`."""
+        return self.tokenizer.apply_chat_template(
+            conversation, chat_template=self.chat_template, tokenize=False, **kwargs
+        )
 
     def save_pretrained(self, folder: Any) -> None:
         """Both into a folder."""
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+class VideosOfGrids:
+    """The patches of two frames each, in the order of transformers' video processors of grids."""
+
+    def __init__(self, sizes: Any) -> None:
+        self.patch, self.merge = sizes.patch_size, sizes.merge_size
+
+    def __call__(self, videos: list[Any], **kwargs: Any) -> dict[str, Any]:
+        """Of videos uint8 ``[frames, height, width, 3]``, all frames."""
+        import torch
+
+        patches, grids, patch, merge = list[Any](), list[list[int]](), self.patch, self.merge
+        for video in videos:
+            frames, height, width, _ = video.shape
+            numbers = np.moveaxis(video, -1, 1).astype(np.float32) / 127.5 - 1
+            tall, wide = height // patch // merge, width // patch // merge
+            cut = numbers.reshape(frames // 2, 2, 3, tall, merge, patch, wide, merge, patch)
+            patches.append(cut.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 6 * patch**2))
+            grids.append([frames // 2, tall * merge, wide * merge])
+        found = torch.from_numpy(np.concatenate(patches))
+        return {"pixel_values_videos": found, "video_grid_thw": torch.tensor(grids)}
 
 
 def picture(size: tuple[int, int], seed: int) -> np.ndarray[Any, Any]:

@@ -89,6 +89,8 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         *,
         image_size: int | tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         num_images: int = 1,
+        num_frames: int | None = None,
+        num_videos: int = 1,
         target: str = "auto",
         prefill_seq_len: int | None = None,
         ctx_len: int | None = None,
@@ -106,6 +108,9 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
                 an encoder of its own. The incumbent's names for it are known as well
                 (`qeff_ir.auto.picture_sizes.picture_sizes`).
             num_images: Pictures that a prompt may have.
+            num_frames: Compile for videos of so many frames of this size in the place of pictures: frames that the
+                video processor keeps (``do_sample_frames=False`` keeps all).
+            num_videos: Videos that a prompt may have.
             target: See `qeff_ir.auto.causal_lm.QEFFAutoModelForCausalLM.compile`, as for all others.
             prefill_seq_len: Tokens of a prompt that one prefill run takes; a picture may take several runs, unless its
                 tokens see one another.
@@ -129,6 +134,8 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         if options.pop("token_embedding", "graph") != "graph":
             raise CompileError("token_embedding='host' is for models of text alone: leave it out")
         sizes, options = picture_sizes({"image_size": image_size, **options})
+        if num_frames is not None and num_images != 1:
+            raise CompileError("a package is for pictures or for videos: give num_images, or num_frames and num_videos")
         given = {
             "prefill_seq_len": prefill_seq_len,
             "ctx_len": ctx_len,
@@ -138,7 +145,8 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         return self.compile_with(
             given,
             image_size=sizes,
-            num_images=num_images,
+            num_images=num_images if num_frames is None else num_videos,
+            num_frames=num_frames,
             target=target,
             compile_dir=compile_dir,
             pipeline=pipeline,
@@ -152,6 +160,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         *,
         image_size: Sequence[tuple[int, int]],
         num_images: int,
+        num_frames: int | None = None,
         compile_dir: str | Path | None = None,
         **rest: Any,
     ) -> dict[str, str] | str:
@@ -161,26 +170,32 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
             options: Shapes, and what the target takes beside them, compiler flags too; ``ctx_len`` and
                 ``prefill_seq_len`` are found where they are `None`.
             image_size: Height and width of pictures, of each size once.
-            num_images: Pictures that a prompt may have.
+            num_images: Pictures that a prompt may have, or videos.
+            num_frames: Frames of a video; `None` for pictures.
             compile_dir: Folder of the package.
             rest: ``target``, ``pipeline``, ``emit_only`` and ``watch``.
         """
         source = self._source
         if type(num_images) is not int or num_images < 1:
-            raise CompileError(f"num_images must be a whole number of at least 1, not {num_images!r}")
+            name = "num_images" if num_frames is None else "num_videos"
+            raise CompileError(f"{name} must be a whole number of at least 1, not {num_images!r}")
+        if num_frames is not None and (type(num_frames) is not int or num_frames < 1):
+            raise CompileError(f"num_frames must be a whole number of at least 1, not {num_frames!r}")
         if source is not None:
             batch = options.get("batch_size") or 1
             if source.single_program and options.get("prefill_seq_len") == 1:
                 raise CompileError("a run of one token reads no picture: give prefill_seq_len=2 or more")
-            source = source.for_pictures(image_size, num_images, batch)  # another: threads may compile this one
+            # Another object: other threads may compile this one.
+            source = source.for_pictures(image_size, num_images, batch, num_frames or 0)
             assert source.pictured is not None
-            rows, ctx_len = source.pictured.features.rows * num_images, options["ctx_len"]
+            forms, rows = source.pictured.forms, source.pictured.features.rows * num_images
+            ctx_len = options["ctx_len"]
             if ctx_len is None:
                 ctx_len = _default_context(rows, source.config)
             if rows >= ctx_len:
                 raise CompileError(
-                    f"{num_images} pictures of {source.pictured.forms.said} take up to {rows} tokens, and ctx_len is "
-                    f"{ctx_len}: raise it, or ask for fewer or smaller pictures"
+                    f"{num_images} {forms.what} of {forms.said} take up to {rows} tokens, and ctx_len is {ctx_len}: "
+                    f"raise it, or ask for fewer or smaller {forms.what}"
                 )
             options = {**options, "ctx_len": ctx_len}
         path = self._compile(options, compile_dir, source, **rest)

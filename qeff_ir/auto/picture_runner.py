@@ -115,7 +115,8 @@ class PictureRunner:
 
     def _taken(self, kwargs: dict[str, Any]) -> dict[str, Array]:
         """What encoders take and types of tokens, out of a processor's output."""
-        found = {name: kwargs.pop(name) for name in (*self.forms.inputs, *_TYPES) if name in kwargs}
+        names = (*self.forms.inputs, *self.forms.beside, *_TYPES)
+        found = {name: kwargs.pop(name) for name in names if name in kwargs}
         return {name: _array(name, value) for name, value in found.items() if value is not None}
 
     def answer(
@@ -153,6 +154,8 @@ class PictureRunner:
         """Makes rows of a batch of prompts, by their numbers; each prompt goes through the processor by itself."""
         from qeff_ir.runtime.picture_prompts import fitting, pictures_of, processed, tokenizer_of
 
+        if self.forms.videos:
+            raise RuntimeInputError("prompts are for pictures: give what processor(text=…, videos=…) returns")
         pictures, _ = pictures_of(images, len(prompts)), tokenizer_of(processor)
 
         def read(number: int) -> tuple[list[int], Pictured]:
@@ -189,10 +192,13 @@ class PictureRunner:
                 f"the types of tokens are {types.dtype} {list(types.shape)}, and the tokens {list(real.shape)}: give a "
                 "whole number for each"
             )
-        prompts: list[Pictured] = []
+        beside = {name: given[name] for name in self.forms.beside if name in given}
+        prompts, before = list[Pictured](), 0
         for row, own in enumerate(pictures):
             kinds = None if types is None else types[row][real[row]]
-            prompts.append(Pictured(self._encoded(own), self._planes(tokens[row], kinds, own), kinds))
+            numbers = {name: array[before : before + len(own)] for name, array in beside.items()}
+            before += len(own)
+            prompts.append(Pictured(self._encoded(own), self._planes(tokens[row], kinds, own, numbers), kinds))
         return prompts
 
     def _encoded(self, pictures: Sequence[Picture]) -> dict[str, Array]:
@@ -227,7 +233,9 @@ class PictureRunner:
         self._rows.move_to_end(digest)
         return self._rows[digest]
 
-    def _planes(self, ids: Array, types: Array | None, pictures: Sequence[Picture]) -> Array | None:
+    def _planes(
+        self, ids: Array, types: Array | None, pictures: Sequence[Picture], beside: Mapping[str, Array]
+    ) -> Array | None:
         """Places of a prompt's tokens, as the model itself finds them; `None` where it has none."""
         import torch
 
@@ -240,7 +248,7 @@ class PictureRunner:
         if self._skeleton is None:
             auto = IMAGE_TEXT_TO_TEXT.auto_class()
             self._skeleton = empty_model(self.model.config, auto=auto, trust_remote_code=self._trust)
-        arguments: dict[str, torch.Tensor] = {}
+        arguments = {name: torch.from_numpy(array) for name, array in beside.items()}
         for name, form in self.forms.inputs.items():
             if form.numbers is not None:
                 whole = np.concatenate([picture[name] for _, picture in pictures], axis=form.axis)

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from qeff_ir.frontend.checkpoint.weights import Weights
     from qeff_ir.frontend.export.encoders import Example
     from qeff_ir.frontend.export.features import Features
+
+Modality = Literal["image", "video"]
+"""What is encoded beside text; the frames of a video are encoded together."""
 
 VISION = "vision"
 """The program that encodes pictures; the main one is the language model (AI 100 contract §1.8).
@@ -82,10 +85,12 @@ class PictureSource(Source):
         """The model, with weights or without."""
 
     @abstractmethod
-    def image_processor(self) -> Any:
-        """transformers' image processor of the model."""
+    def processor_of(self, modality: Modality) -> Any:
+        """transformers' image processor of the model, or its video processor."""
 
-    def for_pictures(self, sizes: Sequence[tuple[int, int]], count: int, batch: int = 1) -> PictureSource:
+    def for_pictures(
+        self, sizes: Sequence[tuple[int, int]], count: int, batch: int = 1, frames: int = 0
+    ) -> PictureSource:
         """The model, to be compiled for up to `count` pictures of these sizes (height and width) in a prompt.
 
         Sizes of which the image processor makes the same are one.
@@ -94,6 +99,7 @@ class PictureSource(Source):
             sizes: The sizes.
             count: Pictures of a prompt.
             batch: Prompts of a run, whose pictures a single program encodes together.
+            frames: Of videos in the place of pictures: how many each has.
 
         Raises:
             CompileError: The image processor does not take such pictures, or there are several sizes for a single
@@ -103,22 +109,25 @@ class PictureSource(Source):
         from qeff_ir.frontend.export.encoders import find_features
         from qeff_ir.frontend.export.features import encoder_of
 
-        model = self.skeleton()
-        takes = inspect.signature(encoder_of(model, "image")).parameters
-        token = getattr(self.config, "image_token_id", None)
+        model, modality = self.skeleton(), _modality(frames)
+        takes = inspect.signature(encoder_of(model, modality)).parameters
+        token = getattr(self.config, f"{modality}_token_id", None)
         if not isinstance(token, int):
             raise UnsupportedModelError(
-                f"the configuration of {type(model).__name__} has no image_token_id: no token stands for a picture"
+                f"the configuration of {type(model).__name__} has no {modality}_token_id: no token stands for a "
+                f"{'video' if frames else 'picture'}"
             )
-        processor = self.image_processor()
+        if frames and self.single_program:
+            raise CompileError("one program for pictures and text takes no videos: leave out kv_offload=False")
+        processor = self.processor_of(modality)
         found: list[tuple[PictureForm, Example, Features]] = []
         for size in sizes:
-            example, inputs = _example(processor, size, takes)
+            example, inputs = _example(processor, size, takes, frames)
             if not example:
                 raise CompileError(f"{type(processor).__name__} makes nothing that {type(model).__name__} takes")
             if all(form.inputs != inputs for form, _, _ in found):
-                features = find_features(model, example)
-                form = PictureForm(f"{VISION}_{size[0]}x{size[1]}", size, features.rows, inputs)
+                features = find_features(model, example, modality)
+                form = PictureForm(f"{VISION}_{size[0]}x{size[1]}", size, features.rows, inputs, frames)
                 found.append((form, example, features))
         if len(found) == 1:
             found = [(replace(found[0][0], program=MAIN if self.single_program else VISION), *found[0][1:])]
@@ -132,7 +141,8 @@ class PictureSource(Source):
                 f"the encoder of {type(model).__name__} makes rows of another kind for each size of pictures: compile "
                 "for each by itself"
             )
-        forms = PictureForms(token, count, tuple(form for form, _, _ in found))
+        beside = _beside(model, takes) if frames else ()
+        forms = PictureForms(token, count, tuple(form for form, _, _ in found), beside)
         check_alike(forms.sizes)
         largest = max((features for _, _, features in found), key=lambda features: features.rows)
         whole = _of_batch(processor, forms, batch, takes) if self.single_program else None
@@ -153,7 +163,8 @@ class PictureSource(Source):
         known = self._known()
         largest = next(form for form in known.forms.sizes if form.rows == known.features.rows)
         example = known.examples[largest.program]
-        language = lower_language(model, weights, known.features, count=known.forms.count, example=example)
+        modality, count = _modality(largest.frames), known.forms.count
+        language = lower_language(model, weights, known.features, modality, count, example)
         if known.whole is None:
             return language
         _, pixels = largest.pixels
@@ -163,7 +174,8 @@ class PictureSource(Source):
     def _vision(self, model: PreTrainedModel, weights: Weights, program: str) -> Module:
         from qeff_ir.frontend.export.encoders import lower_encoder
 
-        return lower_encoder(model, weights, self._known().examples[program])
+        modality = _modality(self._known().forms.sizes[0].frames)
+        return lower_encoder(model, weights, self._known().examples[program], modality)
 
     @abstractmethod
     def lower_vision(self, program: str) -> Module:
@@ -207,15 +219,16 @@ class PictureFolder(PictureSource, FolderSource):
         """See `PictureSource.skeleton`."""
         return self._load(partial=self._headless)[0]
 
-    def image_processor(self) -> Any:
-        """See `PictureSource.image_processor`.
+    def processor_of(self, modality: Modality) -> Any:
+        """See `PictureSource.processor_of`.
 
         Raises:
             ModelLoadError: There is none that can be read.
         """
         from qeff_ir.frontend.checkpoint.processors import read_part
 
-        return read_part("AutoImageProcessor", self.folder, trust_remote_code=self.trust_remote_code)
+        kind = "AutoVideoProcessor" if modality == "video" else "AutoImageProcessor"
+        return read_part(kind, self.folder, trust_remote_code=self.trust_remote_code)
 
     def save_side_files(self, folder: Path) -> None:
         """See `Source.save_side_files`; with the forms of pictures, by which it is part of the package's key."""
@@ -256,9 +269,19 @@ class PictureMemory(PictureSource, MemorySource):
         """See `PictureSource.skeleton`."""
         return self.copy()
 
-    def image_processor(self) -> Any:
-        """See `PictureSource.image_processor`."""
-        return getattr(self.processor, "image_processor", self.processor)
+    def processor_of(self, modality: Modality) -> Any:
+        """See `PictureSource.processor_of`.
+
+        Raises:
+            UnsupportedModelError: The processor has none for videos.
+        """
+        if modality == "image":
+            return getattr(self.processor, "image_processor", self.processor)
+        if (found := getattr(self.processor, "video_processor", None)) is None:
+            raise UnsupportedModelError(
+                f"{type(self.processor).__name__} has no video processor: compile for pictures, without num_frames"
+            )
+        return found
 
     def save_side_files(self, folder: Path) -> None:
         """See `Source.save_side_files`; with the processor and the forms of pictures."""
@@ -273,12 +296,28 @@ def _memory(model: PreTrainedModel) -> Weights:
     return memory_weights(model)
 
 
+def _modality(frames: int) -> Modality:
+    return "video" if frames else "image"
+
+
+def _beside(model: PreTrainedModel, takes: Collection[str]) -> tuple[str, ...]:
+    """What a model wants to know of each video to tell where its tokens are, beside what its encoder takes."""
+    places = getattr(model.base_model, "get_rope_index", None)
+    known = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", *takes)
+    names = [] if places is None else list(inspect.signature(places).parameters)
+    return tuple(name for name in names if name not in known and name != "kwargs")
+
+
 def _example(
-    processor: Any, size: tuple[int, int], takes: Collection[str]
+    processor: Any, size: tuple[int, int], takes: Collection[str], frames: int = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, InputForm]]:
-    """What an image processor makes of a picture of noise, of that what an encoder takes, and how it lies there."""
+    """What an image processor makes of a picture of noise, of that what an encoder takes, and how it lies there.
+
+    A video has `frames` of them.
+    """
     random = np.random.default_rng(0)
-    noise = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(2)]
+    shape = (frames, *size, 3) if frames else (*size, 3)
+    noise = [random.integers(0, 256, shape, dtype=np.uint8) for _ in range(2)]
     one, pair, rows = (
         {name: value for name, value in _processed(processor, nested).items() if name in takes}
         for nested in ([noise[:1]], [noise], [noise[:1], noise[1:]])
@@ -303,14 +342,22 @@ def _processed(processor: Any, images: list[list[Any]]) -> dict[str, torch.Tenso
     """
     import torch
 
+    height, width = images[0][0].shape[-3:-1]
+    videos = images[0][0].ndim == 4
     try:
-        made: Mapping[str, Any] = processor(images=images, return_tensors="pt")
+        # A video has the frames that the encoder sees: none is left out, and prompts do not tell which is whose.
+        given = (
+            {"videos": [one for own in images for one in own], "do_sample_frames": False}
+            if videos
+            else {"images": images}
+        )
+        made: Mapping[str, Any] = processor(return_tensors="pt", **given)
         return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
     except QeffError:
         raise
     except Exception as error:  # processors raise whatever their many steps raise
-        height, width = images[0][0].shape[:2]
+        what, other = ("video of frames", "image_size or num_frames") if videos else ("picture", "image_size")
         raise CompileError(
-            f"{type(processor).__name__} does not take a picture of {height} x {width} ({first_line(error)}): give "
-            "another image_size"
+            f"{type(processor).__name__} does not take a {what} of {height} x {width} ({first_line(error)}): give "
+            f"another {other}"
         ) from error

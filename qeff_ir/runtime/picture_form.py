@@ -51,12 +51,14 @@ class PictureForm:
         size: Height and width of the picture that it was found with.
         rows: Rows that the encoder makes of a picture.
         inputs: By name.
+        frames: Of a video: how many it has; 0 for a picture.
     """
 
     program: str
     size: tuple[int, int]
     rows: int
     inputs: dict[str, InputForm]
+    frames: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As JSON data."""
@@ -74,7 +76,7 @@ class PictureForm:
             for name, i in data["inputs"].items()
         }
         height, width = map(int, data["size"])
-        found = cls(str(data["program"]), (height, width), int(data["rows"]), inputs)
+        found = cls(str(data["program"]), (height, width), int(data["rows"]), inputs, int(data["frames"]))
         for wrong in found._nonsense():
             raise ValueError(wrong)
         return found
@@ -100,7 +102,8 @@ class PictureForm:
     @property
     def said(self) -> str:
         """The size in words."""
-        return f"{self.size[0]} x {self.size[1]}"
+        size = f"{self.size[0]} x {self.size[1]}"
+        return f"{self.frames} frames of {size}" if self.frames else size
 
     def check(self, encoder: Mapping[str, Sequence[object]]) -> None:
         """Compare with the inputs of an encoder, shapes by name.
@@ -147,9 +150,11 @@ class PictureForm:
         listed = isinstance(form.numbers, list) and found.size <= 8
         shown, wanted = (found.tolist(), form.numbers) if listed else (list(found.shape), list(form.shape))
         other = " of other numbers" if shown == wanted else ""
+        what, way = "picture", "resize the pictures to that, or compile with their image_size"
+        if self.frames:
+            what, way = "video", "give as many frames of that size, or compile with their num_frames and image_size"
         return RuntimeInputError(
-            f"{name} is {shown}{other}, and a picture of the compiled size ({self.said}) gives {wanted}: resize the "
-            "pictures to that, or compile with their image_size"
+            f"{name} is {shown}{other}, and a {what} of the compiled size ({self.said}) gives {wanted}: {way}"
         )
 
 

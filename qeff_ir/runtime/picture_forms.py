@@ -29,11 +29,13 @@ class PictureForms:
         token: The token that stands for one row.
         count: Pictures that a prompt may have.
         sizes: The sizes, each with an encoder of its own; at least one. One alone may have it in the main program.
+        beside: Names of what else a processor returns that has a number for each picture, which say where tokens are.
     """
 
     token: int
     count: int
     sizes: tuple[PictureForm, ...]
+    beside: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Put it into a folder of side files."""
@@ -50,7 +52,7 @@ class PictureForms:
         data = read_json(path, error=PackageError)
         try:
             sizes = tuple(PictureForm.from_json(size) for size in data["sizes"])
-            found = cls(int(data["token"]), int(data["count"]), sizes)
+            found = cls(int(data["token"]), int(data["count"]), sizes, tuple(map(str, data["beside"])))
             if found.count < 1:
                 raise ValueError(f"count is {found.count}")
             programs = {form.program for form in sizes}
@@ -65,6 +67,16 @@ class PictureForms:
     def inputs(self) -> Mapping[str, InputForm]:
         """The inputs of every encoder, which lie in the processor's output alike for each size."""
         return self.sizes[0].inputs
+
+    @property
+    def videos(self) -> bool:
+        """Whether they are videos, of so many frames, and no pictures."""
+        return self.sizes[0].frames > 0
+
+    @property
+    def what(self) -> str:
+        """What they are, in a word."""
+        return "videos" if self.videos else "pictures"
 
     @property
     def said(self) -> str:
@@ -151,12 +163,17 @@ class PictureForms:
             return  # the pictures tell
         if places % rows:
             raise RuntimeInputError(
-                f"a prompt has {places} placeholders, and a picture of the compiled size ({self.said}) takes {rows}: "
-                "give the processor's output for pictures of that size"
+                f"a prompt has {places} placeholders, and a {self.what[:-1]} of the compiled size ({self.said}) takes "
+                f"{rows}: give the processor's output for {self.what} of that size"
             )
         self._check_count(places // rows)
 
     def _check_count(self, found: int) -> None:
+        if found > self.count and self.videos:  # of fewer frames, they would be more
+            raise RuntimeInputError(
+                f"a prompt has placeholders for {found} videos of {self.said}, and the model is compiled for "
+                f"{self.count}: give videos of that length, or compile with their num_frames, or num_videos={found}"
+            )
         if found > self.count:
             raise RuntimeInputError(
                 f"a prompt has {found} pictures, the model is compiled for {self.count}: compile with "

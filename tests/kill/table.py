@@ -104,6 +104,7 @@ PROPERTIES = {
     "AI 100 QNN": "backends/ai100/test_qnn.py",
     "sizes of images": "auto/test_forward.py::test_the_height_of_an_image_comes_before_its_width",
     "pictures and text": "test_image_text.py",
+    "videos": "test_videos.py",
     "embeddings of pictures": "auto/test_picture_embedding.py",
     "pictures of several sizes": "test_picture_sizes.py",
     "one program for pictures": "test_single_program.py",

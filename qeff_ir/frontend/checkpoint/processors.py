@@ -7,13 +7,20 @@ from typing import Any, Literal
 
 from qeff_ir.errors import ModelLoadError, first_line
 
-_SAID = {"AutoImageProcessor": "image processor", "AutoFeatureExtractor": "feature extractor"}
+_SAID = {
+    "AutoImageProcessor": "image processor",
+    "AutoVideoProcessor": "video processor",
+    "AutoFeatureExtractor": "feature extractor",
+}
 
 
 def read_part(
-    kind: Literal["AutoImageProcessor", "AutoFeatureExtractor"], folder: Path, *, trust_remote_code: bool
+    kind: Literal["AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor"],
+    folder: Path,
+    *,
+    trust_remote_code: bool,
 ) -> Any:
-    """transformers' image processor or feature extractor of a model folder.
+    """transformers' image processor, video processor or feature extractor of a model folder.
 
     Raises:
         ModelLoadError: There is none that can be read.

@@ -26,6 +26,9 @@ _FIELDS = ("pooler_output", "last_hidden_state", DEEPSTACK)
 """Fields that may hold the rows: the first that a model fills does."""
 
 
+_SAID = {"image": "a picture", "video": "a video", "audio": "a sound"}
+
+
 @dataclass(frozen=True)
 class Features:
     """The form of an encoder's output.
@@ -87,8 +90,8 @@ def encoder_of(model: PreTrainedModel, modality: str) -> Callable[..., Any]:
     method = getattr(model.base_model, name, None) or getattr(model, name, None)
     if method is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no {name}, by which models of transformers encode a picture apart from the "
-            "text: it cannot be split into an encoder and a language model"
+            f"{type(model).__name__} has no {name}, by which models of transformers encode {_SAID[modality]} apart "
+            "from the text: it cannot be split into an encoder and a language model"
         )
     return method
 

@@ -157,6 +157,8 @@ def _axes(model: PreTrainedModel, modality: str, features: Features, example: Ex
     numbers = {name: value for name, value in example.items() if not value.is_floating_point()}
     if token is None or not numbers:
         return private.axes_of_positions(model)
+    if modality == "video":  # whose frames may stand apart in a prompt; text tells the axes as well
+        return private.axes_of_positions(model)
     ids = torch.tensor([[1, *[token] * features.rows, 1]])
     return private.axes_of_positions(model, ids, {**numbers, TYPES: (ids == token).long()})
 
