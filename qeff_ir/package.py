@@ -34,6 +34,9 @@ MAIN = "main"
 """The program that lies in the package's own folder; any other lies in a folder of its name."""
 ENCODER = "encoder"
 """The program that makes what the main one's cross-attention reads."""
+DECODER = "decoder"
+"""Beginning of the names of decoders for shorter lengths of what is encoded, ``decoder_<length>``, each with its
+``encoder_<length>``; the main program is the decoder of the longest."""
 
 FORMAT_VERSION = 4
 """Version of the manifest and of the folder; a package of another version is refused."""
@@ -173,6 +176,11 @@ def program_folder(folder: Path, program: str) -> Path:
     if program in _RESERVED:
         raise PackageError(f"a program cannot be called '{program}', as the package has it: choose another name")
     return folder / program
+
+
+def encoder_of(program: str) -> str:
+    """The program that makes what the cross-attention of another program reads, if there is one of this name."""
+    return ENCODER if program == MAIN else ENCODER + program.removeprefix(DECODER)
 
 
 def open_package(folder: Path) -> Manifest:

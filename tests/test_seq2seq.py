@@ -153,7 +153,7 @@ def test_passes_beside_the_loop_leave_the_request_as_it_is(target: str, tmp_path
     for more in ({}, unheard, prompted):
         found, right = (one.generate(**given, **asked, **more) for one in (model, whisper))
         assert found.tolist() == right.tolist() and len(set(found[0].tolist())) > 1
-    _, decoder = model.runner()
+    decoder = model.runner().decoder
     features = {"input_features": given["input_features"].numpy()}
     rows = [[2, 20, 22], [2, 31]]
     logits = decoder.beside(rows, features)
@@ -185,7 +185,7 @@ def test_a_batch_with_fewer_rows_than_compiled(folder: Path, tmp_path: Path) -> 
             torch.manual_seed(0)
             answers.append(each.generate(**settings))
         assert answers[0].tolist() == answers[1].tolist()
-    _, decoder = model.runner()
+    decoder = model.runner().decoder
     decoder.given = {"input_features": long[:, :, :60].numpy()}
     with pytest.raises(RuntimeInputError, match="input_features has 2 rows, and the decoder is given 3 prompts"):
         decoder.prefill([[2], [2], [2]])
@@ -221,7 +221,7 @@ def test_the_feature_extractor_of_a_folder_tells_the_length(tmp_path: Path) -> N
     WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(tmp_path / "model")
     model = QEFFAutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
     model.compile(target="onnxruntime", compile_dir=tmp_path / "out")
-    _, decoder = model.runner()
+    decoder = model.runner().decoder
     shapes = {s.input: s.shape for s in decoder.session.interface.states if s.written_by_host}
     assert set(shapes.values()) == {("batch_size", 4, 50, 8)} and decoder.ctx_len == 64
 
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_told(folder: Path) -> None:
     ],
 )
 def test_a_recording_of_another_length_is_told(shape: tuple[int, ...], said: str, folder: Path) -> None:
-    _, decoder = compiled("whisper", "onnxruntime", folder).runner()
+    decoder = compiled("whisper", "onnxruntime", folder).runner().decoder
     decoder.given = {"input_features": np.zeros(shape, dtype=np.float32)}
     with pytest.raises(RuntimeInputError, match=said):
         decoder.prefill([[2], [2]])
@@ -290,7 +290,7 @@ def test_a_recording_that_is_none_and_an_answer_that_is_not_there(folder: Path) 
 def test_models_and_lengths_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match="is more than the 64 positions of BartForConditionalGeneration"):
         opened("bart").compile(encoder_ctx_len=65)
-    with pytest.raises(CompileError, match="must be a whole number of at least 1, not 0"):
+    with pytest.raises(CompileError, match="must be a whole number of at least 1, or several, not 0"):
         opened("bart").compile(encoder_ctx_len=0)
     with pytest.raises(CompileError, match="ctx_len=65 is more than the 64 positions"):
         opened("bart").compile(ctx_len=65, encoder_ctx_len=4, target="onnxruntime", compile_dir=tmp_path / "out")
@@ -312,6 +312,30 @@ def test_recordings_of_any_length_that_the_encoder_makes_so_many_positions_of() 
     assert source is not None
     shapes = {s.name: s.shape for s in source.for_length(8).specs or ()}
     assert shapes == {"input_features": ("batch_size", 32, 8), "attention_mask": ("batch_size", 32)}
+
+
+@pytest.mark.parametrize(("name", "target"), [("speech_to_text", "onnxruntime"), ("bart", "ai100")])
+def test_several_lengths_have_programs_of_their_own(name: str, target: str, tmp_path: Path) -> None:
+    model, lengths = opened(name), (8, MODELS[name].positions)
+    model.compile(
+        ctx_len=16, encoder_ctx_len=lengths, batch_size=2, target=target, compile_dir=tmp_path / "out", emit_only=True
+    )
+    again = type(model).from_package(tmp_path / "out")
+    main, runner = seq2seq.main_input(name), again.runner()
+    sizes = [(60, 8), (32, 8)] if MODELS[name].features else [(LENGTH,), (8,)]
+    assert [decoder.shape for _, decoder in reversed(runner._lengths)] == sizes
+    assert set(again.package.manifest.programs) >= {"main", f"decoder_{sizes[1][0]}"}
+    for length in (sizes[1][0], sizes[0][0], 8 if MODELS[name].features else 5):
+        given = seq2seq.read(name, length=length)
+        if length in (size[0] for size in sizes):
+            same(again, name, given)
+            continue
+        if MODELS[name].features:
+            with pytest.raises(RuntimeInputError, match=r"is \[2, 8, 8\], and .* for \[2, 32, 8\], \[2, 60, 8\]: let"):
+                again.generate(**given)
+        else:  # a text is padded to the shortest that it fits
+            assert runner._for(main, given[main])[1].shape == (8,)
+            same(again, name, given)
 
 
 def test_a_decoder_that_asks_its_encoder_for_a_type_reads_nothing_of_it() -> None:

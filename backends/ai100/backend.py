@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from backends.base import Backend
 from backends.options import CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.module import Module
-from qeff_ir.package import ENCODER, MAIN
+from qeff_ir.package import ENCODER, encoder_of
 from qeff_ir.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 _MXFP6_BYTES = 25 / 32  # a block of 32 is 24 bytes of codes and one of scale (contract §15.2)
 _DEVICES = Path(__file__).with_name("devices")
+
+
+def _joined(decoder: Callable[[], Module], encoder: Callable[[], Module]) -> Module:
+    return one_graph.join(decoder(), encoder())
 
 
 class Ai100Backend(Backend):
@@ -76,7 +81,8 @@ class Ai100Backend(Backend):
         """See `Backend.programs`; an encoder is in the graph of its decoder."""
         if ENCODER not in lower:
             return lower
-        return {MAIN: lambda: one_graph.join(lower[MAIN](), lower[ENCODER]())}
+        pairs = {name: (found, lower[encoder_of(name)]) for name, found in lower.items() if encoder_of(name) in lower}
+        return {name: functools.partial(_joined, *pair) for name, pair in pairs.items()}
 
     def check(self, module: Module, options: CompileOptions) -> None:
         """Refuse what the compiler would refuse (`checks.violations`).

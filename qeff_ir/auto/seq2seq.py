@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -10,12 +10,13 @@ from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
+from qeff_ir.auto.encoded_runner import EncodedRunner
 from qeff_ir.compiler import Watch
 from qeff_ir.errors import CompileError, ModelLoadError
 from qeff_ir.frontend.encoded_source import EncodedFolder, EncodedMemory, EncodedSource
 from qeff_ir.frontend.source import find_folder
 from qeff_ir.frontend.tasks import SEQ2SEQ, SPEECH_SEQ2SEQ, Task
-from qeff_ir.package import ENCODER, SIDE_FOLDER, opened, program_folder
+from qeff_ir.package import DECODER, MAIN, SIDE_FOLDER, encoder_of, opened, program_folder
 from qeff_ir.side_files import read_generation_config
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from qeff_ir.runtime.encoded_decoder import EncodedDecoder
 
 
-class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, "tuple[PreTrainedModel, EncodedDecoder]"]):
+class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, EncodedRunner]):
     """A model that reads a text and writes one, compiled instead of run by torch.
 
         model = QEFFAutoModelForSeq2SeqLM.from_pretrained("my-model")
@@ -66,7 +67,7 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, "tuple[PreTrainedMo
         self,
         *,
         ctx_len: int | None = None,
-        encoder_ctx_len: int | None = None,
+        encoder_ctx_len: int | Sequence[int] | None = None,
         target: str = "auto",
         prefill_seq_len: int = 1,
         batch_size: int = 1,
@@ -82,9 +83,10 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, "tuple[PreTrainedMo
             ctx_len: Tokens that the decoder's cache holds: its prompt and what it writes; 128 by default, or as many as
                 the model has positions.
             encoder_ctx_len: Tokens of a text that is read (128 by default), or positions that the encoder makes of a
-                recording (by default, of the longest that the feature extractor takes). Shorter texts are padded;
-                shorter recordings are refused, as encoders make something else of a padded one: they normalize over
-                the whole length, and their convolutions reach into the padding.
+                recording (by default, of the longest that the feature extractor takes); or several of them, each with
+                programs of its own. Shorter texts are padded; a recording needs just its length, as encoders make
+                something else of a padded one: they normalize over the whole length, and their convolutions reach
+                into the padding.
             target: See `qeff_ir.auto.causal_lm.QEFFAutoModelForCausalLM.compile`, as for all others.
             prefill_seq_len: Tokens of the decoder's prompt that one run takes; most models have one start token.
             batch_size: Rows of a run.
@@ -113,7 +115,7 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, "tuple[PreTrainedMo
         self,
         options: Mapping[str, Any],
         *,
-        encoder_ctx_len: int | None = None,
+        encoder_ctx_len: int | Sequence[int] | None = None,
         compile_dir: str | Path | None = None,
         **rest: Any,
     ) -> str:
@@ -125,8 +127,7 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, "tuple[PreTrainedMo
             compile_dir: Folder of the package.
             rest: ``target``, ``pipeline``, ``emit_only`` and ``watch``.
         """
-        if encoder_ctx_len is not None and (type(encoder_ctx_len) is not int or encoder_ctx_len < 1):
-            raise CompileError(f"encoder_ctx_len must be a whole number of at least 1, not {encoder_ctx_len!r}")
+        _check_lengths(encoder_ctx_len)
         source = self._source
         if source is not None:
             source = source.for_length(encoder_ctx_len)  # another object: this one may be compiled by other threads
@@ -149,27 +150,27 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, "tuple[PreTrainedMo
             RuntimeInputError: The request does not fit the compiled model.
             PackageError: The model is not compiled.
         """
-        from qeff_ir.runtime.encoded_generation import generate
+        return self.runner().generate(inputs, kwargs)
 
-        model, decoder = self.runner()
-        with decoder.request():
-            return generate(model, decoder, inputs, kwargs)
-
-    def _open_runner(self, threads: int | None) -> tuple[PreTrainedModel, EncodedDecoder]:
-        """The model that `generate` uses, and its sessions."""
+    def _open_runner(self, threads: int | None) -> EncodedRunner:
+        """The models that `generate` uses, and their sessions."""
         from qeff_ir.frontend.checkpoint.skeleton import empty_model
         from qeff_ir.runtime.encoded_decoder import EncodedDecoder
         from qeff_ir.runtime.encoded_generation import on_session
 
         package = self.package
         with opened(package.folder, package.manifest.key):
-            backend, side, encoder = find_backend(package.manifest.target), package.folder / SIDE_FOLDER, None
-            if ENCODER in package.manifest.programs:
-                encoder = backend.open(program_folder(package.folder, ENCODER), threads=threads)
-            decoder = EncodedDecoder(backend.open(package.folder, threads=threads), encoder)
+            backend, programs = find_backend(package.manifest.target), package.manifest.programs
             trust = isinstance(self._source, EncodedFolder) and self._source.trust_remote_code
-            skeleton = empty_model(self.config, auto=self.task.auto_class(), trust_remote_code=trust)
-            return on_session(skeleton, decoder, read_generation_config(side)), decoder
+            lengths: list[tuple[PreTrainedModel, EncodedDecoder]] = []
+            for name in (MAIN, *(name for name in programs if name.startswith(f"{DECODER}_"))):
+                parts = [part for part in (name, encoder_of(name)) if part in programs]
+                sessions = [backend.open(program_folder(package.folder, part), threads=threads) for part in parts]
+                decoder = EncodedDecoder(sessions[0], sessions[1] if len(sessions) > 1 else None)
+                skeleton = empty_model(self.config, auto=self.task.auto_class(), trust_remote_code=trust)
+                settings = read_generation_config(package.folder / SIDE_FOLDER)
+                lengths.append((on_session(skeleton, decoder, settings), decoder))
+            return EncodedRunner(lengths)
 
 
 class QEFFAutoModelForSpeechSeq2Seq(QEFFAutoModelForSeq2SeqLM):
@@ -196,6 +197,12 @@ class QEFFAutoModelForSpeechSeq2Seq(QEFFAutoModelForSeq2SeqLM):
                 "AutoProcessor.from_pretrained returns it"
             )
         self._open(EncodedMemory(model, self.task, processor))
+
+
+def _check_lengths(given: object) -> None:
+    lengths: list[Any] = list(given) if isinstance(given, list | tuple) else [given]  # pyright: ignore[reportUnknownArgumentType]
+    if given is not None and (not lengths or any(type(n) is not int or n < 1 for n in lengths)):
+        raise CompileError(f"encoder_ctx_len must be a whole number of at least 1, or several, not {given!r}")
 
 
 _CONTEXT = 128

@@ -34,8 +34,8 @@ def command(
         typer.Option(help="Height and width of pictures, for a model of pictures; may be repeated.", metavar="HxW"),
     ] = None,
     encoder_ctx_len: Annotated[
-        int | None,
-        typer.Option(help="Tokens (or positions of a recording) that an encoder takes, where there is one.", min=1),
+        list[int] | None,
+        typer.Option(help="Tokens (or positions of a recording) that an encoder takes; may be repeated.", min=1),
     ] = None,
     num_images: Annotated[int, typer.Option(help="Pictures that a prompt may have.", min=1)] = 1,
     single_program: Annotated[
@@ -58,10 +58,10 @@ def command(
         raise CompileError("--single-program is for models of pictures and text: give --image-size too")
     source = None if image_size else open_model(model, request)
     encoded = source is not None and is_encoded(source)
-    if encoder_ctx_len is not None and not encoded:
+    if encoder_ctx_len and not encoded:
         raise CompileError("--encoder-ctx-len is for models of an encoder and a decoder: leave it out")
     if source is not None and encoded:
-        compiled = compile_encoded(source, request, encoder_ctx_len, out).package
+        compiled = compile_encoded(source, request, encoder_ctx_len or None, out).package
     elif source is not None:
         compiled = compile_source(source, request, out)
     else:

@@ -30,14 +30,14 @@ def is_encoded(source: Source) -> bool:
 
 
 def compile_encoded(
-    source: Source, request: Request, length: int | None = None, out: Path | None = None
+    source: Source, request: Request, lengths: Sequence[int] | None = None, out: Path | None = None
 ) -> QEFFAutoModelForSeq2SeqLM:
     """Compile a model of an encoder and a decoder.
 
     Args:
         source: The model.
         request: The shared options.
-        length: Tokens of a text, or positions that the encoder makes of a recording; the model's own by default.
+        lengths: Tokens of a text, or positions that the encoder makes of a recording; the model's own by default.
         out: Folder of the package; in the cache by default.
 
     Raises:
@@ -53,7 +53,7 @@ def compile_encoded(
     options = {**request.options(), "prefill_seq_len": request.prefill_seq_len}
     options |= {name: value for name, value in (("prefill_seq_len", 1), ("ctx_len", None)) if name not in request.given}
     with compiling(request) as rest:
-        found.compile_with(options, encoder_ctx_len=length, compile_dir=out, **rest)
+        found.compile_with(options, encoder_ctx_len=lengths, compile_dir=out, **rest)
     return found
 
 

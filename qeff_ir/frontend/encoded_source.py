@@ -7,6 +7,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from qeff_ir.errors import CompileError, UnsupportedModelError
 from qeff_ir.frontend.source import FolderSource, MemorySource, Source
 from qeff_ir.frontend.tasks import SEQ2SEQ, SPEECH_SEQ2SEQ, Task
 from qeff_ir.ir.module import Module
-from qeff_ir.package import ENCODER, MAIN
+from qeff_ir.package import DECODER, MAIN, encoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,13 +31,24 @@ _TOKENS = 128
 
 
 class EncodedSource(Source):
-    """An encoder-decoder model, see `for_length`."""
+    """An encoder-decoder model, see `for_length`.
+
+    Attributes:
+        specs: Inputs of the encoder in the longest form.
+        shorter: The same for the decoders of shorter lengths, by their programs.
+    """
 
     specs: Sequence[InputSpec] | None = None
+    shorter: Mapping[str, Sequence[InputSpec]] = MappingProxyType({})
 
     def programs(self) -> Mapping[str, Callable[[], Module]]:
         """See `Source.programs`."""
-        return {MAIN: self.lower, ENCODER: self.lower_encoder}
+        found: dict[str, Callable[[], Module]] = {MAIN: self.lower, encoder_of(MAIN): self.lower_encoder}
+        for name, specs in self.shorter.items():
+            one = copy.copy(self)
+            one.specs = specs
+            found |= {name: one.lower, encoder_of(name): one.lower_encoder}
+        return found
 
     @abstractmethod
     def opened(self) -> tuple[PreTrainedModel, Weights]:
@@ -46,29 +58,35 @@ class EncodedSource(Source):
     def feature_extractor(self) -> Any:
         """transformers' feature extractor of a model of speech."""
 
-    def for_length(self, encoder_ctx_len: int | None) -> EncodedSource:
-        """The model, to be compiled for inputs of one length, and shorter ones that are padded to it.
+    def for_length(self, encoder_ctx_len: int | Sequence[int] | None) -> EncodedSource:
+        """The model, to be compiled for inputs of one length or of several; shorter texts are padded.
 
         Args:
-            encoder_ctx_len: Tokens of a text, or positions of the encoder's output for a recording. By default 128
-                tokens, and the longest recording that the feature extractor makes features of (30 seconds, if it says
-                nothing).
+            encoder_ctx_len: Tokens of a text, or positions of the encoder's output for a recording, or several of
+                them. By default 128 tokens, and the longest recording that the feature extractor makes features of
+                (30 seconds, if it says nothing).
 
         Raises:
             CompileError: The model takes no such length.
             UnsupportedModelError: The model is no encoder-decoder.
         """
+        from qeff_ir.frontend.export.encoded import given_length
+
         model = self.opened()[0]
         if not model.config.is_encoder_decoder:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no encoder of its own: open it with the class for what it does "
                 "(QEFFAutoModelForImageTextToText, if it gives tokens the place of what it hears)"
             )
+        several = [encoder_ctx_len] if isinstance(encoder_ctx_len, int | None) else sorted(set(encoder_ctx_len))[::-1]
         found = copy.copy(self)
         if self.task is SPEECH_SEQ2SEQ:
-            found.specs = _of_recording(model, self.feature_extractor(), encoder_ctx_len)
+            extractor = self.feature_extractor()
+            known = [_of_recording(model, extractor, length) for length in several]
         else:
-            found.specs = _of_text(model, encoder_ctx_len)
+            known = [_of_text(model, length) for length in several]
+        found.specs = known[0]
+        found.shorter = {f"{DECODER}_{given_length(specs)}": specs for specs in known[1:]}
         return found
 
     def _known(self) -> Sequence[InputSpec]:
@@ -111,7 +129,8 @@ class EncodedFolder(EncodedSource, FolderSource):
         known = super().identity()
         if known is None:
             return None
-        return {**known, "encoder": [[s.name, str(s.dtype), list(s.shape)] for s in self._known()]}
+        every = [self._known(), *self.shorter.values()]
+        return {**known, "encoder": [[s.name, str(s.dtype), list(s.shape)] for specs in every for s in specs]}
 
     def feature_extractor(self) -> Any:
         """See `EncodedSource.feature_extractor`.

@@ -61,6 +61,22 @@ class EncodedDecoder(Decoder):
         return self._features.name.removeprefix(PREFIX), "attention_mask"
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of what is encoded in one row."""
+        return tuple(self._shape[1:])
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether features of this shape, ``[rows, ...]``, are encoded as they are, or a text that is padded."""
+        own, given = self.shape, tuple(shape[1:])
+        return own == given or (self._pads and len(own) == len(given) and all(map(int.__le__, given, own)))
+
+    @property
+    def _pads(self) -> bool:
+        """Encoders of recordings normalize over the whole length, and their convolutions reach into the padding."""
+        assert self._features is not None
+        return bool(self._masks) and not np.issubdtype(self._features.dtype, np.floating)
+
+    @property
     def vocabulary(self) -> int:
         """How many tokens there are."""
         port = self.session.interface.output(LOGITS)
@@ -158,8 +174,7 @@ class EncodedDecoder(Decoder):
                 f"{name} has a length of {length}, and the model is compiled for {most}: compile with a longer "
                 "encoder_ctx_len, or give less"
             )
-        if length < most and (not self._masks or np.issubdtype(self._features.dtype, np.floating)):
-            # Encoders of recordings normalize over the whole length, and their convolutions reach into the padding.
+        if length < most and not self._pads:
             raise RuntimeInputError(
                 f"{name} has a length of {length}, and the encoder takes just {most}: let the processor pad it, if the "
                 "answer for the padded recording is the one that is wanted, or compile for its length"

@@ -202,7 +202,7 @@ def lower_encoder(model: PreTrainedModel, weights: Weights, specs: Sequence[Inpu
     module = Module(clean(program.model, weights, []), f"{name}Encoder")
     RemoveUnusedNodesPass()(module.model)
     rename_symbols(module.graph, {str(v.shape[0]): BATCH for v in module.graph.inputs if v.shape is not None})
-    module.dims = {BATCH: Dim(BATCH), FEATURE_LENGTH: Dim(FEATURE_LENGTH, _length(specs))}
+    module.dims = {BATCH: Dim(BATCH), FEATURE_LENGTH: Dim(FEATURE_LENGTH, given_length(specs))}
     for value in list(module.graph.inputs):
         if not value.uses():
             module.graph.inputs.remove(value)
@@ -237,7 +237,7 @@ def encoded_length(model: PreTrainedModel, specs: Sequence[InputSpec]) -> int:
         return int(_encode(model, _ones(specs))[0].shape[1])
 
 
-def _length(specs: Sequence[InputSpec]) -> int:
+def given_length(specs: Sequence[InputSpec]) -> int:
     """Length of what the encoder is given: that of its mask, or the longest axis where it has none."""
     mask = next((s for s in specs if s.name == MASK), specs[0])
     return max(size for size in mask.shape[1:] if isinstance(size, int))

@@ -66,7 +66,7 @@ def test_a_package_is_spelled_out(whisper: QEFFAutoModelForSpeechSeq2Seq) -> Non
 
 def test_a_decode_keeps_what_the_first_run_has_written(whisper: QEFFAutoModelForSpeechSeq2Seq) -> None:
     """Whatever its features are; another recording is written over it."""
-    _, decoder = whisper.runner()
+    decoder = whisper.runner().decoder
     first, other = (seq2seq.read("whisper", seed)["input_features"].numpy() for seed in (1, 2))
     decoder.given = {"input_features": first}
     start = decoder.prefill([[2], [2]])
