@@ -101,6 +101,11 @@ def test_rows_of_one_prompt_and_prompts_of_the_decoder(target: str, folder: Path
     given = seq2seq.read("t5")
     start = torch.tensor([[0, 11, 12], [0, 13, 14]])
     same(model, "t5", {**given, "decoder_input_ids": start})
+    seen = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    same(model, "t5", {**given, "decoder_input_ids": start, "decoder_attention_mask": seen})
+    for mask, said in ((seen.flip(1), "leaves out tokens behind others"), (seen[:, :2], "have two shapes")):
+        with pytest.raises(RuntimeInputError, match=f"decoder_attention_mask .*{said}"):
+            model.generate(**given, decoder_input_ids=start, decoder_attention_mask=mask)
     one = {name: value[:1] for name, value in given.items()}
     torch.manual_seed(0)
     found = model.generate(**one, num_return_sequences=2, do_sample=True, max_new_tokens=4, min_new_tokens=4)

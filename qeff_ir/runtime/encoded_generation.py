@@ -50,6 +50,7 @@ def generate(
     if kwargs.get(name) is None:
         raise RuntimeInputError(f"there is nothing to encode: give {name}, as the processor returns it")
     kwargs |= _checked(model, name, mask, kwargs)
+    _check_prompts(kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask"))
     own = inspect.signature(type(model).generate).parameters
     # What the model's own class takes, it knows; the rest are settings, which are checked as for any model.
     settings = {k: v for k, v in kwargs.items() if k not in {name, mask, *_OURS} and (k not in own or k in _SETTINGS)}
@@ -75,6 +76,21 @@ def _checked(model: Any, name: str, mask: str, given: Mapping[str, Any]) -> dict
             f"input_ids has a token outside the vocabulary of {model._words}: use the model's tokenizer"
         )
     return {name: ids} if given.get(mask) is None else {name: ids, mask: check_mask(given[mask], ids)}
+
+
+def _check_prompts(ids: Any, mask: Any) -> None:
+    """Refuse padding behind a prompt of the decoder: transformers goes on behind the padding.
+
+    Rows of unequal length answer as each of them alone, wherever transformers' class counts the padding before a row.
+    """
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or not isinstance(ids, torch.Tensor) or mask.shape != ids.shape:
+        raise RuntimeInputError("decoder_attention_mask and decoder_input_ids have two shapes: give one of each token")
+    if (mask.long().diff(dim=1) < 0).any():
+        raise RuntimeInputError(
+            "decoder_attention_mask leaves out tokens behind others of their row: pad the decoder's prompts on the left"
+        )
 
 
 _SETTINGS = frozenset({"generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}) | {
