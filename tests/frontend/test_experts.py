@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from qeff_ir import numerics
 from qeff_ir.frontend.capture import experts
+from qeff_ir.frontend.checkpoint.skeleton import fake_weights
+from tests.models import build
 
 EXPERTS, CHOSEN, WIDTH, TOKENS = 5, 2, 8, 7
 
@@ -65,6 +68,47 @@ def test_every_expert_is_called_and_the_numbers_stay(seed: int) -> None:
     assert numerics.error_over_rms(got.numpy(), expected.numpy()) <= numerics.bound(1)
     assert numerics.error_over_rms(wrong.numpy(), expected.numpy()) > 0.1
     assert torch.equal(after, expected)
+
+
+class ByName(torch.nn.ModuleDict):
+    """Experts of a dictionary; the choice is ``[tokens, places, experts]``, and may have one in several places."""
+
+    num_experts = EXPERTS
+
+    def __init__(self) -> None:
+        super().__init__({f"expert_{n}": torch.nn.Linear(WIDTH, WIDTH) for n in range(EXPERTS)})
+
+    def forward(self, tokens: torch.Tensor, choice: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(tokens)
+        chosen = choice.permute(2, 1, 0)
+        for expert in torch.greater(chosen.sum(dim=(-1, -2)), 0).nonzero():
+            place, token = torch.where(chosen[expert].squeeze(0))
+            state = self[f"expert_{expert[0]}"](tokens[token])
+            out.index_add_(0, token, state * shares[token, place, None])
+        return out
+
+
+def test_experts_of_a_dictionary_may_be_chosen_in_several_places() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(ByName())
+    experts_of: Any = model[0]
+    tokens, index, weights = routed()
+    index[2, 1] = index[2, 0]
+    choice = torch.nn.functional.one_hot(index, num_classes=EXPERTS)
+    with torch.no_grad():
+        expected = experts_of(tokens, choice, weights)
+        with experts.unrolled(cast("PreTrainedModel", model)):
+            got = experts_of(tokens, choice, shares=weights)
+    assert numerics.error_over_rms(got.numpy(), expected.numpy()) <= numerics.bound(2)
+
+
+def test_a_router_that_is_cast_to_its_own_type_stays_as_it_is() -> None:
+    """As routers do in each run; torch would make its parameters anew."""
+    model = build("llama")[1]
+    part = model.model.layers[0].mlp
+    with fake_weights(model):
+        held = list(part.parameters())
+        assert part.to(torch.float32) is part and all(a is b for a, b in zip(held, part.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -117,6 +117,7 @@ PROPERTIES = {
     "AI 100 pictures": "backends/ai100/test_pictures.py",
     "segments": "frontend/test_segments.py",
     "encoders": "frontend/test_encoders.py",
+    "experts in a loop": "frontend/test_experts.py",
     "positions of a model": "frontend/test_positions.py",
     "encoders and decoders": "test_seq2seq.py",
     "AI 100 encoders and decoders": "backends/ai100/test_seq2seq.py",

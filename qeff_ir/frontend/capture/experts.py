@@ -31,11 +31,12 @@ def unrolled(model: PreTrainedModel) -> Generator[None]:
     Args:
         model: Its modules with the arguments `top_k_index` and `top_k_weights` are the experts.
     """
-    modules = [m for m in model.modules() if set(inspect.signature(m.forward).parameters) >= _ROUTED]
+    modules = [m for m in model.modules() if _is_routed(m) or _is_loop(m)]
     before = [vars(module).get("forward") for module in modules]
     try:
         for module in modules:
-            module.forward = _for_every_token(module.forward, getattr(module, "num_experts", None))
+            mode = _EveryExpert(getattr(module, "num_experts", None), several=not _is_routed(module))
+            module.forward = _for_every_token(module.forward, mode)
         yield
     finally:
         for module, own in zip(modules, before, strict=True):
@@ -44,11 +45,24 @@ def unrolled(model: PreTrainedModel) -> Generator[None]:
                 module.forward = own
 
 
-def _for_every_token(forward: Callable[..., Tensor], experts: int | None) -> Callable[..., Tensor]:
-    def call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        nothing = torch.zeros_like(top_k_weights[:, :1])
-        with _EveryExpert(experts):
-            return forward(hidden_states, top_k_index, torch.cat([top_k_weights, nothing], dim=-1))
+def _is_routed(module: torch.nn.Module) -> bool:
+    return set(inspect.signature(module.forward).parameters) >= _ROUTED
+
+
+def _is_loop(module: torch.nn.Module) -> bool:
+    """Whether a dictionary of experts is called with tokens, the choice of each, and its weights."""
+    own = isinstance(module, torch.nn.ModuleDict) and hasattr(module, "num_experts")
+    return own and len(inspect.signature(module.forward).parameters) == len(_ROUTED) + 1
+
+
+def _for_every_token(forward: Callable[..., Tensor], mode: _EveryExpert) -> Callable[..., Tensor]:
+    names = list(inspect.signature(forward).parameters)
+
+    def call(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        tokens, choice, weights = dict(zip(names, args, strict=False), **kwargs).values()
+        nothing = torch.zeros_like(weights[:, :1])
+        with mode:
+            return forward(tokens, choice, torch.cat([weights, nothing], dim=-1))
 
     return call
 
@@ -59,11 +73,15 @@ class _EveryExpert(TorchFunctionMode):
     The choice is spread by `one_hot`; `nonzero` of what that comes to gives the experts, so all of them; and `where` of
     one expert's ``[chosen, tokens]`` gives its tokens, so all of them, each with the place of the expert among what it
     chose, or with the place behind these, where the weights have a zero.
+
+    Args:
+        experts: How many there are; `one_hot` tells, where that is not known.
+        several: Whether a token may choose an expert in several places: each is then a token by itself.
     """
 
-    def __init__(self, experts: int | None) -> None:
+    def __init__(self, experts: int | None, *, several: bool = False) -> None:
         super().__init__()
-        self.experts = experts
+        self.experts, self.several = experts, several
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,9 +91,14 @@ class _EveryExpert(TorchFunctionMode):
         if func is torch.nn.functional.one_hot and self.experts is None:
             self.experts = int(kwargs.get("num_classes", args[-1]))
         elif func in (torch.Tensor.nonzero, torch.nonzero):
-            return [torch.tensor([expert]) for expert in range(self.experts or 0)]
+            every = range(self.experts or 0)
+            return [[expert] for expert in every] if self.several else [torch.tensor([expert]) for expert in every]
         elif func is _WHERE and len(args) == 1:
             chosen = args[0] != 0
+            if self.several:
+                places, tokens = (torch.arange(size) for size in chosen.shape)
+                place = torch.where(chosen, places[:, None], chosen.shape[0])
+                return place.reshape(-1), tokens.expand(chosen.shape).reshape(-1)
             place = torch.where(chosen.any(dim=0), chosen.long().argmax(dim=0), chosen.shape[0])
             return place, torch.arange(chosen.shape[1])
         return func(*args, **kwargs)

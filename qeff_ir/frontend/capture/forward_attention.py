@@ -12,7 +12,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend import private
-from qeff_ir.frontend.capture import segments
+from qeff_ir.frontend.capture import experts, segments
 from qeff_ir.frontend.capture.attention import HARMLESS, HIDDEN, IMPLEMENTATION
 from qeff_ir.frontend.capture.own_thread import replaced
 
@@ -118,7 +118,7 @@ def captured_forward(model: PreTrainedModel) -> Generator[None]:
     Attention outside transformers' interface stays as the model writes it, in its eager form.
     """
     implementation = private.attention_implementations(model.config)
-    experts = model.get_experts_implementation() if private.has_experts(model) else None
+    chosen = model.get_experts_implementation() if private.has_experts(model) else None
     try:
         with (
             private.registered({IMPLEMENTATION: _attention}, {IMPLEMENTATION: _mask}),
@@ -127,8 +127,9 @@ def captured_forward(model: PreTrainedModel) -> Generator[None]:
             model.set_attn_implementation(IMPLEMENTATION if private.supports_attention_interface(model) else "eager")
             if private.has_experts(model):
                 model.set_experts_implementation("batched_mm")
-            yield
+            with contextlib.nullcontext() if private.has_experts(model) else experts.unrolled(model):
+                yield
     finally:
         model.set_attn_implementation(implementation)
-        if experts is not None:
-            model.set_experts_implementation(experts)
+        if chosen is not None:
+            model.set_experts_implementation(chosen)

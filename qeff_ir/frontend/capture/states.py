@@ -314,7 +314,8 @@ def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, T
     for state, tensor in past.items():
         by_layer.setdefault(state.layer, {})[state] = tensor
     # transformers has a configuration of the decoder's own where the two differ.
-    config: Any = model.get_decoder().config if model.config.is_encoder_decoder else model.config
+    decoder: Any = model.get_decoder() if model.config.is_encoder_decoder else model
+    config: Any = getattr(decoder, "config", model.config)
     kinds = DynamicCache(config=config).layers
     number = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     layers: list[Layer] = []

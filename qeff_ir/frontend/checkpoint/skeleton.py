@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend import private
-from qeff_ir.frontend.capture.own_thread import alone
+from qeff_ir.frontend.capture.own_thread import alone, replaced
 
 _PARAMETERS_PER_TENSOR = 16
 """Parameters that a model may have for each tensor of its checkpoint: some conversions take a tensor apart."""
@@ -161,6 +161,16 @@ def evaluating(model: torch.nn.Module) -> Generator[None]:
             module.training = mode
 
 
+def _kept(to: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """`torch.nn.Module.to`, which leaves alone what is of the type: torch makes parameters anew, and no fake ones."""
+
+    def kept(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        types = [value for value in (*args, *kwargs.values()) if value is not None]
+        return self if types and all(p.dtype is types[0] for p in self.parameters()) else to(self, *args, **kwargs)
+
+    return kept
+
+
 @contextlib.contextmanager
 def fake_weights(model: PreTrainedModel) -> Generator[FakeTensorMode]:
     """Replace parameters (and buffers on the meta device) by fake float32 ones for as long as the block lasts.
@@ -190,7 +200,8 @@ def fake_weights(model: PreTrainedModel) -> Generator[FakeTensorMode]:
                         fake = specs[form].fake()
                         fakes[id(tensor)] = fake if is_buffer else torch.nn.Parameter(fake, requires_grad=False)
                     table[name] = fakes[id(tensor)]
-        yield mode
+        with replaced(torch.nn.Module, "to", _kept):
+            yield mode
     finally:
         for table, name, tensor in saved:
             table[name] = tensor
