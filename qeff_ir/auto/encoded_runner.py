@@ -46,7 +46,7 @@ class EncodedRunner:
 
     def _for(self, name: str, features: Any) -> tuple[PreTrainedModel, EncodedDecoder]:
         """The shortest that takes what is given; the longest, where it has another form and is refused there."""
-        shape: tuple[int, ...] = tuple(getattr(features, "shape", ()))
+        shape: list[int] = list(getattr(features, "shape", []))
         if len(self._lengths) == 1 or len(shape) != 1 + len(self.decoder.shape):
             return self.model, self.decoder
         for model, decoder in self._lengths:
@@ -54,6 +54,6 @@ class EncodedRunner:
                 return model, decoder
         known = ", ".join(str([shape[0], *decoder.shape]) for _, decoder in self._lengths)
         raise RuntimeInputError(
-            f"{name} is {list(shape)}, and the model is compiled for {known}: let the processor pad it to one of these "
+            f"{name} is {shape}, and the model is compiled for {known}: let the processor pad it to one of these "
             "lengths, if the answer for the padded one is wanted, or give compile its encoder_ctx_len too"
         )
