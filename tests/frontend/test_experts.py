@@ -98,7 +98,7 @@ def test_experts_of_a_dictionary_may_be_chosen_in_several_places() -> None:
     with torch.no_grad():
         expected = experts_of(tokens, choice, weights)
         with experts.unrolled(cast("PreTrainedModel", model)):
-            got = experts_of(tokens, choice, shares=weights)
+            got = experts_of(tokens, shares=weights, choice=choice)
     assert numerics.error_over_rms(got.numpy(), expected.numpy()) <= numerics.bound(2)
 
 

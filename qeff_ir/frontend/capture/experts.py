@@ -56,10 +56,11 @@ def _is_loop(module: torch.nn.Module) -> bool:
 
 
 def _for_every_token(forward: Callable[..., Tensor], mode: _EveryExpert) -> Callable[..., Tensor]:
-    names = list(inspect.signature(forward).parameters)
+    names = list(inspect.signature(forward).parameters)[: len(_ROUTED) + 1]
 
     def call(*args: Tensor, **kwargs: Tensor) -> Tensor:
-        tokens, choice, weights = dict(zip(names, args, strict=False), **kwargs).values()
+        given = dict(zip(names, args, strict=False), **kwargs)
+        tokens, choice, weights = (given[name] for name in names)
         nothing = torch.zeros_like(weights[:, :1])
         with mode:
             return forward(tokens, choice, torch.cat([weights, nothing], dim=-1))
