@@ -41,7 +41,6 @@ CHUNK = 8
 STEPS = 6
 WORDS = (5, 3, 4, 7)
 """Before, between and behind two pictures or sounds, and of the prompt without any."""
-_TYPES = ("token_type_ids", "mm_token_type_ids")
 _FORBIDDEN = -1e30
 """Below this are the logits of tokens that a model never answers."""
 _LOWEST = -65504.0
@@ -170,7 +169,7 @@ class Request:
         self.prompts: list[list[int]] = [[*words[0], *place, *words[1], *place, *words[2]], words[3]]
         self._types = kind * (torch.tensor(self.prompts[0]) == token).long()
         accepted = inspect.signature(model.forward).parameters
-        self._typed = [name for name in _TYPES if name in accepted]
+        self._typed = [name for name in accepted if name.endswith("token_type_ids")]
 
     def options(self, *, cut: bool) -> CompileOptions:
         """Shapes with room for both prompts and their answers, in chunks if they may be cut."""

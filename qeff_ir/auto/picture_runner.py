@@ -34,7 +34,8 @@ _PIXELS = KINDS["pixels"].stem
 """What a graph that has the encoder calls the pixels, whatever the processor does."""
 
 _TYPES = ("mm_token_type_ids", "token_type_ids")
-"""What processors call the types of tokens; the first tells the pictures, whatever else the second may tell."""
+"""What processors call the types of tokens; the first tells the pictures, whatever else the second may tell. Others
+are for experts."""
 
 
 class PictureRunner:
@@ -115,8 +116,8 @@ class PictureRunner:
 
     def _taken(self, kwargs: dict[str, Any]) -> dict[str, Array]:
         """What encoders take and types of tokens, out of a processor's output."""
-        names = (*self.forms.inputs, *self.forms.beside, *_TYPES)
-        found = {name: kwargs.pop(name) for name in names if name in kwargs}
+        names = (*self.forms.inputs, *self.forms.beside)
+        found = {name: kwargs.pop(name) for name in list(kwargs) if name in names or _tells_types(name)}
         return {name: _array(name, value) for name, value in found.items() if value is not None}
 
     def answer(
@@ -161,7 +162,8 @@ class PictureRunner:
         def read(number: int) -> tuple[list[int], Pictured]:
             own = [fitting(self.forms, processor, picture, resize=resize) for picture in pictures[number]]
             made = processed(processor, prompts[number], [picture for picture, _ in own])
-            given = {name: _array(name, made[name]) for name in (*self.forms.inputs, *_TYPES) if name in made}
+            known = {name for name in made if name in self.forms.inputs or _tells_types(name)}
+            given = {name: _array(name, made[name]) for name in known}
             ids, mask = made["input_ids"], made.get("attention_mask")
             real = ids[0] if mask is None else ids[0][mask[0].bool()]  # some processors fill up a text alone, too
             return real.tolist(), self._prompts(ids, mask, given, [[form for _, form in own]])[0]
@@ -187,18 +189,20 @@ class PictureRunner:
         arrays = {name: value for name, value in given.items() if name in self.forms.inputs}
         pictures = self.forms.split(arrays, [row.tolist() for row in tokens], known)
         types = next((given[name] for name in _TYPES if name in given), None)
-        if types is not None and (types.shape != real.shape or not np.issubdtype(types.dtype, np.integer)):
-            raise RuntimeInputError(
-                f"the types of tokens are {types.dtype} {list(types.shape)}, and the tokens {list(real.shape)}: give a "
-                "whole number for each"
-            )
+        routes = next((given[name] for name in given if _tells_types(name) and name not in _TYPES), types)
+        for told in (types, routes):
+            if told is not None and (told.shape != real.shape or not np.issubdtype(told.dtype, np.integer)):
+                raise RuntimeInputError(
+                    f"the types of tokens are {told.dtype} {list(told.shape)}, and the tokens {list(real.shape)}: give "
+                    "a whole number for each"
+                )
         beside = {name: given[name] for name in self.forms.beside if name in given}
         prompts, before = list[Pictured](), 0
         for row, own in enumerate(pictures):
-            kinds = None if types is None else types[row][real[row]]
+            kinds, routed = (None if told is None else told[row][real[row]] for told in (types, routes))
             numbers = {name: array[before : before + len(own)] for name, array in beside.items()}
             before += len(own)
-            prompts.append(Pictured(self._encoded(own), self._planes(tokens[row], kinds, own, numbers), kinds))
+            prompts.append(Pictured(self._encoded(own), self._planes(tokens[row], kinds, own, numbers), routed))
         return prompts
 
     def _encoded(self, pictures: Sequence[Picture]) -> dict[str, Array]:
@@ -263,6 +267,11 @@ class PictureRunner:
                 f"({first_line(error)}): give text and pictures as the model's processor returns them"
             ) from error
         return places[-AXES:, 0].numpy()
+
+
+def _tells_types(name: str) -> bool:
+    """Whether an argument is of the types of tokens."""
+    return name.endswith("token_type_ids")
 
 
 def _bytes(rows: Mapping[str, Array]) -> int:

@@ -156,8 +156,11 @@ PICTURES_TOKENS = define(
 PREFIX_TOKENS = define(
     Role("prefix-tokens", "0 for the tokens of a prompt, which see one another, int64 [batch, seq]", _types)
 )
-TOKEN_KINDS = (PICTURE_TOKENS, PICTURES_TOKENS, PREFIX_TOKENS)
-"""Roles of an input that tells which tokens see later ones; these must be of one run."""
+ROUTED_TOKENS = define(
+    Role("routed-tokens", "other than 0 for tokens that go to experts of their own, int64 [batch, seq]", _types)
+)
+TOKEN_KINDS = (PICTURE_TOKENS, PICTURES_TOKENS, PREFIX_TOKENS, ROUTED_TOKENS)
+"""Roles of an input that tells what a token is of. Those that see one another must be of one run."""
 ALL_PLANES = define(
     Role("all-planes", "positions, -1 is padding, then places on three axes, int64 [4, batch, seq]", _all_planes)
 )

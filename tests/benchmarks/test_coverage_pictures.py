@@ -25,6 +25,7 @@ WAYS = {
     "blip-2": "its forward pass wants pixels, rows or not",
     "chameleon": "it never answers with tokens of pictures",
     "cosmos3_edge": "tokens have places on three axes, and no position beside them",
+    "ernie4_5_vl_moe": "types of tokens say whose experts they go to",
     "glm4v": "its tower samples a grid",
     "granite_docling": "a mask that is known chooses pictures",
     "hunyuan_vl": "its tower resizes to sizes that are tensors; as many placeholders as rows are asked for",

@@ -24,7 +24,7 @@ from qeff_ir.frontend.export.encoders import find_features
 from qeff_ir.frontend.export.features import encode, read_features
 from qeff_ir.frontend.export.pictures import Pictures, lower_language
 from qeff_ir.ir.module import Module
-from qeff_ir.ir.ports import PICTURE_TOKENS, PICTURES_TOKENS, PREFIX_TOKENS, Role
+from qeff_ir.ir.ports import PICTURE_TOKENS, PICTURES_TOKENS, PREFIX_TOKENS, ROUTED_TOKENS, Role
 from qeff_ir.numerics import bound, depth, error_over_rms
 from qeff_ir.passing import Pipeline, run_pipeline
 from qeff_ir.runtime.decoder import Decoder
@@ -274,7 +274,7 @@ def test_a_product_of_sizes_fixes_none() -> None:
     assert (sizes.numel(), sizes[:-1].numel(), sizes[-1], list(sizes)) == (24, 6, 4, [2, 3, 4])
 
 
-def test_types_of_tokens_for_another_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_types_of_tokens_for_experts_are_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
     model, forward = multimodal.build("llava"), multimodal.build("llava").forward
 
     def routed(mm_encoder_outputs: Any = None, moe_mm_token_type_ids: Any = None, **rest: Any) -> Any:
@@ -282,8 +282,19 @@ def test_types_of_tokens_for_another_use_are_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(model, "forward", routed)
     form = find_features(model, multimodal.picture("llava"))
-    with pytest.raises(UnsupportedModelError, match="takes moe_mm_token_type_ids, types of tokens that are not for"):
-        Pictures(model, "image", form, 1, {})
+    pictures = Pictures(model, "image", form, 1, {})
+    assert pictures.routes == "moe_mm_token_type_ids" and pictures.inputs[-1].role is ROUTED_TOKENS
+    model = multimodal.build("gemma3")
+
+    def both(
+        token_type_ids: Any = None, mm_encoder_outputs: Any = None, other_token_type_ids: Any = None, **r: Any
+    ) -> Any:
+        return type(model).forward(model, token_type_ids=token_type_ids, mm_encoder_outputs=mm_encoder_outputs, **r)
+
+    monkeypatch.setattr(model, "forward", both)
+    form = find_features(model, multimodal.picture("gemma3"))
+    with pytest.raises(UnsupportedModelError, match="takes other_token_type_ids beside token_type_ids, by which"):
+        lower_language(model, memory_weights(model), form)
 
 
 @pytest.mark.parametrize("asked", ["placeholders", "vectors"])

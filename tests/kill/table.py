@@ -126,6 +126,8 @@ PROPERTIES = {
     "sounds beside pictures": "frontend/test_pictures.py::test_sounds_of_a_model_of_pictures_are_given_to_its_encoder",
     "what stands beside pictures": "benchmarks/test_coverage_pictures.py::test_a_model_answers_as_transformers"
     "[image-text-to-text-ovis2]",
+    "experts of pictures": "benchmarks/test_coverage_pictures.py::test_a_model_answers_as_transformers"
+    "[image-text-to-text-ernie4_5_vl_moe]",
     "cache layers": "frontend/test_states.py",
     "coverage of pictures": "benchmarks/test_coverage_pictures.py",
     "demo of pictures": "cli/test_demo_pictures.py",

@@ -74,22 +74,33 @@ class Merging(TorchFunctionMode):
         if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].dim() == 3:
             mask = _mask_of(args[1])
             if mask is not None and func is Tensor.__getitem__:
-                return ChosenRows(args[0], mask, self)
+                return ChosenRows(args[0], mask, self, read=True)
             if mask is not None:
                 held, _, value = args
                 if isinstance(value, ChosenRows) or value.dim() == 2:
                     held.copy_(self.merge(held, mask, value))
                 else:
-                    beside = value.dim() == 1  # a vector beside rows, which a run behind them does not write
-                    at = mask & (self.first <= self.count) if beside else mask
+                    at, numbers = mask, value.shape[0] if value.dim() == 1 else 0
+                    if isinstance(numbers, int) and numbers == held.shape[-1]:
+                        at = mask & (self.first <= self.count)  # beside rows: a run behind them does not write it
+                    elif numbers:
+                        value = value.reshape(held.shape)  # made of all tokens: see `ChosenRows.view`
                     held.copy_(torch.where(at.unsqueeze(-1), value, held))
                 return None
+        if func is Tensor.__setitem__ and _spread(*args):
+            held, mask, value = args
+            held.copy_(torch.where(mask, value.reshape(held.shape), held))
+            return None
         out = func(*args, **(kwargs or {}))
         if func is Tensor.size and isinstance(out, torch.Size):
             return Sizes(out)
         if isinstance(out, Tensor) and out.dtype is torch.bool:
             self._note(func, args, out)
         return out
+
+    def note(self, kinds: Tensor) -> None:
+        """Know a tensor for one that tells what each token of the run is of."""
+        self._masks[id(kinds)] = kinds
 
     def _is_mask(self, tensor: Tensor) -> bool:
         """Whether a tensor, or what it is a view of, is a mask of placeholders."""
@@ -114,8 +125,8 @@ class ChosenRows:
     How many there are, no trace can know. Rows that are added to them are added at the places of the tokens.
     """
 
-    def __init__(self, whole: Tensor, mask: Tensor, merging: Merging) -> None:
-        self.whole, self.mask, self.merging = whole, mask, merging
+    def __init__(self, whole: Tensor, mask: Tensor, merging: Merging, *, read: bool = False) -> None:
+        self.whole, self.mask, self.merging, self.read = whole, mask, merging, read
 
     def __add__(self, rows: Tensor) -> ChosenRows:
         at_tokens = self.merging.merge(torch.zeros_like(self.whole), self.mask, rows)
@@ -126,7 +137,16 @@ class ChosenRows:
     def _same(self, *_: Any, **__: Any) -> ChosenRows:
         return self
 
-    clone = view = reshape = flatten = to = _same
+    clone = flatten = to = _same
+
+    def view(self, *shape: int) -> Any:
+        """Itself; of vectors as a model reads them, one a row, those of all tokens.
+
+        What is made of these token by token is written at the tokens of a mask again, and nowhere else.
+        """
+        return self.whole.reshape(shape) if self.read and shape == (-1, self.whole.shape[-1]) else self
+
+    reshape = view
 
     def numel(self) -> AsMany:
         """How many numbers there are, which models compare with the rows that they are given."""
@@ -163,6 +183,12 @@ class AsMany:
         return True
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def _spread(held: Tensor, index: Any, value: Any) -> bool:
+    """Whether numbers of all tokens are written at a mask of just their shape."""
+    is_mask = isinstance(index, Tensor) and index.dtype is torch.bool and index.dim() == held.dim() == 2
+    return is_mask and isinstance(value, Tensor) and value.dim() == 1
 
 
 def named_tokens(config: PreTrainedConfig) -> set[int]:

@@ -37,7 +37,7 @@ from qeff_ir.frontend.export.lower import Step, as_unsupported, attributes_kept,
 from qeff_ir.frontend.export.quiet import quiet
 from qeff_ir.frontend.private import export_patches
 from qeff_ir.ir.module import Module
-from qeff_ir.ir.ports import AXES, FIRST_ROW, NEXT_ROW, PICTURE_TOKENS, PLANES, ROWS, Role
+from qeff_ir.ir.ports import AXES, FIRST_ROW, NEXT_ROW, PICTURE_TOKENS, PLANES, ROUTED_TOKENS, ROWS, Role
 
 Tensor = torch.Tensor
 
@@ -89,10 +89,6 @@ class Pictures(Given):
                 f"what get_{modality}_features takes: it cannot be split into an encoder and a language model"
             )
         other = next((n for n in parameters if n.endswith("token_type_ids") and n not in _TYPE_ARGUMENTS), None)
-        if other is not None:
-            raise UnsupportedModelError(
-                f"{name} takes {other}, types of tokens that are not for its masks: they would be dropped"
-            )
         with attributes_kept(model):
             axes = _axes(model, modality, features, example)
         if axes not in (1, AXES, AXES + 1):
@@ -102,6 +98,7 @@ class Pictures(Given):
             )
         self.modality, self.features, self.axes, self._example = modality, features, axes, example
         self.types = next((n for n in _TYPE_ARGUMENTS if n in parameters), None) if kinds else None
+        self.routes, role = other, kinds if self.types else ROUTED_TOKENS
         shape = ("batch_size", count * features.rows, features.width)
         layers = (len(features.layers), *shape)
         found = [
@@ -109,7 +106,11 @@ class Pictures(Given):
             *([GivenPort(DEEPSTACK, layers, torch.float32, ROWS)] if features.layers else []),
             GivenPort("image_idx", ("batch_size", 1), torch.int64, FIRST_ROW),
             *([GivenPort(PLACES, (AXES, "batch_size", "seq_len"), torch.int64, PLANES)] if axes > 1 else []),
-            *([GivenPort(TYPES, ("batch_size", "seq_len"), torch.int64, kinds)] if kinds and self.types else []),
+            *(
+                [GivenPort(TYPES, ("batch_size", "seq_len"), torch.int64, role)]
+                if role and (self.types or other)
+                else []
+            ),
         ]
         self.inputs = tuple(found)
         self.outputs = (GivenPort("image_idx_output", ("batch_size", 1), torch.int64, NEXT_ROW),)
@@ -133,6 +134,9 @@ class Pictures(Given):
         if self.types is not None:
             cache.of_run = _by_position(torch.ones_like(cache.position_ids), cache)
             arguments[self.types] = _by_position(values[TYPES], cache)
+        if self.routes is not None:
+            arguments[self.routes] = values[TYPES]
+            merging.note(values[TYPES])
         call = Call(arguments, [])
         with replaced(os, "getenv", private.unchecked), encoder, merging.capturing():
             yield call
@@ -221,6 +225,11 @@ def lower_language(
     pictures = Pictures(model, modality, features, count, example or {})
     types = pictures.types if _masks_follow_types(model, pictures) else None
     kinds = None if types is None else find_blocks(model, types)
+    if kinds is not None and pictures.routes is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes {pictures.routes} beside {types}, by which its masks are made: only one "
+            "input for types of tokens is known"
+        )
     return lower(model, weights, given=Pictures(model, modality, features, count, example or {}, kinds=kinds))
 
 
