@@ -199,7 +199,8 @@ class PictureRunner:
         beside = {name: given[name] for name in self.forms.beside if name in given}
         prompts, before = list[Pictured](), 0
         for row, own in enumerate(pictures):
-            kinds, routed = (None if told is None else told[row][real[row]] for told in (types, routes))
+            kinds = None if types is None else types[row][real[row]]
+            routed = None if routes is None else routes[row][real[row]]
             numbers = {name: array[before : before + len(own)] for name, array in beside.items()}
             before += len(own)
             prompts.append(Pictured(self._encoded(own), self._planes(tokens[row], kinds, own, numbers), routed))
