@@ -105,6 +105,7 @@ PROPERTIES = {
     "sizes of images": "auto/test_forward.py::test_the_height_of_an_image_comes_before_its_width",
     "pictures and text": "test_image_text.py",
     "videos": "test_videos.py",
+    "families of pictures": "test_families.py",
     "embeddings of pictures": "auto/test_picture_embedding.py",
     "pictures of several sizes": "test_picture_sizes.py",
     "one program for pictures": "test_single_program.py",
