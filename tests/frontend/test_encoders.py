@@ -111,7 +111,7 @@ def test_the_form_is_found_without_weights() -> None:
     skeleton = build_skeleton(copy.deepcopy(multimodal.tiny("qwen3_vl").config), auto=AutoModelForImageTextToText)
     form = find_features(skeleton, multimodal.picture("qwen3_vl"))
     assert (form.rows, form.width, form.listed, form.layers) == (8, 32, True, ((None, True), (None, True)))
-    made = form.filled(torch.ones(8, 32), [torch.ones(8, 32), torch.zeros(8, 32)])
+    made = form.filled(torch.ones(8, 32), [torch.ones(8, 32), torch.zeros(8, 32)], {})
     again, rows, layers = read_features(skeleton, made)
     assert again == form and rows.sum() == 256 and [int(one.sum()) for one in layers] == [256, 0]
 
