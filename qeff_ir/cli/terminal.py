@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -18,6 +19,8 @@ from rich.text import Text
 
 _OURS = [Path(__file__).parents[2] / name for name in ("qeff_ir", "passes", "backends")]
 """Our packages; warnings from elsewhere are not for the user."""
+_SOON = 0.01
+"""Seconds in which a finalizer has ended, mostly."""
 
 
 def show(what: RenderableType = "") -> None:
@@ -63,6 +66,7 @@ def working(text: str) -> Generator[Callable[[str], None]]:
 def interrupts() -> Generator[Callable[[], bool]]:
     """Within it, the result tells whether there was an interrupt (SIGINT); each raises `KeyboardInterrupt` as ever.
 
+    Python ignores one that comes inside a finalizer, and prints so; it is sent once more instead.
     Always false where the process handles interrupts in its own way, or outside its main thread.
     """
     seen = threading.Event()
@@ -71,15 +75,23 @@ def interrupts() -> Generator[Callable[[], bool]]:
         seen.set()
         signal.default_int_handler(number, frame)
 
-    before = signal.getsignal(signal.SIGINT)
+    def again(ignored: sys.UnraisableHookArgs) -> None:
+        if isinstance(ignored.exc_value, KeyboardInterrupt):
+            threading.Timer(_SOON, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            told(ignored)
+
+    before, told = signal.getsignal(signal.SIGINT), sys.unraisablehook
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield seen.is_set
         return
     signal.signal(signal.SIGINT, note)
+    sys.unraisablehook = again
     try:
         yield seen.is_set
     finally:
         signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = told
 
 
 @contextlib.contextmanager

@@ -208,6 +208,24 @@ def test_a_killed_compile_leaves_no_package(qeff: Qeff, tmp_path: Path) -> None:
     assert list(tmp_path.glob(".out.partial-*")) == []
 
 
+def test_an_interrupt_in_a_finalizer_is_heeded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Ends:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    def answer(*_: object, **__: object) -> int:
+        Ends()  # Python ignores what a finalizer raises
+        time.sleep(10)
+        return 0
+
+    monkeypatch.setattr(app, "app", answer)
+    assert app.main(["demo"]) == 130
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (0, 70)])
 def test_an_interrupt_that_a_library_turns_into_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sent: int, code: int

@@ -84,6 +84,7 @@ PROPERTIES = {
     "weights of 16 bits": "test_halves.py",
     "files of flags": "test_compiler.py::test_another_file_of_a_flag_is_another_package",
     "flags of the command line": "cli/test_flags.py",
+    "interrupts in finalizers": "cli/test_bad_input.py::test_an_interrupt_in_a_finalizer_is_heeded",
     "interrupts of the command line": "cli/test_bad_input.py::test_an_interrupt_that_a_library_turns_into_an_error",
     "sampling from the command line": "cli/test_commands.py::test_a_seed_alone_asks_for_samples",
     "options beside a package": "cli/test_bad_input.py::test_run_refuses",
