@@ -164,10 +164,22 @@ def _is_formula(dim: int | ir.SymbolicDim, module: Module) -> bool:
     return isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value not in module.dims
 
 
+def _keeps_shape(data: ir.Value, out: ir.Value) -> bool:
+    """Whether all sizes are known before and after, and are the same; not where an output would get another name."""
+    known = data.shape is not None and out.shape is not None and all(isinstance(d, int) for d in data.shape)
+    return known and data.shape == out.shape and not out.is_graph_output()
+
+
 def _fix_reshape(node: ir.Node, rewriter: Rewriter) -> None:
-    """Replace a computed target by a constant one: 0 keeps an axis, one unknown axis becomes -1."""
+    """Replace a computed target by a constant one: 0 keeps an axis, one unknown axis becomes -1.
+
+    Where the sizes are those of before, nothing is left of it.
+    """
     data, target = node.inputs
     out = node.outputs[0].shape
+    if data is not None and _keeps_shape(data, node.outputs[0]):
+        rewriter.replace(node, data, "reshape to the same shape")
+        return
     if data is None or target is None or target.const_value is not None or out is None or data.shape is None:
         return
     dims: list[int] = []

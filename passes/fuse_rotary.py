@@ -11,6 +11,8 @@ from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import OpBuilder, Pass, Rewriter, register
 from qeff_ir.passing.matching import constant, made_by, scalar, slice_bounds
 
+from ._rotary_of_tokens import fuse as fuse_tokens
+
 _UNARY = {"Cos", "Sin", "Cast"}
 
 
@@ -20,8 +22,8 @@ class FuseRotary(Pass):
     """Fuse ``x * cos + rotate_half(x) * sin`` into `RotaryEmbedding`.
 
     Both halves of ``cos`` and ``sin`` are equal by construction (they are computed from frequencies concatenated with
-    themselves); the fused op takes one half, computed once for all layers. A rotation that is not of this form stays
-    decomposed.
+    themselves); the fused op takes one half, computed once for all layers. Encoders rotate ``[tokens, heads, width]``,
+    which is fused behind the transposition that follows. A rotation that is not of this form stays decomposed.
     """
 
     name: ClassVar[str] = "fuse-rotary"
@@ -63,8 +65,11 @@ def _fuse(rotated: ir.Node, halves: dict[ir.Value, ir.Value], rewriter: Rewriter
     times_cos = made_by(next(v for v in total.inputs if v is not times_sin.outputs[0]), "Mul")
     if times_cos is None or x not in times_cos.inputs:
         return "the plain part is not the value times a cosine"
-    sin = _half(next(v for v in times_sin.inputs if v is not rotated.outputs[0]), halves, rewriter)
-    cos = _half(next(v for v in times_cos.inputs if v is not x), halves, rewriter)
+    sine = next(v for v in times_sin.inputs if v is not rotated.outputs[0])
+    cosine = next(v for v in times_cos.inputs if v is not x)
+    if x.shape is not None and len(x.shape) == 3:
+        return fuse_tokens(total, x, (cosine, sine), halves, rewriter)
+    sin, cos = (_half(value, halves, rewriter) for value in (sine, cosine))
     if sin is None or cos is None:
         return "the two halves of cosine and sine are not known to be equal"
     b = rewriter.at(total)
@@ -85,12 +90,13 @@ def _for_every_row(half: ir.Value, x: ir.Value, halves: dict[ir.Value, ir.Value]
 
 
 def _split_in_halves(second: ir.Value | None, first: ir.Value | None) -> ir.Value | None:
-    """The value ``[B, H, S, D]`` whose first and second halves along the last axis are given, if there is one."""
-    lower, upper = slice_bounds(first, axis=3), slice_bounds(second, axis=3)
-    if lower is None or upper is None or lower[0] is not upper[0]:
+    """The value ``[B, H, S, D]`` or ``[S, H, D]`` whose halves along the last axis are given, if there is one."""
+    axis = len(first.shape) - 1 if first is not None and first.shape is not None else -1
+    lower, upper = slice_bounds(first, axis), slice_bounds(second, axis)
+    if axis not in (2, 3) or lower is None or upper is None or lower[0] is not upper[0]:
         return None
     x, start, end = lower
-    if x.shape is None or len(x.shape) != 4 or not isinstance(width := x.shape[3], int):
+    if x.shape is None or not isinstance(width := x.shape[axis], int):
         return None
     half = width // 2
     return x if (start, end) == (0, half) and upper[1] == half and upper[2] >= width else None

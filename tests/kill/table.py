@@ -81,6 +81,7 @@ PROPERTIES = {
     "phases of runs": "ir/test_module.py::test_phases_of_a_decoder",
     "sharing": "test_sharing.py::test_holes_are_not_written",
     "results of qeff opt": "cli/test_opt_writing.py",
+    "rotations of tokens": "passes/test_rotary_of_tokens.py",
     "weights of 16 bits": "test_halves.py",
     "files of flags": "test_compiler.py::test_another_file_of_a_flag_is_another_package",
     "flags of the command line": "cli/test_flags.py",
