@@ -12,12 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir import QEFFAutoModelForCausalLM, QEFFAutoModelForImageTextToText
 from qeff_ir.frontend.source import FolderSource, MemorySource
 from qeff_ir.ir.printer import to_text
 from qeff_ir.ir.snapshot import load_module, save_module
+from qeff_ir.package import program_folder
 from qeff_ir.ranges import narrow, stored_in
 from qeff_ir.storage import load_model
+from tests import multimodal
+from tests import test_image_text as image_text
 from tests.support import prompts, tiny
 
 TYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
@@ -136,3 +139,26 @@ def test_only_its_own_nodes_are_folded(damage: Any, tmp_path: Path) -> None:
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
     kept = [node.op_type for node in load_model(path).graph]
     assert kept == (["Relu", "Identity"] if damage is None else [n.op_type for n in graph.node])
+
+
+def test_both_programs_of_pictures_and_text_refer_to_one_checkpoint(tmp_path: Path) -> None:
+    name, folder = "llava", tmp_path / "model"
+    model = multimodal.lively(name)
+    weights = {key: t.to(torch.bfloat16) for key, t in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=weights)
+    image_text.processor(name).save_pretrained(folder)
+    given = image_text.processed(name, [image_text.pictures(name, [1, 2])], image_text.texts(name)[:1])
+    answers: list[Any] = []
+    for materialize in (False, True):
+        made = QEFFAutoModelForImageTextToText.from_pretrained(folder)
+        options: dict[str, Any] = {"target": "ai100", "emit_only": True, **image_text.SHAPES, "batch_size": 1}
+        size, out = image_text.PROCESSORS[name].size, tmp_path / str(materialize)
+        made.compile(image_size=size, compile_dir=out, materialize=materialize, **options)
+        answers.append(image_text.answered(made, **given))
+        files = {path for path in out.rglob("weights/*") if path.name != "model.safetensors"}
+        assert bool(files) == materialize
+        for program in made.package.manifest.programs:
+            held = onnx.load(str(next(program_folder(out, program).glob("*.onnx"))), load_external_data=False)
+            kinds = {i.data_type for i in held.graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL}
+            assert kinds == {onnx.TensorProto.FLOAT if materialize else onnx.TensorProto.BFLOAT16}
+    assert answers[0] == answers[1] and len(set(answers[0][0])) > 1
