@@ -175,7 +175,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = Tru
         RuntimeInputError: There are none, or the tokenizer fails.
     """
     with tokenizing(f"the prompt {text[:40]!r}"):
-        made = tokenizer(text, add_special_tokens=special)["input_ids"]
+        # Not named where it is what is done anyway: a tokenizer of one's own may take a text alone.
+        made = (tokenizer(text) if special else tokenizer(text, add_special_tokens=False))["input_ids"]
         row = [int(token) for token in made]  # pyright: ignore[reportArgumentType]
     if not row:
         raise RuntimeInputError(f"the prompt {text!r} has no token: give some text")
