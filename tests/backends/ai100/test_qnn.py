@@ -20,12 +20,14 @@ from backends.ai100.contract import violations
 from backends.ai100.device import _device_count
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.qnn import files as qnn
-from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir import QEFFAutoModelForCausalLM, QEFFAutoModelForImageTextToText
 from qeff_ir.errors import CompileError
+from qeff_ir.package import program_folder
 from qeff_ir.passing import Pipeline, run_pipeline
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.target_options import read_options
-from tests import support
+from tests import multimodal, support
+from tests import test_image_text as image_text
 
 from .conftest import OPTIONS, Tiny
 
@@ -101,6 +103,23 @@ def test_a_model_is_compiled_and_runs(name: str, sdk: Path, tmp_path: Path) -> N
     with torch.no_grad():
         expected = [model(torch.tensor([ids])).logits[0, -1].numpy() for ids in prompts]
     np.testing.assert_allclose(answer, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_offload", [True, False])
+def test_pictures_and_text_are_compiled_and_run(kv_offload: bool, sdk: Path, tmp_path: Path) -> None:
+    """Each program by itself."""
+    name = "llava"
+    ours = QEFFAutoModelForImageTextToText(multimodal.lively(name), image_text.processor(name), kv_offload=kv_offload)
+    shapes: dict[str, Any] = {**image_text.SHAPES, "image_size": image_text.PROCESSORS[name].size}
+    ours.compile(target="ai100", enable_qnn=True, compile_dir=tmp_path / "package", **shapes)
+    programs = ours.package.manifest.programs
+    assert len(programs) == 1 + kv_offload
+    for program in programs:
+        folder = program_folder(tmp_path / "package", program)
+        assert (folder / "qpc" / "programqpc.bin").read_bytes() == b"stand-in" and not list(violations(folder))
+    text, images = image_text.texts(name), [image_text.pictures(name, [1, 2]), image_text.pictures(name, [3])]
+    right = [image_text.expected(name, own, said) for own, said in zip(images, text, strict=True)]
+    assert image_text.answered(ours, **image_text.processed(name, images, text)) == right
 
 
 def test_the_files_are_spelled_out(tiny: Tiny, emitted: Path) -> None:
