@@ -327,6 +327,22 @@ def test_requests_that_do_not_fit_are_told(llava: QEFFAutoModelForImageTextToTex
     assert answered(llava, **given) == [expected("llava", own, said) for own, said in zip(images, text, strict=True)]
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("llava_next", "makes other inputs of a picture of 20 x 14 .* give the model's own processor"),
+        ("idefics3", "makes other inputs of a picture of 20 x 14 .* give the model's own processor"),
+        ("qwen2_5_vl", "a picture is 24 x 16, and the model is compiled for 20 x 14"),
+    ],
+)
+def test_a_processor_of_another_model_is_told(llava: QEFFAutoModelForImageTextToText, other: str, message: str) -> None:
+    text, images = texts(other)[1], pictures(other, [3])
+    with pytest.raises(RuntimeInputError, match=message):
+        llava.generate(prompts=[text], images=[images], processor=processor(other), max_new_tokens=1)
+    with pytest.raises(RuntimeInputError, match="placeholders, and a picture of the compiled size"):
+        answered(llava, **processed(other, [images], [text]))
+
+
 def test_what_cannot_be_compiled_is_told(llava: QEFFAutoModelForImageTextToText, tmp_path: Path) -> None:
     folder = llava.package.folder.parent / "model"
     with pytest.raises(ModelLoadError, match="kv_offload is None: give True for a vision and a language program"):

@@ -70,6 +70,11 @@ def fitting(forms: PictureForms, processor: Any, picture: Any, *, resize: bool) 
     if found is not None:
         return picture, found
     image = _image(picture)
+    if any(form.size == (image.height, image.width) for form in forms.sizes):
+        raise RuntimeInputError(
+            f"the processor makes other inputs of a picture of {image.height} x {image.width} than the model was "
+            "compiled for: give the model's own processor"
+        )
     if not resize:
         raise RuntimeInputError(
             f"a picture is {image.height} x {image.width}, and the model is compiled for {forms.said}: pass "

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,15 @@ def test_a_killed_compile_leaves_no_package(qeff: Qeff, tmp_path: Path) -> None:
     assert list(tmp_path.glob(".out.partial-*")) == []
 
 
+@pytest.fixture
+def heeding() -> Iterator[None]:
+    """Interrupts as Python has them, in a background job too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding")
 def test_an_interrupt_in_a_finalizer_is_heeded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +236,7 @@ def test_an_interrupt_in_a_finalizer_is_heeded(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("heeding")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (0, 70)])
 def test_an_interrupt_that_a_library_turns_into_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sent: int, code: int
