@@ -13,7 +13,7 @@ import onnx_ir as ir
 from backends import find_backend, preferred
 from backends.base import Backend
 from backends.options import CompileOptions
-from qeff_ir import widening
+from qeff_ir import quantized, widening
 from qeff_ir.cache_key import input_digests, package_key, refuse_changes
 from qeff_ir.errors import CompileError, PackageError
 from qeff_ir.frontend.source import Source
@@ -213,6 +213,7 @@ def _build(
         folder.mkdir()
     if options.materialize:
         widening.forget(module.model)
+        quantized.forget(module.model)
     with together(placed):  # this alone: who watches may save files elsewhere
         backend.emit(module, folder, options)
     if not emit_only:

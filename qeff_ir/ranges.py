@@ -53,6 +53,8 @@ class FileRange:
                 raise PackageError(
                     f"the weight file {self.file} is gone or too short ({error}): restore it, or open the model again"
                 ) from error
+            if self.dtype.bitwidth < 8:
+                return ir.PackedTensor(data, self.dtype, shape=self.shape, name=name)
             return ir.Tensor(data.view(self.dtype.numpy()).reshape(self.shape), dtype=self.dtype, name=name)
 
         tensor = ir.LazyTensor(read, self.dtype, ir.Shape(self.shape), name=name)

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from qeff_ir import widening
+from qeff_ir import quantized, widening
 from qeff_ir.errors import PackageError
 from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.ranges import FileRange, file_range
@@ -79,6 +79,7 @@ def load_model(path: Path, content: bytes | None = None) -> ir.Model:
         else:
             _check_numbers(tensor, path)
     widening.fold(model)
+    quantized.fold(model)
     return model
 
 
@@ -102,6 +103,7 @@ def save_model(
     """
     copy = model.clone()
     widening.spell(copy)
+    quantized.spell(copy)
     initializers = {id(v.const_value): WEIGHT_KEY in v.metadata_props for v in copy.graph.initializers.values()}
     ranges: list[tuple[FileRange, str, Callable[[ir.TensorProtocol], None]]] = []
     loose: list[tuple[ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]] = []

@@ -6,7 +6,8 @@ converts the weights once, when it is loaded; the numbers are the same, for each
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Generator
 
 import numpy as np
 import onnx_ir as ir
@@ -25,21 +26,20 @@ _SUFFIX = ".float32"
 def spell(model: ir.Model) -> None:
     """Give the widened initializers of the main graph the numbers of their source and a `Cast`, in place."""
     graph, casts = model.graph, list[ir.Node]()
-    names = list(graph.initializers)
-    for name, value in list(graph.initializers.items()):
-        source, known_outside = narrow(value.const_value), value.is_graph_input() or value.is_graph_output()
-        if source is None or source.dtype not in HALVES or value.dtype != ir.DataType.FLOAT or known_outside:
-            continue
-        del graph.initializers[name]
-        stored = ir.val(name, source.dtype, value.shape, const_value=source)
-        stored.metadata_props.update(value.metadata_props)
-        graph.initializers[name] = stored
-        value.const_value, value.name = None, name + _SUFFIX
-        value.metadata_props.clear()
-        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, outputs=[value])
-        cast.metadata_props[_KEY] = ""
-        casts.append(cast)
-    _sort(graph, names)
+    with in_order(graph):
+        for name, value in list(graph.initializers.items()):
+            source, known_outside = narrow(value.const_value), value.is_graph_input() or value.is_graph_output()
+            if source is None or source.dtype not in HALVES or value.dtype != ir.DataType.FLOAT or known_outside:
+                continue
+            del graph.initializers[name]
+            stored = ir.val(name, source.dtype, value.shape, const_value=source)
+            stored.metadata_props.update(value.metadata_props)
+            graph.initializers[name] = stored
+            value.const_value, value.name = None, name + _SUFFIX
+            value.metadata_props.clear()
+            cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, outputs=[value])
+            cast.metadata_props[_KEY] = ""
+            casts.append(cast)
     first = next(iter(graph), None)
     if first is None:
         graph.extend(casts)
@@ -50,20 +50,19 @@ def spell(model: ir.Model) -> None:
 def fold(model: ir.Model) -> None:
     """Undo `spell`, in place. A node that only says so stays as it is."""
     graph = model.graph
-    names = list(graph.initializers)
-    for node in list(graph):
-        value = _spelled(node)
-        if value is None:
-            continue
-        source, wide, name = value.const_value, node.outputs[0], str(value.name)
-        assert source is not None
-        graph.initializers.pop(name)
-        made = ir.val(name, ir.DataType.FLOAT, value.shape, const_value=_wide(source, name))
-        made.metadata_props.update(value.metadata_props)
-        graph.initializers[name] = made
-        ir.convenience.replace_all_uses_with(wide, made, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
-    _sort(graph, names)
+    with in_order(graph):
+        for node in list(graph):
+            value = _spelled(node)
+            if value is None:
+                continue
+            source, wide, name = value.const_value, node.outputs[0], str(value.name)
+            assert source is not None
+            graph.initializers.pop(name)
+            made = ir.val(name, ir.DataType.FLOAT, value.shape, const_value=_wide(source, name))
+            made.metadata_props.update(value.metadata_props)
+            graph.initializers[name] = made
+            ir.convenience.replace_all_uses_with(wide, made, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
 
 
 def forget(model: ir.Model) -> None:
@@ -75,10 +74,14 @@ def forget(model: ir.Model) -> None:
             value.const_value = numbers
 
 
-def _sort(graph: ir.Graph, names: Iterable[str]) -> None:
-    """Put the initializers in this order."""
+@contextlib.contextmanager
+def in_order(graph: ir.Graph) -> Generator[None]:
+    """Keep the order of the initializers while the block takes some out and puts others of the same names in."""
+    names = list(graph.initializers)
+    yield
     for name in names:
-        graph.initializers[name] = graph.initializers.pop(name)
+        if name in graph.initializers:
+            graph.initializers[name] = graph.initializers.pop(name)
 
 
 def _spelled(node: ir.Node) -> ir.Value | None:

@@ -56,7 +56,7 @@ def test_a_cycle_would_be_told() -> None:
 LAYERS = """
     errors arrays home garbage reading
     digests replacement side_files sharing
-    ranges widening
+    ranges widening quantized
     ir storage numerics
     package passing cost roofline
     frontend runtime adapters passes

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qeff_ir import widening
+from qeff_ir import quantized, widening
 from qeff_ir.errors import ModelLoadError, PackageError
 from qeff_ir.frontend.checkpoint.references import DTYPES, read_header
 from qeff_ir.ir.module import WEIGHT_KEY
@@ -48,6 +48,7 @@ def save(model: ir.Model, folder: Path, filename: str, name: str) -> None:
     """
     copy = model.clone()
     widening.spell(copy)
+    quantized.spell(copy)
     headers: dict[Path, dict[tuple[Any, ...], str]] = {}
     bound: dict[str, tuple[FileRange | None, str]] = {}
     loose: dict[str, ir.TensorProtocol] = {}

@@ -166,6 +166,11 @@ def ignored_when_missing(model: PreTrainedModel) -> list[str]:
     return sorted(model._keys_to_ignore_on_load_missing or ())
 
 
+def ignored_when_unexpected(model: PreTrainedModel) -> list[str]:
+    """Patterns of the names that a checkpoint may have and transformers leaves alone."""
+    return sorted(model._keys_to_ignore_on_load_unexpected or ())
+
+
 def loads(auto: Any, config: PreTrainedConfig) -> bool:
     """Whether one of transformers' auto classes has a model for a configuration."""
     return type(config) in auto._model_mapping

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from qeff_ir.reading import files_below, read_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from qeff_ir.frontend.checkpoint.references import Checkpoint
     from qeff_ir.frontend.checkpoint.weights import Weights
 
 
@@ -91,8 +92,14 @@ class FolderSource(Source):
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
-        from qeff_ir.frontend.checkpoint.config import CONFIG, check_sizes, make_config, read_fields, remote_code
-        from qeff_ir.frontend.checkpoint.references import open_checkpoint
+        from qeff_ir.frontend.checkpoint.config import (
+            CONFIG,
+            QUANTIZATION,
+            check_sizes,
+            make_config,
+            read_fields,
+            remote_code,
+        )
 
         self.folder = folder
         self.trust_remote_code = trust_remote_code
@@ -102,14 +109,24 @@ class FolderSource(Source):
         fields = read_fields(folder, trust_remote_code, self._side_files.get(CONFIG))
         self._named_weights = fields.get("transformers_weights")
         self._remote = remote_code(fields)
-        with _readable(folder):
-            self.checkpoint = open_checkpoint(folder, self._named_weights)
+        self.checkpoint = self._open(fields.get(QUANTIZATION))
         sizes = [size for entry in self.checkpoint.entries.values() for size in entry.shape]
         check_sizes(fields, folder, len(self.checkpoint.entries), max(sizes, default=0))
         self.config = make_config(fields, folder, trust_remote_code)
         if extra := type(self.config).extra_files:
-            with _readable(folder):
-                self.checkpoint = open_checkpoint(folder, self._named_weights, extra)
+            self.checkpoint = self._open(fields.get(QUANTIZATION), extra)
+
+    def _open(self, quantization: object, extra: Iterable[str] = ()) -> Checkpoint:
+        """The checkpoint, with the weights that its format makes of several tensors."""
+        from qeff_ir.frontend.checkpoint.config import CONFIG
+        from qeff_ir.frontend.checkpoint.formats import weight_format
+        from qeff_ir.frontend.checkpoint.references import open_checkpoint
+
+        with _readable(self.folder):
+            found = open_checkpoint(self.folder, self._named_weights, extra)
+            if quantization is None:
+                return found
+            return found.decode(weight_format(quantization, str(self.folder / CONFIG)))
 
     def lower(self) -> Module:
         """See `Source.lower`."""
@@ -204,9 +221,11 @@ class FolderSource(Source):
         return self.checkpoint.files
 
     def reference(self) -> PreTrainedModel:
-        """See `Source.reference`."""
+        """See `Source.reference`; quantized weights are those that `weights` decodes."""
         import torch
 
+        if self.checkpoint.decoded:
+            return self._decoded_model()
         with self._buildable():
             return (
                 self._auto()
@@ -218,6 +237,21 @@ class FolderSource(Source):
                 )
                 .eval()
             )
+
+    def _decoded_model(self) -> PreTrainedModel:
+        """The model with the numbers of quantized weights, in float32."""
+        import numpy as np
+        import torch
+
+        weights = self.weights()
+        with self._buildable():
+            model = self._auto().from_config(
+                copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=self.trust_remote_code
+            )
+        with torch.no_grad():
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                tensor.copy_(torch.from_numpy(np.array(weights[name].numpy())))
+        return model.eval()
 
     def save_side_files(self, folder: Path) -> None:
         """Write the files as they were when the folder was opened; code is not written."""

@@ -25,6 +25,7 @@ import onnx_ir as ir
 from qeff_ir.ir import ports
 from qeff_ir.ir.module import PASS_KEY, WEIGHT_KEY, Module
 from qeff_ir.ir.sources import source_text
+from qeff_ir.quantized import quantized
 
 _INLINE = 8
 _AROUND = 2
@@ -127,7 +128,7 @@ def _lines(module: Module, origins: bool) -> Iterator[tuple[ir.Node | str, str]]
     for name in sorted(module.graph.initializers):
         value = module.graph.initializers[name]
         if WEIGHT_KEY in value.metadata_props:
-            yield f"weight {name}", f"weight {_typed(value)}"
+            yield f"weight {name}", f"weight {_typed(value)}{_quantization(value)}"
         else:
             yield f"const {name}", f"const {_typed(value)} = {_numbers(value)}"
     yield from _nodes(module.graph, "", origins)
@@ -135,6 +136,15 @@ def _lines(module: Module, origins: bool) -> Iterator[tuple[ir.Node | str, str]]
         yield f"out {value.name}", output_line(value)
     for name, digest in bodies(module).items():
         yield f"function {name}", f"function {name}: {digest}"
+
+
+def _quantization(value: ir.Value) -> str:
+    """What a quantized weight is made of: element type of the codes, block, axis."""
+    parts = quantized(value.const_value)
+    if parts is None:
+        return ""
+    zeros = "" if parts.zeros is None else " with zeros"
+    return f" of {parts.codes.dtype.name.lower()}, a scale for {parts.block} along axis {parts.axis}{zeros}"
 
 
 def _facts(module: Module) -> Iterator[tuple[str, str]]:

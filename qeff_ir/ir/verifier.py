@@ -5,7 +5,8 @@ Each rule has a stable code, which `VerificationError.code` carries:
 ====================  =================================================================================================
 ``order``             every node stands after the nodes whose results it reads, and every value read is defined
 ``names``             values have unique names
-``initializer``       every initializer has a tensor, of the type and the shape that it declares
+``initializer``       every initializer has a tensor, of the type and the shape that it declares; the parts of a
+                      quantized one fit each other
 ``operator``          every operator exists in the declared opset, or has a body in the model
 ``interface``         graph inputs and outputs have a type and a shape of sizes and declared dims; without states,
                       a size of an output that the model computes has no name, and a shape of its own making is open
@@ -33,6 +34,7 @@ from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import excerpt
 from qeff_ir.ir.residents import State
 from qeff_ir.ir.sources import source_text
+from qeff_ir.quantized import quantized
 
 
 def verify(module: Module) -> None:
@@ -141,6 +143,8 @@ def _check_initializers(module: Module) -> None:
         elif value.shape is not None and value.shape != tensor.shape:
             problem = f"is declared {value.shape}, its tensor is {tensor.shape}"
             hint = "insert a Reshape or a Transpose to change the shape"
+        elif (parts := quantized(tensor)) is not None and (misfit := parts.problem()) is not None:
+            problem, hint = misfit, "make codes, scales and zeros of one grid, see qeff_ir.quantized.Quantized"
         else:
             continue
         raise broken(module, "initializer", f"initializer '{name}' {problem}", _line(value), hint=hint)

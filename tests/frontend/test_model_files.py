@@ -25,7 +25,7 @@ from transformers.quantizers import auto as quantizers
 from transformers.utils import hub, peft_utils
 
 from qeff_ir.auto.arguments import _ANYWAY, _HUB
-from qeff_ir.frontend.checkpoint.config import DROPPED, QUANTIZATION, REFUSED
+from qeff_ir.frontend.checkpoint.config import DROPPED, REFUSED
 from qeff_ir.frontend.checkpoint.folder_files import PATTERNS, read_side_files, write_side_files
 from qeff_ir.frontend.checkpoint.model_files import FIELDS, FILES
 
@@ -90,7 +90,7 @@ def test_the_entries_are_true() -> None:
         if treatment == "copied":
             example = f"{name}/x.jinja" if name == hub.CHAT_TEMPLATE_DIR else name
             assert any(fnmatch(example, pattern) for pattern in PATTERNS), name
-    assert {n for n, t in FIELDS.items() if t == "refused"} == {*REFUSED, QUANTIZATION}
+    assert {n for n, t in FIELDS.items() if t == "refused"} == {*REFUSED}
     assert {n for n, t in FIELDS.items() if t == "without effect"} >= set(DROPPED & FIELDS.keys())
 
 

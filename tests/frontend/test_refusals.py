@@ -22,8 +22,8 @@ def test_quantized_weights(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     FolderSource(tmp_path)
-    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(UnsupportedModelError, match=r"holds quantized weights .* use the unquantized checkpoint"):
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "unheard-of"}}))
+    with pytest.raises(UnsupportedModelError, match=r"quantized by 'unheard-of' .* use the unquantized checkpoint"):
         FolderSource(tmp_path)
 
 

@@ -93,10 +93,10 @@ def read_fields(folder: Path, trust_remote_code: bool, data: bytes | None = None
     for inner in _objects(fields):
         for name in DROPPED & inner.keys():
             del inner[name]
-        if inner.get(QUANTIZATION) is not None:
+        if inner is not fields and inner.get(QUANTIZATION) is not None:
             raise UnsupportedModelError(
-                f"{folder} holds quantized weights ({QUANTIZATION} in {CONFIG}), which are not read yet: use "
-                "the unquantized checkpoint, and let the target compress (mxfp6_matmul)"
+                f"{folder} holds quantized weights in a part of the model ({QUANTIZATION} inside of {CONFIG}), which "
+                "are not read: use the unquantized checkpoint, and let the target compress (mxfp6_matmul)"
             )
     for name, what in REFUSED.items():
         if fields.get(name) is not None:
@@ -134,7 +134,7 @@ def check_sizes(fields: dict[str, Any], folder: Path, tensors: int, largest: int
 
 
 def make_config(fields: dict[str, Any], folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """transformers' configuration of what `read_fields` gave.
+    """transformers' configuration of what `read_fields` gave; it says nothing of how the weights are quantized.
 
     Raises:
         ModelLoadError: transformers cannot make one.
@@ -148,10 +148,11 @@ def make_config(fields: dict[str, Any], folder: Path, trust_remote_code: bool) -
             if read_fields(folder, trust_remote_code) != fields:
                 raise ModelLoadError(f"{path} was changed while it was read: open the model again")
             _forget_implementations(config)
+            config.__dict__.pop(QUANTIZATION, None)
             config.name_or_path = str(folder)  # where the code of the model is looked for
             return config
         with tempfile.TemporaryDirectory(prefix="qeff-config-") as place:  # only what was checked is read
-            (Path(place) / CONFIG).write_text(json.dumps(fields))
+            (Path(place) / CONFIG).write_text(json.dumps({k: v for k, v in fields.items() if k != QUANTIZATION}))
             config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         if "_name_or_path" not in fields:
             config.name_or_path = str(folder)

@@ -53,7 +53,7 @@ FIELDS: dict[str, Treatment] = {
     "extra_files": "applied",  # of a configuration's class, not of a file
     "configuration_files": "refused",
     "fusion_config": "refused",
-    "quantization_config": "refused",
+    "quantization_config": "applied",
     "distributed_config": "without effect",  # set by transformers for a run on several devices
     "dtype": "without effect",  # what is compiled is float32, and the target chooses what it computes in
     "name_or_path": "without effect",

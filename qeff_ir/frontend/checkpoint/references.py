@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.ranges import FileRange
 from qeff_ir.reading import read_json, regular_file
+
+if TYPE_CHECKING:
+    from qeff_ir.frontend.checkpoint.formats import Decoded, WeightFormat
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """What transformers looks for in a folder, in this order."""
@@ -60,11 +64,28 @@ class Checkpoint:
         folder: Where it is.
         entries: Where each tensor lies. Of a key in several files, the last file's is taken, as transformers does.
         marks: What each file was when its header was read.
+        decoded: Weights that are made of several tensors, by the key of the weight.
     """
 
     folder: Path
     entries: dict[str, FileRange]
     marks: dict[Path, Mark] = field(default_factory=dict[Path, Mark])
+    decoded: Mapping[str, Decoded] = field(default_factory=dict[str, "Decoded"])
+
+    @property
+    def weights(self) -> dict[str, FileRange | ir.LazyTensor]:
+        """What the model's weights are made of by key: what is decoded, and the tensors that are no part of it."""
+        parts = {part for found in self.decoded.values() for part in found.parts}
+        plain = {key: entry for key, entry in self.entries.items() if key not in parts}
+        return {**plain, **{key: found.tensor for key, found in self.decoded.items()}}
+
+    def decode(self, format: WeightFormat) -> Checkpoint:
+        """The checkpoint whose quantized weights are read.
+
+        Raises:
+            ModelLoadError: See `WeightFormat.weights`.
+        """
+        return replace(self, decoded={found.key: found for found in format.weights(self.entries)})
 
     @property
     def files(self) -> list[Path]:

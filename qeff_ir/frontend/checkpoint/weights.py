@@ -8,41 +8,21 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, cast
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Chunk,
-    Concatenate,
-    Interleave,
-    MergeModulelist,
-    PermuteForRope,
-    Split,
-    SplitModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from qeff_ir.errors import ModelLoadError, first_line
+from qeff_ir.arrays import Array
+from qeff_ir.errors import ModelLoadError
+from qeff_ir.frontend.checkpoint.conversion import Loader, converted, floating, lazy_torch
 from qeff_ir.frontend.checkpoint.references import Checkpoint
 from qeff_ir.frontend.checkpoint.skeleton import initial_values
 from qeff_ir.frontend.checkpoint.ties import tie
-from qeff_ir.frontend.private import ignored_when_missing
-from qeff_ir.ranges import FileRange, widened
-from qeff_ir.widening import HALVES
-
-_MOVING = (Chunk, Concatenate, Interleave, MergeModulelist, PermuteForRope, Split, SplitModulelist, Transpose)
-"""Operations of a conversion that compute nothing."""
+from qeff_ir.frontend.private import ignored_when_missing, ignored_when_unexpected
 
 Weights = dict[str, ir.TensorProtocol]
 """Parameter or persistent buffer name to its tensor."""
@@ -62,10 +42,10 @@ def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint, *, partia
     wanted = model.state_dict()
     weights: Weights = {}
     for name, found in _collected(model, wanted, checkpoint).items():
-        if isinstance(found, _Loader):
-            weights[name] = _typed(found, name)
+        if isinstance(found, Loader):
+            weights[name] = found.tensor(name)
         else:
-            weights.update({n: t for n, t in _converted(model, name, found, checkpoint).items() if n in wanted})
+            weights.update({n: t for n, t in converted(model, name, found, checkpoint.folder).items() if n in wanted})
     _check_shapes(wanted, weights, checkpoint)
     tie(model, weights)
     if missing := _missing(model, weights):
@@ -81,7 +61,7 @@ def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint, *, partia
 
 def _collected(
     model: PreTrainedModel, wanted: dict[str, torch.Tensor], checkpoint: Checkpoint
-) -> dict[str, _Loader | WeightConverter]:
+) -> dict[str, Loader | WeightConverter]:
     """What becomes of the checkpoint's tensors: the one that is a parameter, or those that a conversion makes it of.
 
     Names are found in transformers' own order, which tells what is stacked first, and which of two tensors for one
@@ -92,18 +72,33 @@ def _collected(
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     prefix = model.base_model_prefix
-    found: dict[str, _Loader | WeightConverter] = {}
-    for key in sorted(checkpoint.entries, key=dot_natural_key):
+    found: dict[str, Loader | WeightConverter] = {}
+    tensors, unexpected = checkpoint.weights, list[str]()
+    for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
             name, pattern = rename_source_key(key, [], [], prefix, wanted)
         if name not in wanted:
+            unexpected.append(key)
             continue
-        loader = _Loader(checkpoint.entries[key], key, wanted[name].dtype)
+        loader = Loader(tensors[key], key, wanted[name].dtype)
         group = found.setdefault(name, loader if pattern is None else copy.deepcopy(by_pattern[pattern]))
         if isinstance(group, WeightConverter):
             group.add_tensor(name, key, key if pattern is None else pattern, loader)  # pyright: ignore[reportArgumentType]
+    if checkpoint.decoded:
+        _refuse_unexpected(model, unexpected, checkpoint)
     return found
+
+
+def _refuse_unexpected(model: PreTrainedModel, keys: list[str], checkpoint: Checkpoint) -> None:
+    """Of a quantized checkpoint, a tensor that nobody takes may be the scale of one that somebody takes."""
+    known = ignored_when_unexpected(model)
+    strange = next((key for key in keys if not any(re.search(pattern, key) for pattern in known)), None)
+    if strange is not None:
+        raise ModelLoadError(
+            f"the quantized checkpoint {checkpoint.folder} has the tensor '{strange}', which {type(model).__name__} "
+            "does not take: it is of another model, or of a format that is not read"
+        )
 
 
 def memory_weights(model: PreTrainedModel) -> Weights:
@@ -114,9 +109,9 @@ def memory_weights(model: PreTrainedModel) -> Weights:
         if data.is_meta:
             raise ModelLoadError(f"parameter '{name}' of the model has no data (it is on the meta device)")
         if data.dtype in (torch.float16, torch.bfloat16):
-            weights[name] = _float(name, data, lambda data=data: data.contiguous())
+            weights[name] = floating(name, data, lambda data=data: data.contiguous())
         elif data.is_floating_point() and data.dtype != torch.float32:
-            weights[name] = _lazy(name, tuple(data.shape), torch.float32, lambda data=data: data.float())
+            weights[name] = lazy_torch(name, tuple(data.shape), torch.float32, lambda data=data: data.float())
         else:
             weights[name] = _Shared(data.contiguous(), name=name)
     return weights
@@ -125,93 +120,11 @@ def memory_weights(model: PreTrainedModel) -> Weights:
 class _Shared(tensor_adapters.TorchTensor):
     """A tensor of the user's model: its numbers can be read, and written by nobody."""
 
-    def numpy(self) -> np.ndarray[Any, Any]:
+    def numpy(self) -> Array:
         """A read-only view."""
         view = super().numpy().view()
         view.flags.writeable = False
         return view
-
-
-class _Loader:
-    """Reads one tensor of the checkpoint when called; in a deep copy it stays the same reference."""
-
-    def __init__(self, entry: FileRange, key: str, dtype: torch.dtype) -> None:
-        self.entry = entry
-        self.key = key
-        self.dtype = dtype
-        self.dry = False
-
-    def __deepcopy__(self, memo: object) -> _Loader:
-        return _Loader(self.entry, self.key, self.dtype)
-
-    def __call__(self) -> torch.Tensor:
-        if self.dry:
-            return torch.empty(self.entry.shape, dtype=self.dtype, device="meta")
-        try:
-            with safe_open(self.entry.file, framework="pt") as file:
-                return file.get_tensor(self.key).to(self.dtype)
-        except (OSError, SafetensorError) as error:
-            raise ModelLoadError(
-                f"the checkpoint file {self.entry.file} was changed or removed ({error}): open the model again"
-            ) from error
-
-
-def _converted(model: PreTrainedModel, name: str, group: WeightConverter, checkpoint: Checkpoint) -> Weights:
-    """The tensors that one conversion makes, found by a dry run without data.
-
-    Halves stay halves where it only moves numbers.
-    """
-    collected = cast("Iterable[list[_Loader]]", group.collected_tensors.values())
-    loaders = [loader for several in collected for loader in several]
-    stored = {loader.entry.dtype for loader in loaders}
-    if len(stored) == 1 and stored <= HALVES and all(isinstance(operation, _MOVING) for operation in group.operations):
-        for loader in loaders:
-            loader.dtype = tensor_adapters.to_torch_dtype(loader.entry.dtype)
-    dry = copy.deepcopy(group)
-    for loaders in dry.collected_tensors.values():
-        for loader in loaders:
-            loader.dry = True  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        made: dict[str, Any] = dry.convert(name, model=model, config=model.config)
-    except Exception as error:  # the conversions of many models raise whatever does not fit them
-        raise ModelLoadError(
-            f"the tensors in {checkpoint.folder} for '{name}' of {type(model).__name__} do not fit together "
-            f"({first_line(error)}): the checkpoint is incomplete or of another model"
-        ) from error
-
-    def load(target: str) -> torch.Tensor:
-        result: Any = copy.deepcopy(group).convert(name, model=model, config=model.config)[target]
-        return result[0] if isinstance(result, list) else result
-
-    weights: Weights = {}
-    for target, shape_only in made.items():
-        like = shape_only[0] if isinstance(shape_only, list) else shape_only
-        weights[target] = _float(target, like, lambda target=target: load(target).contiguous())
-    return weights
-
-
-def _float(name: str, like: torch.Tensor, load: Callable[[], torch.Tensor]) -> ir.TensorProtocol:
-    """What `load` returns, a tensor like `like`; halves widened to float32."""
-    made, shape = _lazy(name, tuple(like.shape), like.dtype, load), tuple(like.shape)
-    return widened(_lazy(name, shape, torch.float32, lambda: load().float()), made) if made.dtype in HALVES else made
-
-
-def _typed(loader: _Loader, name: str) -> ir.TensorProtocol:
-    entry = loader.entry
-    if entry.dtype == _ir_dtype(loader.dtype):
-        return entry.tensor(name)
-    return widened(_lazy(name, entry.shape, loader.dtype, loader), entry.tensor(name))
-
-
-def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
-    def evaluate() -> ir.TensorProtocol:
-        return tensor_adapters.TorchTensor(load(), name=name)
-
-    return ir.LazyTensor(evaluate, _ir_dtype(dtype), ir.Shape(shape), name=name)
-
-
-def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
-    return tensor_adapters.from_torch_dtype(dtype)
 
 
 def _check_shapes(wanted: dict[str, torch.Tensor], weights: Weights, checkpoint: Checkpoint) -> None:
