@@ -83,6 +83,7 @@ PROPERTIES = {
     "results of qeff opt": "cli/test_opt_writing.py",
     "rotations of tokens": "passes/test_rotary_of_tokens.py",
     "weights of 16 bits": "test_halves.py",
+    "weights in blocks": "test_quantized.py",
     "files of flags": "test_compiler.py::test_another_file_of_a_flag_is_another_package",
     "flags of the command line": "cli/test_flags.py",
     "interrupts in finalizers": "cli/test_bad_input.py::test_an_interrupt_in_a_finalizer_is_heeded",
