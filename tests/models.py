@@ -39,7 +39,7 @@ class TinyModel:
     post_norm: float = 0.0
 
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -55,7 +55,7 @@ _COMMON: dict[str, Any] = {
 }
 
 MODELS: dict[str, TinyModel] = {
-    "llama": TinyModel("llama", _COMMON),
+    "llama": TinyModel("llama", COMMON),
     "gpt2": TinyModel(
         "gpt2",
         {
@@ -63,13 +63,13 @@ MODELS: dict[str, TinyModel] = {
             "bos_token_id": 1, "eos_token_id": 2, "layer_norm_epsilon": 1e-3,  # not what the operator takes by itself
         },
     ),
-    "qwen2": TinyModel("qwen2", _COMMON),
-    "qwen3": TinyModel("qwen3", {**_COMMON, "head_dim": 16}),  # wide enough for all that kernels can do
-    "mistral": TinyModel("mistral", {**_COMMON, "sliding_window": WINDOW}, windowed=(0, 1)),
+    "qwen2": TinyModel("qwen2", COMMON),
+    "qwen3": TinyModel("qwen3", {**COMMON, "head_dim": 16}),  # wide enough for all that kernels can do
+    "mistral": TinyModel("mistral", {**COMMON, "sliding_window": WINDOW}, windowed=(0, 1)),
     "gemma2": TinyModel(
         "gemma2",
         {
-            **_COMMON, "sliding_window": WINDOW, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
+            **COMMON, "sliding_window": WINDOW, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 3.0, "initializer_range": 0.2,
         },
         post_norm=-0.7,
@@ -78,18 +78,18 @@ MODELS: dict[str, TinyModel] = {
     "gemma3": TinyModel(
         "gemma3_text",
         {
-            **_COMMON, "sliding_window": WINDOW, "num_hidden_layers": 3, "query_pre_attn_scalar": 24,
+            **COMMON, "sliding_window": WINDOW, "num_hidden_layers": 3, "query_pre_attn_scalar": 24,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "initializer_range": 0.1,
         },
         post_norm=-0.7,
         windowed=(0, 1),
     ),
-    "phi3": TinyModel("phi3", _COMMON),
-    "mixtral": TinyModel("mixtral", {**_COMMON, "num_local_experts": 12}),  # whose order by text is not by number
+    "phi3": TinyModel("phi3", COMMON),
+    "mixtral": TinyModel("mixtral", {**COMMON, "num_local_experts": 12}),  # whose order by text is not by number
     "gpt-oss": TinyModel(
         "gpt_oss",
         {
-            **_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
+            **COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
             "layer_types": ["sliding_attention", "full_attention"],
         },
         windowed=(0,),
@@ -128,10 +128,10 @@ MODELS: dict[str, TinyModel] = {
         },
     ),
     "roberta": TinyModel(  # the table of positions begins with a row for padding
-        "roberta", {**_COMMON, "is_decoder": True, "type_vocab_size": 2},
+        "roberta", {**COMMON, "is_decoder": True, "type_vocab_size": 2},
     ),
     "roformer": TinyModel(  # rotates by a table that it counts into
-        "roformer", {**_COMMON, "embedding_size": 32, "is_decoder": True},
+        "roformer", {**COMMON, "embedding_size": 32, "is_decoder": True},
     ),
     "gpt-neo": TinyModel(  # cuts its masks, of which one has a window, out of a stored one
         "gpt_neo",
@@ -144,7 +144,7 @@ MODELS: dict[str, TinyModel] = {
     "inkling": TinyModel(  # biases by distances that it counts; convolutions of keys, values and blocks
         "inkling_text",
         {
-            **_COMMON, "sliding_window_size": WINDOW, "swa_head_dim": 8, "swa_num_attention_heads": 4,
+            **COMMON, "sliding_window_size": WINDOW, "swa_head_dim": 8, "swa_num_attention_heads": 4,
             "swa_num_key_value_heads": 2, "layer_types": ["hybrid_sliding", "hybrid"], "moe_intermediate_size": 48,
             "mlp_layer_types": ["sparse", "sparse"], "n_routed_experts": 8, "num_experts_per_tok": 2,
         },
@@ -160,14 +160,14 @@ MODELS: dict[str, TinyModel] = {
     "falcon-h1": TinyModel(  # attention and a state-space model in one layer
         "falcon_h1",
         {
-            **_COMMON, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2,
+            **COMMON, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2,
             "mamba_d_state": 8, "mamba_chunk_size": 4, "time_step_limit": (0.1, 0.3),
         },
     ),
     "qwen3-next": TinyModel(  # a gated delta rule and full attention in turn
         "qwen3_next",
         {
-            **_COMMON, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+            **COMMON, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
             "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
             "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
         },
@@ -186,7 +186,7 @@ MODELS: dict[str, TinyModel] = {
     "gemma3n": TinyModel(  # the last layers use the keys and values of earlier ones
         "gemma3n_text",
         {
-            **_COMMON, "sliding_window": WINDOW, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+            **COMMON, "sliding_window": WINDOW, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
             "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [64] * 4,
             "activation_sparsity_pattern": [0.0] * 4, "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": VOCAB, "laurel_rank": 8, "initializer_range": 0.1,
@@ -199,10 +199,14 @@ MODELS: dict[str, TinyModel] = {
 
 def build(name: str, seed: int = 0, **changes: Any) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """The model called `name`, float32, seeded; `changes` are made to its configuration."""
+    return build_of(MODELS[name], seed, **changes)
+
+
+def build_of(tiny: TinyModel, seed: int = 0, **changes: Any) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """See `build`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tiny = MODELS[name]
     config = AutoConfig.for_model(tiny.model_type, **{**tiny.config, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

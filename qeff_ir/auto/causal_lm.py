@@ -62,12 +62,18 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        gguf_file: str | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
     ) -> Self:
-        """Open a model folder or a hub id; no weight is loaded.
+        """Open a model folder, a hub id or a GGUF file; no weight is loaded.
 
         Args:
-            pretrained_model_name_or_path: The folder or id.
+            pretrained_model_name_or_path: The folder or id; or the path of a GGUF file.
+            gguf_file: The name of a GGUF file in the folder or on the hub, which is the model with its tokenizer.
             trust_remote_code: Whether code that comes with the model may run.
             kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
 
@@ -76,7 +82,7 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
         """
         hub = hub_arguments(kwargs)
         name = model_name(pretrained_model_name_or_path)
-        source = open_source(name, trust_remote_code=trust_remote_code, **hub)
+        source = open_source(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code, **hub)
         return cls._opened(source)
 
     @classmethod

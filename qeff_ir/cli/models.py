@@ -31,7 +31,7 @@ STEPS = {
 
 
 def open_model(name: str, request: Request) -> Source:
-    """Open a model folder or hub id.
+    """Open a model folder, a hub id or a GGUF file.
 
     Raises:
         ModelLoadError: There is no such model, or it cannot be read.

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +78,13 @@ class Source(ABC):
 
 
 class FolderSource(Source):
-    """A model folder with ``config.json`` and safetensors.
+    """A model folder with ``config.json`` and safetensors, or a GGUF file in it that is a model by itself.
 
     Its configuration and tokenizer files are read once, here: what is compiled later belongs together.
 
     Args:
         folder: The folder.
+        gguf_file: The name of the GGUF file, if it is one; nothing beside it is read then.
         trust_remote_code: Whether code of the folder may run; never unless the user says so.
 
     Raises:
@@ -91,7 +92,7 @@ class FolderSource(Source):
         UnsupportedModelError: Something in it that transformers acts on is not supported: quantized weights, say.
     """
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> None:
         from qeff_ir.frontend.checkpoint.config import (
             CONFIG,
             QUANTIZATION,
@@ -103,6 +104,13 @@ class FolderSource(Source):
 
         self.folder = folder
         self.trust_remote_code = trust_remote_code
+        self._remote, self._named_weights, self.gguf = list[str](), None, None
+        if gguf_file is not None:
+            from qeff_ir.frontend.gguf.model import GgufModel
+
+            self.gguf = GgufModel(folder, gguf_file)
+            self.checkpoint, self.config = self.gguf.checkpoint, self.gguf.config
+            return
         _refuse_what_is_not_applied(folder, trust_remote_code)
         with _readable(folder):
             self._side_files = read_side_files(folder)
@@ -145,7 +153,10 @@ class FolderSource(Source):
 
         self.checkpoint.check_unchanged()
         model = self._skeleton()
-        weights = checkpoint_weights(model, self.checkpoint, partial=partial)
+        if self.gguf is not None:
+            weights = self.gguf.weights(model, partial=partial)
+        else:
+            weights = checkpoint_weights(model, self.checkpoint, partial=partial)
         with self._buildable():
             compute_buffers(model)
         return model, weights
@@ -234,6 +245,7 @@ class FolderSource(Source):
                     config=copy.deepcopy(self.config),
                     dtype=torch.float32,
                     trust_remote_code=self.trust_remote_code,
+                    **({} if self.gguf is None else {"gguf_file": self.gguf.name}),
                 )
                 .eval()
             )
@@ -255,7 +267,7 @@ class FolderSource(Source):
 
     def save_side_files(self, folder: Path) -> None:
         """Write the files as they were when the folder was opened; code is not written."""
-        write_side_files(self._side_files, folder)
+        write_side_files(self._side_files if self.gguf is None else self.gguf.side_files, folder)
 
 
 def _refuse_what_is_not_applied(folder: Path, trust_remote_code: bool) -> None:
@@ -337,16 +349,33 @@ class MemorySource(Source):
             defaults.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
-def open_source(name_or_folder: str | Path, *, trust_remote_code: bool = False, **hub: Any) -> FolderSource:
-    """Open a causal LM; arguments and errors are those of `find_folder` and `FolderSource`."""
-    return FolderSource(find_folder(name_or_folder, **hub), trust_remote_code=trust_remote_code)
+def open_source(
+    name_or_folder: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False, **hub: Any
+) -> FolderSource:
+    """Open a causal LM: a folder, a hub id, or a GGUF file, by its own path or by its name in a folder or on the hub.
+
+    Arguments and errors are those of `find_folder` and `FolderSource`.
+    """
+    if gguf_file is None and _is_gguf(name_or_folder):
+        path = Path(name_or_folder)
+        return FolderSource(path.parent, gguf_file=path.name, trust_remote_code=trust_remote_code)
+    folder = find_folder(name_or_folder, gguf_file, **hub)
+    return FolderSource(folder, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
 
 
-def find_folder(name_or_folder: str | Path, **hub: Any) -> Path:
+def _is_gguf(name: str | Path) -> bool:
+    try:
+        return str(name).endswith(".gguf") and Path(name).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def find_folder(name_or_folder: str | Path, gguf_file: str | None = None, **hub: Any) -> Path:
     """A local folder, or the snapshot of a hub id (downloaded once; only the cache is used when offline).
 
     Args:
         name_or_folder: The folder or hub id.
+        gguf_file: Of the hub, this file alone.
         hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` of `huggingface_hub.snapshot_download`.
 
     Raises:
@@ -363,15 +392,17 @@ def find_folder(name_or_folder: str | Path, **hub: Any) -> Path:
         local = True
     if local:
         raise ModelLoadError(f"{name!a:.200} is not a model folder: give a folder with config.json, or a hub id")
-    return _snapshot(name, hub)
+    return _snapshot(name, [gguf_file] if gguf_file is not None else _PATTERNS, hub)
 
 
-def _snapshot(name: str, hub: dict[str, Any]) -> Path:
+_PATTERNS = (*PATTERNS, "*.safetensors", "*.py", "*_Dense/*.bin")
+
+
+def _snapshot(name: str, patterns: Sequence[str], hub: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [*PATTERNS, "*.safetensors", "*.py", "*_Dense/*.bin"]
-        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **hub))
     except Exception as error:  # the hub client and its transport raise many unrelated types
         raise ModelLoadError(
             f"'{name}' is neither a local folder nor a model that the hub or its cache has ({first_line(error)})"

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from qeff_ir.frontend import private
 from qeff_ir.frontend.capture import recurrences
+from qeff_ir.frontend.gguf import transformers_reading as gguf_reading
 from tests import support
 
 MIXIN: Any = GenerationMixin  # its methods are typed for models that generate, not for itself
@@ -47,6 +48,13 @@ MIXIN: Any = GenerationMixin  # its methods are typed for models that generate, 
         ),
         (core_model_loading.dot_natural_key, ["s"]),
         (core_model_loading.WeightConverter.convert, ["self", "layer_name"]),
+        (gguf_reading.get_gguf_config, ["metadata", "tensor_names"]),
+        (gguf_reading.get_gguf_conversion_mapping, ["gguf_arch", "config"]),
+        (gguf_reading.is_gguf_arch_supported, ["gguf_arch"]),
+        (gguf_reading.read_gguf_metadata, ["gguf_path"]),
+        (gguf_reading.load_gguf_checkpoint, ["gguf_checkpoint_path", "return_tensors"]),
+        (gguf_reading.get_gguf_hf_weights_map, ["hf_model", "processor"]),
+        (gguf_reading.TensorProcessor.process, ["self", "weights", "name"]),
         (AttentionInterface.register, ["key", "value"]),
         (AttentionMaskInterface.register, ["key", "value"]),
         (_symbolic_trace._Patcher.patch_method, ["self", "cls", "name", "new_fn"]),

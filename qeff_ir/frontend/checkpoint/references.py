@@ -98,8 +98,8 @@ class Checkpoint:
         Raises:
             ModelLoadError: It is.
         """
-        for file, mark in self.marks.items():
-            if _mark(file) != mark:
+        for file, before in self.marks.items():
+            if mark(file) != before:
                 raise ModelLoadError(f"the checkpoint file {file} was changed or removed: open the model again")
 
 
@@ -123,12 +123,13 @@ def open_checkpoint(folder: Path, named: object = None, extra: Iterable[str] = (
     marks: dict[Path, Mark] = {}
     for path in files:
         real = _whole(path, folder)
-        marks[real] = _mark(real) or (0, 0, 0)
+        marks[real] = mark(real) or (0, 0, 0)
         entries.update(read_header(path, folder))
     return Checkpoint(folder, entries, marks)
 
 
-def _mark(file: Path) -> Mark | None:
+def mark(file: Path) -> Mark | None:
+    """What a file is now; `None` where there is none."""
     try:
         info = file.stat()
     except OSError:
@@ -160,6 +161,10 @@ def _files(folder: Path, named: object) -> list[Path]:
             regular_file(folder / name)  # says what it is instead
     others = [name for name in names if Path(name).suffix in _OTHER_FORMS]
     found = f"only {', '.join(others[:5])}" if others else "no weights"
+    if files := [name for name in others if name.endswith(".gguf")]:
+        raise ModelLoadError(
+            f"{folder} has no {SINGLE} ({found}): pass gguf_file={files[0]!r}, or the path of that file"
+        )
     raise ModelLoadError(
         f"{folder} has no {SINGLE} ({found}): save the model with save_pretrained, which writes safetensors"
     )

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from qeff_ir.arrays import Array
-from qeff_ir.errors import ModelLoadError, UnsupportedModelError
+from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend.checkpoint.conversion import Loader, converted, floating, lazy_torch
 from qeff_ir.frontend.checkpoint.references import Checkpoint
 from qeff_ir.frontend.checkpoint.skeleton import initial_values
@@ -28,20 +35,27 @@ Weights = dict[str, ir.TensorProtocol]
 """Parameter or persistent buffer name to its tensor."""
 
 
-def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint, *, partial: bool = False) -> Weights:
+def checkpoint_weights(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    *,
+    partial: bool = False,
+    mapping: Sequence[WeightTransform] | None = None,
+) -> Weights:
     """Find every parameter and persistent buffer of `model` in the checkpoint, as transformers would load them.
 
     Args:
         model: A skeleton; its names are wanted. Weights that the checkpoint unties are untied in it.
         checkpoint: Where to look.
         partial: Whether parameters may be missing.
+        mapping: transformers' conversions of the checkpoint's tensors; those of the model's own form by default.
 
     Raises:
         ModelLoadError: A parameter is missing or has another shape, or the tensors of several cannot be made one.
     """
     wanted = model.state_dict()
     weights: Weights = {}
-    for name, found in _collected(model, wanted, checkpoint).items():
+    for name, found in _collected(model, wanted, checkpoint, mapping).items():
         if isinstance(found, Loader):
             weights[name] = found.tensor(name)
         else:
@@ -60,14 +74,17 @@ def checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint, *, partia
 
 
 def _collected(
-    model: PreTrainedModel, wanted: dict[str, torch.Tensor], checkpoint: Checkpoint
+    model: PreTrainedModel,
+    wanted: dict[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    mapping: Sequence[WeightTransform] | None,
 ) -> dict[str, Loader | WeightConverter]:
     """What becomes of the checkpoint's tensors: the one that is a parameter, or those that a conversion makes it of.
 
     Names are found in transformers' own order, which tells what is stacked first, and which of two tensors for one
     parameter is taken: the first.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model) if mapping is None else mapping
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
@@ -85,6 +102,8 @@ def _collected(
         group = found.setdefault(name, loader if pattern is None else copy.deepcopy(by_pattern[pattern]))
         if isinstance(group, WeightConverter):
             group.add_tensor(name, key, key if pattern is None else pattern, loader)  # pyright: ignore[reportArgumentType]
+        elif group is not loader:
+            unexpected.append(key)
     if checkpoint.decoded:
         _refuse_unexpected(model, unexpected, checkpoint)
     return found
@@ -102,17 +121,7 @@ def _refuse_unexpected(model: PreTrainedModel, keys: list[str], checkpoint: Chec
 
 
 def memory_weights(model: PreTrainedModel) -> Weights:
-    """The parameters and persistent buffers of a model in memory, shared, not copied (floats become float32).
-
-    Raises:
-        ModelLoadError: One has no data.
-        UnsupportedModelError: transformers has quantized them.
-    """
-    if getattr(model, "is_quantized", False):  # as transformers marks a model whose layers compute with codes
-        raise UnsupportedModelError(
-            f"the weights of this {type(model).__name__} are quantized in memory: give the folder of its checkpoint, "
-            "or call dequantize() on it first"
-        )
+    """The parameters and persistent buffers of a model in memory, shared, not copied (floats become float32)."""
     weights: Weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         data = tensor.detach()
