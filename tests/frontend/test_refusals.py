@@ -27,6 +27,14 @@ def test_quantized_weights(tmp_path: Path) -> None:
         FolderSource(tmp_path)
 
 
+def test_quantized_weights_in_memory() -> None:
+    model = build("llama")[1]
+    MemorySource(model).lower()
+    vars(model)["is_quantized"] = True  # which transformers says of a model whose layers it has exchanged
+    with pytest.raises(UnsupportedModelError, match=r"quantized in memory: give the folder .* dequantize\(\)"):
+        MemorySource(model).lower()
+
+
 def test_an_encoder() -> None:
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model("bert", **sizes, intermediate_size=64, is_decoder=False)

@@ -43,6 +43,7 @@ PROPERTIES = {
     "GGUF": "frontend/test_gguf.py",
     "node counts": "passes/test_node_counts.py",
     "refusals": "passes/test_refusals.py",
+    "refused models": "frontend/test_refusals.py",
     "Auto classes": "auto/test_adapters.py",
     "AI 100 device": "backends/ai100/test_device.py",
     "AI 100 device rules": "backends/ai100/test_device_rules.py",

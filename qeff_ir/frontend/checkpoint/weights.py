@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from qeff_ir.arrays import Array
-from qeff_ir.errors import ModelLoadError
+from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.checkpoint.conversion import Loader, converted, floating, lazy_torch
 from qeff_ir.frontend.checkpoint.references import Checkpoint
 from qeff_ir.frontend.checkpoint.skeleton import initial_values
@@ -121,7 +121,17 @@ def _refuse_unexpected(model: PreTrainedModel, keys: list[str], checkpoint: Chec
 
 
 def memory_weights(model: PreTrainedModel) -> Weights:
-    """The parameters and persistent buffers of a model in memory, shared, not copied (floats become float32)."""
+    """The parameters and persistent buffers of a model in memory, shared, not copied (floats become float32).
+
+    Raises:
+        ModelLoadError: One has no data.
+        UnsupportedModelError: transformers has quantized them.
+    """
+    if getattr(model, "is_quantized", False):  # as transformers marks a model whose layers compute with codes
+        raise UnsupportedModelError(
+            f"the weights of this {type(model).__name__} are quantized in memory: give the folder of its checkpoint, "
+            "or call dequantize() on it first"
+        )
     weights: Weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         data = tensor.detach()
