@@ -168,15 +168,16 @@ def _matmul_depth(node: ir.Node, shapes: _Shapes) -> int:
 
 
 def _multiplied(module: Module) -> set[ir.Value]:
-    """Weights that go into a product, as they are or transposed."""
+    """Weights that go into a product, as they are, transposed or side by side."""
     found: set[ir.Value] = set()
     for node in module.graph:
         if node.op_type in _MATMULS:
             for value in node.inputs[:2]:
                 maker = value.producer() if value is not None else None
                 source = maker.inputs[0] if maker is not None and maker.op_type == "Transpose" else value
-                if source is not None and (source.is_initializer() or _is_weight(module, source)):
-                    found.add(source)
+                beside = source.producer() if source is not None else None
+                parts = beside.inputs if beside is not None and beside.op_type == "Concat" else [source]
+                found |= {v for v in parts if v is not None and (v.is_initializer() or _is_weight(module, v))}
     return found
 
 

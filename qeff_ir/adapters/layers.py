@@ -13,7 +13,7 @@ from qeff_ir.ir.module import LAYER_KEY, PARTS_KEY, WEIGHT_KEY, Module
 from qeff_ir.ir.ports import LOGITS, PIXELS
 from qeff_ir.ir.sources import sources_of
 from qeff_ir.passing.matching import made_by
-from qeff_ir.passing.weights import stored
+from qeff_ir.passing.weights import stored, weights_beside
 
 Kind = Literal["linear", "embedding", "parameter"]
 
@@ -68,7 +68,7 @@ def layers_without_weight(module: Module) -> dict[str, ir.Node]:
     found: dict[str, ir.Node] = {}
     for node in module.graph:
         weight = stored(node)
-        if weight is not None and _is_derived_layer(weight.value):
+        if weights_beside(node) or (weight is not None and _is_derived_layer(weight.value)):
             found |= dict.fromkeys(sources_of(node), node)
     return found
 

@@ -59,6 +59,16 @@ def stored(product: ir.Node) -> Stored | None:
     return Stored(value, transpose is not None)
 
 
+def weights_beside(product: ir.Node) -> list[ir.Value]:
+    """The weights of a product that reads several side by side, through a `Concat`; none of any other node."""
+    if product.op_type != "MatMul" or product.domain != "":
+        return []
+    transpose = made_by(product.inputs[1], "Transpose")
+    both = made_by(product.inputs[1] if transpose is None else transpose.inputs[0], "Concat")
+    found = [v for v in both.inputs if v is not None and WEIGHT_KEY in v.metadata_props] if both is not None else []
+    return found if both is not None and len(found) == len(both.inputs) else []
+
+
 def parameters(value: ir.Value) -> tuple[str, ...]:
     """The parameters of the Hugging Face model that a weight is, or is computed from; none of a constant."""
     name = value.metadata_props.get(WEIGHT_KEY, "")

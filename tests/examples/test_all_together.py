@@ -1,4 +1,4 @@
-"""Six passes from outside in one package, which verifies drafts in any rows of its caches, over every length."""
+"""Five passes from outside and one of ours in one package, which verifies drafts in any rows of its caches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from backends import find_backend
+from passes.fuse_products import FuseProducts
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import Run
 from qeff_ir.passing import Pipeline, Report, run_pipeline
@@ -18,7 +19,6 @@ from tests import support
 from tests.examples.blocked_attention import BlockedAttention
 from tests.examples.cache_rows import CacheRows
 from tests.examples.compute_context_length import ComputeContextLength
-from tests.examples.fuse_products import FuseProducts
 from tests.examples.replicate_kv_heads import ReplicateKvHeads
 from tests.examples.target_logits import TargetLogits
 

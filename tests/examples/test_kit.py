@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from passes.fuse_products import FuseProducts
 from qeff_ir.errors import PipelineError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import LOGITS
@@ -16,8 +17,6 @@ from qeff_ir.passing import Pass, Rewriter
 from qeff_ir.testing import kit
 from qeff_ir.testing.edits import EditError
 from qeff_ir.testing.kit import NotHeldError, hold_package, hold_pass, planted
-from tests.examples import fuse_products
-from tests.examples.fuse_products import FuseProducts
 
 
 def test_a_pass_holds_and_what_was_exercised_is_told() -> None:
@@ -35,7 +34,7 @@ def test_packages_hold(target: str) -> None:
 @pytest.mark.parametrize("hold", [hold_pass, hold_package])
 def test_a_fault_is_told_with_the_decoder_that_shows_it(hold: Callable[..., Any]) -> None:
     old = "parts = [part for node in group if (part := stored(node)) is not None]"
-    with planted(fuse_products._fuse, old, f"{old}[::-1]"), pytest.raises(NotHeldError) as caught:
+    with planted(FuseProducts._fuse, old, f"{old}[::-1]"), pytest.raises(NotHeldError) as caught:
         hold(FuseProducts(), examples=12)
     assert str(caught.value).startswith("fuse-products does not hold: ")
     cause: Any = caught.value.__cause__

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[Recipe, str, str]] = {
     "fuse-norms": (PLAIN, "onnxruntime", "fuse-norms"),
     "fuse-rotary": (ROTATED, "onnxruntime", "fuse-rotary"),
     "fuse-activations": (PLAIN, "onnxruntime", "fuse-activations"),
+    "fuse-products": (PLAIN, "onnxruntime", "fuse-products"),
     "last-logits": (PLAIN, "onnxruntime", "last-logits"),
     "embedding-output": (PLAIN, "onnxruntime", "last-logits,embedding-output{normalize=true dim=2}"),
     "token-embedding": (PLAIN, "onnxruntime", "token-embedding"),

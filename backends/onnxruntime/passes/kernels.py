@@ -49,8 +49,10 @@ class OrtKernels(Pass):
 
 
 def _transposed(node: ir.Node) -> ir.Value | None:
-    """The weight that a product takes transposed, if it is one."""
+    """The weight that a product takes transposed, if it is one, or several that stand side by side."""
     transpose = made_by(node.inputs[1], "Transpose") if node.op_type == "MatMul" else None
     weight = transpose.inputs[0] if transpose is not None else None
-    stored = weight is not None and weight.is_initializer() and len(weight.shape or ()) == 2
+    beside = made_by(weight, "Concat")
+    parts = [weight] if beside is None else beside.inputs
+    stored = all(part is not None and part.is_initializer() and len(part.shape or ()) == 2 for part in parts)
     return weight if stored else None

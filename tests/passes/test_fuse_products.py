@@ -1,4 +1,4 @@
-"""Weights that are put side by side, from outside: both targets answer as before, and stored numbers are the same."""
+"""Products of one value become one: both targets answer as before, on the weights of the checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from backends.ai100.sub_functions import outline
+from passes.fuse_products import FuseProducts
+from qeff_ir.cost import Storage, cost
 from qeff_ir.debug.recorder import Recorder
 from qeff_ir.debug.report_html import to_html
 from qeff_ir.errors import PassError
@@ -18,21 +20,28 @@ from qeff_ir.passing import Pipeline, Rewriter, run_pipeline
 from qeff_ir.passing.weights import Stored, derived, parameters, side_by_side, stored
 from tests import support
 from tests.adapters.random_adapters import base, make
-from tests.examples.fuse_products import FuseProducts
+
+WRITTEN = FuseProducts("written")
 
 
-def fused(name: str, target: str, *, check: int = 1) -> Module:
+def fused(name: str, target: str, step: FuseProducts, *, check: int = 1) -> Module:
     module = support.canonical(name)
-    run_pipeline(
-        module, Pipeline.parse(support.rest_of(target)).insert_before("last-logits", FuseProducts()), check=check
-    )
+    run_pipeline(module, Pipeline.parse(support.rest_of(target)).insert_before("kv-retention", step), check=check)
     return module
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
-@pytest.mark.parametrize(("name", "products"), [("llama", [2, 3]), ("gpt-oss", [3]), ("falcon-h1", [2, 3])])
-def test_it_answers_as_before(name: str, products: list[int], target: str, tmp_path: Path) -> None:
-    module = fused(name, target, check=2)
+@pytest.mark.parametrize(
+    ("name", "products", "step"),
+    [
+        ("llama", [2, 3], FuseProducts()),
+        ("llama", [2, 3], WRITTEN),
+        ("gpt-oss", [3], WRITTEN),
+        ("falcon-h1", [2, 3], WRITTEN),
+    ],
+)
+def test_it_answers_as_before(name: str, products: list[int], target: str, step: FuseProducts, tmp_path: Path) -> None:
+    module = fused(name, target, step, check=2)
     splits = [node for node in module.graph if node.op_type == "Split" and "fuse-products" in str(node.metadata_props)]
     assert sorted({len(node.outputs) for node in splits}) == products
     support.answers_alike(module, support.canonical(name), target, tmp_path)
@@ -42,7 +51,7 @@ def test_every_check_passes_and_the_weights_are_the_old_ones_side_by_side() -> N
     initializers = support.canonical("llama").graph.initializers.values()
     named = [v for v in initializers if WEIGHT_KEY in v.metadata_props]
     before = {v.metadata_props[WEIGHT_KEY]: v.const_value for v in named}
-    module = fused("llama", "onnxruntime", check=4)
+    module = fused("llama", "onnxruntime", WRITTEN, check=4)
     name = "model.layers.1.mlp.gate_proj_and_up_proj.weight"
     new = module.graph.initializers[name].const_value
     parts = [before[f"model.layers.1.mlp.{part}_proj.weight"] for part in ("gate", "up")]
@@ -51,10 +60,44 @@ def test_every_check_passes_and_the_weights_are_the_old_ones_side_by_side() -> N
     assert len(gone) == 2 * 5  # what nothing reads any more is not in the package
 
 
+def tensors(module: Module) -> dict[str, object]:
+    named = [v for v in module.graph.initializers.values() if WEIGHT_KEY in v.metadata_props]
+    return {v.metadata_props[WEIGHT_KEY]: v.const_value for v in named}
+
+
+def test_weights_that_are_referenced_are_the_checkpoints_and_read_as_it_stores_them() -> None:
+    module = fused("llama", "onnxruntime", FuseProducts(), check=4)
+    assert tensors(module) == tensors(support.canonical("llama"))  # the tensors themselves
+    joined = [node for node in module.graph if node.op_type == "Concat" and len(sources_of(node)) > 1]
+    readers = [user.op_type for node in joined for user in node.outputs[0].consumers()]
+    assert readers == ["FusedMatMul"] * 2 * 2
+    counts = [cost(m, m.specializations[1], Storage(4, 1)) for m in (module, fused("llama", "onnxruntime", WRITTEN))]
+    assert len({(c.weight_bytes, c.multiply_adds, c.resident_bytes) for c in counts}) == 1
+
+
+def test_a_weight_of_two_products_and_one_that_is_stored_the_other_way_stay_alone() -> None:
+    module = support.canonical("llama")
+    rewriter = Rewriter(module, "test")
+    products = [node for node in module.graph if stored(node) is not None]
+    gate, up, queries, keys = (
+        next(node for node in products if source_text(node).endswith(f"layers.0.{name}_proj"))
+        for name in ("mlp.gate", "mlp.up", "self_attn.q", "self_attn.k")
+    )
+    again = rewriter.at(gate)("MatMul", gate.inputs[0], gate.inputs[1])
+    rewriter.substitute(gate, rewriter.at(gate)("Add", rewriter.at(gate)("MatMul", *gate.inputs), again))
+    part = stored(keys)
+    assert part is not None
+    turned = derived(rewriter, "turned", [part.value], part.features, lambda array: array.T)
+    keys.replace_input_with(1, turned)
+    fired = run_pipeline(module, Pipeline((FuseProducts(),)), check=2).runs[0].stats.fired
+    assert fired == {"2 products": 2, "3 products": 1}
+    assert {node in module.graph for node in (up, keys)} == {True} and queries not in module.graph
+
+
 def test_what_a_fused_product_stands_for_is_told_everywhere() -> None:
     module = support.canonical("llama")
     recorder = Recorder()
-    run_pipeline(module, Pipeline((FuseProducts(),)), instruments=[recorder])
+    run_pipeline(module, Pipeline((WRITTEN,)), instruments=[recorder])
     one = "model.layers.1.mlp.gate_proj+up_proj"
     both = [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up")]
     assert f"; {one} <- fuse-products" in to_text(module)
@@ -69,17 +112,16 @@ def test_what_a_fused_product_stands_for_is_told_everywhere() -> None:
     assert parameters(again) == parameters(weight)
 
 
-def test_adapters_of_layers_that_are_fused_are_told_of() -> None:
+@pytest.mark.parametrize("step", [FuseProducts(), WRITTEN], ids=lambda step: step.weights)
+def test_adapters_of_layers_that_are_fused_are_told_of(step: FuseProducts) -> None:
     module = support.canonical("llama")
-    report = run_pipeline(module, Pipeline((FuseProducts(), *Pipeline.parse("lora").passes)))
+    report = run_pipeline(module, Pipeline((step, *Pipeline.parse("lora").passes)))
     told = [missed.reason.partition(" ")[0] for missed in report.runs[-1].stats.missed]
     own = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
     assert told == [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in own]
     assert {adapter.layer.rpartition(".")[2] for adapter in module.adapters} == {"o_proj", "down_proj"}
     module = support.canonical("llama")
-    report = run_pipeline(
-        module, Pipeline((FuseProducts(), *Pipeline.parse('lora{targets="up_proj,down_proj"}').passes))
-    )
+    report = run_pipeline(module, Pipeline((step, *Pipeline.parse('lora{targets="up_proj,down_proj"}').passes)))
     assert [m.source for m in report.runs[-1].stats.missed] == [
         f"model.layers.{n}.mlp.gate_proj+up_proj" for n in (0, 1)
     ]
@@ -97,7 +139,7 @@ def test_an_adapter_cannot_be_merged_into_layers_that_are_fused(tmp_path: Path) 
 @pytest.mark.parametrize("others", [1, 2])
 def test_a_node_of_several_layers_belongs_to_none(others: int) -> None:
     """It belongs to a function of a layer only where all its sources do."""
-    module = fused("llama", "ai100")
+    module = fused("llama", "ai100", WRITTEN)
     product = next(node for node in module.graph if "mlp" in source_text(node) and len(sources_of(node)) > 1)
     set_sources(product, [*sources_of(product), *([] if others == 1 else ["model.layers.1.mlp.up_proj"])])
     outline(module.model, {"position_ids"})
