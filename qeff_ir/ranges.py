@@ -44,7 +44,7 @@ class FileRange:
         a checkpoint and a large package made of it may be.
         """
 
-        def read() -> ir.Tensor[Any]:
+        def read() -> ir.TensorProtocol:
             if self.length == 0:  # nothing that could be mapped
                 return ir.Tensor(np.zeros(self.shape, self.dtype.numpy()), dtype=self.dtype, name=name)
             try:

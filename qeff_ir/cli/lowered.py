@@ -54,6 +54,10 @@ class LoweredOnce(Source):
         """See `Source.reference`."""
         return self._source.reference()
 
+    def decoded_here(self) -> bool:
+        """See `Source.decoded_here`."""
+        return self._source.decoded_here()
+
     def save_side_files(self, folder: Path) -> None:
         """See `Source.save_side_files`."""
         self._source.save_side_files(folder)

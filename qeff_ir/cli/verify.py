@@ -81,6 +81,8 @@ def command(
     show(steps_table(found.errors, wrong, len(rows), limit))
     show()
     show(str(yardstick))
+    if source.decoded_here():
+        show("transformers does not load these quantized weights here: it was given the numbers that qeff-ir reads.")
     if not found.equal(limit):
         show(Text.assemble(("MISMATCH: ", "bold red"), mismatch(found, limit)))
         raise typer.Exit(1)

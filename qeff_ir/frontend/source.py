@@ -72,6 +72,10 @@ class Source(ABC):
     def reference(self) -> PreTrainedModel:
         """The transformers model itself, weights in memory, float32."""
 
+    def decoded_here(self) -> bool:
+        """Whether `reference` has quantized weights that were decoded by us: transformers does not load them here."""
+        return False
+
     @abstractmethod
     def save_side_files(self, folder: Path) -> None:
         """Put configuration, generation defaults and the tokenizer, where there is one, into `folder`."""
@@ -232,23 +236,30 @@ class FolderSource(Source):
         return self.checkpoint.files
 
     def reference(self) -> PreTrainedModel:
-        """See `Source.reference`; quantized weights are those that `weights` decodes."""
+        """See `Source.reference`; quantized weights are dequantized by transformers, if it can."""
         import torch
 
-        if self.checkpoint.decoded:
+        if self.decoded_here():
             return self._decoded_model()
+        config = copy.deepcopy(self.config)
+        if self.checkpoint.reference is not None:
+            config.quantization_config = copy.deepcopy(self.checkpoint.reference)
         with self._buildable():
             return (
                 self._auto()
                 .from_pretrained(
                     self.folder,
-                    config=copy.deepcopy(self.config),
+                    config=config,
                     dtype=torch.float32,
                     trust_remote_code=self.trust_remote_code,
                     **({} if self.gguf is None else {"gguf_file": self.gguf.name}),
                 )
                 .eval()
             )
+
+    def decoded_here(self) -> bool:
+        """See `Source.decoded_here`."""
+        return bool(self.checkpoint.decoded) and self.checkpoint.reference is None
 
     def _decoded_model(self) -> PreTrainedModel:
         """The model with the numbers of quantized weights, in float32."""

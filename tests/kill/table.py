@@ -135,6 +135,7 @@ PROPERTIES = {
     "experts of pictures": "benchmarks/test_coverage_pictures.py::test_a_model_answers_as_transformers"
     "[image-text-to-text-ernie4_5_vl_moe]",
     "cache layers": "frontend/test_states.py",
+    "FP8": "frontend/formats/test_fp8.py",
     "coverage of pictures": "benchmarks/test_coverage_pictures.py",
     "demo of pictures": "cli/test_demo_pictures.py",
 }

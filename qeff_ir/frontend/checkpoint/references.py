@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 import struct
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from safetensors import SafetensorError, safe_open
@@ -34,6 +35,7 @@ DTYPES = {
     "BF16": ir.DataType.BFLOAT16,
     "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
     "F8_E5M2": ir.DataType.FLOAT8E5M2,
+    "F8_E8M0": ir.DataType.FLOAT8E8M0,
     "I64": ir.DataType.INT64,
     "I32": ir.DataType.INT32,
     "I16": ir.DataType.INT16,
@@ -65,27 +67,41 @@ class Checkpoint:
         entries: Where each tensor lies. Of a key in several files, the last file's is taken, as transformers does.
         marks: What each file was when its header was read.
         decoded: Weights that are made of several tensors, by the key of the weight.
+        left_out: Tensors that no weight is made of: scales of activations, say.
+        reference: ``quantization_config`` with which transformers reads what is decoded, if it does.
     """
 
     folder: Path
     entries: dict[str, FileRange]
     marks: dict[Path, Mark] = field(default_factory=dict[Path, Mark])
     decoded: Mapping[str, Decoded] = field(default_factory=dict[str, "Decoded"])
+    left_out: frozenset[str] = frozenset()
+    reference: dict[str, Any] | None = None
 
     @property
     def weights(self) -> dict[str, FileRange | ir.LazyTensor]:
         """What the model's weights are made of by key: what is decoded, and the tensors that are no part of it."""
-        parts = {part for found in self.decoded.values() for part in found.parts}
+        parts = self.left_out.union(*(found.parts for found in self.decoded.values()))
         plain = {key: entry for key, entry in self.entries.items() if key not in parts}
         return {**plain, **{key: found.tensor for key, found in self.decoded.items()}}
 
     def decode(self, format: WeightFormat) -> Checkpoint:
-        """The checkpoint whose quantized weights are read.
+        """The checkpoint whose quantized weights are read; a warning tells which tensors are left out.
 
         Raises:
             ModelLoadError: See `WeightFormat.weights`.
         """
-        return replace(self, decoded={found.key: found for found in format.weights(self.entries)})
+        decoded = {found.key: found for found in format.weights(self.entries)}
+        parts = {part for found in decoded.values() for part in found.parts}
+        left_out = [key for key in self.entries if key not in parts and format.left_out(key)]
+        if left_out:
+            warnings.warn(
+                f"{self.folder} has {len(left_out)} scales of activations or of the cache, the first is "
+                f"'{left_out[0]}': they are left out, and only the weights are quantized",
+                stacklevel=2,
+            )
+        reference = format.reference(decoded, self.entries)
+        return replace(self, decoded=decoded, left_out=frozenset(left_out), reference=reference)
 
     @property
     def files(self) -> list[Path]:

@@ -90,7 +90,7 @@ def _collected(
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     prefix = model.base_model_prefix
     found: dict[str, Loader | WeightConverter] = {}
-    tensors, unexpected = checkpoint.weights, list[str]()
+    tensors, unexpected, taken = checkpoint.weights, list[str](), set[str]()
     for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
@@ -98,6 +98,7 @@ def _collected(
         if name not in wanted:
             unexpected.append(key)
             continue
+        taken.add(key.rpartition(".")[0])
         loader = Loader(tensors[key], key, wanted[name].dtype)
         group = found.setdefault(name, loader if pattern is None else copy.deepcopy(by_pattern[pattern]))
         if isinstance(group, WeightConverter):
@@ -105,14 +106,23 @@ def _collected(
         elif group is not loader:
             unexpected.append(key)
     if checkpoint.decoded:
-        _refuse_unexpected(model, unexpected, checkpoint)
+        _refuse_unexpected(model, unexpected, taken, checkpoint)
     return found
 
 
-def _refuse_unexpected(model: PreTrainedModel, keys: list[str], checkpoint: Checkpoint) -> None:
-    """Of a quantized checkpoint, a tensor that nobody takes may be the scale of one that somebody takes."""
+def _refuse_unexpected(model: PreTrainedModel, keys: list[str], taken: set[str], checkpoint: Checkpoint) -> None:
+    """Of a quantized checkpoint, a tensor that nobody takes may be the scale of one that somebody takes.
+
+    The weight or bias of a module none of whose tensors is taken is not: the head, say, where only the body is loaded.
+    """
     known = ignored_when_unexpected(model)
-    strange = next((key for key in keys if not any(re.search(pattern, key) for pattern in known)), None)
+
+    def stray(key: str) -> bool:
+        module, _, last = key.rpartition(".")
+        apart = last in ("weight", "bias") and module not in taken
+        return not apart and not any(re.search(pattern, key) for pattern in known)
+
+    strange = next(filter(stray, keys), None)
     if strange is not None:
         raise ModelLoadError(
             f"the quantized checkpoint {checkpoint.folder} has the tensor '{strange}', which {type(model).__name__} "

@@ -2,7 +2,9 @@
 
 A format says which tensors of a checkpoint make one weight, and what its codes, scales and zeros are
 (`qeff_ir.quantized`). The weight then stands under the key that it would have in a checkpoint that is not quantized,
-and is renamed, stacked and split like any other (`qeff_ir.frontend.checkpoint.weights`).
+and is renamed, stacked and split like any other (`qeff_ir.frontend.checkpoint.weights`). Weights alone are quantized:
+scales of activations and of caches are left out, with a warning, and what they are for is computed in float32, as by
+transformers when it dequantizes a checkpoint.
 
 To add one: a module of this folder with a subclass of `WeightFormat` that names its ``quant_method``.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +24,11 @@ import onnx_ir as ir
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.ranges import FileRange
+
+_OF_RUNS = re.compile(
+    r"[._](input|output|activation|k|v|q|kv)_(scale|zero_point|global_scale|g_idx)$|\.(k|v|q|kv)_cache\.\w+$"
+)
+"""Ends of the names of tensors that belong to numbers of a run: to activations, or to what a cache keeps."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,21 @@ class WeightFormat(ABC):
         Raises:
             ModelLoadError: The tensors of a weight do not fit each other.
         """
+
+    def left_out(self, key: str) -> bool:
+        """Whether a tensor, which is part of no weight, is of activations or of a cache."""
+        return _OF_RUNS.search(key) is not None
+
+    def reference(self, decoded: Mapping[str, Decoded], entries: Mapping[str, FileRange]) -> dict[str, Any] | None:
+        """``quantization_config`` with which transformers itself loads the checkpoint here, as plain numbers.
+
+        `None` where it does not: the numbers of `weights` are all that there is to compare with.
+
+        Args:
+            decoded: What `weights` made, by the key of the weight.
+            entries: See `weights`.
+        """
+        return None
 
 
 @functools.cache
