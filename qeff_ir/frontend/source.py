@@ -109,6 +109,7 @@ class FolderSource(Source):
         self.folder = folder
         self.trust_remote_code = trust_remote_code
         self._remote, self._named_weights, self.gguf = list[str](), None, None
+        self._quantization: object = None
         if gguf_file is not None:
             from qeff_ir.frontend.gguf.model import GgufModel
 
@@ -121,14 +122,15 @@ class FolderSource(Source):
         fields = read_fields(folder, trust_remote_code, self._side_files.get(CONFIG))
         self._named_weights = fields.get("transformers_weights")
         self._remote = remote_code(fields)
-        self.checkpoint = self._open(fields.get(QUANTIZATION))
+        self._quantization = fields.get(QUANTIZATION)
+        self.checkpoint = self._open()
         sizes = [size for entry in self.checkpoint.entries.values() for size in entry.shape]
         check_sizes(fields, folder, len(self.checkpoint.entries), max(sizes, default=0))
         self.config = make_config(fields, folder, trust_remote_code)
         if extra := type(self.config).extra_files:
-            self.checkpoint = self._open(fields.get(QUANTIZATION), extra)
+            self.checkpoint = self._open(extra)
 
-    def _open(self, quantization: object, extra: Iterable[str] = ()) -> Checkpoint:
+    def _open(self, extra: Iterable[str] = ()) -> Checkpoint:
         """The checkpoint, with the weights that its format makes of several tensors."""
         from qeff_ir.frontend.checkpoint.config import CONFIG
         from qeff_ir.frontend.checkpoint.formats import weight_format
@@ -136,9 +138,9 @@ class FolderSource(Source):
 
         with _readable(self.folder):
             found = open_checkpoint(self.folder, self._named_weights, extra)
-            if quantization is None:
+            if self._quantization is None:
                 return found
-            return found.decode(weight_format(quantization, str(self.folder / CONFIG)))
+            return found.decode(weight_format(self._quantization, str(self.folder / CONFIG)))
 
     def lower(self) -> Module:
         """See `Source.lower`."""
@@ -209,7 +211,7 @@ class FolderSource(Source):
             ) from error
 
     def identity(self) -> dict[str, Any] | None:
-        """The configuration, where the weights are, and the folder's code if it may run.
+        """The configuration, how and where the weights are, and the folder's code if it may run.
 
         What else is decided while weights are loaded, which of them are tied, say, follows from these and from the
         digests of `weight_files`.
@@ -220,6 +222,7 @@ class FolderSource(Source):
         files = {file: index for index, file in enumerate(self.checkpoint.files)}
         return {
             "config": self.config.to_dict(),
+            "quantization": self._quantization,
             "code": {
                 str(p.relative_to(self.folder)): hashlib.sha256(read_bytes(p, self.folder)).hexdigest() for p in code
             },

@@ -142,6 +142,10 @@ def test_refusals(tmp_path: Path) -> None:
             lambda tensors: tensors.update({key + "_scale_inv": torch.ones(8, 2), key + "_offset": torch.ones(8, 2)}),
         ).weights()
     config = json.loads((folder / "config.json").read_text())
+    before = FolderSource(folder).identity()
+    config["quantization_config"]["weight_block_size"] = [16, 8]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert FolderSource(folder).identity() != before  # a package that was made by the other blocks is not taken for it
     config["quantization_config"]["weight_block_size"] = [0, 16]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLoadError, match=r"weight_block_size is \[0, 16\]: give two positive numbers"):
