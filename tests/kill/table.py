@@ -136,6 +136,13 @@ PROPERTIES = {
     "[image-text-to-text-ernie4_5_vl_moe]",
     "cache layers": "frontend/test_states.py",
     "FP8": "frontend/formats/test_fp8.py",
+    "weights of AWQ": "frontend/formats/test_awq.py::test_the_weights_are_those_of_the_definition",
+    "answers of AWQ": "frontend/formats/test_awq.py::test_a_checkpoint_answers_as_transformers[qwen2]",
+    "kinds of AWQ": "frontend/formats/test_awq.py::test_what_is_not_read_is_refused_by_name",
+    "tensors of AWQ": "frontend/formats/test_awq.py::test_tensors_that_do_not_fit_are_refused",
+    "weights of GPTQ": "frontend/formats/test_gptq.py::test_the_weights_are_those_of_the_definition",
+    "sorted inputs of GPTQ": "frontend/formats/test_gptq.py::test_inputs_of_a_group_need_not_be_neighbors",
+    "tensors of GPTQ": "frontend/formats/test_gptq.py::test_tensors_that_do_not_fit_are_refused",
     "coverage of pictures": "benchmarks/test_coverage_pictures.py",
     "demo of pictures": "cli/test_demo_pictures.py",
 }
