@@ -30,8 +30,8 @@ class Ai100Options(CompileOptions):
 
     num_cores: int = field(default=16, metadata={"help": "Cores of the device."})
     num_devices: int = field(default=1, metadata={"help": "Devices that share the model."})
-    mxfp6_matmul: bool = field(default=False, metadata={"help": "Compress the weights."})
-    mxint8_kv_cache: bool = field(default=False, metadata={"help": "Compress the KV cache."})
+    mxfp6_matmul: bool = field(default=False, metadata={"help": "Compress the weights.", "fast": True})
+    mxint8_kv_cache: bool = field(default=False, metadata={"help": "Compress the KV cache.", "fast": True})
     weight_free: bool = field(default=False, metadata={"help": "Let the compiler read weights from safetensors."})
     enable_qnn: bool = field(default=False, metadata={"help": "Compile by QNN's tools, below $QNN_SDK_ROOT."})
     qnn_config: str | None = field(

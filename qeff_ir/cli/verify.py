@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backends.options import completed
+from qeff_ir.cli.drift import show_drift
 from qeff_ir.cli.models import compile_source, encode, open_model, open_tokenizer
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.tables import grid, show_programs
@@ -31,10 +33,17 @@ def command(
         list[str] | None,
         typer.Option(help="A prompt, as many as --batch-size; random tokens by default.", show_default=False),
     ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="A text to measure the drift of a fast package on; one comes along.", metavar="FILE"),
+    ] = None,
     *,
     request: Request,
 ) -> None:
-    """Compare the compiled model with transformers, token by token and logit by logit; exit 1 on a mismatch."""
+    """Compare the compiled model with transformers, token by token and logit by logit; exit 1 on a mismatch.
+
+    Of a package that is fast and not exact, the drift is measured on a text, beside its speed, and nothing is proved.
+    """
     from dataclasses import replace
 
     if "batch_size" not in request.given:
@@ -51,6 +60,13 @@ def command(
     source = LoweredOnce(opened)
     compiled = compile_source(source, request)
     show_programs(compiled.manifest)
+    from qeff_ir.debug.drift import fast_parts
+
+    if parts := fast_parts(compiled.manifest):
+        show_drift(compiled, source, parts, texts)
+        return
+    if texts is not None:
+        raise RuntimeInputError("--texts is for packages that are fast; this one is exact, and is proved: leave it out")
     if prompt:
         from qeff_ir.package import SIDE_FOLDER
 

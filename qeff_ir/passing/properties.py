@@ -17,6 +17,10 @@ from qeff_ir.ir.sources import source_text
 
 FP16_MAX = 65504.0
 
+FAST = "fast"
+"""Property of a module that answers other numbers on purpose: its drift is measured (`qeff_ir.debug.drift`), nothing is
+proved of it. No checker can tell."""
+
 Checker = Callable[[Module], str | None]
 """Why a property does not hold, as one clause; `None` when it does."""
 

@@ -19,6 +19,7 @@ from qeff_ir.ir.module import Module
 from qeff_ir.passing import base
 from qeff_ir.passing.base import Pass, Rewriter, registered_passes
 from qeff_ir.passing.pipeline import Pipeline, options
+from qeff_ir.passing.properties import FAST
 
 from .conftest import Outcome, Qeff, environment
 
@@ -178,6 +179,34 @@ def test_verify_finds_a_wrong_pass(qeff: Qeff, monkeypatch: pytest.MonkeyPatch, 
     said = qeff("verify", MODEL_FOLDER, "--target", "onnxruntime", "--pipeline", pipeline, *prompt)
     assert (said.code, said.err) == (1, "")
     assert f"MISMATCH: {complaint}" in said.out
+
+
+@dataclass(frozen=True, slots=True)
+class FastScale(WrongScale):
+    """The same, said to be fast."""
+
+    name: ClassVar[str] = "fast-scale"
+    establishes: ClassVar[frozenset[str]] = frozenset({FAST})
+
+
+def test_verify_tells_the_drift_of_what_is_fast_and_proves_nothing(
+    qeff: Qeff, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(base._REGISTRY, FastScale.name, FastScale)
+    words = ("verify", MODEL_FOLDER, "--target", "onnxruntime", "--ctx-len", 32)
+    pipeline = ("--pipeline", f"{find_backend('onnxruntime').pipeline},fast-scale{{factor=1.5}}")
+    (tmp_path / "sums.txt").write_text("12+34=46 50+70=120 " * 40)
+    said = qeff(*words, *pipeline, "--texts", tmp_path / "sums.txt")
+    assert (said.code, said.err) == (0, "")
+    assert "Fast, not exact: the pass fast-scale. Nothing is proved" in " ".join(said.out.split())
+    assert "Agrees" not in said.out and "bound" not in said.out
+    agreement = re.search(r"first choice that agrees +([\d.]+)%", said.out)
+    divergence = re.search(r"KL divergence, nats +([\d.e+-]+)", said.out)
+    assert agreement and divergence and float(agreement[1]) < 100 and float(divergence[1]) > 1e-3
+    assert re.search(r"perplexity +[\d.,]+ +[\d.,]+\n", said.out) and "tokens per second" in said.out
+    (tmp_path / "short.txt").write_text("1+2=")
+    assert "too short for 3 rows" in qeff(*words, *pipeline, "--texts", tmp_path / "short.txt").complaint
+    assert "this one is exact" in qeff(*words, "--texts", tmp_path / "sums.txt").complaint
 
 
 def test_passes_lists_the_registry(qeff: Qeff) -> None:

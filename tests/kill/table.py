@@ -41,6 +41,8 @@ PROPERTIES = {
     "fused products": "passes/test_fuse_products.py",
     "files of others": "debug/test_plain.py",
     "GGUF": "frontend/test_gguf.py",
+    "drift": "debug/test_drift.py",
+    "fast packages": "cli/test_commands.py::test_verify_tells_the_drift_of_what_is_fast_and_proves_nothing",
     "node counts": "passes/test_node_counts.py",
     "refusals": "passes/test_refusals.py",
     "refused models": "frontend/test_refusals.py",
