@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from benchmarks.forms import FORMS
 from benchmarks.options import Json, Plot, Quick, Runs, Target
 from benchmarks.result import Figure, Result, Row, figure, publish
 from benchmarks.shapes import SHAPES, Shape, config, probe
 from benchmarks.sparse_checkpoint import write_checkpoint
 
-_DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
-
-Checkpoint = Annotated[Literal["f32", "bf16", "f16"], typer.Option(help="Element type of the checkpoints.")]
+Checkpoint = Annotated[Literal["f32", "bf16", "f16", "awq", "fp8"], typer.Option(help="Form of the checkpoints.")]
 
 
 def main(
@@ -40,7 +39,7 @@ def measure(target: str, runs: int, quick: bool, checkpoint: str = "f32") -> Res
         for index, shape in enumerate(models.values()):
             folder = Path(name) / str(index)
             folder.mkdir()
-            write_checkpoint(config(shape), folder, dtype=_DTYPES[checkpoint], shards=4 if quick else 30)
+            write_checkpoint(config(shape), folder, form=FORMS[checkpoint], shards=4 if quick else 30)
         rounds = [[probe(Path(name) / str(i), target) for i in range(len(models))] for _ in range(runs)]
     rows = [Row(n, _figures([taken[i] for taken in rounds])) for i, n in enumerate(models)]
     inner, whole = ([row.figures[name].median for row in rows[:2]] for name in ("lower s", "lowered s"))
@@ -57,6 +56,7 @@ def _figures(taken: list[dict[str, dict[str, Any]]]) -> dict[str, Figure]:
         "lowered s": figure(run["import"]["seconds"] + run["lower"]["seconds"] for run in taken),
         **{f"{stage} s": figure(run[stage]["seconds"] for run in taken) for stage in stages},
         "total s": figure(sum(run[stage]["seconds"] for stage in ("import", *stages)) for run in taken),
+        "CPU s": figure(sum(run[stage]["cpu"] for stage in ("import", *stages)) for run in taken),
         "peak MB": figure(run["emit"]["peak MB"] for run in taken),
         "own MB": figure(run["emit"]["own"] / 1e6 for run in taken),
         "nodes": figure((run["passes"]["nodes"] for run in taken), "neither"),

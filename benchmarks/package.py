@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from benchmarks.forms import FORMS
 from benchmarks.options import Json, Plot, Quick, Runs
 from benchmarks.result import Result, Row, figure, publish
 from benchmarks.shapes import SHAPES, config, probe
 from benchmarks.sparse_checkpoint import write_checkpoint
 
-_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+_FORMS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def main(runs: Runs = 3, json: Json = None, plot: Plot = None, quick: Quick = False) -> None:
@@ -22,12 +23,12 @@ def measure(runs: int, quick: bool) -> Result:
     """Measure, each run in a fresh process."""
     shape = SHAPES["tiny" if quick else "125M"]
     rows: list[Row] = []
-    for dtype, code in _DTYPES.items():
+    for dtype, form in _FORMS.items():
         if quick and dtype != "float32":
             continue
         for target in ("onnxruntime", "ai100"):
             with tempfile.TemporaryDirectory() as name:
-                write_checkpoint(config(shape), Path(name), dtype=code, shards=2)
+                write_checkpoint(config(shape), Path(name), form=FORMS[form], shards=2)
                 taken = [probe(Path(name), target, opened=target == "onnxruntime") for _ in range(runs)]
             figures = {
                 "own MB": figure(run["emit"]["own"] / 1e6 for run in taken),

@@ -1,7 +1,8 @@
 """One measurement in a process of its own: ``python -m benchmarks.probe FOLDER TARGET``.
 
 Compiles the model of a folder as far as an emitted package, opened where the target is ONNX Runtime and `--open` is
-given, and prints one JSON object per stage: seconds, and the peak resident memory of the process so far in MB.
+given, and prints one JSON object per stage: seconds, those of the processor, and the peak resident memory of the
+process so far in MB.
 """
 
 from __future__ import annotations
@@ -17,25 +18,20 @@ from typing import Any
 
 def main(folder: Path, target: str, opened: bool) -> None:
     """Run the stages one after the other."""
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), 0.0
 
     def done(stage: str, **more: Any) -> None:
-        nonlocal started
+        nonlocal started, spent
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(
-            json.dumps({"stage": stage, "seconds": time.perf_counter() - started, "peak MB": peak, **more}), flush=True
-        )
-        started = time.perf_counter()
+        took = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - spent}
+        print(json.dumps({"stage": stage, **took, "peak MB": peak, **more}), flush=True)
+        started, spent = time.perf_counter(), time.process_time()
 
     import torch
-    import transformers
 
     from backends import find_backend
     from backends.options import CompileOptions
-    from qeff_ir.frontend.checkpoint.references import open_checkpoint
-    from qeff_ir.frontend.checkpoint.skeleton import build_skeleton
-    from qeff_ir.frontend.checkpoint.weights import checkpoint_weights
-    from qeff_ir.frontend.export.lower import lower
+    from qeff_ir.frontend.source import FolderSource
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.specialize import specialize
@@ -43,8 +39,7 @@ def main(folder: Path, target: str, opened: bool) -> None:
     torch.set_num_threads(1)
     done("import")
     backend, options = find_backend(target), CompileOptions(ctx_len=1024)
-    model = build_skeleton(transformers.AutoConfig.from_pretrained(folder))
-    module = lower(model, checkpoint_weights(model, open_checkpoint(folder)))
+    module = FolderSource(folder).lower()
     done("lower", nodes=len(module.graph))
     specialize(module, options)
     report = run_pipeline(module, Pipeline.parse(backend.pipeline))

@@ -56,10 +56,10 @@ class Awq(WeightFormat):
         codes, zeros, scales = parts(entries, names, self.where)
         inputs = codes.shape[0] if self.version == "gemm" else codes.shape[1] * 8
         group = inputs if self.group == -1 else self.group
-        if inputs % group or inputs % 2:
+        if inputs % group or inputs % 8:
             raise ModelLoadError(
-                f"the tensor '{names[0]}' of the checkpoint of {self.where} has {inputs} inputs, which groups of "
-                f"{group} do not divide: it is of another model"
+                f"the tensor '{names[0]}' of the checkpoint of {self.where} has {inputs} inputs: groups of {group}, "
+                "and words of 8, do not divide them: it is of another model"
             )
         made = self._gemm if self.version == "gemm" else self._gemv
         key = f"{layer}.weight"

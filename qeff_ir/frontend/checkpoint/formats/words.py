@@ -16,9 +16,12 @@ from qeff_ir.errors import ModelLoadError
 from qeff_ir.quantized import SCALES, lazy
 from qeff_ir.ranges import FileRange
 
-_WORDS, _ROWS = 64, 1024
-"""Columns and rows of a block."""
-_LOW, _HIGH, _FOUR = np.uint32(0x0F0F0F0F), np.uint32(0xF0F0F0F0), np.uint32(4)
+_EXCHANGES = {
+    1: (np.uint32(4), np.uint32(0x0F0F0F0F)),
+    2: (np.uint32(8), np.uint32(0x00FF00FF)),
+    4: (np.uint32(16), np.uint32(0x0000FFFF)),
+}
+"""How far two rows of codes are apart that exchange bits, by how many they are shifted, and which they are."""
 
 
 def parts(entries: Mapping[str, FileRange], names: Sequence[str], where: str) -> list[FileRange]:
@@ -67,7 +70,7 @@ def transposed_scales(entry: FileRange, name: str) -> ir.LazyTensor:
 def transposed(packed: Array) -> Array:
     """Words ``[in, out]`` as ``[out, in]``."""
     made = np.empty(packed.shape[::-1], packed.dtype)
-    for rows, columns in _blocks(packed):
+    for rows, columns in _blocks(packed, 64, 64):
         made[columns, rows] = packed[rows, columns].T
     return made
 
@@ -88,28 +91,32 @@ def spread(packed: Array, order: Sequence[int], bits: int) -> Array:
 def paired(packed: Array, order: Sequence[int]) -> Array:
     """Words ``[in, out / 8]`` of eight codes of a row, as bytes ``[out, in / 2]`` of two codes of a column.
 
+    Eight words of a column are eight by eight codes, which are transposed by exchanging halves, quarters and eighths
+    of words: H. S. Warren, Hacker's Delight, "Transposing a bit matrix".
+
     Args:
-        packed: The words, uint32, of an even number of rows.
+        packed: The words, uint32, of a number of rows that eight divides.
         order: See `spread`.
     """
     rows, columns = packed.shape
-    made = np.empty((columns, 8, rows // 2), np.uint8)
-    for chosen, several in _blocks(packed):
-        block = np.ascontiguousarray(packed[chosen, several].T)
-        first, second = block[:, 0::2], block[:, 1::2]
-        places = slice(chosen.start // 2, chosen.stop // 2)
-        # of eight codes in a word, the lower half of a byte has every other one: both halves come from one place
-        for half, pairs in enumerate(
-            [(first & _LOW) | ((second & _LOW) << _FOUR), ((first >> _FOUR) & _LOW) | (second & _HIGH)]
-        ):
-            lanes = pairs.view(np.uint8).reshape(*pairs.shape, 4)
-            for lane in range(4):
-                made[several, order[2 * lane + half], places] = lanes[..., lane]
-    return made.reshape(columns * 8, rows // 2)
+    made = np.empty((columns, 8, rows // 8), np.uint32)
+    for chosen, several in _blocks(packed, 1024, 128):
+        eight = [packed[chosen, several][row::8].copy() for row in range(8)]
+        for step, (shift, mask) in _EXCHANGES.items():
+            for row in range(8):
+                if not row & step:
+                    first, second = eight[row], eight[row + step]
+                    moved = ((first >> shift) ^ second) & mask
+                    second ^= moved
+                    first ^= moved << shift
+        for place, codes in zip(order, eight, strict=True):
+            made[several, place, slice(chosen.start // 8, chosen.stop // 8)] = codes.T
+    return made.view(np.uint8).reshape(columns * 8, rows // 2)
 
 
-def _blocks(packed: Array) -> Iterator[tuple[slice, slice]]:
+def _blocks(packed: Array, high: int, wide: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of blocks that fit into a processor's caches."""
     rows, columns = packed.shape
-    for row in range(0, rows, _ROWS):
-        for column in range(0, columns, _WORDS):
-            yield slice(row, min(row + _ROWS, rows)), slice(column, min(column + _WORDS, columns))
+    for row in range(0, rows, high):
+        for column in range(0, columns, wide):
+            yield slice(row, min(row + high, rows)), slice(column, min(column + wide, columns))
