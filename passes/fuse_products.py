@@ -13,6 +13,7 @@ from qeff_ir.ir.sources import sources_of
 from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.weights import Stored, side_by_side, stored
+from qeff_ir.quantized import quantized
 
 
 @register
@@ -25,7 +26,8 @@ class FuseProducts(Pass):
 
     The weights stay references into the checkpoint by default, and a `Concat` puts them side by side: a runtime that
     folds constants does so once, when it opens the package, and takes the memory of both for that time. With
-    ``weights=written`` they are one weight, which the package has in a file of its own.
+    ``weights=written`` they are one weight, which the package has in a file of its own. Quantized weights always are,
+    for no kernel takes codes that a `Concat` makes.
 
     It stands before `kv-retention` (``+fuse-products<kv-retention``): adapters fit the layers of the checkpoint, and
     the target's own kernels replace products afterwards.
@@ -56,7 +58,8 @@ class FuseProducts(Pass):
     def _fuse(self, group: list[ir.Node], rewriter: Rewriter) -> None:
         x, b = group[0].inputs[0], rewriter.at(*group)
         parts = [part for node in group if (part := stored(node)) is not None]
-        both = _written(group, parts, rewriter) if self.weights == "written" else _referenced(parts, b)
+        written = self.weights == "written" or all(quantized(part.value.const_value) is not None for part in parts)
+        both = _written(group, parts, rewriter) if written else _referenced(parts, b)
         weight = b("Transpose", both, perm=[1, 0]) if parts[0].transposed else both
         sizes = b.const([part.features[1] for part in parts])
         split = b.several("Split", b("MatMul", x, weight), sizes, axis=-1, shapes=[None] * len(parts))

@@ -20,6 +20,7 @@ from qeff_ir.ir.module import CHANGED_KEY, WEIGHT_KEY, Module
 from qeff_ir.passing.base import Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
 from qeff_ir.passing.matching import made_by
+from qeff_ir.quantized import quantized
 
 
 @register
@@ -63,6 +64,8 @@ class MergeLora(Pass):
                 raise PassError(f"the adapter {folder} changes {path}, which the model does not have{way}")
             _check(folder, layers[path][0], factors)
             if rewriter.rewrite("weight"):
+                if quantized(layers[path][0].weight.const_value) is not None:
+                    rewriter.missed(layers[path][0].node, "its weight was of few bits, and is float32 now")
                 _merge(layers[path], factors, rewriter)
         _biases(module, adapter, rewriter)
         rewriter.sweep()

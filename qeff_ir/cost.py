@@ -20,10 +20,12 @@ from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
 from qeff_ir.ir.ports import EMBEDDINGS
 from qeff_ir.ir.residents import KINDS
 from qeff_ir.passing.hiding import hidden_weights
+from qeff_ir.quantized import quantized
 
 _Shapes = Mapping[str, tuple[int, ...]]
 
-_MATMULS = frozenset({"MatMul", "FusedMatMul", "Gemm"})
+_MATMULS = frozenset({"MatMul", "FusedMatMul", "MatMulNBits", "Gemm"})
+_LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
 _ATTENTIONS = frozenset({"Attention", "SinkAttention"})
 
 
@@ -104,10 +106,10 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
             name = value.name if value is not None else None
             if value is None or name is None or not _is_weight(module, value):
                 continue
-            rows = node.op_type == "Gather" and value is node.inputs[0]
+            rows = node.op_type in _LOOKUPS and value is not node.inputs[1]
             if not rows and name in read:
                 continue
-            elements = _elements(shapes, node.outputs[0]) if rows else _elements(shapes, value)
+            elements = _looked_up(node, value, shapes) if rows else _elements(shapes, value)
             item.weight_bytes += elements * _width(value, stored, multiplied)
             if not rows:
                 read.add(name)
@@ -184,11 +186,21 @@ def _multiplied(module: Module) -> set[ir.Value]:
 def _width(value: ir.Value, stored: Storage, multiplied: set[ir.Value]) -> float:
     """Bytes of one element of a weight."""
     assert value.dtype is not None
+    parts = quantized(value.const_value)
+    if parts is not None:
+        return parts.nbytes / parts.codes.size
     if not value.dtype.is_floating_point():
         return value.dtype.itemsize
     if stored.matmuls is not None and value in multiplied:
         return stored.matmuls
     return value.dtype.itemsize if stored.weights is None else stored.weights
+
+
+def _looked_up(node: ir.Node, value: ir.Value, shapes: _Shapes) -> int:
+    """Elements of a table that are read: of codes, and of what stands beside them, the share of the rows."""
+    if node.op_type == "Gather":
+        return _elements(shapes, node.outputs[0])
+    return _elements(shapes, node.inputs[1]) * math.prod(_shape(shapes, value)[1:])
 
 
 def _elements(shapes: _Shapes, value: ir.Value | None) -> int:

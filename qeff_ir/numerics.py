@@ -22,7 +22,7 @@ UNIT_ROUNDOFF = 2.0**-24
 """Of float32."""
 
 _PRODUCTS = {
-    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Einsum", "Conv"), 1),
+    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "Einsum", "Conv"), 1),
     **dict.fromkeys(("Attention", "SinkAttention", "GroupQueryAttention", "LinearAttention"), 2),
 }
 """Matrix products inside an operator."""

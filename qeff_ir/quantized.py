@@ -172,7 +172,7 @@ def spell(model: ir.Model) -> None:
             del graph.initializers[name]
             value.const_value, value.name = None, name + _WIDE
             inputs = [_part(graph, name, parts.codes, value.metadata_props)]
-            inputs.append(_part(graph, name + _SCALES, _single(parts.scales), value.metadata_props))
+            inputs.append(_part(graph, name + _SCALES, single(parts.scales), value.metadata_props))
             if parts.zeros is not None:
                 inputs.append(_part(graph, name + _ZEROS, parts.zeros, value.metadata_props))
             value.metadata_props.clear()
@@ -213,17 +213,18 @@ def forget(model: ir.Model) -> list[ir.Value]:
     for value in model.graph.initializers.values():
         parts = quantized(value.const_value)
         if parts is not None:
-            value.const_value = _plain(str(value.name), parts)
+            value.const_value = plain(str(value.name), parts)
             found.append(value)
     return found
 
 
-def _plain(name: str, parts: Quantized) -> ir.LazyTensor:
+def plain(name: str, parts: Quantized) -> ir.LazyTensor:
+    """The weight as a float32 tensor that nobody can tell from others."""
     return lazy(name, ir.DataType.FLOAT, parts.shape, parts.numbers)
 
 
-def _single(scales: ir.TensorProtocol) -> ir.TensorProtocol:
-    """The scales as float32: what a `DequantizeLinear` gives has their type."""
+def single(scales: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Scales as float32: what a `DequantizeLinear` gives has their type."""
     if scales.dtype == ir.DataType.FLOAT:
         return scales
     shape = tuple(int(d) for d in scales.shape.numpy())

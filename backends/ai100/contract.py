@@ -28,6 +28,7 @@ from backends.ai100.contract_encoders import (
     runs_of_encoder,
     written_once,
 )
+from backends.ai100.contract_nbits import NATIVE, nbits
 from backends.ai100.contract_pictures import (
     BESIDE,
     NEXT,
@@ -169,9 +170,11 @@ def _ops(graph: gs.Graph, sdk: Sdk) -> Iterator[Violation]:
     known = {(domain, name) for domain, names in sdk.ops.items() for name in names}
     bodies = {(f.domain, f.name): f for f in graph.functions}
     for domain, name in sorted({(n.domain or "", n.op) for n in _nodes(graph)} & known):
-        if domain and (domain, name) not in bodies:
+        if domain not in ("", NATIVE) and (domain, name) not in bodies:
             yield Violation("function", f"{domain}::{name} has no body: attach the device ops")
     inside = [n for key, body in bodies.items() if key not in known for n in _nodes(body)]
+    for node in [*_nodes(graph), *inside]:
+        yield from nbits(node)
     for domain, name in sorted({(n.domain or "", n.op) for n in [*_nodes(graph), *inside]} - known - set(bodies)):
         yield Violation("op", f"{domain + '::' if domain else ''}{name} is not an operator of SDK {sdk.version}")
 

@@ -21,7 +21,8 @@ class OnnxRuntimeBackend(Backend):
     runner: ClassVar[str] = "ONNX Runtime"
     pipeline: ClassVar[str] = (
         "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,image-merge,"
-        "kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-rotary,ort-kernels"
+        "kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-rotary,"
+        "ort-matmul-nbits,ort-kernels"
     )
 
     def missing(self, options: CompileOptions | None = None) -> str | None:

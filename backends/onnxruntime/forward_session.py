@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from backends.onnxruntime.session import FOLDED
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.module import Module, Specialization
@@ -33,6 +34,7 @@ class OrtForwardSession:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(model.parent.resolve())
         )
+        options.add_session_config_entry(*FOLDED)
         try:
             self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises several private types

@@ -19,6 +19,11 @@ _FUSE_BIASES = ["SkipLayerNormFusion"]
 stands between product and bias, and the base model's slot would not answer as the base model alone."""
 
 
+FOLDED = ("session.disable_quant_qdq", "1")
+"""A weight that is still a `DequantizeLinear` is computed once, when the model is loaded, and not in every run. The
+runtime would also fuse some products with it, and round their activations."""
+
+
 class OrtSession:
     """Runs a package's ``model.onnx``.
 
@@ -53,6 +58,7 @@ class OrtSession:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(model.parent.resolve())
         )
+        options.add_session_config_entry(*FOLDED)
         try:
             self._session = ort.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"], disabled_optimizers=_FUSE_BIASES

@@ -1,7 +1,9 @@
 """Weights that a pass derives from others: the stored matrix behind a product, and new weights that are computed late.
 
 A derived weight takes no memory: its numbers are computed when somebody asks for them, which is when a package is
-written, one weight after the other. A pass that makes one says so (`Pass.changes_weights`).
+written, one weight after the other. A pass that makes one says so (`Pass.changes_weights`). A weight that is derived
+from quantized ones is float32, unless features of the output are only moved (`side_by_side`, `repeated`): then it has
+their codes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from qeff_ir.errors import PassError
 from qeff_ir.ir.module import CHANGED_KEY, PARTS_KEY, WEIGHT_KEY
 from qeff_ir.passing.matching import made_by
 from qeff_ir.passing.rewriter import Rewriter
+from qeff_ir.quantized import Quantized, dequantized, lazy, quantized, single
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,6 @@ def derived(
         PassError: There is a weight of that name already, or one that it is computed from has no numbers. When the
             numbers are asked for: they have another shape than was said.
     """
-    if name in rewriter.graph.initializers:
-        raise PassError(f"there is a weight {name} already: give the derived one another name")
     tensors = [value.const_value for value in of]
     absent = [str(value.name) for value, tensor in zip(of, tensors, strict=True) if tensor is None]
     if absent or not of:
@@ -114,13 +115,63 @@ def derived(
             raise PassError(f"the weight {name} was said to be {list(shape)}, and is {list(made.shape)}")
         return ir.Tensor(made, dtype=dtype, name=name)
 
-    sizes = ir.Shape(shape)
-    tensor = ir.LazyTensor(numbers, dtype, sizes, name=name)
-    value = ir.Value(name=name, shape=sizes, type=ir.TensorType(dtype), const_value=tensor)
+    return added(rewriter, name, ir.LazyTensor(numbers, dtype, ir.Shape(shape), name=name), of)
+
+
+def added(rewriter: Rewriter, name: str, tensor: ir.TensorProtocol, of: Sequence[ir.Value]) -> ir.Value:
+    """A tensor as a new weight of the graph.
+
+    Args:
+        rewriter: Of the pass that makes it.
+        name: See `derived`.
+        tensor: The weight.
+        of: The weights that it is computed from.
+
+    Raises:
+        PassError: There is a weight of that name already.
+    """
+    if name in rewriter.graph.initializers:
+        raise PassError(f"there is a weight {name} already: give the derived one another name")
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     value.metadata_props.update({WEIGHT_KEY: name, CHANGED_KEY: rewriter.pass_id})
     value.metadata_props[PARTS_KEY] = ",".join(dict.fromkeys(part for old in of for part in parameters(old)))
     rewriter.graph.register_initializer(value)
     return value
+
+
+def _moved(
+    rewriter: Rewriter,
+    name: str,
+    of: Sequence[ir.Value],
+    shape: Sequence[int],
+    compute: Callable[..., Array],
+    axis: int,
+) -> ir.Value:
+    """What `derived` makes, where numbers are only moved along one axis: of quantized weights, codes are moved."""
+    parts = [found for value in of if (found := quantized(value.const_value)) is not None]
+    grids = {(p.codes.dtype, p.axis, p.block, p.zeros is None) for p in parts}
+    if len(parts) < len(of) or len(grids) > 1 or parts[0].axis == axis:
+        return derived(rewriter, name, of, shape, compute)
+
+    def move(dtype: ir.DataType, tensors: list[ir.TensorProtocol]) -> ir.LazyTensor:
+        sizes = list(shape)
+        sizes[parts[0].axis] = int(tensors[0].shape.numpy()[parts[0].axis])
+        return lazy(name, dtype, tuple(sizes), lambda: compute(*(tensor.numpy() for tensor in tensors)))
+
+    codes = move(parts[0].codes.dtype, [p.codes for p in parts])
+    scales = [p.scales for p in parts]
+    if len({tensor.dtype for tensor in scales}) > 1:
+        scales = [single(tensor) for tensor in scales]
+    zeros = [p.zeros for p in parts if p.zeros is not None]
+    made = Quantized(
+        codes,
+        move(scales[0].dtype, scales),
+        move(zeros[0].dtype, zeros) if zeros else None,
+        parts[0].axis,
+        parts[0].block,
+    )
+    return added(rewriter, name, dequantized(name, made), of)
 
 
 def side_by_side(rewriter: Rewriter, name: str, parts: Sequence[Stored]) -> Stored:
@@ -139,13 +190,16 @@ def side_by_side(rewriter: Rewriter, name: str, parts: Sequence[Stored]) -> Stor
         raise PassError(f"the weights of {name} take different numbers of features: they cannot stand side by side")
     outputs = sum(part.features[1] for part in parts)
     shape = (outputs, first.features[0]) if first.transposed else (first.features[0], outputs)
+    values = [part.value for part in parts]
     flips = [part.transposed != first.transposed for part in parts]
 
     def compute(*arrays: Array) -> Array:
         turned = [array.T if flip else array for array, flip in zip(arrays, flips, strict=True)]
         return np.concatenate(turned, axis=first.out_axis)
 
-    return Stored(derived(rewriter, name, [part.value for part in parts], shape, compute), first.transposed)
+    if any(flips):
+        return Stored(derived(rewriter, name, values, shape, compute), first.transposed)
+    return Stored(_moved(rewriter, name, values, shape, compute, first.out_axis), first.transposed)
 
 
 def repeated(rewriter: Rewriter, name: str, value: ir.Value, axis: int, block: int, times: int) -> ir.Value:
@@ -169,7 +223,8 @@ def repeated(rewriter: Rewriter, name: str, value: ir.Value, axis: int, block: i
     made = [*shape[:axis], shape[axis] * times, *shape[axis + 1 :]]
 
     def compute(array: Array) -> Array:
-        blocks = array.reshape(*shape[:axis], -1, block, *shape[axis + 1 :])
-        return np.repeat(blocks, times, axis=axis).reshape(made)
+        sizes = array.shape
+        blocks = array.reshape(*sizes[:axis], -1, block, *sizes[axis + 1 :])
+        return np.repeat(blocks, times, axis=axis).reshape(*sizes[:axis], -1, *sizes[axis + 1 :])
 
-    return derived(rewriter, name, [value], made, compute)
+    return _moved(rewriter, name, [value], made, compute, axis)

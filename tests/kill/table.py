@@ -26,6 +26,8 @@ PROPERTIES = {
     "P13 orders": "properties/test_numbers.py::test_p13_legal_orders_answer_alike",
     "P14 sequences": "properties/test_numbers.py::test_p14_any_sequence_of_passes_is_refused_or_right",
     "P15 targets": "properties/test_numbers.py::test_p15_both_targets_have_one_interface",
+    "codes": "properties/test_lowbit.py",
+    "weights of few bits": "test_low_bits.py",
     "slots": "properties/test_cache_ops.py",
     "windows": "properties/test_visibility.py",
     "guards": "passes/test_guards.py",
