@@ -86,7 +86,7 @@ def both_sessions(source: FolderSource, folder: Path, **options: Any) -> None:
     for name, target in TARGETS.items():
         model = QEFFAutoModelForCausalLM._opened(once)
         shapes: dict[str, Any] = {"batch_size": 2, "prefill_seq_len": 8, "ctx_len": 48, "compile_dir": folder / name}
-        model.compile(**shapes, **target, **options)
+        model.compile(**{**shapes, **target, **options})
         answer: Trace = session_trace(model.runner(threads=1).decoder, PROMPTS, reference.tokens)
         told = compare(answer, reference)
         assert told.equal(limit), (name, told, limit)

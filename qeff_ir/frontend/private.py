@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
 from transformers.exporters.utils import _PATCHES, import_dotted_path
+from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.generic import ModelOutput
@@ -70,6 +71,26 @@ def export_patches(*, segments: bool = True) -> Generator[None]:
             stack.enter_context(replaced(owner, name, lambda told: told, others=lambda: False))
         stack.enter_context(replaced(_symbolic_trace._Patcher, "patch_method", _for_this_thread))
         yield
+
+
+@contextlib.contextmanager
+def float32_scales() -> Generator[None]:
+    """Give transformers' decoder of compressed-tensors float32 scales, in this thread: it multiplies in their type."""
+
+    def make(convert: Function) -> Function:
+        def wide(self: Any, tensors: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            return convert(self, {name: _float32(name, value) for name, value in tensors.items()}, *args, **kwargs)
+
+        return wide
+
+    with replaced(CompressedTensorsDequantize, "convert", make):
+        yield
+
+
+def _float32(name: str, value: Any) -> Any:
+    if not name.endswith("_scale"):
+        return value
+    return [scale.float() for scale in value] if isinstance(value, list) else value.float()
 
 
 _TOLD = (

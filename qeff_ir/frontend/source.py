@@ -242,12 +242,14 @@ class FolderSource(Source):
         """See `Source.reference`; quantized weights are dequantized by transformers, if it can."""
         import torch
 
+        from qeff_ir.frontend.private import float32_scales
+
         if self.decoded_here():
             return self._decoded_model()
         config = copy.deepcopy(self.config)
         if self.checkpoint.reference is not None:
             config.quantization_config = copy.deepcopy(self.checkpoint.reference)
-        with self._buildable():
+        with self._buildable(), float32_scales():
             return (
                 self._auto()
                 .from_pretrained(

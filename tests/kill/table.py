@@ -147,6 +147,8 @@ PROPERTIES = {
     "weights of GPTQ": "frontend/formats/test_gptq.py::test_the_weights_are_those_of_the_definition",
     "sorted inputs of GPTQ": "frontend/formats/test_gptq.py::test_inputs_of_a_group_need_not_be_neighbors",
     "tensors of GPTQ": "frontend/formats/test_gptq.py::test_tensors_that_do_not_fit_are_refused",
+    "compressed-tensors": "frontend/formats/test_compressed_tensors.py",
+    "MXFP4": "frontend/formats/test_mxfp4.py",
     "coverage of pictures": "benchmarks/test_coverage_pictures.py",
     "demo of pictures": "cli/test_demo_pictures.py",
 }
