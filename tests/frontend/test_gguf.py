@@ -20,6 +20,7 @@ from qeff_ir.cli.lowered import LoweredOnce
 from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
 from qeff_ir.frontend.source import open_source
 from qeff_ir.numerics import bound, depth
+from qeff_ir.quantized import quantized
 from qeff_ir.ranges import stored_in
 from qeff_ir.testing.trace import compare, reference_trace, session_trace
 from tests.gguf_files import Kind, tiny, write
@@ -68,6 +69,21 @@ def test_every_number_is_that_of_transformers(name: str, tmp_path: Path) -> None
     weights, theirs = open_source(path).weights(), oracle(path).state_dict()
     assert weights.keys() == theirs.keys()
     assert [n for n, t in theirs.items() if not np.array_equal(weights[n].numpy().astype(np.float32), t.numpy())] == []
+
+
+def test_blocks_without_offsets_stay_codes_and_scales(tmp_path: Path) -> None:
+    """Moved rows too; what has an offset in its blocks (Q4_1, Q4_K, …) is numbers."""
+    weights = open_source(file("llama", tmp_path / "model")).weights()
+    found = {name: parts for name, tensor in weights.items() if (parts := quantized(tensor)) is not None}
+    kinds = {name: (parts.codes.dtype.name, parts.block) for name, parts in found.items()}
+    layer = "model.layers.0."
+    assert kinds[f"{layer}self_attn.q_proj.weight"] == ("UINT4", 32)
+    assert kinds[f"{layer}self_attn.k_proj.weight"] == kinds["model.embed_tokens.weight"] == ("INT8", 32)
+    assert kinds[f"{layer}mlp.down_proj.weight"] == ("INT8", 16)
+    assert not kinds.keys() & {f"{layer}mlp.up_proj.weight", f"{layer}self_attn.o_proj.weight", "lm_head.weight"}
+    assert all(parts.problem() is None for parts in found.values())
+    own = [t for t in gguf.GGUFReader(tmp_path / "model" / "model.gguf").tensors if t.name == "blk.0.attn_q.weight"]
+    assert found[f"{layer}self_attn.q_proj.weight"].nbytes == own[0].n_bytes + 256 * 32 // 32 // 2  # zeros of 4 bits
 
 
 def test_the_writer_of_these_tests_writes_what_is_read(tmp_path: Path) -> None:

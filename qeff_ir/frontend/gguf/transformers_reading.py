@@ -88,3 +88,19 @@ class Processor:
         with np.errstate(all="ignore"):
             found = self({name: numbers})
         return {target: Made(made.shape, made is numbers) if whole else None for target, made in found.items()}
+
+    def rows(self, name: str, target: str, shape: tuple[int, ...]) -> Array | None:
+        """The order in which a parameter has the rows of a matrix of the file; `None` where more is done to it.
+
+        The numbers of the rows, in one column, go the way of the matrix.
+        """
+        if len(shape) != 2:
+            return None
+        numbers = np.arange(shape[0], dtype=np.float64)[:, None]
+        try:
+            moved = self({name: numbers}).get(target)
+        except ValueError:  # it looks at columns too
+            return None
+        if moved is None or moved.shape != numbers.shape or not np.array_equal(np.sort(moved, axis=0), numbers):
+            return None
+        return moved[:, 0].astype(np.int64)

@@ -20,10 +20,10 @@ from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError, fir
 from qeff_ir.frontend.checkpoint.formats import Decoded
 from qeff_ir.frontend.checkpoint.references import Checkpoint
 from qeff_ir.frontend.checkpoint.weights import Weights, checkpoint_weights
-from qeff_ir.frontend.gguf.blocks import check_kind, numbers
+from qeff_ir.frontend.gguf.blocks import check_kind, numbers, parts
 from qeff_ir.frontend.gguf.header import PLAIN, GgufFile, GgufTensor
 from qeff_ir.frontend.gguf.transformers_reading import Made, Processor, conversions
-from qeff_ir.quantized import lazy
+from qeff_ir.quantized import dequantized, lazy
 from qeff_ir.ranges import widened
 
 
@@ -72,20 +72,20 @@ def _one_by_one(file: GgufFile) -> list[Decoded]:
 def _processed(model: PreTrainedModel, file: GgufFile, fields: Mapping[str, Any]) -> list[Decoded]:
     """The parameters of an architecture of transformers' older way, by transformers' names."""
     process, linked = Processor(file.architecture, fields, model), _is_plain(file)
-    parts: dict[str, dict[str, Made | None]] = {}
+    sources: dict[str, dict[str, Made | None]] = {}
     unused: list[str] = []
     for name, tensor in file.tensors.items():
         targets = process.targets(name, tensor.shape)
         unused += [] if targets else [name]
         for target, made in targets.items():
-            parts.setdefault(target, {})[name] = made
+            sources.setdefault(target, {})[name] = made
     if unused:
         raise UnsupportedModelError(
             f"{len(unused)} tensors of {file.path} are no parameters of {type(model).__name__}, the first is "
             f"'{unused[0]}', and transformers would leave them out: use the model's safetensors"
         )
     wanted, found = model.state_dict(), list[Decoded]()
-    for target, names in parts.items():
+    for target, names in sources.items():
         tensors, made = {name: file.tensors[name] for name in names}, next(iter(names.values()))
         shape = made.shape if made is not None else tuple(wanted[target].shape) if target in wanted else ()
         if math.prod(shape) != sum(math.prod(tensor.shape) for tensor in tensors.values()):
@@ -109,7 +109,9 @@ def _is_plain(file: GgufFile) -> bool:
 
 def _whole(name: str, tensor: GgufTensor, linked: bool) -> ir.LazyTensor:
     """A tensor of the file as it is: where it lies, or its numbers."""
-    stored = PLAIN.get(tensor.kind)
+    stored, blocks = PLAIN.get(tensor.kind), parts(tensor)
+    if blocks is not None:
+        return dequantized(name, blocks)
     if stored is None:
         return _single(name, tensor.shape, lambda: numbers(tensor))
     own = tensor.where.tensor(name) if linked else lazy(name, stored, tensor.shape, lambda: numbers(tensor))
@@ -117,7 +119,13 @@ def _whole(name: str, tensor: GgufTensor, linked: bool) -> ir.LazyTensor:
 
 
 def _made(target: str, tensors: Mapping[str, GgufTensor], shape: tuple[int, ...], process: Processor) -> ir.LazyTensor:
-    """What transformers makes of tensors of the file."""
+    """What transformers makes of tensors of the file; codes of one whose rows it only moves are moved alike."""
+    if len(tensors) == 1:
+        ((name, only),) = tensors.items()
+        rows = process.rows(name, target, only.shape)
+        blocks = None if rows is None else parts(only, rows)
+        if blocks is not None:
+            return dequantized(target, blocks)
 
     def make() -> Array:
         made = process({name: np.asarray(numbers(tensor), np.float32) for name, tensor in tensors.items()})[target]
