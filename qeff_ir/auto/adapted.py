@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
 
 from backends import find_backend
-from qeff_ir.adapters.base_model import check_base
+from qeff_ir.adapters.base_model import base_of, check_base
 from qeff_ir.adapters.fit import fit, package_weights
 from qeff_ir.adapters.folder import Adapter, check_name, open_adapter
 from qeff_ir.adapters.slots import AdapterSlots
 from qeff_ir.adapters.step import Bias, Mode, lora_step
+from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compiled_model import CompiledModel, SourceT
 from qeff_ir.compiler import Compiled, chosen
 from qeff_ir.errors import AdapterError, RuntimeInputError
@@ -56,6 +57,12 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
         self._merged: list[Path] = []
         self._active: str | None = None
         self._held: AdapterSlots | None = None
+
+    def _begin_with(self, name: str, adapter: Adapter) -> Self:
+        """Load the adapter that the model is opened by, and make it the active one."""
+        self._adapters[name] = adapter
+        self._active = name
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_held": None}  # slots are those of the session
@@ -245,6 +252,30 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
             raise RuntimeInputError(f"there are {len(names)} adapters for {rows} rows: name one for each")
         return names
 
+    @property
+    def _default(self) -> str | None:
+        """The adapter of a request that names none."""
+        return self._active
+
+    @contextlib.contextmanager
+    def _request(self, adapters: Sequence[str | None] | str | None, rows: int) -> Generator[tuple[RunnerT, list[int]]]:
+        """The session for one request of this thread, and the slots of its rows; other threads wait until its end.
+
+        Args:
+            adapters: Name of each row's adapter, or one for all; the default one by default.
+            rows: How many rows there are.
+
+        Raises:
+            AdapterError: There is no such adapter, or the model is compiled for one adapter at a time.
+            RuntimeInputError: There are not as many adapters as rows, or a request of this thread is running.
+        """
+        with self._lock:
+            runner, held, active = self.runner(), self._held, self._default
+        assert held is not None
+        names = self._named(adapters, rows, active)
+        with runner.decoder.request():
+            yield runner, self._slots(held, names)
+
     def use_adapters(self, adapters: Sequence[str | None]) -> None:
         """Give each row of the compiled batch its adapter, from the next run of the session on; `generate` does so too.
 
@@ -333,6 +364,40 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
             )
         for name in names:
             fit(name, adapters[name], inputs, package_weights(model))
+
+
+def open_with_base(
+    adapter: str | Path, name: str, base_model: str | Path | None, kwargs: Mapping[str, Any]
+) -> tuple[Adapter, str | Path, dict[str, Any]]:
+    """An adapter, its base model, and the arguments by which the hub has that.
+
+    Args:
+        adapter: Folder or hub id of the adapter.
+        name: What to call it.
+        base_model: Folder or hub id of the base model; by default what the adapter says.
+        kwargs: Of ``from_pretrained``; ``revision`` is the adapter's.
+
+    Raises:
+        AdapterError: The adapter cannot be read, or is of a kind that is not supported.
+        ModelLoadError: An argument asks for what is not supported.
+    """
+    check_name(name)
+    hub = hub_arguments(kwargs)
+    path_of(adapter, "the adapter", AdapterError)
+    found = open_adapter(adapter, **hub)
+    base = model_name(base_model) if base_model is not None else base_of(found)
+    hub.pop("revision", None)  # the adapter's; the base model's stands in the configuration
+    if base_model is None and found.config.revision:
+        hub["revision"] = found.config.revision
+    return found, base, hub
+
+
+def rows_of(ids: object, texts: Sequence[str] | None) -> int:
+    """How many rows a request has; 0 of malformed token ids, which are told where they are read."""
+    if texts is not None or isinstance(ids, list | tuple):
+        return len(cast("Sequence[Any]", ids if texts is None else texts))
+    shape: Sequence[int] = getattr(ids, "shape", ())
+    return shape[0] if shape else 0
 
 
 def _model_file(package: Compiled) -> Path:

@@ -7,22 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from backends import find_backend
-from qeff_ir.adapters.base_model import base_of
-from qeff_ir.adapters.folder import Adapter, check_name, open_adapter
+from qeff_ir.adapters.folder import Adapter
 from qeff_ir.adapters.step import Bias, Mode
-from qeff_ir.auto.adapted import AdaptedModel
-from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments, model_name
+from qeff_ir.auto.adapted import AdaptedModel, open_with_base, rows_of
+from qeff_ir.auto.arguments import check_compile_arguments
 from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
 from qeff_ir.compiler import Compiled, Pipelines, choose_target
 from qeff_ir.errors import AdapterError
 from qeff_ir.frontend.picture_source import PictureSource
 from qeff_ir.ir.sources import sources_of
 from qeff_ir.package import MAIN, program_folder
-from qeff_ir.reading import path_of
 
 if TYPE_CHECKING:
     import torch
 
+    from qeff_ir.arrays import Array
     from qeff_ir.auto.picture_runner import PictureRunner
 
 
@@ -69,18 +68,9 @@ class QEffAutoPeftModelForImageTextToText(
             AdapterError: The adapter cannot be read, or is of a kind that is not supported.
             ModelLoadError: There is no such base model, or it cannot be read.
         """
-        check_name(adapter_name)
-        hub = hub_arguments(kwargs)
-        path_of(pretrained_model_name_or_path, "the adapter", AdapterError)
-        adapter = open_adapter(pretrained_model_name_or_path, **hub)
-        base = model_name(base_model) if base_model is not None else base_of(adapter)
-        hub.pop("revision", None)  # the adapter's; the base model's stands in the configuration
-        if base_model is None and adapter.config.revision:
-            hub["revision"] = adapter.config.revision
+        adapter, base, hub = open_with_base(pretrained_model_name_or_path, adapter_name, base_model, kwargs)
         self = super().from_pretrained(base, kv_offload=kv_offload, trust_remote_code=trust_remote_code, **hub)
-        self._adapters[adapter_name] = adapter
-        self._active = adapter_name
-        return self
+        return self._begin_with(adapter_name, adapter)
 
     def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -164,17 +154,44 @@ class QEffAutoPeftModelForImageTextToText(
             AdapterError: There is no such adapter, or the model is compiled for one adapter at a time.
             RuntimeInputError: There are not as many adapters as rows; see there for the rest.
         """
-        with self._lock:
-            runner: PictureRunner = self.runner()
-            held, active = self._held, self._active
-        assert held is not None
         texts = self._texts(inputs, prompts, images, processor, resize=resize)
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        rows: tuple[int, ...] = getattr(ids, "shape", ()) if texts is None else (len(texts),)
-        names = self._named(adapters, rows[0] if rows else 0, active)
-        with runner.decoder.request():
-            slots = self._slots(held, names)
+        with self._request(adapters, rows_of(ids, texts)) as (runner, slots):
             if texts is not None:
                 return runner.answer(texts, images, processor, kwargs, resize=resize, lora_ids=slots)
             self._give(runner, slots)
             return runner.generate(inputs, kwargs)
+
+    def score(
+        self,
+        *,
+        tokens: Sequence[int | str],
+        prompts: Sequence[str] | str | None = None,
+        images: Any = None,
+        processor: Any = None,
+        resize: bool = False,
+        adapters: Sequence[str | None] | str | None = None,
+        **kwargs: Any,
+    ) -> Array:
+        """As `QEFFAutoModelForImageTextToText.score`, with one adapter for each row.
+
+        Args:
+            tokens: See there.
+            prompts: See there.
+            images: See there.
+            processor: See there.
+            resize: See there.
+            adapters: As for `generate`.
+            kwargs: See there.
+
+        Raises:
+            AdapterError: As for `generate`.
+            RuntimeInputError: There are not as many adapters as rows; see there for the rest.
+        """
+        from qeff_ir.runtime.read_out import shares
+
+        texts = self._read_texts(prompts, images, kwargs, resize=resize)
+        with self._request(adapters, rows_of(kwargs.get("input_ids"), texts)) as (runner, slots):
+            runner.decoder.check_scores()
+            logits = self._last(runner, texts, images, processor, kwargs, resize=resize, lora_ids=slots)
+        return shares(logits, tokens, getattr(processor, "tokenizer", None))

@@ -6,22 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qeff_ir.adapters.base_model import base_of
-from qeff_ir.adapters.folder import check_name, open_adapter
 from qeff_ir.adapters.step import Bias, Mode
-from qeff_ir.auto.adapted import AdaptedModel
-from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments, model_name
+from qeff_ir.auto.adapted import AdaptedModel, open_with_base, rows_of
+from qeff_ir.auto.arguments import check_compile_arguments
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import choose_target
-from qeff_ir.errors import AdapterError
 from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.passing.pipeline import Pipeline
-from qeff_ir.reading import path_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from qeff_ir.arrays import Array
     from qeff_ir.runtime.generation import SessionLM
 
 
@@ -64,22 +61,13 @@ class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoMo
             AdapterError: The adapter cannot be read, or is of a kind that is not supported.
             ModelLoadError: There is no such base model, or it cannot be read.
         """
-        check_name(adapter_name)
-        hub = hub_arguments(kwargs)
-        path_of(pretrained_model_name_or_path, "the adapter", AdapterError)
-        adapter = open_adapter(pretrained_model_name_or_path, **hub)
-        base = model_name(base_model) if base_model is not None else base_of(adapter)
+        adapter, base, hub = open_with_base(pretrained_model_name_or_path, adapter_name, base_model, kwargs)
         if finite_adapters:
             from qeff_ir import QEffAutoLoraModelForCausalLM
 
             cls = QEffAutoLoraModelForCausalLM
-        hub.pop("revision", None)  # the adapter's; the base model's stands in the configuration
-        if base_model is None and adapter.config.revision:
-            hub["revision"] = adapter.config.revision
         self = cls._opened(open_source(base, trust_remote_code=trust_remote_code, **hub))
-        self._adapters[adapter_name] = adapter
-        self._active = adapter_name
-        return self
+        return self._begin_with(adapter_name, adapter)
 
     def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -144,16 +132,40 @@ class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoMo
         """
         from qeff_ir.runtime.texts import as_texts
 
-        with self._lock:
-            runner: SessionLM = self.runner()
-            held, active = self._held, self._active
-        assert held is not None
         texts = None if prompts is None else as_texts(prompts)
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        rows: tuple[int, ...] = getattr(ids, "shape", ()) if texts is None else (len(texts),)
-        names = self._named(adapters, rows[0] if rows else 0, active)
-        with runner.decoder.request():
-            slots = self._slots(held, names)
+        with self._request(adapters, rows_of(ids, texts)) as (runner, slots):
             if texts is None:
                 self._give(runner, slots)
             return self._answer(runner, inputs, texts, tokenizer, kwargs, slots)
+
+    def score(
+        self,
+        *,
+        tokens: Sequence[int | str],
+        prompts: Sequence[str] | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        adapters: Sequence[str | None] | str | None = None,
+    ) -> Array:
+        """As `QEFFAutoModelForCausalLM.score`, with one adapter for each row.
+
+        Args:
+            tokens: See there.
+            prompts: See there.
+            tokenizer: See there.
+            input_ids: See there.
+            attention_mask: See there.
+            adapters: As for `generate`.
+
+        Raises:
+            AdapterError: As for `generate`.
+            RuntimeInputError: There are not as many adapters as rows; see there for the rest.
+        """
+        from qeff_ir.runtime.read_out import read_out, shares
+
+        rows = self._rows(self.runner(), prompts, tokenizer, input_ids, attention_mask)
+        with self._request(adapters, len(rows)) as (runner, slots):
+            logits = read_out(runner.decoder, len(rows), lambda batch: [rows[number] for number in batch], slots)
+        return shares(logits, tokens, tokenizer)

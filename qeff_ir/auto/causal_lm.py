@@ -236,22 +236,38 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
             RuntimeInputError: The request does not fit the compiled model, or a token is none.
             PackageError: The model is not compiled.
         """
-        from qeff_ir.runtime.read_out import read_out, real_rows, shares
-        from qeff_ir.runtime.texts import as_texts, encode
+        from qeff_ir.runtime.read_out import read_out, shares
 
         runner = self.runner()
-        if (prompts is None) == (input_ids is None):
-            raise RuntimeInputError("give prompts and tokenizer, or input_ids")
-        if prompts is None:
-            rows = real_rows(input_ids, attention_mask, runner.vocabulary)
-        elif tokenizer is None or attention_mask is not None:
-            raise RuntimeInputError("prompts need tokenizer=, the model's, and no attention_mask")
-        else:
-            rows = [encode(tokenizer, text) for text in as_texts(prompts)]
-        runner.decoder.check_scores()
+        rows = self._rows(runner, prompts, tokenizer, input_ids, attention_mask)
         with runner.decoder.request():
             logits = read_out(runner.decoder, len(rows), lambda batch: [rows[number] for number in batch])
         return shares(logits, tokens, tokenizer)
+
+    def _rows(
+        self,
+        runner: SessionLM,
+        prompts: Sequence[str] | str | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> list[list[int]]:
+        """The tokens of rows to score.
+
+        Raises:
+            RuntimeInputError: They are none, or the package has no logits.
+        """
+        from qeff_ir.runtime.read_out import real_rows
+        from qeff_ir.runtime.texts import as_texts, encode
+
+        runner.decoder.check_scores()
+        if (prompts is None) == (ids is None):
+            raise RuntimeInputError("give prompts and tokenizer, or input_ids")
+        if prompts is None:
+            return real_rows(ids, mask, runner.vocabulary)
+        if tokenizer is None or mask is not None:
+            raise RuntimeInputError("prompts need tokenizer=, the model's, and no attention_mask")
+        return [encode(tokenizer, text) for text in as_texts(prompts)]
 
     def _open_runner(self, threads: int | None) -> SessionLM:
         from qeff_ir.runtime.decoder import Decoder

@@ -45,6 +45,10 @@ class QEffAutoLoraModelForCausalLM(QEffAutoPeftModelForCausalLM):
             return {name: self._held.slot(name) for name in self.adapters}
         return {name: number for number, name in enumerate(self.adapters, start=1)}
 
+    @property
+    def _default(self) -> str | None:
+        return None
+
     def unload_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; see `delete_adapter`.
 
@@ -73,6 +77,4 @@ class QEffAutoLoraModelForCausalLM(QEffAutoPeftModelForCausalLM):
         """
         adapters = kwargs.pop("adapters", None)
         names = prompt_to_adapter_mapping if prompt_to_adapter_mapping is not None else adapters
-        if names is None:
-            names = "base"
         return super().generate(inputs, prompts=prompts, tokenizer=tokenizer, adapters=names, **kwargs)

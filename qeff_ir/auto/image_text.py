@@ -253,9 +253,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         from qeff_ir.runtime.texts import as_texts
 
         if prompts is None:
-            given = {"images": images, "processor": processor, "resize": resize or None}
-            for name in (name for name, value in given.items() if value is not None):
-                raise RuntimeInputError(f"{name} is for prompts, and there are none: give what the processor returns")
+            _none_of_prompts(images=images, processor=processor, resize=resize or None)
             return None
         if processor is None or inputs is not None:
             raise RuntimeInputError("prompts need processor=, the model's, and nothing that it returns")
@@ -290,22 +288,46 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         """
         from qeff_ir.runtime.read_out import shares
 
-        self.runner().decoder.check_scores()
-        logits = self._last(prompts, images, processor, kwargs, resize=resize)
+        runner = self.runner()
+        runner.decoder.check_scores()
+        texts = self._read_texts(prompts, images, kwargs, resize=resize)
+        with runner.decoder.request():
+            logits = self._last(runner, texts, images, processor, kwargs, resize=resize)
         return shares(logits, tokens, getattr(processor, "tokenizer", None))
 
-    def _last(self, prompts: object, images: Any, processor: Any, kwargs: dict[str, Any], *, resize: bool) -> Array:
-        """What the language model returns for the last token of each row, ``[rows, width]``."""
+    def _read_texts(self, prompts: object, images: Any, kwargs: dict[str, Any], *, resize: bool) -> list[str] | None:
+        """The prompts that are read and not answered, before the turn; `None` for what a processor returns.
+
+        Raises:
+            RuntimeInputError: Arguments of one way to ask are given for the other.
+        """
         from qeff_ir.runtime.texts import as_texts
 
-        runner = self.runner()
         if (prompts is None) == (not kwargs):
             raise RuntimeInputError("give prompts, images and processor, or what the processor returns")
-        texts = None if prompts is None else as_texts(prompts)
-        with runner.decoder.request():
-            if texts is None:
-                return runner.last(kwargs)
-            return runner.last_of_prompts(texts, images, processor, resize=resize)
+        if prompts is None:
+            _none_of_prompts(images=images, resize=resize or None)
+            return None
+        return as_texts(prompts)
+
+    def _last(
+        self,
+        runner: PictureRunner,
+        texts: Sequence[str] | None,
+        images: Any,
+        processor: Any,
+        kwargs: dict[str, Any],
+        *,
+        resize: bool,
+        lora_ids: Sequence[int] | None = None,
+    ) -> Array:
+        """What the language model returns for the last token of each row, ``[rows, width]``; the thread has its turn.
+
+        `lora_ids` are the slots of their adapters.
+        """
+        if texts is None:
+            return runner.last(kwargs, lora_ids)
+        return runner.last_of_prompts(texts, images, processor, resize=resize, lora_ids=lora_ids)
 
     def _open_runner(self, threads: int | None) -> PictureRunner:
         from qeff_ir.auto.picture_runner import PictureRunner
@@ -340,6 +362,16 @@ def _single(source: PictureSource, kv_offload: bool) -> PictureSource:
         )
     source.single_program = not kv_offload
     return source
+
+
+def _none_of_prompts(**given: object) -> None:
+    """Refuse what is for prompts where there are none.
+
+    Raises:
+        RuntimeInputError: There is such an argument.
+    """
+    for name in (name for name, value in given.items() if value is not None):
+        raise RuntimeInputError(f"{name} is for prompts, and there are none: give what the processor returns")
 
 
 def _default_context(rows: int, config: PreTrainedConfig) -> int:

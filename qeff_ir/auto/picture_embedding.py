@@ -91,7 +91,10 @@ class PictureEmbedder(QEFFAutoModelForImageTextToText):
         Raises:
             RuntimeInputError: The request does not fit the compiled model.
         """
-        return self._last(prompts, images, processor, dict(inputs or {}), resize=resize)
+        runner, given = self.runner(), dict(inputs or {})
+        texts = self._read_texts(prompts, images, given, resize=resize)
+        with runner.decoder.request():
+            return self._last(runner, texts, images, processor, given, resize=resize)
 
     def _open_runner(self, threads: int | None) -> PictureRunner:
         runner = super()._open_runner(threads)

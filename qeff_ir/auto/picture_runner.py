@@ -80,11 +80,12 @@ class PictureRunner:
         finally:
             self.decoder.prompts = ()
 
-    def last(self, kwargs: dict[str, Any]) -> Array:
+    def last(self, kwargs: dict[str, Any], lora_ids: Sequence[int] | None = None) -> Array:
         """What the language model returns for the last token of each row that a processor made, of any number of rows.
 
         Args:
             kwargs: What it returns.
+            lora_ids: Slot of each row's adapter; those of the decoder by default.
 
         Returns:
             float32 ``[rows, vocab]``, or ``[rows, features]`` of an embedding model.
@@ -102,15 +103,25 @@ class PictureRunner:
             self.decoder.prompts = [prompts[number] for number in batch]
             return [rows[number] for number in batch]
 
-        return self._read_out(len(rows), rows_of)
+        return self._read_out(len(rows), rows_of, lora_ids)
 
-    def last_of_prompts(self, prompts: Sequence[str], images: object, processor: Any, *, resize: bool) -> Array:
+    def last_of_prompts(
+        self,
+        prompts: Sequence[str],
+        images: object,
+        processor: Any,
+        *,
+        resize: bool,
+        lora_ids: Sequence[int] | None = None,
+    ) -> Array:
         """As `last`, of prompts about pictures."""
-        return self._read_out(len(prompts), self._reader(prompts, images, processor, resize=resize))
+        return self._read_out(len(prompts), self._reader(prompts, images, processor, resize=resize), lora_ids)
 
-    def _read_out(self, count: int, rows_of: Callable[[Sequence[int]], list[list[int]]]) -> Array:
+    def _read_out(
+        self, count: int, rows_of: Callable[[Sequence[int]], list[list[int]]], lora_ids: Sequence[int] | None
+    ) -> Array:
         try:
-            return read_out(self.decoder, count, rows_of)
+            return read_out(self.decoder, count, rows_of, lora_ids)
         finally:
             self.decoder.prompts = ()
 

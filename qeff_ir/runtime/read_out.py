@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from qeff_ir.runtime.decoder import Decoder
 
 
-def read_out(decoder: Decoder, count: int, rows_of: Callable[[Sequence[int]], list[list[int]]]) -> Array:
+def read_out(
+    decoder: Decoder,
+    count: int,
+    rows_of: Callable[[Sequence[int]], list[list[int]]],
+    lora_ids: Sequence[int] | None = None,
+) -> Array:
     """Prefill rows in batches; the last batch is filled up with its last row, whose copies are dropped.
 
     Args:
         decoder: The session's driver, of which the thread has its turn.
         count: How many rows there are, at least one.
         rows_of: Makes the token ids of a batch, by their numbers, and tells the decoder what they have beside tokens.
+        lora_ids: Slot of each row's adapter; those of the decoder by default.
 
     Returns:
         float32 ``[count, vocab]``, or ``[count, features]`` of an embedding model.
@@ -32,7 +38,8 @@ def read_out(decoder: Decoder, count: int, rows_of: Callable[[Sequence[int]], li
     found: list[Array] = []
     for start in range(0, count, decoder.batch_size):
         batch = [min(start + place, count - 1) for place in range(decoder.batch_size)]
-        found.append(decoder.prefill(rows_of(batch))[: count - start].astype(np.float32))
+        slots = None if lora_ids is None else np.array([lora_ids[number] for number in batch])
+        found.append(decoder.prefill(rows_of(batch), slots)[: count - start].astype(np.float32))
     return np.concatenate(found)
 
 

@@ -13,12 +13,14 @@ from peft import PeftModel
 from qeff_ir import QEffAutoPeftModelForImageTextToText
 from qeff_ir.errors import AdapterError, RuntimeInputError
 from qeff_ir.numerics import error_over_rms
+from qeff_ir.runtime.read_out import shares
 from tests import multimodal, support
 from tests.adapters.random_adapters import make
 from tests.processors import PROCESSORS
 from tests.test_image_text import LOOSE, SHAPES, logits, pictures, processed, processor, texts
 
 NAME = "llava"
+TOKENS = [7, 33]
 TEXT = r".*language_model.*\.(q_proj|down_proj)"
 
 
@@ -71,6 +73,13 @@ def test_each_row_has_its_adapter(
         given = processed(NAME, [own], [prompt])
         out = support.generate(by_name[name], **given, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         assert said.generated_ids[row] == out[0, -4:].tolist()
+    active, mixed = (shares(np.stack(right(names)), TOKENS) for names in (["one", "one"], [None, "one"]))
+    for found, wanted in (
+        (model.score(tokens=TOKENS, **processed(NAME, images, text)), active),
+        (model.score(tokens=TOKENS, **processed(NAME, images, text), adapters=[None, "one"]), mixed),
+        (model.score(tokens=TOKENS, prompts=text, images=images, processor=processor(NAME)), active),
+    ):
+        assert error_over_rms(found, wanted) <= LOOSE
     with pytest.raises(RuntimeInputError, match="there are 1 adapters for 2 rows: name one for each"):
         model.generate(**processed(NAME, images, text), adapters=["one"])
     with pytest.raises(AdapterError, match=r"changes model\.vision_tower"):

@@ -80,6 +80,29 @@ def test_switching_needs_no_compilation(one: tuple[Path, PeftModel], two: tuple[
     assert model.package is package and model.runner().decoder.session is session
 
 
+def test_scores_are_those_of_each_rows_adapter(one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]) -> None:
+    model, tokens = QEffAutoPeftModelForCausalLM._opened(support.Lowered(NAME)), [7, 33]
+    model.load_adapter(one[0], "one")
+    model.load_adapter(two[0], "two")
+    model.compile(**COMPILE)
+    ids = torch.tensor(support.prompts([6, 6, 6], seed=2))
+
+    def right(models: list[Any]) -> Any:
+        with torch.no_grad():
+            rows = [m(input_ids=row[None]).logits[0, -1, tokens] for m, row in zip(models, ids, strict=True)]
+        return torch.stack(rows).softmax(1).numpy()
+
+    plain, limit = right([base(NAME)] * 3), numerics.bound(6 * 3)
+    model.generate(ids[:2], max_new_tokens=1, adapters="two")  # leaves nothing to the next request
+    assert numerics.error_over_rms(model.score(tokens=tokens, input_ids=ids), plain) <= limit
+    model.set_adapter("one")
+    first, mixed = right([one[1]] * 3), right([two[1], base(NAME), one[1]])
+    assert min(numerics.error_over_rms(first, plain), numerics.error_over_rms(first, mixed)) > 100 * limit
+    assert numerics.error_over_rms(model.score(tokens=tokens, input_ids=ids), first) <= limit
+    found = model.score(tokens=tokens, input_ids=ids, adapters=["two", None, "one"])
+    assert numerics.error_over_rms(found, mixed) <= limit
+
+
 def test_what_a_block_without_adapters_changes_stays_as_in_peft(
     one: tuple[Path, PeftModel], two: tuple[Path, PeftModel]
 ) -> None:

@@ -63,6 +63,7 @@ PROPERTIES = {
     "adapters of bloom": f"{_MIXED}[bloom-onnxruntime]",
     "adapters that are loaded": "auto/test_adapters.py::test_what_is_left_open_fits_all_that_is_loaded",
     "adapters in blocks": "auto/test_adapters.py::test_what_a_block_without_adapters_changes_stays_as_in_peft",
+    "scores of adapters": "auto/test_adapters.py::test_scores_are_those_of_each_rows_adapter",
     "AI 100 SDK": "backends/ai100/test_sdk.py",
     "filled context": "runtime/test_generate.py::test_the_context_can_be_filled_to_the_last_token",
     "lengths of requests": "runtime/test_request.py::test_a_length_of_the_caller_is_not_cut",
