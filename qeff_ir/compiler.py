@@ -134,7 +134,7 @@ def compile_model(
     tell = watch or (lambda _step, _run: None)
     tell("weights", None)
     programs = _checked(backend.programs(source.programs()))
-    steps = _pipelines(pipeline, Pipeline.parse(backend.pipeline), list(programs))
+    steps = pipelines(pipeline, Pipeline.parse(backend.pipeline), list(programs))
     if token_embedding == "host":
         steps[MAIN] = steps[MAIN].add("token-embedding")
     lowered = {} if source.identity() is not None else {name: lower() for name, lower in programs.items()}
@@ -179,8 +179,13 @@ def _checked(programs: Mapping[str, Callable[[], Module]]) -> dict[str, Callable
     return dict(sorted(programs.items(), key=lambda item: item[0] != MAIN))
 
 
-def _pipelines(given: Pipelines, own: Pipeline, programs: Collection[str]) -> dict[str, Pipeline]:
-    """The pipeline of each program."""
+def pipelines(given: Pipelines, own: Pipeline, programs: Collection[str]) -> dict[str, Pipeline]:
+    """The pipeline of each program, see `chosen`; one alone is for all.
+
+    Raises:
+        CompileError: There is one for a program that the model does not have.
+        PipelineError: See `chosen`.
+    """
     if not isinstance(given, Mapping):
         return dict.fromkeys(programs, chosen(given, own))
     unknown = [name for name in given if name not in programs]

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from qeff_ir.errors import VerificationError
 from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.needed import Needed
 from qeff_ir.ir.ports import EMBEDDINGS
 from qeff_ir.ir.residents import KINDS
 from qeff_ir.passing.hiding import hidden_weights
@@ -78,15 +79,17 @@ class Cost:
     ops: dict[str, OpCost] = field(default_factory=dict[str, OpCost])
 
 
-def cost(module: Module, specialization: Specialization, storage: Storage | None = None) -> Cost:
+def cost(
+    module: Module, specialization: Specialization, storage: Storage | None = None, *, fixed: bool = False
+) -> Cost:
     """Count the cost of one run.
-
-    Everything in the graph is counted, also what a compiler leaves out of a run whose sizes tell that it is not needed.
 
     Args:
         module: A lowered module.
         specialization: The sizes of its dims.
         storage: How the target stores weights and states; as the graph has them by default.
+        fixed: Whether a compiler of fixed sizes leaves out what those of the run tell that it does not need
+            (`qeff_ir.ir.needed`), such as the encoder of a decode run; else everything in the graph is counted.
 
     Raises:
         VerificationError: A size that a product, an attention or a state depends on is not known (code ``cost``).
@@ -98,7 +101,8 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
     multiplied = _multiplied(module)
     read: set[str] = set()
     resident = 0.0
-    for node in module.graph:
+    run = Needed(module.graph, shapes if fixed else {})
+    for node in (node for node in module.graph if node in run.nodes or not fixed):
         item = ops[f"{node.domain}.{node.op_type}" if node.domain else node.op_type]
         item.nodes += 1
         item.multiply_adds += _multiply_adds(node, shapes)
@@ -116,11 +120,15 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
     for value in (*module.graph.initializers.values(), *module.graph.inputs):
         if _is_weight(module, value):
             resident += _elements(shapes, value) * _width(value, stored, multiplied)
-    state_bytes = written = 0.0
+    kept = state_bytes = written = 0.0
     for state in module.states:
         sizes = [symbols[d] if isinstance(d, str) else d for d in state.shape]
         width = state.dtype.itemsize if stored.states is None else stored.states
-        state_bytes += math.prod(sizes) * width
+        kept += math.prod(sizes) * width
+        held = module.input(state.input)
+        state_bytes += math.prod(sizes) * width if run.reads(held) else 0
+        if run.source(module.output(state.output)) is held:  # it is handed on as it is
+            continue
         axis = KINDS[state.kind].context_axis
         if axis is not None and isinstance(state.shape[axis], str):
             sizes[axis] = min(symbols["seq_len"], sizes[axis])
@@ -132,7 +140,7 @@ def cost(module: Module, specialization: Specialization, storage: Storage | None
         state_bytes,
         written,
         sum(item.multiply_adds for item in ops.values()),
-        resident + state_bytes,
+        resident + kept,
         dict(sorted(ops.items(), key=lambda pair: (-pair[1].multiply_adds, -pair[1].weight_bytes, pair[0]))),
     )
 

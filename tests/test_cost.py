@@ -15,6 +15,7 @@ import pytest
 from qeff_ir.cost import Cost, Storage, cost
 from qeff_ir.errors import CompileError, VerificationError
 from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
+from qeff_ir.ir.residents import State
 from qeff_ir.roofline import Device, read_device, roofline, seconds
 from tests.models import MODELS, VOCAB
 from tests.support import apply, canonical, rest_of
@@ -114,6 +115,41 @@ def test_a_weight_is_read_once_a_run_and_its_rows_as_often_as_they_are_looked_up
     assert found.weight_bytes == 4 * (6 * 6 + 5 * 6)
     assert {n: op.weight_bytes for n, op in found.ops.items()} == {"MatMul": 144, "Add": 0, "Gather": 120}
     assert found.resident_bytes == 144
+
+
+CHOICE = """
+<ir_version: 11, opset_import: ["" : 24]>
+choice (float[4, 8] pixel_values, float[batch_size, seq_len, 8] x, float[8, 8] tower, float[8, 8] head)
+    => (float[batch_size, seq_len, 8] y, float[4, 8] pixel_values_RetainedState) {
+    one = Constant <value = int64[1] {1}> ()
+    length = Shape <start = 1, end = 2> (x)
+    alone = Equal (length, one)
+    encoded = MatMul (pixel_values, tower)
+    zero = Constant <value = int64[1] {0}> ()
+    row = ReduceMax <keepdims = 1> (encoded, zero)
+    merged = Add (x, row)
+    chosen = Where (alone, x, merged)
+    y = MatMul (chosen, head)
+    pixel_values_RetainedState = Identity (pixel_values)
+}
+"""
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_what_the_sizes_of_a_run_leave_out_costs_nothing(tokens: int, fixed: bool) -> None:
+    """By a compiler of fixed sizes; and the pixels that the host wrote are handed on, and not written."""
+    module = Module(ir.from_proto(onnx.parser.parse_model(CHOICE)), "Choice")
+    for name in ("tower", "head"):
+        module.input(name).metadata_props[WEIGHT_KEY] = name
+    module.states.append(State(0, "pixels", (4, 8), ir.DataType.FLOAT))
+    item = Specialization("Run", "decode", {"batch_size": 2, "seq_len": tokens})
+    found, encodes = cost(module, item, fixed=fixed), tokens > 1 or not fixed
+    assert found.multiply_adds == (4 * 64 if encodes else 0) + 2 * tokens * 64
+    assert found.weight_bytes == 4 * (128 if encodes else 64)
+    assert found.ops["MatMul"].nodes == (2 if encodes else 1)
+    assert (found.state_bytes, found.written_bytes) == (128 if encodes else 0, 0)
+    assert found.resident_bytes == 4 * 128 + 128
 
 
 def test_a_target_that_stores_less_reads_less() -> None:

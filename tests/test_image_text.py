@@ -19,6 +19,7 @@ from qeff_ir import QEFFAutoModelForImageTextToText
 from qeff_ir.auto import picture_runner
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError, RuntimeInputError, UnsupportedModelError
 from qeff_ir.frontend.picture_source import PictureMemory
+from qeff_ir.frontend.source import MemorySource
 from qeff_ir.numerics import error_over_rms
 from qeff_ir.package import MAIN, SIDE_FOLDER, open_package
 from qeff_ir.runtime.picture_form import FILE
@@ -101,6 +102,8 @@ def answers_like_transformers(model: QEFFAutoModelForImageTextToText, name: str)
     text, images = texts(name), [pictures(name, [1, 2]), pictures(name, [3])]
     right = [expected(name, own, said) for own, said in zip(images, text, strict=True)]
     assert answered(model, **processed(name, images, text)) == right
+    bare = {key: value for key, value in processed(name, images, text).items() if key != "attention_mask"}
+    assert answered(model, **bare) == right  # the pad token tells
     found = logits(model, **processed(name, images, text))
     for row, (own, said) in enumerate(zip(images, text, strict=True)):  # finer than tokens
         one = logits(multimodal.lively(name), **processed(name, [own], [said]))[0]
@@ -279,6 +282,29 @@ def test_of_a_model_that_also_speaks_what_answers_in_text_is_taken(tmp_path: Pat
     assert PictureMemory(whole, processor("qwen2_5_vl")).model is whole.thinker
 
 
+@pytest.mark.parametrize(("name", "target", "two"), [("llava", "onnxruntime", True), ("qwen3_vl", "ai100", False)])
+def test_the_host_looks_up_the_tokens(name: str, target: str, two: bool, tmp_path: Path) -> None:
+    model = QEFFAutoModelForImageTextToText(multimodal.lively(name), processor(name), kv_offload=two)
+    options: dict[str, Any] = {**SHAPES, "image_size": PROCESSORS[name].size, "target": target, "emit_only": True}
+    model.compile(token_embedding="host", compile_dir=tmp_path, **options)
+    names = [port.name for port in model.runner().decoder.session.interface.inputs]
+    assert names[:3] == ["inputs_embeds", "input_ids", "position_ids"]  # the tokens tell the places of pictures
+    answers_like_transformers(model, name)
+    with pytest.raises(PackageError, match="stay in the model's checkpoint: open the package with from_package"):
+        QEFFAutoModelForImageTextToText.from_package(tmp_path).runner()
+    again = QEFFAutoModelForImageTextToText.from_package(tmp_path, checkpoint=MemorySource(multimodal.lively(name)))
+    given = processed(name, [pictures(name, [1, 2]), pictures(name, [3])], texts(name))
+    assert answered(again, **given) == answered(model, **given)
+
+
+def test_tokens_have_their_pictures_by_either_name(llava: QEFFAutoModelForImageTextToText) -> None:
+    given = processed("llava", [pictures("llava", [1, 2]), pictures("llava", [3])], texts("llava"))
+    right, ids = answered(llava, **given), given.pop("input_ids")
+    assert answered(llava, inputs=ids, input_ids=None, **given) == right
+    with pytest.raises(RuntimeInputError, match=r"needs input_ids of shape \[batch, tokens\] .*, not a list"):
+        answered(llava, input_ids=ids.tolist(), **given)
+
+
 def test_a_picture_that_was_seen_is_not_encoded_again(llava: QEFFAutoModelForImageTextToText) -> None:
     runner = llava.runner()
     images = [pictures("llava", [30, 31]), pictures("llava", [30])]
@@ -354,7 +380,8 @@ def test_what_cannot_be_compiled_is_told(llava: QEFFAutoModelForImageTextToText,
         ({"image_size": []}, r"image_size is \[\]"),
         ({"image_size": [(16, 16), (16,)]}, "image_size is"),
         ({"image_size": (16, 16), "num_images": 0}, "num_images must be"),
-        ({"image_size": (16, 16), "token_embedding": "host"}, "token_embedding='host' is for models of text alone"),
+        ({"image_size": (16, 16), "token_embedding": "card"}, "token_embedding is 'card': give 'graph' or 'host'"),
+        ({"image_size": (16, 16), "num_videos": 2}, "a package is for pictures or for videos: give num_images, or num"),
         ({"image_size": (16, 16), "num_images": 8, "ctx_len": 128}, "8 pictures of 16 x 16 take up to 128 tokens"),
     )
     for arguments, message in wrong:

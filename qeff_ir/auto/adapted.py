@@ -17,8 +17,9 @@ from qeff_ir.adapters.slots import AdapterSlots
 from qeff_ir.adapters.step import Bias, Mode, lora_step
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compiled_model import CompiledModel, SourceT
-from qeff_ir.compiler import Compiled, chosen
+from qeff_ir.compiler import Compiled, Pipelines, chosen
 from qeff_ir.errors import AdapterError, RuntimeInputError
+from qeff_ir.package import MAIN
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.reading import path_of
 from qeff_ir.runtime.decoder import Decoder
@@ -215,15 +216,21 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
         return steps.add(step)
 
     @contextlib.contextmanager
-    def _compiling(self) -> Generator[list[Path]]:
-        """The adapters to merge, while a package is made of them.
+    def _compiling(self, target: str, pipeline: Pipelines, **asked: Any) -> Generator[dict[str, Pipeline | str]]:
+        """The pipelines by program, that of the main one with passes for adapters, while a package is made by them.
+
+        Args:
+            target: The target.
+            pipeline: Those that are asked for; one alone is that of the main program.
+            asked: See `_steps`.
 
         Raises:
-            AdapterError: Another thread has merged one meanwhile.
+            AdapterError: Another thread has merged an adapter meanwhile, or see `_steps`.
         """
+        given = dict(pipeline) if isinstance(pipeline, Mapping) else {} if pipeline is None else {MAIN: pipeline}
         with self._lock:
             merged = list(self._merged)
-        yield merged
+        yield {**given, MAIN: self._steps(target, given.get(MAIN), merged, **asked)}
         with self._lock:
             if self._merged != merged:
                 self._compiled = self._runner = self._held = None

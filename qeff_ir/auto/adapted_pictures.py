@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from qeff_ir.arrays import Array
-    from qeff_ir.auto.picture_runner import PictureRunner
+    from qeff_ir.auto.picture_runner import PictureRunner  # noqa: F401  # named in the bases
 
 
 class QEffAutoPeftModelForImageTextToText(
@@ -103,13 +103,11 @@ class QEffAutoPeftModelForImageTextToText(
         """
         check_compile_arguments({"target": target, "pipeline": pipeline, **kwargs})
         target, _ = choose_target(target)
-        given = dict(pipeline) if isinstance(pipeline, Mapping) else {} if pipeline is None else {MAIN: pipeline}
-        with self._compiling() as merged:
-            given[MAIN] = self._steps(
-                target, given.get(MAIN), merged,
-                slots=adapter_slots, rank=max_lora_rank, targets=lora_targets, bias=lora_bias, mode=lora_mode,
-            )  # fmt: skip
-            return super().compile(target=target, pipeline=given, **kwargs)
+        with self._compiling(
+            target, pipeline,
+            slots=adapter_slots, rank=max_lora_rank, targets=lora_targets, bias=lora_bias, mode=lora_mode,
+        ) as steps:  # fmt: skip
+            return super().compile(target=target, pipeline=steps, **kwargs)
 
     def _check_fits(self, package: Compiled, adapters: dict[str, Adapter], names: list[str]) -> None:
         """Tell of an adapter that changes an encoder, then as for all others."""

@@ -10,16 +10,15 @@ from qeff_ir.adapters.step import Bias, Mode
 from qeff_ir.auto.adapted import AdaptedModel, open_with_base, rows_of
 from qeff_ir.auto.arguments import check_compile_arguments
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
-from qeff_ir.compiler import choose_target
+from qeff_ir.compiler import Pipelines, choose_target
 from qeff_ir.frontend.source import Source, open_source
-from qeff_ir.passing.pipeline import Pipeline
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from qeff_ir.arrays import Array
-    from qeff_ir.runtime.generation import SessionLM
+    from qeff_ir.runtime.generation import SessionLM  # noqa: F401  # named in the bases
 
 
 class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoModelForCausalLM):
@@ -78,7 +77,7 @@ class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoMo
         lora_bias: Bias | None = None,
         lora_mode: Mode = "slots",
         target: str = "auto",
-        pipeline: Pipeline | str | None = None,
+        pipeline: Pipelines = None,
         **kwargs: Any,
     ) -> str:
         """Compile the base model with branches for adapters; see `QEFFAutoModelForCausalLM.compile` for the rest.
@@ -100,11 +99,10 @@ class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoMo
         """
         check_compile_arguments({"target": target, "pipeline": pipeline, **kwargs})
         target, _ = choose_target(target)
-        with self._compiling() as merged:
-            steps = self._steps(
-                target, pipeline, merged,
-                slots=adapter_slots, rank=max_lora_rank, targets=lora_targets, bias=lora_bias, mode=lora_mode,
-            )  # fmt: skip
+        with self._compiling(
+            target, pipeline,
+            slots=adapter_slots, rank=max_lora_rank, targets=lora_targets, bias=lora_bias, mode=lora_mode,
+        ) as steps:  # fmt: skip
             return super().compile(target=target, pipeline=steps, **kwargs)
 
     def generate(

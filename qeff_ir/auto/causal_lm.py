@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
-from qeff_ir.auto.compiled_model import CompiledModel
-from qeff_ir.compiler import TokenEmbedding, Watch, table_record
+from qeff_ir.auto.generative import GenerativeModel
+from qeff_ir.compiler import Pipelines, TokenEmbedding, Watch
 from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
-from qeff_ir.ir.ports import EMBEDDINGS
 from qeff_ir.package import SIDE_FOLDER, opened
 from qeff_ir.side_files import read_generation_config
 
@@ -22,13 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qeff_ir.arrays import Array
-    from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.runtime.generation import SessionLM
-    from qeff_ir.runtime.interface import Interface
-    from qeff_ir.runtime.token_table import TokenTable
 
 
-class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
+class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
     """A causal LM that is compiled instead of run by torch.
 
         model = QEFFAutoModelForCausalLM.from_pretrained("my-model")
@@ -56,10 +52,6 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
             )
         self._open(MemorySource(model))
 
-    def _open(self, source: Source | None) -> None:
-        super()._open(source)
-        self._checkpoint = source
-
     @classmethod
     def from_pretrained(
         cls,
@@ -86,23 +78,8 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
         return cls._opened(source)
 
     @classmethod
-    def from_package(cls, folder: str | Path, *, checkpoint: str | Path | Source | None = None) -> Self:
-        """Open a compiled package; it can generate, and cannot be compiled again.
-
-        Args:
-            folder: The package.
-            checkpoint: The model that it was made from, or its folder or hub id: where a package compiled with
-                ``token_embedding="host"`` finds its token embeddings. Others need none.
-
-        Raises:
-            PackageError: The folder is no whole package of this version.
-            ModelLoadError: There is no such checkpoint.
-        """
-        self = super().from_package(folder)
-        if checkpoint is not None and not isinstance(checkpoint, Source):
-            checkpoint = open_source(model_name(checkpoint))
-        self._checkpoint = checkpoint
-        return self
+    def _open_checkpoint(cls, name: str | Path) -> Source:
+        return open_source(name)
 
     def compile(
         self,
@@ -112,7 +89,7 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
         ctx_len: int = 128,
         batch_size: int = 1,
         compile_dir: str | Path | None = None,
-        pipeline: Pipeline | str | None = None,
+        pipeline: Pipelines = None,
         token_embedding: TokenEmbedding = "graph",
         emit_only: bool = False,
         watch: Watch | None = None,
@@ -257,14 +234,14 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
         Raises:
             RuntimeInputError: They are none, or the package has no logits.
         """
-        from qeff_ir.runtime.read_out import real_rows
+        from qeff_ir.runtime.read_out import real_rows, tensors
         from qeff_ir.runtime.texts import as_texts, encode
 
         runner.decoder.check_scores()
         if (prompts is None) == (ids is None):
             raise RuntimeInputError("give prompts and tokenizer, or input_ids")
         if prompts is None:
-            return real_rows(ids, mask, runner.vocabulary)
+            return real_rows(*tensors(ids, mask), runner.vocabulary)
         if tokenizer is None or mask is not None:
             raise RuntimeInputError("prompts need tokenizer=, the model's, and no attention_mask")
         return [encode(tokenizer, text) for text in as_texts(prompts)]
@@ -279,32 +256,5 @@ class QEFFAutoModelForCausalLM(CompiledModel[Source, "SessionLM"]):
             if not isinstance(getattr(config.get_text_config(decoder=True), "vocab_size", None), int):
                 raise PackageError(f"the configuration in {package.folder} has no vocab_size: compile the model again")
             session = find_backend(package.manifest.target).open(package.folder, threads=threads)
-            found = SessionLM(Decoder(session, self._table(session.interface, package.folder)), config, defaults)
+            found = SessionLM(Decoder(session, self._table(session.interface)), config, defaults)
         return found
-
-    def _table(self, interface: Interface, folder: Path) -> TokenTable | None:
-        """The table of a package that takes vectors; its rows stay in the checkpoint."""
-        from qeff_ir.runtime.token_table import TokenTable
-
-        vectors = interface.input(EMBEDDINGS)
-        if vectors is None or (name := vectors.weight) is None:
-            return None
-        if self._checkpoint is None:
-            raise PackageError(
-                f"the token embeddings of {folder} stay in the model's checkpoint: open the package with "
-                "from_package(…, checkpoint=…), or compile the model itself again, which finds the package"
-            )
-        table, wanted = self._checkpoint.weights().get(name), vectors.shape[-1]
-        found = None if table is None else list(table.shape)
-        if table is None or len(table.shape) != 2 or table.shape[1] != wanted:
-            raise PackageError(
-                f"{folder} wants the table {name} of [tokens, {wanted}], and the checkpoint's is {found}: give the "
-                "model that the package was made from"
-            )
-        rows = TokenTable(table)
-        if self.package.manifest.tables.get(name) != table_record(table):
-            raise PackageError(
-                f"the table {name} of the checkpoint has other numbers than the one that {folder} was compiled with: "
-                "give the model that the package was made from, or compile this one"
-            )
-        return rows

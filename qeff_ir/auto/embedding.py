@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qeff_ir.compiler import Compiled
     from qeff_ir.frontend.inputs import Wanted
     from qeff_ir.frontend.sentence import SentenceConfig
+    from qeff_ir.frontend.source import Source
     from qeff_ir.passing.pipeline import Pipeline
 
 Pooling = Any
@@ -137,13 +138,18 @@ class QEFFAutoModel(ForwardModel):
         return self
 
     @classmethod
-    def from_package(cls, folder: str | Path) -> Self:
-        """See `ForwardModel.from_package`."""
+    def from_package(cls, folder: str | Path, *, checkpoint: str | Path | Source | None = None) -> Self:
+        """See `ForwardModel.from_package`.
+
+        Args:
+            folder: The package.
+            checkpoint: Of a package for pictures, see `qeff_ir.auto.generative.GenerativeModel.from_package`.
+        """
         from qeff_ir.auto.picture_embedding import PictureEmbedder, is_for_pictures
 
         self = super().from_package(folder)
         if is_for_pictures(self.package.folder):
-            self._pictures = PictureEmbedder.from_package(folder)
+            self._pictures = PictureEmbedder.from_package(folder, checkpoint=checkpoint)
         return self
 
     def compile(
@@ -272,6 +278,7 @@ class QEFFAutoModel(ForwardModel):
             RuntimeInputError: A text has no token or is too long, or the model was compiled without a pooling.
         """
         from qeff_ir.runtime.sentences import encode
+        from qeff_ir.runtime.texts import as_texts
 
         if not isinstance(sentences, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RuntimeInputError(f"sentences is a {type(sentences).__name__}: give a text, or several")
@@ -280,7 +287,7 @@ class QEFFAutoModel(ForwardModel):
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         settings = self.text_settings
         if (pictures := self._pictures) is not None:
-            first = settings.prompt(prompt, prompt_name)
+            texts, first = as_texts(texts), settings.prompt(prompt, prompt_name)
             for name, value in (("batch_size", batch_size), ("tokenizer", tokenizer), ("truncate", truncate or None)):
                 if value is not None:
                     raise RuntimeInputError(f"{name} is for text alone, and the package is for pictures: leave it out")

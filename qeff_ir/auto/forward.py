@@ -10,12 +10,12 @@ from backends import find_backend
 from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
-from qeff_ir.compiler import Watch, choose_target, chosen
+from qeff_ir.compiler import Pipelines, Watch, choose_target, pipelines
 from qeff_ir.errors import ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions
 from qeff_ir.frontend.source import find_folder
 from qeff_ir.frontend.tasks import Task
-from qeff_ir.package import opened
+from qeff_ir.package import MAIN, opened
 from qeff_ir.passing.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory, "Encoder"]):
         seq_len: int | Sequence[int] | None = None,
         batch_size: int = 1,
         compile_dir: str | Path | None = None,
-        pipeline: Pipeline | str | None = None,
+        pipeline: Pipelines = None,
         emit_only: bool = False,
         watch: Watch | None = None,
         **options: Any,
@@ -113,7 +113,7 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory, "Encoder"]):
         }
         check_compile_arguments({"target": target, "pipeline": pipeline})
         target, _ = choose_target(target)
-        steps = chosen(pipeline, self.pipeline_for(target))
+        steps = pipelines(pipeline, self.pipeline_for(target), [MAIN])
         return self._compile(
             given,
             compile_dir,

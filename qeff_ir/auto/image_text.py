@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
-from qeff_ir.auto.compiled_model import CompiledModel
+from qeff_ir.auto.generative import GenerativeModel
 from qeff_ir.auto.picture_sizes import picture_sizes
-from qeff_ir.compiler import Pipelines, Watch
+from qeff_ir.compiler import Pipelines, TokenEmbedding, Watch
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.picture_source import PictureFolder, PictureMemory, PictureSource
-from qeff_ir.frontend.source import find_folder
+from qeff_ir.frontend.source import Source, find_folder
 from qeff_ir.package import MAIN, SIDE_FOLDER, opened, program_folder
 from qeff_ir.runtime.picture_forms import PictureForms
 from qeff_ir.side_files import read_generation_config
@@ -30,7 +30,7 @@ _WORDS = 1024
 """Words and new tokens that the context has room for beside the pictures, where nobody says."""
 
 
-class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunner"]):
+class QEFFAutoModelForImageTextToText(GenerativeModel[PictureSource, "PictureRunner"]):
     """A model of pictures and text that is compiled instead of run by torch.
 
         model = QEFFAutoModelForImageTextToText.from_pretrained("my-model")
@@ -84,19 +84,24 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         folder = find_folder(model_name(pretrained_model_name_or_path), **hub)
         return cls._opened(_single(PictureFolder(folder, trust_remote_code=trust_remote_code), kv_offload))
 
+    @classmethod
+    def _open_checkpoint(cls, name: str | Path) -> Source:
+        return PictureFolder(find_folder(name))
+
     def compile(
         self,
         *,
         image_size: int | tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         num_images: int = 1,
         num_frames: int | None = None,
-        num_videos: int = 1,
+        num_videos: int | None = None,
         target: str = "auto",
         prefill_seq_len: int | None = None,
         ctx_len: int | None = None,
         batch_size: int = 1,
         compile_dir: str | Path | None = None,
         pipeline: Pipelines = None,
+        token_embedding: TokenEmbedding = "graph",
         emit_only: bool = False,
         watch: Watch | None = None,
         **options: Any,
@@ -110,7 +115,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
             num_images: Pictures that a prompt may have.
             num_frames: Compile for videos of so many frames of this size in the place of pictures: frames that the
                 video processor keeps (``do_sample_frames=False`` keeps all).
-            num_videos: Videos that a prompt may have.
+            num_videos: Videos that a prompt may have; 1 by default.
             target: See `qeff_ir.auto.causal_lm.QEFFAutoModelForCausalLM.compile`, as for all others.
             prefill_seq_len: Tokens of a prompt that one prefill run takes; a picture may take several runs, unless its
                 tokens see one another.
@@ -120,6 +125,8 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
             compile_dir: Folder of the package; one in the cache when not given.
             pipeline: Another pipeline than the target's own, or edits of it, for all programs; or a mapping from names
                 of programs (``main`` is the language model) to such.
+            token_embedding: Who looks up the vectors of the tokens. ``host``: the package leaves their table out, and
+                its rows are read from the checkpoint. The tokens stay an input, as they tell the places of pictures.
             emit_only: Write the package without running the target's compiler.
             watch: Told of every step.
             options: What the target takes beside that, by name, flags of its compiler too.
@@ -131,10 +138,8 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         Raises:
             QeffError: See `qeff_ir.compiler.compile_model`.
         """
-        if options.pop("token_embedding", "graph") != "graph":
-            raise CompileError("token_embedding='host' is for models of text alone: leave it out")
         sizes, options = picture_sizes({"image_size": image_size, **options})
-        if num_frames is not None and num_images != 1:
+        if (num_frames is not None and num_images != 1) or (num_frames is None and num_videos is not None):
             raise CompileError("a package is for pictures or for videos: give num_images, or num_frames and num_videos")
         given = {
             "prefill_seq_len": prefill_seq_len,
@@ -145,11 +150,12 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
         return self.compile_with(
             given,
             image_size=sizes,
-            num_images=num_images if num_frames is None else num_videos,
+            num_images=num_images if num_frames is None else 1 if num_videos is None else num_videos,
             num_frames=num_frames,
             target=target,
             compile_dir=compile_dir,
             pipeline=pipeline,
+            token_embedding=token_embedding,
             emit_only=emit_only,
             watch=watch,
         )
@@ -173,7 +179,7 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
             num_images: Pictures that a prompt may have, or videos.
             num_frames: Frames of a video; `None` for pictures.
             compile_dir: Folder of the package.
-            rest: ``target``, ``pipeline``, ``emit_only`` and ``watch``.
+            rest: ``target``, ``pipeline``, ``token_embedding``, ``emit_only`` and ``watch``.
         """
         source = self._source
         if type(num_images) is not int or num_images < 1:
@@ -340,7 +346,8 @@ class QEFFAutoModelForImageTextToText(CompiledModel[PictureSource, "PictureRunne
             backend, side = find_backend(package.manifest.target), package.folder / SIDE_FOLDER
             forms, encoders = PictureForms.read(side), dict[str, Session]()
             single = forms.sizes[0].program == MAIN
-            decoder = PictureDecoder(backend.open(package.folder, threads=threads), forms if single else None)
+            main = backend.open(package.folder, threads=threads)
+            decoder = PictureDecoder(main, forms if single else None, self._table(main.interface))
             model = SessionLM(decoder, self.config, read_generation_config(side))
             for form in () if single else forms.sizes:
                 session = backend.open(program_folder(package.folder, form.program), threads=threads)

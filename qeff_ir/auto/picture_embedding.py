@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from backends import find_backend
 from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
-from qeff_ir.compiler import choose_target, chosen
+from qeff_ir.compiler import Pipelines, choose_target, chosen
 from qeff_ir.errors import CompileError, PackageError
 from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory
 from qeff_ir.frontend.picture_source import PictureFolder, PictureMemory, PictureSource
-from qeff_ir.package import SIDE_FOLDER
+from qeff_ir.frontend.source import Source, find_folder
+from qeff_ir.package import MAIN, SIDE_FOLDER
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.picture_form import FILE
 
@@ -57,12 +58,16 @@ class PictureEmbedder(QEFFAutoModelForImageTextToText):
         self._embedding = embedding
         return self
 
+    @classmethod
+    def _open_checkpoint(cls, name: str | Path) -> Source:
+        return PictureFolder(find_folder(name), headless=True)
+
     def compile_with(
         self,
         options: Mapping[str, Any],
         *,
         target: str = "auto",
-        pipeline: Pipeline | str | None = None,
+        pipeline: Pipelines = None,
         **rest: Any,
     ) -> dict[str, str] | str:
         """See `QEFFAutoModelForImageTextToText.compile_with`; the embedding takes the place of the logits."""
@@ -71,7 +76,9 @@ class PictureEmbedder(QEFFAutoModelForImageTextToText):
         assert self._embedding is not None
         target, _ = choose_target(target)
         own = EmbeddingOutput(self._embedding.normalize, self._embedding.dim)
-        steps = chosen(pipeline, Pipeline.parse(find_backend(target).pipeline).add(own))
+        stock = Pipeline.parse(find_backend(target).pipeline).add(own)
+        each = isinstance(pipeline, Mapping)
+        steps = {**pipeline, MAIN: chosen(pipeline.get(MAIN), stock)} if each else chosen(pipeline, stock)
         return super().compile_with(options, target=target, pipeline=steps, **rest)
 
     def embed(

@@ -15,7 +15,7 @@ from qeff_ir.ir.ports import ALL_PLANES, AXES, PLANES
 from qeff_ir.ir.residents import KINDS
 from qeff_ir.runtime.picture_form import PictureForm
 from qeff_ir.runtime.picture_forms import Picture, PictureForms
-from qeff_ir.runtime.read_out import read_out, real_rows
+from qeff_ir.runtime.read_out import read_out, real_rows, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -70,11 +70,13 @@ class PictureRunner:
 
     def generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Answer one batch, for a thread that has its turn."""
-        ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
-        given = self._taken(kwargs)
-        if not hasattr(ids, "tolist") or getattr(ids, "ndim", 0) != 2:
-            return self.model.generate_now(inputs, **kwargs)  # which says what is wrong
-        self.decoder.prompts = self._prompts(ids, mask, given)
+        from qeff_ir.runtime.generation import check_ids, check_mask
+
+        given, ids = self._taken(kwargs), kwargs.get("input_ids")
+        ids = check_ids(inputs if ids is None else ids)
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self.model.inferred_mask(ids, kwargs)
+        self.decoder.prompts = self._prompts(ids, check_mask(kwargs["attention_mask"], ids), given)
         try:
             return self.model.generate_now(inputs, **kwargs)
         finally:
@@ -93,7 +95,8 @@ class PictureRunner:
         Raises:
             RuntimeInputError: An input does not fit the compiled model, or is not known.
         """
-        given, ids, mask = self._taken(kwargs), kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
+        given = self._taken(kwargs)
+        ids, mask = tensors(kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None))
         rows = real_rows(ids, mask, self.model.vocabulary)
         for name in kwargs:
             raise RuntimeInputError(f"the model takes no {name}: give what the processor returns, and no more")
@@ -115,7 +118,7 @@ class PictureRunner:
         lora_ids: Sequence[int] | None = None,
     ) -> Array:
         """As `last`, of prompts about pictures."""
-        return self._read_out(len(prompts), self._reader(prompts, images, processor, resize=resize), lora_ids)
+        return self._read_out(len(prompts), self.reader(prompts, images, processor, resize=resize), lora_ids)
 
     def _read_out(
         self, count: int, rows_of: Callable[[Sequence[int]], list[list[int]]], lora_ids: Sequence[int] | None
@@ -148,13 +151,13 @@ class PictureRunner:
         from qeff_ir.runtime.picture_prompts import tokenizer_of
         from qeff_ir.runtime.texts import answer_rows
 
-        rows_of = self._reader(prompts, images, processor, resize=resize, lora_ids=lora_ids)
+        rows_of = self.reader(prompts, images, processor, resize=resize, lora_ids=lora_ids)
         try:
             return answer_rows(self.model, len(prompts), rows_of, tokenizer_of(processor), kwargs)
         finally:
             self.decoder.prompts = ()
 
-    def _reader(
+    def reader(
         self,
         prompts: Sequence[str],
         images: object,
@@ -163,7 +166,20 @@ class PictureRunner:
         resize: bool,
         lora_ids: Sequence[int] | None = None,
     ) -> Callable[[Sequence[int]], list[list[int]]]:
-        """Makes rows of a batch of prompts, by their numbers; each prompt goes through the processor by itself."""
+        """What makes rows of a batch of prompts, by their numbers, and tells the decoder what they have beside tokens.
+
+        Each prompt goes through the processor by itself.
+
+        Args:
+            prompts: The prompts.
+            images: See `qeff_ir.runtime.picture_prompts.pictures_of`.
+            processor: The model's.
+            resize: Whether pictures that have none of the compiled sizes are resized to the nearest.
+            lora_ids: Slots of their adapters; those of the decoder stay by default.
+
+        Raises:
+            RuntimeInputError: The package is for videos, or the processor or the pictures are something else.
+        """
         from qeff_ir.runtime.picture_prompts import fitting, pictures_of, processed, tokenizer_of
 
         if self.forms.videos:
@@ -175,9 +191,9 @@ class PictureRunner:
             made = processed(processor, prompts[number], [picture for picture, _ in own])
             known = {name for name in made if name in self.forms.inputs or _tells_types(name)}
             given = {name: _array(name, made[name]) for name in known}
-            ids, mask = made["input_ids"], made.get("attention_mask")
-            real = ids[0] if mask is None else ids[0][mask[0].bool()]  # some processors fill up a text alone, too
-            return real.tolist(), self._prompts(ids, mask, given, [[form for _, form in own]])[0]
+            ids, mask = tensors(made["input_ids"], made.get("attention_mask"))
+            (real,) = real_rows(ids, mask, self.model.vocabulary)  # some processors fill up a text alone, too
+            return real, self._prompts(ids, mask, given, [[form for _, form in own]])[0]
 
         def rows_of(batch: Sequence[int]) -> list[list[int]]:
             known = {number: read(number) for number in dict.fromkeys(batch)}
@@ -189,14 +205,16 @@ class PictureRunner:
         return rows_of
 
     def _prompts(
-        self, ids: Any, mask: Any, given: dict[str, Array], known: Sequence[Sequence[PictureForm]] | None = None
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        given: dict[str, Array],
+        known: Sequence[Sequence[PictureForm]] | None = None,
     ) -> list[Pictured]:
         from qeff_ir.runtime.picture_decoder import Pictured
 
-        real = np.ones(tuple(ids.shape), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
-        if real.shape != tuple(ids.shape):
-            return []  # told by `generate_now`
-        tokens = [np.asarray(row)[keep] for row, keep in zip(ids, real, strict=True)]
+        real = mask.bool().numpy()
+        tokens = [row[keep] for row, keep in zip(ids.numpy(), real, strict=True)]
         arrays = {name: value for name, value in given.items() if name in self.forms.inputs}
         pictures = self.forms.split(arrays, [row.tolist() for row in tokens], known)
         types = next((given[name] for name in _TYPES if name in given), None)

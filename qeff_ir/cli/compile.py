@@ -79,13 +79,11 @@ def command(
         _write_report(report, reports if len(reports) > 1 else reports[MAIN])
         line("Report:   ", str(report))
     needs_model = request.token_embedding == "host"
-    if image_size:
-        line("Next:     ", (f'qeff run {shlex.quote(str(compiled.folder))} --image FILE --prompt "…"', "bold"))
-        return
-    _say_next(compiled, f"{shlex.quote(model)} --token-embedding host" if needs_model else None)
+    runs = f"{shlex.quote(model)} --token-embedding host" if needs_model else shlex.quote(str(compiled.folder))
+    _say_next(compiled, f"{runs} --image FILE" if image_size else runs)
 
 
-def _say_next(compiled: Compiled, runs: str | None) -> None:
+def _say_next(compiled: Compiled, runs: str) -> None:
     line("Package:  ", (str(compiled.folder), "bold"))
     linked = [path for path in (compiled.folder / "weights").glob("*") if path.stat().st_nlink > 1]
     if linked:
@@ -96,7 +94,7 @@ def _say_next(compiled: Compiled, runs: str | None) -> None:
     emitted = find_backend(compiled.manifest.target).emitted
     if emitted and not compiled.manifest.compiled:
         line(f"          emitted, not compiled: {emitted}")
-    line("Next:     ", (f'qeff run {runs or shlex.quote(str(compiled.folder))} --prompt "…"', "bold"))
+    line("Next:     ", (f'qeff run {runs} --prompt "…"', "bold"))
 
 
 def _write_report(path: Path, report: dict[str, Any]) -> None:

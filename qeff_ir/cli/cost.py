@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qeff_ir.cli.models import program_module
 from qeff_ir.cli.tables import grid
 from qeff_ir.cli.terminal import line, show, working
-from qeff_ir.errors import CompileError, PackageError
+from qeff_ir.errors import CompileError
 
 if TYPE_CHECKING:
-    from qeff_ir.cost import Cost, Storage
-    from qeff_ir.ir.module import Module
+    from qeff_ir.cost import Cost
     from qeff_ir.package import Manifest
     from qeff_ir.roofline import Device
 
@@ -31,14 +31,16 @@ def command(
 ) -> None:
     """Count bytes of weights and caches, and multiply-adds, of each specialization of a package."""
     with working("Counting"):
+        from backends import find_backend
         from qeff_ir.cost import cost
         from qeff_ir.package import opened
 
         described = None if device is None else _device(device)
         with opened(package) as manifest:
-            module = _module(package, manifest, program)
-            storage = _storage(manifest)
-            costs = [cost(module, item, storage) for item in module.specializations]
+            module = program_module(package, manifest, program)
+            backend = find_backend(manifest.target)
+            storage, fixed = backend.storage(manifest.options), backend.ahead_of_time
+            costs = [cost(module, item, storage, fixed=fixed) for item in module.specializations]
     if described is not None and not all(item.tokens for item in costs):
         raise CompileError(f"--device tells the time of tokens, and the program '{program}' takes none: leave it out")
     if as_json:
@@ -47,30 +49,6 @@ def command(
     _show(costs)
     if described is not None:
         _show_roofline(costs, described, manifest, prompt)
-
-
-def _module(package: Path, manifest: Manifest, program: str) -> Module:
-    from onnx_ir.passes.common import InlinePass
-
-    from backends import find_backend, load_passes
-    from qeff_ir.ir import operators
-    from qeff_ir.ir.snapshot import load_module
-    from qeff_ir.package import program_folder
-
-    if program not in manifest.programs:
-        raise PackageError(f"{package} has no program '{program}': it has {', '.join(manifest.programs)}")
-    module = load_module(find_backend(manifest.target).model_file(program_folder(package, program)))
-    load_passes()  # and the targets' operators with them
-    for key in [key for key in module.model.functions if key[:2] in operators.known()]:
-        del module.model.functions[key]
-    InlinePass()(module.model)  # layers that are functions
-    return module
-
-
-def _storage(manifest: Manifest) -> Storage:
-    from backends import find_backend
-
-    return find_backend(manifest.target).storage(manifest.options)
 
 
 def _device(name: str) -> Device:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from qeff_ir.compiler import Compiled
     from qeff_ir.frontend.source import Source
+    from qeff_ir.ir.module import Module
+    from qeff_ir.package import Manifest
     from qeff_ir.passing.manager import PassRun
 
 STEPS = {
@@ -98,6 +100,29 @@ def compiling(request: Request, *, announce: bool = True) -> Generator[dict[str,
                 say(STEPS.get(step, f"Running the pass {step}"))
 
         yield {"target": target, "pipeline": request.pipeline, "emit_only": request.emit_only, "watch": watch}
+
+
+def program_module(package: Path, manifest: Manifest, program: str) -> Module:
+    """The graph of a program of a package, without functions.
+
+    Raises:
+        PackageError: There is no such program.
+    """
+    from onnx_ir.passes.common import InlinePass
+
+    from backends import find_backend, load_passes
+    from qeff_ir.ir import operators
+    from qeff_ir.ir.snapshot import load_module
+    from qeff_ir.package import program_folder
+
+    if program not in manifest.programs:
+        raise PackageError(f"{package} has no program '{program}': it has {', '.join(manifest.programs)}")
+    module = load_module(find_backend(manifest.target).model_file(program_folder(package, program)))
+    load_passes()  # and the targets' operators with them
+    for key in [key for key in module.model.functions if key[:2] in operators.known()]:
+        del module.model.functions[key]
+    InlinePass()(module.model)  # layers that are functions
+    return module
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -56,8 +56,6 @@ def compile_pictures(
     Raises:
         QeffError: See `qeff_ir.auto.image_text.QEFFAutoModelForImageTextToText.compile`.
     """
-    if request.token_embedding != "graph":
-        raise CompileError("--token-embedding host is for models of text alone: leave it out")
     from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
 
     quiet_transformers()
@@ -72,6 +70,7 @@ def compile_pictures(
             image_size=list(dict.fromkeys(sizes)),
             num_images=count,
             compile_dir=out,
+            token_embedding=request.token_embedding,
             **rest,
         )
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from backends.options import completed
+from qeff_ir.cli.asked import Asked, check_room, counted
 from qeff_ir.cli.drift import show_drift
 from qeff_ir.cli.models import compile_source, encode, open_model, open_tokenizer
+from qeff_ir.cli.pictures import size_of
 from qeff_ir.cli.request import Request, with_request
 from qeff_ir.cli.tables import grid, show_programs
 from qeff_ir.cli.terminal import show, working
-from qeff_ir.errors import RuntimeInputError
+from qeff_ir.errors import CompileError, RuntimeInputError
 
 if TYPE_CHECKING:
     from qeff_ir.testing.trace import Comparison
@@ -37,22 +40,48 @@ def command(
         Path | None,
         typer.Option(help="A text to measure the drift of a fast package on; one comes along.", metavar="FILE"),
     ] = None,
+    image_size: Annotated[
+        list[str] | None,
+        typer.Option(help="Height and width of pictures, for a model of pictures; may be repeated.", metavar="HxW"),
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures that a prompt may have.", min=1)] = 1,
+    single_program: Annotated[
+        bool,
+        typer.Option("--single-program", help="Encoder and language model in one program, for a model of pictures."),
+    ] = False,
     *,
     request: Request,
 ) -> None:
     """Compare the compiled model with transformers, token by token and logit by logit; exit 1 on a mismatch.
 
     Of a package that is fast and not exact, the drift is measured on a text, beside its speed, and nothing is proved.
-    """
-    from dataclasses import replace
 
+    Pictures are drawn of noise, in the sizes of --image-size.
+    """
     if "batch_size" not in request.given:
         request = replace(request, batch_size=len(prompt) if prompt else 3)
     if prompt and len(prompt) != request.batch_size:
         raise RuntimeInputError(
-            f"there are {_counted(len(prompt), 'prompt')} for a batch of {request.batch_size}: leave out --batch-size"
+            f"there are {counted(len(prompt), 'prompt')} for a batch of {request.batch_size}: leave out --batch-size"
         )
-    _check_room(1, steps, request)
+    if single_program and not image_size:
+        raise CompileError("--single-program is for models of pictures and text: give --image-size too")
+    if image_size:
+        from qeff_ir.cli.verify_pictures import asked_about_pictures
+
+        if texts is not None:
+            raise RuntimeInputError("--texts is for models of text alone: leave it out")
+        sizes = [size_of(size) for size in image_size]
+        asked = asked_about_pictures(model, request, sizes, num_images, steps, prompt, single_program=single_program)
+    else:
+        asked = _asked(model, request, steps, prompt, texts)
+    if asked is not None:
+        _tell(model, asked)
+
+
+def _asked(model: str, request: Request, steps: int, prompt: Sequence[str] | None, texts: Path | None) -> Asked | None:
+    """Ask both, of a model of text alone; of a fast package, the drift is shown and nothing is left to compare."""
+    check_room(1, steps, request.ctx_len)
     opened = open_model(model, request)
     from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
     from qeff_ir.cli.lowered import LoweredOnce
@@ -64,7 +93,7 @@ def command(
 
     if parts := fast_parts(compiled.manifest):
         show_drift(compiled, source, parts, texts)
-        return
+        return None
     if texts is not None:
         raise RuntimeInputError("--texts is for packages that are fast; this one is exact, and is proved: leave it out")
     if prompt:
@@ -74,30 +103,48 @@ def command(
     else:
         config: Any = source.config.get_text_config()  # pyright: ignore[reportUnknownMemberType]
         rows = random_prompts(request, steps, config.vocab_size)
-    _check_room(max(map(len, rows)), steps, request)
+    check_room(max(map(len, rows)), steps, request.ctx_len)
     with working("Asking transformers") as say:
         from qeff_ir.cli.yardstick import measure
-        from qeff_ir.testing.trace import compare, reference_trace, session_trace
+        from qeff_ir.testing.trace import reference_trace, session_trace
 
         theirs = source.reference()
         reference = reference_trace(theirs, rows, steps)
         say("Asking the compiled model")
         decoder = QEFFAutoModelForCausalLM.from_package(compiled.folder, checkpoint=source).runner().decoder
         trace = session_trace(decoder, rows, reference.tokens)
-        say("Measuring what rounding explains")
+    return Asked(
+        compiled.manifest.target,
+        list(map(len, rows)),
+        trace,
+        reference,
+        lambda: measure(source.lower(), theirs, rows, reference),
+        source.decoded_here(),
+    )
+
+
+def _tell(model: str, asked: Asked) -> None:
+    """Tell how far both answers lie apart.
+
+    Raises:
+        Exit: They differ, with code 1.
+    """
+    from qeff_ir.testing.trace import compare
+
+    with working("Measuring what rounding explains"):
         try:
-            found, yardstick = compare(trace, reference), measure(source.lower(), theirs, rows, reference)
+            found, yardstick = compare(asked.trace, asked.reference), asked.measure()
         except ValueError as error:
             raise RuntimeInputError(f"{model} cannot be verified: {error}") from error
-    limit = yardstick.limit
-    wrong = (trace.tokens != reference.tokens).sum(axis=1).tolist()
-    lengths = ", ".join(str(len(r)) for r in rows)
-    show(f"On {compiled.manifest.target}, {_counted(len(rows), 'prompt')} of {lengths} tokens:")
+    limit, rows = yardstick.limit, len(asked.lengths)
+    wrong = (asked.trace.tokens != asked.reference.tokens).sum(axis=1).tolist()
+    lengths = ", ".join(map(str, asked.lengths))
+    show(f"On {asked.target}, {counted(rows, 'prompt')} of {lengths} tokens:")
     show()
-    show(steps_table(found.errors, wrong, len(rows), limit))
+    show(steps_table(found.errors, wrong, rows, limit))
     show()
     show(str(yardstick))
-    if source.decoded_here():
+    if asked.decoded_here:
         show("transformers does not load these quantized weights here: it was given the numbers that qeff-ir reads.")
     if not found.equal(limit):
         show(Text.assemble(("MISMATCH: ", "bold red"), mismatch(found, limit)))
@@ -141,16 +188,3 @@ def mismatch(found: Comparison, limit: float) -> str:
     if found.agreement < found.steps:
         return f"a token of step {found.agreement} differs; {error}"
     return f"the tokens agree, but {error}"
-
-
-def _check_room(longest: int, steps: int, request: Request) -> None:
-    needed = longest + steps - 1  # the last token is compared, never fed
-    if needed > request.ctx_len:
-        raise RuntimeInputError(
-            f"a prompt of {_counted(longest, 'token')} and {_counted(steps, 'step')} do not fit "
-            f"ctx_len={request.ctx_len}: pass --ctx-len {needed} or more, or fewer --steps"
-        )
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"

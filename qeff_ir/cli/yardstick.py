@@ -37,6 +37,15 @@ class Yardstick:
     by_depth: float
     own: float
 
+    @classmethod
+    def of(cls, depth: int, cached: Trace, reference: Trace) -> Yardstick:
+        """That of a model of so many products in a row, from what transformers answers with a cache and without one.
+
+        Raises:
+            ValueError: The reference is empty, constant or not finite.
+        """
+        return cls(bound(depth), compare(cached, reference).error)
+
     @property
     def limit(self) -> float:
         """The larger of the bound and four times transformers' own error."""
@@ -65,7 +74,7 @@ def measure(module: Module, model: PreTrainedModel, prompts: Sequence[Sequence[i
     """
     rows = [_cached_logits(model, row, reference.tokens[:-1, i]) for i, row in enumerate(prompts)]
     logits = np.stack(rows, axis=1)
-    return Yardstick(bound(depth(module)), compare(Trace(logits.argmax(-1), logits), reference).error)
+    return Yardstick.of(depth(module), Trace(logits.argmax(-1), logits), reference)
 
 
 def _cached_logits(model: PreTrainedModel, prompt: Sequence[int], follow: Array) -> Array:

@@ -108,6 +108,15 @@ class SessionLM(GenerationMixin):
         self._check_rows(len(ids), wish(kwargs, "num_return_sequences"))
         return self.answer(read(self, kwargs), ids, mask).result
 
+    def inferred_mask(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The mask of token ids that come without one, by the pad token of the arguments of `generate`.
+
+        Raises:
+            RuntimeInputError: The request asks for what a compiled model does not have.
+        """
+        given = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
+        return private.infer_mask(self, ids, copy.deepcopy(read(self, given).config))
+
     def answer(
         self, request: GenerationRequest, ids: torch.Tensor, mask: torch.Tensor | None, *, to_the_end: bool = False
     ) -> Answer:

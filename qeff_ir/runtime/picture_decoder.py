@@ -14,6 +14,7 @@ from qeff_ir.ir.residents import State
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.picture_forms import PictureForms
 from qeff_ir.runtime.session import Session
+from qeff_ir.runtime.token_table import TokenTable
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PictureDecoder(Decoder):
     Args:
         session: The session.
         forms: The pictures that the encoder in the session's graph takes; `None` where it is not there.
+        table: See `Decoder`.
 
     Raises:
         PackageError: The session keeps no rows, or pixels of other pictures, or see `Decoder`.
@@ -52,8 +54,8 @@ class PictureDecoder(Decoder):
 
     writes_states = True
 
-    def __init__(self, session: Session, forms: PictureForms | None = None) -> None:
-        super().__init__(session)
+    def __init__(self, session: Session, forms: PictureForms | None = None, table: TokenTable | None = None) -> None:
+        super().__init__(session, table)
         self._residents = {s.input: s for s in session.interface.states if s.written_by_host}
         if not self._residents:
             raise PackageError("the package keeps no rows of an encoder: open it as a causal LM")

@@ -129,6 +129,11 @@ def _called(processor: Any, what: str, **given: Any) -> dict[str, Any]:
         ) from error
 
 
+def place_of(processor: Any) -> str:
+    """What stands in a prompt for a picture."""
+    return getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or "<image>"
+
+
 def asked(processor: Any, prompt: str, count: int) -> str:
     """A prompt with a place for each picture: as it was written, or by the model's chat template.
 
@@ -137,7 +142,7 @@ def asked(processor: Any, prompt: str, count: int) -> str:
     Raises:
         RuntimeInputError: The template fails.
     """
-    place = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or "<image>"
+    place = place_of(processor)
     if place in prompt:
         return prompt
     if getattr(processor, "chat_template", None):

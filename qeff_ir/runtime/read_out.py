@@ -12,6 +12,8 @@ from qeff_ir.errors import RuntimeInputError
 from qeff_ir.runtime.texts import encode
 
 if TYPE_CHECKING:
+    import torch
+
     from qeff_ir.runtime.decoder import Decoder
 
 
@@ -43,13 +45,12 @@ def read_out(
     return np.concatenate(found)
 
 
-def real_rows(ids: Any, mask: Any, vocabulary: int) -> list[list[int]]:
-    """The tokens of each row that are no padding.
+def tensors(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their mask as int64 tensors ``[rows, tokens]``.
 
     Args:
-        ids: Token ids ``[rows, tokens]``.
+        ids: Token ids, as a tensor, an array or lists.
         mask: 1 for text and 0 for padding, of the same shape; text alone by default.
-        vocabulary: How many tokens there are.
 
     Raises:
         RuntimeInputError: They are something else.
@@ -58,9 +59,32 @@ def real_rows(ids: Any, mask: Any, vocabulary: int) -> list[list[int]]:
 
     from qeff_ir.runtime.generation import check_ids, check_mask
 
-    given = check_ids(torch.as_tensor(ids) if isinstance(ids, np.ndarray | list) else ids)
-    kept = torch.ones_like(given) if mask is None else check_mask(torch.as_tensor(mask), given)
-    rows = [row[keep.bool()].tolist() for row, keep in zip(given, kept, strict=True)]
+    given = check_ids(_tensor(ids))
+    return given, torch.ones_like(given) if mask is None else check_mask(_tensor(mask), given)
+
+
+def _tensor(value: Any) -> Any:
+    """Arrays and lists as a tensor, where they make one; what is none is told by its check."""
+    import torch
+
+    try:
+        return torch.as_tensor(value) if isinstance(value, np.ndarray | list | tuple) else value
+    except (ValueError, TypeError, RuntimeError):  # rows of several lengths, or of no numbers
+        return value
+
+
+def real_rows(ids: torch.Tensor, mask: torch.Tensor, vocabulary: int) -> list[list[int]]:
+    """The tokens of each row that are no padding.
+
+    Args:
+        ids: See `tensors`.
+        mask: See `tensors`.
+        vocabulary: How many tokens there are.
+
+    Raises:
+        RuntimeInputError: A token is outside the vocabulary.
+    """
+    rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
     if any(not 0 <= token < vocabulary for row in rows for token in row):
         raise RuntimeInputError(
             f"input_ids has a token outside the vocabulary of {vocabulary}: use the model's tokenizer"
@@ -80,10 +104,12 @@ def shares(logits: Array, tokens: Sequence[int | str], tokenizer: Any = None) ->
         float32 ``[rows, tokens]``, each row of sum 1: the softmax over the logits of these tokens alone.
 
     Raises:
-        RuntimeInputError: They are fewer than two, or one is no token.
+        RuntimeInputError: They are fewer than two, two are the same, or one is no token.
     """
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RuntimeInputError(f"tokens is {tokens!r}: give two or more in a list, ['no', 'yes'] say")
     ids = [_token(token, tokenizer, logits.shape[1]) for token in tokens]
-    if len(set(ids)) < 2:
+    if len(ids) < 2 or len(set(ids)) < len(ids):
         raise RuntimeInputError(f"tokens is {list(tokens)!r}: give two or more that differ, ['no', 'yes'] say")
     chosen = logits[:, ids]
     powers = np.exp(chosen - chosen.max(axis=1, keepdims=True))
@@ -97,6 +123,8 @@ def _token(token: object, tokenizer: Any, vocabulary: int) -> int:
         found = encode(tokenizer, token, special=False)
         if len(found) != 1:
             raise RuntimeInputError(f"{token!r} is {len(found)} tokens: give a text of one token, or its id")
+        if found[0] == getattr(tokenizer, "unk_token_id", None) and token != getattr(tokenizer, "unk_token", None):
+            raise RuntimeInputError(f"the tokenizer does not know {token!r}: give a text of one token, or its id")
         return found[0]
     if type(token) is not int or not 0 <= token < vocabulary:
         raise RuntimeInputError(f"the token {token!r} is not in the vocabulary of {vocabulary}: give its id")

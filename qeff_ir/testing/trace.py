@@ -6,7 +6,7 @@ in one forward pass without a cache, so that nothing of the cache machinery is s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from qeff_ir.numerics import error_over_rms
 from qeff_ir.runtime.decoder import Decoder
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -60,20 +61,45 @@ class Comparison:
         return self.agreement == self.steps and self.error <= limit
 
 
-def reference_trace(model: PreTrainedModel, prompts: Sequence[Sequence[int]], steps: int) -> Trace:
-    """transformers' own answer, one full forward pass for each row and step."""
+def reference_trace(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    steps: int,
+    beside: Sequence[Mapping[str, torch.Tensor]] = (),
+) -> Trace:
+    """transformers' own answer, one full forward pass for each row and step.
+
+    Args:
+        model: The model.
+        prompts: Token ids of each row.
+        steps: How many tokens to answer with.
+        beside: What each row's forward pass takes beside them, types of tokens among it; nothing by default.
+    """
     import torch
 
     rows = [list(p) for p in prompts]
+    given = beside or [dict[str, torch.Tensor]() for _ in rows]
     tokens, logits = [], []
     with torch.no_grad():
-        for _ in range(steps):
-            step = np.stack([model(torch.tensor([row]), use_cache=False).logits[0, -1].float().numpy() for row in rows])
+        for count in range(steps):
+            made = [
+                model(torch.tensor([row]), use_cache=False, **_grown(model, own, count)).logits[0, -1].float().numpy()
+                for row, own in zip(rows, given, strict=True)
+            ]
+            step = np.stack(made)
             logits.append(step)
             tokens.append(step.argmax(-1))
             for row, token in zip(rows, tokens[-1], strict=True):
                 row.append(int(token))
     return Trace(np.stack(tokens), np.stack(logits))
+
+
+def _grown(model: PreTrainedModel, beside: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """What stands beside a prompt and `count` new tokens, which have types too."""
+    from qeff_ir.frontend.private import with_new_tokens
+
+    types = {name: value for name, value in beside.items() if name.endswith("token_type_ids")}
+    return {**beside, **with_new_tokens(model, types, count)} if types and count else dict(beside)
 
 
 def session_trace(decoder: Decoder, prompts: Sequence[Sequence[int]], follow: Array) -> Trace:

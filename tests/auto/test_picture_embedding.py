@@ -100,8 +100,17 @@ def test_a_folder_needs_no_head(tmp_path: Path) -> None:
     texts, images = rows("qwen3_vl")
     with torch.no_grad():
         hidden = model.base_model(**processed("qwen3_vl", texts[:1], images[:1])).last_hidden_state[0, -1]
-    row = found.encode(texts[0], images=images[0], processor=processors.processor("qwen3_vl"))
-    assert error_over_rms(row, unit(hidden, 8)) <= LIMIT
+    asked: dict[str, Any] = {"images": images[0], "processor": processors.processor("qwen3_vl")}
+    assert error_over_rms(found.encode(texts[0], **asked), unit(hidden, 8)) <= LIMIT
+    # The host looks up the tokens, and each program has a pipeline of its own.
+    edits: dict[str, Any] = {"token_embedding": "host", "pipeline": {"main": "-fuse-rotary"}}
+    found.compile(compile_dir=tmp_path / "host", **options, **edits)
+    assert error_over_rms(found.encode(texts[0], **asked), unit(hidden, 8)) <= LIMIT
+    programs = {name: one.report["pipeline"] for name, one in found.package.manifest.programs.items()}
+    assert "token-embedding" in programs["main"] and "embedding-output" in programs["main"]
+    assert "fuse-rotary" not in programs["main"] and "fuse-rotary" in programs["vision"]
+    again = QEFFAutoModel.from_package(tmp_path / "host", checkpoint=tmp_path / "model")
+    assert error_over_rms(again.encode(texts[0], **asked), unit(hidden, 8)) <= LIMIT
     wide = QEFFAutoModel.from_pretrained(tmp_path / "model", pooling="last", dim=33)
     with pytest.raises(PassError, match="dim is 33, but an embedding has 32 features"):
         wide.compile(compile_dir=tmp_path / "wide", **options)
@@ -127,7 +136,10 @@ def test_a_reranker_of_pictures_and_text(target: str, tmp_path: Path) -> None:
         QEFFAutoModel.from_package(tmp_path).encode(texts[2], processor=processor)
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"tokens": [7]}, r"tokens is \[7\]: give two or more that differ"),
-        ({"tokens": [7, 7]}, "give two or more that differ"),
+        ({"tokens": [7, 7, 33]}, "give two or more that differ"),
+        ({"tokens": 7}, "tokens is 7: give two or more in a list"),
+        ({"tokens": "w7"}, "tokens is 'w7': give two or more in a list"),
+        ({"tokens": ["w7", "yes"]}, "the tokenizer does not know 'yes'"),
         ({"tokens": [7, 99]}, "the token 99 is not in the vocabulary of 99"),
         ({"tokens": ["w7", "w8 w9"]}, "'w8 w9' is 2 tokens"),
     )
@@ -136,6 +148,12 @@ def test_a_reranker_of_pictures_and_text(target: str, tmp_path: Path) -> None:
             model.score(prompts=texts[2], processor=processor, **given)
     with pytest.raises(RuntimeInputError, match="give prompts, images and processor, or what the processor returns"):
         model.score(tokens=TOKENS)
+    listed = {key: value.tolist() for key, value in processed("qwen3_vl", texts[2:], []).items()}
+    assert np.array_equal(model.score(tokens=TOKENS, **listed)[0], together[2])
+    with pytest.raises(RuntimeInputError, match=r"needs input_ids of shape \[batch, tokens\]"):
+        model.score(tokens=TOKENS, input_ids=[[5, 6], [4]])
+    with pytest.raises(RuntimeInputError, match="attention_mask is a str: give a tensor of the shape of input_ids"):
+        model.score(tokens=TOKENS, input_ids=[[5, 6]], attention_mask="11")
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", pytest.param("ai100", marks=pytest.mark.nightly)])
@@ -185,6 +203,8 @@ def test_what_does_not_go_together_is_told(grids: QEFFAutoModel, tmp_path: Path)
         plain.compile(image_size=size, seq_len=8)
     with pytest.raises(CompileError, match="are for pictures: give image_size as well"):
         plain.compile(ctx_len=8)
+    with pytest.raises(CompileError, match="there is a pipeline for the program 'vision'"):
+        plain.compile(seq_len=8, target="onnxruntime", pipeline={"vision": "-unflatten"})
     plain.compile(seq_len=8, target="onnxruntime", compile_dir=tmp_path)
     with pytest.raises(RuntimeInputError, match="the package is for text alone"):
         plain.encode("w5", images=[], tokenizer=processors.tokenizer({}))
@@ -196,6 +216,8 @@ def test_what_does_not_go_together_is_told(grids: QEFFAutoModel, tmp_path: Path)
     for given, message in calls:
         with pytest.raises(RuntimeInputError, match=message):
             grids.encode("w5", **{"processor": processor, **given})
+    with pytest.raises(RuntimeInputError, match="prompt 0 is a int: give a text"):
+        grids.encode([5], processor=processor)  # pyright: ignore[reportArgumentType]
     texts, images = rows("qwen3_vl")
     given = processed("qwen3_vl", texts[1:2], images[1:2])
     with pytest.raises(RuntimeInputError, match="the model takes no pixels"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
 from qeff_ir.cli.pictures import read_picture
+from qeff_ir.runtime.picture_forms import PictureForms
 from qeff_ir.runtime.picture_prompts import processed
 from tests import multimodal, processors, support
 from tests.processors import PROCESSORS
@@ -70,7 +74,44 @@ def test_one_program_answers_about_a_picture(qeff: Qeff, model: Path, tmp_path: 
     assert (said.code, said.err) == (0, "") and not (tmp_path / "out" / "vision").exists()
     ask = ("--image", model / "cat.png", "--prompt", PROMPT, "--max-new-tokens", "4")
     assert right(PROMPT) in qeff("run", tmp_path / "out", *ask).out
-    assert "Prefill, 8" in qeff("cost", tmp_path / "out").out  # the cell may take two lines
+    prefill, decode = json.loads(qeff("cost", tmp_path / "out", "--json").out)
+    assert prefill["ops"]["Conv"]["nodes"] == 1 and "Conv" not in decode["ops"]  # the compiler leaves the encoder out
+
+
+def test_tokens_looked_up_by_the_host_need_the_model(qeff: Qeff, model: Path, tmp_path: Path) -> None:
+    common = ("--target", "onnxruntime", "--token-embedding", "host")
+    said = qeff("compile", model, "-o", tmp_path / "host", "--image-size", f"{SIZE[0]}x{SIZE[1]}", *common)
+    assert f"qeff run {model} --token-embedding host --image FILE" in " ".join(said.out.split())
+    ask = ("--image", model / "cat.png", "--prompt", PROMPT, "--max-new-tokens", "4")
+    assert right(PROMPT) in qeff("run", model, *common, *ask).out
+    alone = qeff("run", tmp_path / "host", *ask)
+    assert alone.code == 2 and "stay in the model's checkpoint" in alone.err
+
+
+@pytest.mark.parametrize(
+    ("target", "more"),
+    [("onnxruntime", ()), pytest.param("ai100", ("--emit-only", "--single-program"), marks=pytest.mark.nightly)],
+)
+def test_verify_asks_about_pictures(
+    target: str, more: tuple[str, ...], qeff: Qeff, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multimodal.lively("gemma3").save_pretrained(tmp_path)  # whose tokens of pictures see one another, by their types
+    processors.processor("gemma3").save_pretrained(tmp_path)
+    size, shapes = "{}x{}".format(*PROCESSORS["gemma3"].size), ("--prefill-seq-len", "16", "--ctx-len", "64")
+    words = ("verify", tmp_path, "--image-size", size, "--num-images", "2", "--target", target, *shapes, *more)
+    said = qeff(*words, "--steps", "3")
+    assert (said.code, said.err) == (0, "") and "Agrees with transformers: all tokens" in said.out
+    assert re.search(rf"On {target}, 3 prompts of \d+, \d+, \d+ tokens", said.out)
+    blind = PictureForms.split
+
+    def other(forms: PictureForms, given: Any, *rest: Any) -> Any:
+        return blind(forms, {name: 0 * array for name, array in given.items()}, *rest)
+
+    monkeypatch.setattr(PictureForms, "split", other)
+    told = qeff(*words, "--steps", "3")
+    assert told.code == 1 and "MISMATCH" in told.out
+    full = qeff(*words, "--steps", "60")
+    assert full.code == 2 and "60 steps do not fit ctx_len=64" in " ".join(full.err.split())
 
 
 def test_a_picture_stands_as_its_camera_was_held(tmp_path: Path) -> None:
@@ -108,7 +149,7 @@ def test_a_template_that_begins_a_text_does_so_once(model: Path) -> None:
         (("run", "--image", "config.json", "--prompt", "a"), "config.json is not a picture that Pillow reads"),
         (("compile", "--image-size", "336"), "--image-size is '336': give height and width in pixels, as 336x336"),
         (("compile", "--single-program"), "--single-program is for models of pictures and text: give --image-size too"),
-        (("compile", "--image-size", "8x8", "--token-embedding", "host"), "is for models of text alone"),
+        (("verify", "--single-program"), "--single-program is for models of pictures and text: give --image-size too"),
         (
             ("compile", "--image-size", "90x90", "--num-images", "9", "--ctx-len", "128"),
             "9 pictures of 90 x 90 take up to 144 tokens",
