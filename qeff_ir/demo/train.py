@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -147,13 +147,13 @@ def train(out: Path) -> None:
             print(f"step {step}: loss {loss.item():.5f}, right: {shares}", flush=True)
 
 
-def main() -> None:
-    """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="folder to write the model to")
+def run(train: Callable[[Path], None], folder: Path, what: str | None) -> None:
+    """Read the command line and train a model into a folder, this one by default."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--out", type=Path, default=folder, help="folder to write the model to")
     disable_progress_bar()
     train(parser.parse_args().out)
 
 
 if __name__ == "__main__":
-    main()
+    run(train, MODEL_FOLDER, __doc__)

@@ -6,7 +6,6 @@ of the sets of shapes is never trained on; the right answers about those show th
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import random
 from collections import defaultdict
@@ -26,9 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from qeff_ir.demo.pictures import COLORS, COUNTS, PICTURE_MODEL_FOLDER, SHAPES, SIZE, Drawn, Question, draw
+from qeff_ir.demo.train import run
 
 PAD, BOS, EOS, UNK, IMAGE = SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 _WORDS = (
@@ -280,13 +279,5 @@ SHA-256 of `model.safetensors`: `{hashlib.sha256(weights.read_bytes()).hexdigest
     )
 
 
-def main() -> None:
-    """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=PICTURE_MODEL_FOLDER, help="folder to write the model to")
-    disable_progress_bar()
-    train(parser.parse_args().out)
-
-
 if __name__ == "__main__":
-    main()
+    run(train, PICTURE_MODEL_FOLDER, __doc__)
