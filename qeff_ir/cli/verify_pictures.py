@@ -59,7 +59,8 @@ def asked_about_pictures(
 
     if parts := fast_parts(package.manifest):
         raise RuntimeInputError(
-            f"the package is fast and not exact ({', '.join(parts)}), and drift is measured on texts alone: leave it out"
+            f"the package is fast and not exact ({', '.join(parts)}), and of pictures only exact ones are compared: "
+            "leave that out"
         )
     runner = found.runner()
     from transformers import GenerationConfig
