@@ -149,6 +149,7 @@ PROPERTIES = {
     "FP8": "frontend/formats/test_fp8.py",
     "weights of AWQ": "frontend/formats/test_awq.py::test_the_weights_are_those_of_the_definition",
     "answers of AWQ": "frontend/formats/test_awq.py::test_a_checkpoint_answers_as_transformers[qwen2]",
+    "experts of AWQ": "frontend/formats/test_awq.py::test_experts_are_stacked_as_codes",
     "kinds of AWQ": "frontend/formats/test_awq.py::test_what_is_not_read_is_refused_by_name",
     "tensors of AWQ": "frontend/formats/test_awq.py::test_tensors_that_do_not_fit_are_refused",
     "weights of GPTQ": "frontend/formats/test_gptq.py::test_the_weights_are_those_of_the_definition",

@@ -38,6 +38,8 @@ from qeff_ir.widening import HALVES
 
 _MOVING = (Chunk, Concatenate, Interleave, MergeModulelist, PermuteForRope, Split, SplitModulelist, Transpose)
 """Operations of a conversion that compute nothing."""
+_WHOLE = (Chunk, Concatenate, MergeModulelist, Split, SplitModulelist)
+"""Those that leave the numbers along the last axis where they are, if they leave its size."""
 
 
 class Loader:
@@ -98,9 +100,15 @@ class _Made:
     like: torch.Tensor
     load: Callable[[], torch.Tensor]
 
-    def codes(self, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
-        """As a part of a quantized weight."""
-        return lazy(name, dtype, tuple(self.like.shape), lambda: self.load().numpy())
+    def twice_as_wide(self, other: _Made) -> bool:
+        """Whether the sizes are those of `other`, which has two numbers along the last axis for each."""
+        *outer, last = self.like.shape
+        return [*outer, 2 * last] == list(other.like.shape)
+
+    def codes(self, name: str, dtype: ir.DataType, *, packed: bool = False) -> ir.TensorProtocol:
+        """As a part of a quantized weight; `packed`: each byte holds two numbers of the last axis."""
+        *outer, last = self.like.shape
+        return lazy(name, dtype, (*outer, 2 * last if packed else last), lambda: self.load().numpy(), packed=packed)
 
 
 def converted(model: PreTrainedModel, name: str, group: WeightConverter, folder: Path) -> dict[str, ir.TensorProtocol]:
@@ -173,22 +181,30 @@ def _moved(
     ):
         return None
 
-    def part(of: str, dtype: torch.dtype) -> dict[str, _Made]:
+    def part(of: Callable[[Quantized], ir.TensorProtocol | None], dtype: torch.dtype) -> dict[str, _Made]:
         moving = copy.deepcopy(group)
         for several in _collected(moving):
-            several[:] = [Loader(getattr(loader.parts, of), loader.key, dtype) for loader in several]
+            found = [of(cast("Quantized", loader.parts)) for loader in several]
+            several[:] = [
+                Loader(t, loader.key, dtype) for t, loader in zip(found, several, strict=True) if t is not None
+            ]
         return _run(model, name, moving, folder)
 
-    codes, scales = part("codes", torch.uint8), part("scales", torch.float32)
-    zeros = None if first.zeros is None else part("zeros", torch.uint8)
+    codes, scales = part(lambda p: p.codes, torch.uint8), part(lambda p: p.scales, torch.float32)
+    zeros = None if first.zeros is None else part(lambda p: p.zeros, torch.uint8)
+    pairs: dict[str, _Made] = {}
+    even = first.codes.dtype.bitwidth == 4 and first.axis == len(first.shape) - 1 and first.block % 2 == 0
+    if even and all(isinstance(operation, _WHOLE) for operation in group.operations):
+        pairs = part(lambda p: _paired(p.codes), torch.uint8)
     made: dict[str, ir.TensorProtocol] = {}
     for target, found in codes.items():
         shape, blocks = found.like.shape, scales[target].like.shape
         axis = next((a for a, (size, count) in enumerate(zip(shape, blocks, strict=True)) if size != count), None)
         if axis is None:
             return None
+        packed = target in pairs and pairs[target].twice_as_wide(found)
         parts = Quantized(
-            found.codes(target, first.codes.dtype),
+            (pairs[target] if packed else found).codes(target, first.codes.dtype, packed=packed),
             scales[target].codes(target, ir.DataType.FLOAT),
             None if zeros is None else zeros[target].codes(target, first.codes.dtype),
             axis,
@@ -198,6 +214,15 @@ def _moved(
             return None
         made[target] = dequantized(target, parts)
     return made
+
+
+def _paired(codes: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The bytes of codes of 4 bits, of which each holds two along the last axis."""
+    *outer, last = _sizes(codes)
+    shape = (*outer, last // 2)
+    return lazy(
+        codes.name or "", ir.DataType.UINT8, shape, lambda: np.frombuffer(codes.tobytes(), np.uint8).reshape(shape)
+    )
 
 
 def floating(name: str, like: torch.Tensor, load: Callable[[], torch.Tensor]) -> ir.TensorProtocol:

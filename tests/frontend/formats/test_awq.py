@@ -71,6 +71,15 @@ def test_the_weights_are_those_of_the_definition(kind: str, tmp_path: Path) -> N
     assert found == {n for n in weights if n.endswith("proj.weight") and alone not in n}
 
 
+def test_experts_are_stacked_as_codes(tmp_path: Path) -> None:
+    reference = write("mixtral", tmp_path / "model", SETTINGS, gemm)
+    assert_weights_alike(tmp_path / "model", reference)
+    parts = [
+        p for t in FolderSource(tmp_path / "model").weights().values() if (p := quantized(t)) and len(p.shape) == 3
+    ]
+    assert len(parts) == 4 and all(len(p.codes.tobytes()) == p.codes.size // 2 for p in parts)
+
+
 def test_codes_of_large_matrices_are_moved_in_blocks() -> None:
     codes = np.random.default_rng(0).integers(0, 16, (2056, 1032))
     packed = paired(words(codes, ORDER).view(np.uint32), ORDER)

@@ -124,7 +124,6 @@ def assert_answers_alike(folder: Path, model: PreTrainedModel, *targets: str) ->
             prefill_seq_len=8,
             ctx_len=48,
             emit_only=target != "onnxruntime",
-            materialize=target != "onnxruntime",
             compile_dir=folder.with_name(target),
         )
         found = compare(session_trace(compiled.runner(threads=1).decoder, PROMPTS, reference.tokens), reference)
