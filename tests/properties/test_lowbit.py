@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backends.onnxruntime.session import FOLDED
@@ -111,6 +111,9 @@ WEIGHTS = st.builds(
 KINDS = st.sampled_from([{}, {"turned": True}, {"table": True}, {"experts": 3}])
 
 
+@example(Weight(9, 64, 32, "INT4", zeros=True), {}, "ort-matmul-nbits")  # whole blocks, as the file has them
+@example(Weight(5, 40, 16, "FLOAT4E2M1", zeros=False), {"experts": 2}, "ort-matmul-nbits")
+@example(Weight(30, 72, 48, "UINT4", zeros=True), {"table": True}, "ort-matmul-nbits")
 @given(WEIGHTS, KINDS, st.sampled_from(["ort-matmul-nbits", "nbits,dequantize", "dequantize"]))
 def test_every_form_gives_the_numbers_of_the_dense_one(weight: Weight, kind: dict[str, Any], text: str) -> None:
     weight = replace(weight, **kind)
