@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import typer
 from transformers import PreTrainedModel
 
-from backends.options import CompileOptions
+from benchmarks.memory import resident
+from benchmarks.ours import OWN, Ours, Own, compiled
 from benchmarks.peers.compiled import Compiled
-from benchmarks.peers.contender import Contender, Entrant, Rows
+from benchmarks.peers.contender import WEIGHTS, Contender, Entrant, Rows, RunsAhead, titled
 from benchmarks.peers.eager import Eager
-from benchmarks.peers.genai import GenAI
+from benchmarks.peers.genai import PRECISIONS, GenAI
+from benchmarks.peers.llama_cpp import FORMS, LlamaCpp
 from benchmarks.peers.onnx_export import OnnxExport
 from benchmarks.peers.openvino_export import OpenVinoExport
-from benchmarks.prepare import prepare
 from qeff_ir.ir.module import Module
-from qeff_ir.runtime.decoder import Decoder
-
-
-class Ours:
-    """A compiled package, driven by the runtime that users drive it with."""
-
-    name = "qeff-ir, onnxruntime"
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-
-    def prefill(self, rows: Rows) -> list[int]:
-        """See `Contender.prefill`."""
-        return np.argmax(self.decoder.prefill(rows), axis=-1).tolist()
-
-    def step(self, tokens: list[int]) -> list[int]:
-        """See `Contender.step`."""
-        return np.argmax(self.decoder.decode(tokens), axis=-1).tolist()
 
 
 @dataclass(frozen=True)
@@ -46,7 +30,7 @@ class Start:
 
     Attributes:
         model: The model, float32, on the CPU.
-        module: The same as the frontend makes it; compiling it changes it.
+        module: The same as the frontend makes it; nobody changes it.
         rows: The prompts.
         ctx_len: Tokens that a fixed cache has room for.
         threads: Threads of each.
@@ -67,67 +51,95 @@ class Peer:
 
     Attributes:
         name: Of the row of figures.
-        make: Prepares the one who runs; raises whatever it likes.
-        needs: The module that it needs beyond what qeff-ir itself needs.
+        make: Prepares the one who runs, with a form of weights; raises whatever it likes.
+        needs: The modules that it needs beyond what qeff-ir itself needs, by the form of weights; it has no others.
     """
 
     name: str
-    make: Callable[[Start], Contender]
-    needs: str | None = None
+    make: Callable[[Start, str], Contender]
+    needs: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"f32": ()})
 
+
+_NNCF = ("openvino", "nncf")
 
 PEERS = {
-    "eager": Peer(Eager.name, lambda start: Eager(start.model)),
-    "compiled": Peer(Compiled.name, lambda start: Compiled(start.model, start.ctx_len)),
-    "transformers-onnx": Peer(OnnxExport.name, lambda start: OnnxExport(start.model, len(start.rows), start.threads)),
+    "eager": Peer(Eager.name, lambda start, _: Eager(start.model)),
+    "compiled": Peer(Compiled.name, lambda start, _: Compiled(start.model, start.ctx_len)),
+    "transformers-onnx": Peer(
+        OnnxExport.name, lambda start, _: OnnxExport(start.model, len(start.rows), start.threads)
+    ),
     "openvino": Peer(
-        OpenVinoExport.name, lambda start: OpenVinoExport(start.model, len(start.rows), start.threads), "openvino"
+        OpenVinoExport.name,
+        lambda start, weights: OpenVinoExport(start.model, weights, len(start.rows), start.threads),
+        {"f32": ("openvino",), "int8": _NNCF, "int4": _NNCF},
     ),
     "genai": Peer(
-        GenAI.name, lambda start: GenAI(start.model, start.ctx_len, start.threads, start.folder), "onnxruntime_genai"
+        GenAI.name,
+        lambda start, weights: GenAI(start.model, weights, start.ctx_len, start.threads, start.folder),
+        dict.fromkeys(PRECISIONS, ("onnxruntime_genai",)),
+    ),
+    "llama.cpp": Peer(
+        LlamaCpp.name,
+        lambda s, weights: LlamaCpp(s.model, weights, s.rows, s.ctx_len, s.threads, s.folder),
+        dict.fromkeys(FORMS, ("xllamacpp", "gguf")),
     ),
 }
 """The peers, by the names that `--peers` takes."""
 
-_CHUNK = 512
-"""Prompt tokens that one of our prefill runs takes, at most."""
 
-
-def contenders(start: Start, peers: str) -> list[Entrant]:
+def contenders(start: Start, peers: str, weights: str = "f32", ours: Sequence[str] = ()) -> list[Entrant]:
     """Ours, and the peers that are wanted, each ready to run or with the reason why it is missing.
 
     Args:
         start: What they are given.
         peers: Names with commas, ``all`` or ``none``.
+        weights: Forms of weights with commas; a peer without a form has no row of it.
+        ours: Edits of our pipeline; each is one more float32 row of ours.
 
     Raises:
-        typer.BadParameter: There is no such peer.
+        typer.BadParameter: There is no such peer or form.
     """
-    wanted = list(PEERS) if peers == "all" else [] if peers == "none" else peers.split(",")
-    unknown = [name for name in wanted if name not in PEERS]
-    if unknown:
-        raise typer.BadParameter(f"there is no peer '{unknown[0]}': it is one of {', '.join(PEERS)}")
-    return [Entrant(Ours.name, _ours(start)), *(entrant(PEERS[name], start) for name in wanted)]
+    wanted = list(PEERS) if peers == "all" else [] if peers == "none" else _known(peers, PEERS, "peer")
+    made: list[Entrant] = []
+    for form in _known(weights, WEIGHTS, "form of weights"):
+        own = (*OWN[form], *(Own(edits, edits) for edits in ours if form == "f32"))
+        made += [_entrant(row.name, form, start, functools.partial(_ours, row)) for row in own]
+        made += [entrant(PEERS[name], start, form) for name in wanted if form in PEERS[name].needs]
+    return made
 
 
-def entrant(peer: Peer, start: Start) -> Entrant:
+def entrant(peer: Peer, start: Start, weights: str = "f32") -> Entrant:
     """Prepare a peer and let it try one step, so that whoever cannot run is found missing before the race.
 
     Returns:
         The peer, ready, or the first line of what it raised.
     """
-    if peer.needs is not None and importlib.util.find_spec(peer.needs) is None:
-        return Entrant(peer.name, missing=f"{peer.needs} is not installed")
+    name = titled(peer.name, weights)
+    for module in peer.needs[weights]:
+        if importlib.util.find_spec(module) is None:
+            return Entrant(name, missing=f"{module} is not installed", weights=weights)
+    return _entrant(name, weights, start, peer.make)
+
+
+def _entrant(name: str, weights: str, start: Start, make: Callable[[Start, str], Contender]) -> Entrant:
     try:
-        made = peer.make(start)
+        made = make(start, weights)
         made.step(made.prefill(start.rows))
     except Exception as error:  # whatever a compiler, an exporter or a runtime raises; it is reported
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-        return Entrant(peer.name, missing=f"{type(error).__name__}: {first[:120]}")
-    return Entrant(peer.name, made)
+        return Entrant(name, missing=f"{type(error).__name__}: {first[:120]}", weights=weights)
+    if isinstance(made, RunsAhead):
+        made.finish()
+    memory = None if made.before is None else resident() - made.before
+    return Entrant(made.name, made, None, weights, memory, made.needed if isinstance(made, Ours) else None)
 
 
-def _ours(start: Start) -> Ours:
-    rows = start.rows
-    options = CompileOptions(prefill_seq_len=min(_CHUNK, len(rows[0])), ctx_len=start.ctx_len, batch_size=len(rows))
-    return Ours(prepare(start.module, options, start.folder, threads=start.threads))
+def _ours(own: Own, start: Start, weights: str) -> Ours:
+    folder = Path(tempfile.mkdtemp(prefix="ours-", dir=start.folder))
+    return compiled(own, start.module, start.rows, start.ctx_len, start.threads, folder)
+
+
+def _known(text: str, known: Iterable[str], what: str) -> list[str]:
+    for name in (name for name in text.split(",") if name not in known):
+        raise typer.BadParameter(f"there is no {what} '{name}': it is one of {', '.join(known)}")
+    return text.split(",")

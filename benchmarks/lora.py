@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from backends.onnxruntime.backend import BACKEND
 from backends.options import CompileOptions
-from benchmarks.contenders import Ours
 from benchmarks.options import Json, Peers, Plot, Quick
+from benchmarks.ours import Ours
 from benchmarks.peers.contender import Entrant
 from benchmarks.peers.eager import Eager
 from benchmarks.prepare import lowered

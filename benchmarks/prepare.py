@@ -22,14 +22,21 @@ def lowered(model: PreTrainedModel, weights: Weights) -> Module:
     return lower(model, weights)
 
 
-def finish(module: Module, options: CompileOptions) -> None:
-    """Run the ONNX Runtime backend's own pipeline."""
+def emit(module: Module, options: CompileOptions, folder: Path, *, edits: str = "") -> None:
+    """Compile a lowered module for ONNX Runtime into `folder`, in place.
+
+    Args:
+        module: The module.
+        options: Its sizes.
+        folder: Gets the package.
+        edits: Of the backend's own pipeline, as ``qeff compile --pipeline`` takes them.
+    """
+    own = Pipeline.parse(BACKEND.pipeline)
     specialize(module, options)
-    run_pipeline(module, Pipeline.parse(BACKEND.pipeline))
-
-
-def prepare(module: Module, options: CompileOptions, folder: Path, *, threads: int) -> Decoder:
-    """Compile a lowered module for ONNX Runtime into `folder`, in place, and open it."""
-    finish(module, options)
+    run_pipeline(module, Pipeline.parse(edits, own) if edits else own)
     BACKEND.emit(module, folder, options)
+
+
+def opened(folder: Path, threads: int) -> Decoder:
+    """A decoder on an emitted package."""
     return Decoder(BACKEND.open(folder, threads=threads))

@@ -15,7 +15,8 @@ import typer
 from benchmarks.bandwidth import bandwidth, step_bytes
 from benchmarks.contenders import Start, contenders
 from benchmarks.options import Json, Peers, Plot, Quick
-from benchmarks.peers.contender import Contender, Entrant, Rows
+from benchmarks.ours import NAME
+from benchmarks.peers.contender import WEIGHTS, Contender, Entrant, Rows, RunsAhead
 from benchmarks.prepare import lowered
 from benchmarks.result import Figure, Result, Row, figure, publish
 from benchmarks.shapes import SHAPES, prompts, random_model
@@ -26,6 +27,10 @@ Context = Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)]
 Batch = Annotated[int, typer.Option(help="Rows.", min=1)]
 NewTokens = Annotated[int, typer.Option(help="Tokens to decode.", min=1)]
 Threads = Annotated[int, typer.Option(help="Threads of every contender.", min=1)]
+Weights = Annotated[str, typer.Option(help=f"Forms of weights, with commas: {', '.join(WEIGHTS)}.")]
+Ours = Annotated[
+    list[str], typer.Option("--ours", help="One more float32 row of ours: edits of its pipeline.", metavar="EDITS")
+]
 Rounds = Annotated[int, typer.Option(help="Measured rounds, after one that warms up.", min=1)]
 
 SHARE = "share of bandwidth %"
@@ -49,6 +54,15 @@ class Laps:
     tokens: list[list[int]] = field(default_factory=list[list[int]])
 
 
+@dataclass(frozen=True)
+class Field:
+    """Who is asked to take part; see `contenders`."""
+
+    peers: str
+    weights: str = "f32"
+    ours: Sequence[str] = ()
+
+
 def decode(
     shape: Sizes = "125M",
     context: Context = 128,
@@ -56,13 +70,16 @@ def decode(
     new_tokens: NewTokens = 64,
     threads: Threads = 2,
     rounds: Rounds = 5,
+    weights: Weights = "f32",
+    ours: Ours = [],  # noqa: B006  # typer's form of an option that may be given several times
     peers: Peers = "all",
     json: Json = None,
     plot: Plot = None,
     quick: Quick = False,
 ) -> None:
-    """Tokens per second after a prompt, float32, random weights, greedy."""
-    publish(measure("decode", shape, context, batch, new_tokens, threads, rounds, peers, quick), json, plot)
+    """Tokens per second after a prompt, random weights, greedy."""
+    who = Field(peers, weights, ours)
+    publish(measure("decode", shape, context, batch, new_tokens, threads, rounds, who, quick), json, plot)
 
 
 def prefill(
@@ -71,13 +88,16 @@ def prefill(
     batch: Batch = 1,
     threads: Threads = 2,
     rounds: Rounds = 5,
+    weights: Weights = "f32",
+    ours: Ours = [],  # noqa: B006  # typer's form of an option that may be given several times
     peers: Peers = "all",
     json: Json = None,
     plot: Plot = None,
     quick: Quick = False,
 ) -> None:
-    """Time to the first token of a prompt, float32, random weights."""
-    publish(measure("prefill", shape, context, batch, 1, threads, rounds, peers, quick), json, plot)
+    """Time to the first token of a prompt, random weights."""
+    who = Field(peers, weights, ours)
+    publish(measure("prefill", shape, context, batch, 1, threads, rounds, who, quick), json, plot)
 
 
 def measure(
@@ -88,13 +108,13 @@ def measure(
     new_tokens: int,
     threads: int,
     rounds: int,
-    peers: str,
+    who: Field,
     quick: bool,
 ) -> Result:
     """Run a race.
 
     Raises:
-        typer.BadParameter: There is no such shape or peer.
+        typer.BadParameter: There is no such shape, peer or form of weights, or nobody can run.
     """
     if quick:
         shape, context, new_tokens, rounds = "tiny", min(context, 16), min(new_tokens, 8), 2
@@ -106,18 +126,25 @@ def measure(
     # The cache grows while it is read: half of the new tokens are there on average.
     read = step_bytes(module, batch, context + new_tokens // 2)
     with tempfile.TemporaryDirectory() as folder:
-        entrants = contenders(Start(model, module, rows, ctx_len, threads, Path(folder)), peers)
-        laps = run([e.contender for e in entrants if e.contender is not None], rows, new_tokens, rounds)
+        start = Start(model, module, rows, ctx_len, threads, Path(folder))
+        entrants = contenders(start, who.peers, who.weights, who.ours)
+        racers = [e.contender for e in entrants if e.contender is not None]
+        if not racers:
+            raise typer.BadParameter("nobody can run: " + "; ".join(f"{e.name}: {e.missing}" for e in entrants))
+        laps = run(racers, rows, new_tokens, rounds)
     settings = {"shape": shape, "context": context, "batch": batch, "threads": threads, "rounds": rounds}
+    if who.weights != "f32":
+        settings["weights"] = who.weights
     speed = bandwidth(threads) if suite == "decode" else None
     made = rows_of(suite, entrants, laps, rows, None if speed is None else batch * speed / read)
-    notes = [standing(made)]
+    forms = dict.fromkeys(entrant.weights for entrant in entrants)
+    notes = [standing([row for row, e in zip(made, entrants, strict=True) if e.weights == form]) for form in forms]
     if speed is not None:
         settings["new tokens"] = new_tokens
         notes.append(
             f"a step reads {read / 1e6:,.1f} MB; memory gives {speed / 1e9:.1f} GB/s, caches of the processor more"
         )
-        notes.append(reached(made[0]))
+        notes += [reached(row) for row in made[:1] if SHARE in row.figures]
     return Result(suite, quick, settings, made, "; ".join(filter(None, notes)))
 
 
@@ -138,7 +165,10 @@ def _lap(racer: Contender, rows: Rows, new_tokens: int, laps: Laps) -> None:
     first = time.perf_counter()
     for _ in range(new_tokens):
         generated.append(racer.step(generated[-1]))
-    laps.rate.append(len(rows) * new_tokens / (time.perf_counter() - first))
+    rate = len(rows) * new_tokens / (time.perf_counter() - first)
+    if isinstance(racer, RunsAhead):
+        racer.finish()
+    laps.rate.append(rate)
     laps.first.append(first - started)
     laps.tokens = generated
 
@@ -171,10 +201,14 @@ def rows_of(
                 "prompt tokens/s": figure((read / s for s in lap.first), "higher"),
             }
         )
-        if ceiling is not None:  # the rate says which direction is good
+        if ceiling is not None and entrant.weights == "f32":  # the rate says which direction is good
             figures[SHARE] = figure((100 * rate / ceiling for rate in lap.rate), "neither")
         equal = sum(a == b for a, b in zip(lap.tokens, base.tokens, strict=True)) / len(base.tokens)
         figures["equal steps %"] = figure([100 * equal], "neither")
+        if entrant.memory is not None:
+            figures["session MB"] = figure([entrant.memory / 1e6])
+            if entrant.needed is not None:
+                figures["of weights and caches %"] = figure([100 * entrant.memory / entrant.needed])
         made.append(Row(entrant.name, figures))
     return made
 
@@ -187,11 +221,16 @@ def reached(row: Row) -> str:
 
 
 def standing(rows: Sequence[Row]) -> str:
-    """Which peers are ahead of the first contender, and how far, by its first figure."""
-    ours, *peers = [row for row in rows if row.missing is None]
-    name, own = next(iter(ours.figures.items()))
-    factors = {peer.name: peer.figures[name].median / own.median for peer in peers}
-    ahead = {n: f if own.better == "higher" else 1 / f for n, f in factors.items()}
+    """Which others are ahead of our best, and how far, by its first figure; nothing where we do not run."""
+    running = [row for row in rows if row.missing is None]
+    own = [row for row in running if row.name.startswith(NAME)]
+    if not own:
+        return ""
+    name, first = next(iter(own[0].figures.items()))
+    ours = max(own, key=lambda row: row.figures[name].median * (1 if first.better == "higher" else -1))
+    peers = [row for row in running if row not in own]
+    factors = {peer.name: peer.figures[name].median / ours.figures[name].median for peer in peers}
+    ahead = {n: f if first.better == "higher" else 1 / f for n, f in factors.items()}
     told = [f"{n} by {f:.2f} times" for n, f in ahead.items() if f > 1.0]
     if not peers:
         return ""

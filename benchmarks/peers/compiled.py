@@ -18,6 +18,7 @@ class Compiled:
     """
 
     name = "transformers, static cache + torch.compile"
+    before: int | None = None
 
     def __init__(self, model: PreTrainedModel, ctx_len: int) -> None:
         self.model = model

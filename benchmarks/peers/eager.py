@@ -16,6 +16,7 @@ class Eager:
     """SDPA attention and a cache that grows."""
 
     name = "transformers, eager"
+    before: int | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
 
+from benchmarks.memory import resident
 from benchmarks.peers.contender import Rows
 from benchmarks.peers.exported import export, inputs
 from qeff_ir.frontend.versions import CACHE
@@ -24,11 +25,13 @@ class OnnxExport:
     """
 
     name = "transformers, ONNX exporter"
+    before: int | None = None
 
     def __init__(self, model: PreTrainedModel, batch: int, threads: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         self.model = export(model, OnnxConfig(ort_fusions="cpu"), batch)
+        self.before = resident()
         self.model.to("cpu", session_options=options)
         self.config = model.config
         self.cache: Any = None

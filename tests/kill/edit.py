@@ -15,7 +15,7 @@ from qeff_ir.testing.edits import EditError, replaced, scopes
 
 __all__ = ["EditError", "Place", "find", "places", "replaced"]
 
-SOURCES = ("qeff_ir", "passes", "backends")
+SOURCES = ("qeff_ir", "passes", "backends", "benchmarks")
 """Folders that faults are planted in."""
 
 

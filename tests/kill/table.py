@@ -104,6 +104,8 @@ PROPERTIES = {
     "programs": "examples/test_two_programs.py",
     "edits of pipelines": "passing/test_editing.py",
     "derived weights": "passes/test_fuse_products.py",
+    "races": "benchmarks/test_peers.py",
+    "standings of races": "benchmarks/test_harness.py::test_who_is_ahead_is_told",
     "lengths of caches": "examples/test_compute_context_length.py",
     "drafts": "examples/test_target_logits.py",
     "passes of others together": "examples/test_all_together.py",
