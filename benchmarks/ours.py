@@ -38,17 +38,22 @@ class Own:
         return ", ".join(filter(None, (NAME, self.title)))
 
 
-_NBITS = "+quantize-weights{{bits={bits} block={block}}}<kv-retention,+ort-matmul-nbits{{level=4}}<ort-kernels"
+_ROUNDED = "+quantize-weights{{bits={} block={}}}"
+_FAST = ",-ort-matmul-nbits,+ort-matmul-nbits{level=4}<ort-kernels"
 
 OWN: dict[str, tuple[Own, ...]] = {
     "f32": (Own(),),
     "bf16": (),
-    "int8": (Own("int8, block 32, fast", _NBITS.format(bits=8, block=32)),),
-    "int4": tuple(Own(f"int4, block {n}, fast", _NBITS.format(bits=4, block=n)) for n in (32, 128)),
+    "int8": (Own("int8, block 32, fast", _ROUNDED.format(8, 32) + _FAST),),
+    "int4": (
+        Own("int4, block 32, fast", _ROUNDED.format(4, 32) + _FAST),
+        Own("int4, block 128, fast", _ROUNDED.format(4, 128) + _FAST),
+        Own("int4, block 128, exact", _ROUNDED.format(4, 128)),
+    ),
 }
-"""Our rows by the form of weights; one whose pass does not exist is missing, with what the pipeline says about it.
+"""Our rows by the form of weights; one whose pipeline cannot be read is missing, with the reason.
 
-Blocks of 128 have a quarter of the scales of llama.cpp's and of the other peers', which have blocks of 32.
+Blocks of 128 have a quarter of the scales of the peers, whose blocks are of 32.
 """
 
 

@@ -22,7 +22,7 @@ class FuseProducts(Pass):
     """``MatMul(x, A)`` and ``MatMul(x, B)`` become ``Split(MatMul(x, [A B]))`` where both are in one module.
 
     A runtime then divides one large product among its threads, where it divided several small ones. A weight that
-    another product reads too stays alone, as does one that is stored the other way round than the others.
+    another product reads too stays alone, as does one that is quantized, or stored the other way round than the others.
 
     The weights stay references into the checkpoint by default, and a `Concat` puts them side by side: a runtime that
     folds constants does so once, when it opens the package, and takes the memory of both for that time. With
@@ -72,8 +72,9 @@ def _groups(module: Module) -> list[list[ir.Node]]:
     found: dict[tuple[ir.Value | None, str, bool], list[ir.Node]] = {}
     for node in module.graph:
         weight = stored(node)
-        if weight is not None and len(list(_products(weight))) == 1:
-            found.setdefault((node.inputs[0], _parent(node), weight.transposed), []).append(node)
+        if weight is None or quantized(weight.value.const_value) is not None or len(list(_products(weight))) > 1:
+            continue
+        found.setdefault((node.inputs[0], _parent(node), weight.transposed), []).append(node)
     return [nodes for nodes in found.values() if len(nodes) > 1]
 
 

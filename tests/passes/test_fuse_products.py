@@ -94,6 +94,12 @@ def test_a_weight_of_two_products_and_one_that_is_stored_the_other_way_stay_alon
     assert {node in module.graph for node in (up, keys)} == {True} and queries not in module.graph
 
 
+def test_quantized_weights_stay_alone() -> None:
+    module = support.canonical("llama")
+    run = run_pipeline(module, Pipeline.parse('quantize-weights{skip="*gate_proj*,*up_proj*"},fuse-products')).runs[1]
+    assert run.stats.fired == {"2 products": 2} and run.stats.missed == []
+
+
 def test_what_a_fused_product_stands_for_is_told_everywhere() -> None:
     module = support.canonical("llama")
     recorder = Recorder()
