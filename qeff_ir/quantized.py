@@ -8,6 +8,7 @@ is read (`fold`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -97,19 +98,29 @@ class Quantized:
         Args:
             rows: Which of the first axis; all when not given. Of blocks along that axis, all have to be asked for.
         """
-        codes, scales = self.codes.numpy()[rows], self.scales.numpy()[rows]
-        made = codes.astype(np.float32)
+        made = _values(self.codes.dtype).take(self.codes.numpy()[rows].view(np.uint8))
         if self.zeros is not None:
-            made -= self._spread(self.zeros.numpy()[rows].astype(np.float32), made.shape)
-        made *= self._spread(scales.astype(np.float32), made.shape)
+            self._with_blocks(np.subtract, made, self.zeros.numpy()[rows])
+        self._with_blocks(np.multiply, made, self.scales.numpy()[rows])
         return made
 
-    def _spread(self, blocks: Array, shape: tuple[int, ...]) -> Array:
-        """One number for each code."""
-        size = shape[self.axis]
-        if blocks.shape[self.axis] == 1:
-            return blocks
-        return np.repeat(blocks, self.block, axis=self.axis).take(np.arange(size), axis=self.axis)
+    def _with_blocks(self, operation: np.ufunc, made: Array, blocks: Array) -> None:
+        """Apply an operation to each number and what its block has, in place."""
+        before, after = made.shape[: self.axis], made.shape[self.axis + 1 :]
+        count = made.shape[self.axis] // self.block
+        at = (slice(None),) * self.axis
+        wide = blocks.astype(np.float32)
+        whole = made[(*at, slice(count * self.block))].reshape(*before, count, self.block, *after)  # a view
+        operation(whole, np.expand_dims(wide[(*at, slice(count))], self.axis + 1), out=whole)
+        rest = made[(*at, slice(count * self.block, None))]
+        if rest.size:
+            operation(rest, wide[(*at, slice(count, None))], out=rest)
+
+
+@functools.cache
+def _values(dtype: ir.DataType) -> Array:
+    """The number of each byte, as an array has it that holds codes of a type."""
+    return np.arange(256, dtype=np.uint8).view(dtype.numpy()).astype(np.float32)
 
 
 def dequantized(name: str, parts: Quantized) -> ir.LazyTensor:

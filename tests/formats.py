@@ -23,7 +23,7 @@ PROMPTS = prompts([11, 5])
 STEPS = 3
 TARGETS: dict[str, dict[str, Any]] = {
     "onnxruntime": {"target": "onnxruntime"},
-    "ai100": {"target": "ai100", "emit_only": True, "materialize": True},
+    "ai100": {"target": "ai100", "emit_only": True},
 }
 
 
