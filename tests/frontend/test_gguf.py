@@ -71,6 +71,18 @@ def test_every_number_is_that_of_transformers(name: str, tmp_path: Path) -> None
     assert [n for n, t in theirs.items() if not np.array_equal(weights[n].numpy().astype(np.float32), t.numpy())] == []
 
 
+def test_the_table_of_names_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks for it once a module, which takes minutes for a model of many layers."""
+    path, made, asked = file("llama", tmp_path / "model"), gguf.get_tensor_name_map, list[int]()
+
+    def counted(architecture: Any, layers: int) -> Any:
+        asked.append(layers)
+        return made(architecture, layers)
+
+    monkeypatch.setattr(gguf, "get_tensor_name_map", counted)
+    assert open_source(path).weights() and asked == [2]
+
+
 def test_blocks_without_offsets_stay_codes_and_scales(tmp_path: Path) -> None:
     """Moved rows too; what has an offset in its blocks (Q4_1, Q4_K, …) is numbers."""
     weights = open_source(file("llama", tmp_path / "model")).weights()

@@ -6,10 +6,12 @@ one have a list of conversions like a checkpoint's, others a table of names and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -25,6 +27,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from qeff_ir.arrays import Array
+from qeff_ir.frontend.capture.own_thread import replaced
 
 
 def fields_of(path: Path, architecture: str) -> dict[str, Any]:
@@ -64,7 +67,9 @@ class Processor:
 
     def __init__(self, architecture: str, fields: Mapping[str, Any], model: PreTrainedModel) -> None:
         self._processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=dict(fields))
-        self._names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+        # transformers makes the table of names anew for each module: a minute for thirty layers.
+        with replaced(gguf, "get_tensor_name_map", functools.cache):
+            self._names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
 
     def __call__(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The parameters that tensors of the file become, by transformers' names."""
