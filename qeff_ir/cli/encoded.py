@@ -44,7 +44,7 @@ def compile_encoded(
         QeffError: See `qeff_ir.auto.seq2seq.QEFFAutoModelForSeq2SeqLM.compile`.
     """
     if request.token_embedding != "graph":
-        raise CompileError("--token-embedding host is for models of text alone: leave it out")
+        raise CompileError("--token-embedding host is not for encoder-decoders: leave it out")
     from qeff_ir.frontend.source import FolderSource
 
     if not isinstance(source, FolderSource):

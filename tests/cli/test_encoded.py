@@ -124,6 +124,6 @@ def test_what_cannot_be_done_is_told(qeff: Qeff, reads: Path, hears: Path, tmp_p
         (("run", reads, "--audio", clip, *target), "the model reads texts: give --prompt TEXT alone"),
         (("run", hears, "--prompt", "w5", *target), "the model hears recordings: give --audio FILE alone"),
         (("compile", reads, "--encoder-ctx-len", "500", *target), "is more than the 64 positions"),
-        (("compile", reads, "--token-embedding", "host", *target), "is for models of text alone"),
+        (("compile", reads, "--token-embedding", "host", *target), "is not for encoder-decoders"),
     ):
         assert message in qeff(*words).complaint
