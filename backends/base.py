@@ -27,6 +27,7 @@ class Backend(ABC):
         ahead_of_time: Whether there is a compiler to run over what was emitted, and flags for it.
         emitted: What to do with a package that was emitted but not compiled, as a clause.
         retains_adapters: Whether the factors of a single adapter are kept between runs as retained states.
+        dtypes: What models may be computed in (`CompileOptions.dtype`).
         names_hidden_states: Whether a host reads the hidden states of a text encoder by one name (`passes.embedding`).
         Options: What a user can ask of the target: the methods below get one of these.
     """
@@ -39,6 +40,7 @@ class Backend(ABC):
     ahead_of_time: ClassVar[bool] = False
     emitted: ClassVar[str] = ""
     retains_adapters: ClassVar[bool] = False
+    dtypes: ClassVar[frozenset[str]] = frozenset({"float32"})
     names_hidden_states: ClassVar[bool] = False
     Options: ClassVar[type[CompileOptions]] = CompileOptions
 

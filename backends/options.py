@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class CompileOptions:
         seq_len: Lengths of the inputs of a model without a cache, one specialization for each.
         materialize: Whether weights of 16 bits are written as float32, for what reads no others. They stay references
             into the checkpoint otherwise, and are widened when the package is loaded.
+        dtype: What is computed in, by transformers' names: activations, caches and weights have this type. ``auto`` is
+            what the model's ``config.json`` says.
     """
 
     title: ClassVar[str] = ""
@@ -34,10 +36,19 @@ class CompileOptions:
     materialize: bool = field(
         default=False, metadata={"help": "Write float32 copies of weights of 16 bits, instead of referring to them."}
     )
+    dtype: Literal["float32", "float16", "bfloat16", "auto"] = field(
+        default="float32", metadata={"help": "What is computed in; auto is what config.json says."}
+    )
 
 
 def completed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, with ``prefill_seq_len`` where it is not given or `None`: no more than the context has."""
+    """Options by name, with ``prefill_seq_len`` where it is not given or `None`: no more than the context has.
+
+    A ``dtype`` of torch's becomes its name, and `None` float32.
+    """
+    if "dtype" in given:
+        named = "float32" if given["dtype"] is None else str(given["dtype"]).removeprefix("torch.")
+        given = {**given, "dtype": named}
     if given.get("prefill_seq_len") is not None:
         return dict(given)
     most, ctx_len = CompileOptions.prefill_seq_len, given.get("ctx_len")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,6 +137,8 @@ def compile_model(
     steps = pipelines(pipeline, Pipeline.parse(backend.pipeline), list(programs))
     if token_embedding == "host":
         steps[MAIN] = steps[MAIN].add("token-embedding")
+    if options.dtype != "float32":
+        steps = {name: given.add(f"dtype{{type={options.dtype}}}") for name, given in steps.items()}
     lowered = {} if source.identity() is not None else {name: lower() for name, lower in programs.items()}
     folder = out or cache_root() / _architecture(source)
     with disk_errors(folder):  # the disk of the model, and the one of temporary files
@@ -259,6 +261,15 @@ def _read(backend: Backend, source: Source, asked: CompileOptions | Mapping[str,
                 f"{_architecture(source)} has no option {field.name}: its shapes are {', '.join(task.shapes)}"
             )
     options = read_options(backend, given)
+    if options.dtype == "auto":
+        options = replace(options, dtype=_own_dtype(source))
+    if options.dtype not in backend.dtypes:
+        raise CompileError(
+            f"{backend.name} computes in {' or '.join(sorted(backend.dtypes))}, not in {options.dtype}: leave dtype "
+            "out; weights of 16 bits stay as they are stored all the same"
+        )
+    if options.materialize and options.dtype != "float32":
+        raise CompileError(f"materialize writes float32 weights, and dtype asks for {options.dtype}: leave one out")
     if not task.retains:
         return options
     if options.ctx_len < options.prefill_seq_len:
@@ -272,6 +283,16 @@ def _read(backend: Backend, source: Source, asked: CompileOptions | Mapping[str,
             "QEFFAutoModelForSeq2SeqLM, or with QEFFAutoModelForSpeechSeq2Seq if it takes recordings"
         )
     return options
+
+
+def _own_dtype(source: Source) -> Literal["float32", "float16", "bfloat16"]:
+    """The type that a model's configuration names."""
+    named = str(getattr(source.config, "dtype", None)).removeprefix("torch.")
+    if named == "float16" or named == "bfloat16":
+        return named
+    if named in ("float32", "None"):
+        return "float32"
+    raise CompileError(f"config.json says dtype={named}, which no target computes in: give dtype='float16', say")
 
 
 def _architecture(source: Source) -> str:

@@ -21,6 +21,16 @@ from qeff_ir.ir.ports import LOGITS
 UNIT_ROUNDOFF = 2.0**-24
 """Of float32."""
 
+ROUNDOFF = {
+    ir.DataType.FLOAT: UNIT_ROUNDOFF,
+    ir.DataType.FLOAT16: 2.0**-11,
+    ir.DataType.BFLOAT16: 2.0**-8,
+}
+"""Unit roundoff of each float type: half the distance from 1 to the next number."""
+
+LARGEST = {ir.DataType.FLOAT16: 65504.0}
+"""The largest number of a type that numbers of models may exceed."""
+
 _PRODUCTS = {
     **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "Einsum", "Conv"), 1),
     **dict.fromkeys(("Attention", "SinkAttention", "GroupQueryAttention", "LinearAttention"), 2),
@@ -28,9 +38,14 @@ _PRODUCTS = {
 """Matrix products inside an operator."""
 
 
-def bound(depth: int) -> float:
-    """Largest ``max|error| / rms(reference)`` for a computation of that many matrix products in a row, float32."""
-    return 8.0 * UNIT_ROUNDOFF * math.sqrt(depth)
+def bound(depth: int, dtype: ir.DataType = ir.DataType.FLOAT) -> float:
+    """Largest ``max|error| / rms(reference)`` for a computation of that many matrix products in a row.
+
+    Args:
+        depth: How many.
+        dtype: What results are rounded to. Sums inside a product are float32 for each of them.
+    """
+    return 8.0 * ROUNDOFF[dtype] * math.sqrt(depth)
 
 
 def error_over_rms(values: Array, reference: Array) -> float:

@@ -44,6 +44,7 @@ class Ai100Backend(Backend):
     ahead_of_time: ClassVar[bool] = True
     emitted: ClassVar[str] = "it runs in the emulator; compile_command.json has the compiler's command"
     retains_adapters: ClassVar[bool] = True
+    dtypes: ClassVar[frozenset[str]] = frozenset({"float32", "float16", "bfloat16"})
     Options: ClassVar[type[CompileOptions]] = Ai100Options
     names_hidden_states: ClassVar[bool] = True
     pipeline: ClassVar[str] = (
@@ -73,10 +74,11 @@ class Ai100Backend(Backend):
         Raises:
             CompileError: With what is wrong, and the nearest known flag.
         """
-        target, asked = sdk.choose(sdk.probe()), own(options)
+        found, asked = sdk.probe(), own(options)
+        target = sdk.choose(found)
         refuse_first(checks.option_violations(asked, target))
-        if requested(asked) is None:
-            flags.resolve(asked, target)
+        named = flags.resolve(asked, target).hardware if requested(asked) is None else "ai100"
+        refuse_first(checks.dtype_violations(asked, named or found.hardware))
 
     def programs(self, lower: Mapping[str, Callable[[], Module]]) -> Mapping[str, Callable[[], Module]]:
         """See `Backend.programs`; an encoder is in the graph of its decoder."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -78,7 +78,7 @@ def violations(module: Module, options: Ai100Options, sdk: Sdk) -> Iterator[Viol
     for function in own:  # the compiler does not look into the bodies of the ops that it knows
         for node in ir.traversal.RecursiveGraphIterator(function.graph):
             yield from _node(node, calls, sdk, inside=function.name)
-    yield from _types(module, sdk)
+    yield from _types(module, {*sdk.types, *(["BFLOAT16"] if options.dtype == "bfloat16" else [])})
     yield from _constants(module)
     yield from _size(module, sdk)
     encoder = any(module.role_of(value) is ROWS_OUTPUT for value in module.graph.outputs)
@@ -97,6 +97,16 @@ def option_violations(options: Ai100Options, sdk: Sdk) -> Iterator[Violation]:
             "context",
             f"prefill_seq_len is {options.prefill_seq_len}, more than the {options.ctx_len} slots of the cache: "
             "lower it, or raise ctx_len",
+        )
+
+
+def dtype_violations(options: Ai100Options, hardware: str) -> Iterator[Violation]:
+    """What the hardware cannot compute in (contract §0: the AI 100 has no bfloat16)."""
+    if options.dtype == "bfloat16" and hardware != "ai200":
+        yield Violation(
+            "dtype",
+            f"dtype is bfloat16, which {hardware} does not compute in: give dtype='float16', or aic_hw_version='ai200' "
+            "for a card that does",
         )
 
 
@@ -171,9 +181,9 @@ def _node(node: ir.Node, calls: set[tuple[str, str]], sdk: Sdk, inside: str | No
             )
 
 
-def _types(module: Module, sdk: Sdk) -> Iterator[Violation]:
+def _types(module: Module, known: Collection[str]) -> Iterator[Violation]:
     for value in all_values(module.graph):
-        if value.dtype is not None and value.dtype.name not in sdk.types:
+        if value.dtype is not None and value.dtype.name not in known:
             maker = value.producer()
             where = _where(maker) if maker is not None else f"'{value.name}'"
             yield Violation("type", f"{where} has a tensor of type {value.dtype.name}, which the device does not have")
@@ -183,6 +193,8 @@ def _constants(module: Module) -> Iterator[Violation]:
     for value in module.graph.initializers.values():
         tensor = value.const_value
         if tensor is None or WEIGHT_KEY in value.metadata_props or not tensor.dtype.is_floating_point():
+            continue
+        if tensor.dtype == ir.DataType.BFLOAT16:  # not converted
             continue
         numbers = tensor.numpy()
         if bool(np.any((numbers > _FP16_MAX) | ((numbers < -_FP16_MAX) & ~np.isneginf(numbers)))):

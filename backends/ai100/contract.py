@@ -133,7 +133,11 @@ def violations(folder: Path) -> Iterator[Violation]:
     if listed:
         yield from _custom_io(graph, _text(folder / CUSTOM_IO))
     yield from _weights(proto, folder)
-    yield from _command(command["argv"], model.name, folder, sdk, retains=retains, listed=listed)
+    as_it_is = any(value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for value in proto.graph.input)
+    passed = listed and not (as_it_is and "mxint8" not in _text(folder / CUSTOM_IO))
+    yield from _command(
+        command["argv"], model.name, folder, sdk, retains=retains, passed=passed, converted=not as_it_is
+    )
 
 
 def _is_command(data: Any) -> bool:
@@ -402,10 +406,10 @@ def _weights(proto: onnx.ModelProto, folder: Path) -> Iterator[Violation]:
 
 
 def _command(
-    argv: list[str], model: str, folder: Path, sdk: Sdk, *, retains: bool, listed: bool
+    argv: list[str], model: str, folder: Path, sdk: Sdk, *, retains: bool, passed: bool, converted: bool
 ) -> Iterator[Violation]:
     """The command starts as the SDK wants, names files of the folder only, and asks for retained states where there are
-    some (§4.1 and §4.6)."""
+    some (§4.1 and §4.6); bfloat16 is not converted to float16."""
     given: dict[str, str] = {}
     for argument in argv[1:]:
         flag, _, value = argument.removeprefix("-").partition("=")
@@ -416,8 +420,10 @@ def _command(
     required = {"m": model, "network-specialization-config": specializations.FILE, "aic-binary-dir": "qpc"}
     if retains:
         required |= {"retained-state": ""}
-    if listed:
+    if passed:
         required |= {"custom-IO-list-file": CUSTOM_IO}
+    if converted != ("convert-to-fp16" in given):
+        yield Violation("command", f"the command {'has not' if converted else 'has'} -convert-to-fp16")
     for flag, value in required.items():
         if given.get(flag) != value:
             yield Violation("command", f"the command has not -{flag}{'=' + value if value else ''}")

@@ -88,10 +88,15 @@ def command(
     retains: bool = True,
     custom_io: bool = True,
 ) -> list[str]:
-    """The compiler's command line, to be run inside the package's folder; without states it is shorter (§4.6)."""
+    """The compiler's command line, to be run inside the package's folder; without states it is shorter (§4.6).
+
+    A bfloat16 graph is not converted, and its states are stored as they are (§4.1).
+    """
+    as_it_is = options.dtype == "bfloat16"
+    custom_io = custom_io and (options.mxint8_kv_cache or not as_it_is)
     own = {
         "retained_state": retains,
-        "convert_to_fp16": True,
+        "convert_to_fp16": not as_it_is,
         "aic_num_cores": options.num_cores,
         "mxfp6_matmul": options.mxfp6_matmul,
     }

@@ -3,7 +3,8 @@
 What is checked is what is shipped: the ONNX file of the package with its weights, the shapes of its
 ``specializations.json``, and states that stay where they are between runs. Only the bodies of the device's operators
 are exchanged for its rules (`qeff_ir.ir.operators`), which give NaN for what they do not read, so that nothing can
-depend on it. The arithmetic is not emulated: it stays in the precision of the ONNX file.
+depend on it. The arithmetic is that of the ONNX file: float32, or what was asked for by ``dtype`` (`arithmetic`). What
+a compiler makes of it, ``-convert-to-fp16`` say, is not emulated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from backends.ai100 import specializations, sub_functions, weight_free
+from backends.ai100 import arithmetic, specializations, sub_functions, weight_free
 from backends.ai100.artifact import read_module
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
@@ -28,6 +29,7 @@ from qeff_ir.ir.residents import State
 from qeff_ir.passing.base import registered_passes
 from qeff_ir.runtime.interface import interface_of
 from qeff_ir.storage import load_proto
+from qeff_ir.widening import HALVES
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(int64)": np.dtype(np.int64),
@@ -49,6 +51,9 @@ class EmulatedSession:
         model: The ONNX file, beside its ``specializations.json``.
         threads: Threads of the runtime; its own choice by default.
 
+    Attributes:
+        computes: What results are rounded to: float32, or the type that the package was compiled for.
+
     Raises:
         PackageError: The artifact cannot be loaded.
     """
@@ -57,10 +62,13 @@ class EmulatedSession:
 
     def __init__(self, model: Path, *, threads: int | None = None) -> None:
         proto = load_proto(model)
+        self.computes = arithmetic.declared_type(proto)
         module = read_module(proto, model)
         self.interface = interface_of(module, model)
         self._specializations = specializations.load(model.parent / specializations.FILE, module.specializations)
         weight_free.bind(proto, model.parent)
+        if self.computes in HALVES:
+            proto = arithmetic.spell_out(proto)
         _give_rules(proto, model)
         content = proto.SerializeToString()
         self._programs = [_Program(content, model, s, threads) for s in self._specializations]

@@ -95,7 +95,8 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory, "Encoder"]):
             pipeline: Another pipeline than `pipeline_for` makes, or edits of it (``+my-pass,-fuse-rotary``).
             emit_only: Write the package without running the target's compiler.
             watch: Told of every step, see `qeff_ir.compiler.Watch`.
-            options: What the target takes beside that, by name. Of the AI 100 (`backends.ai100.options.Ai100Options`):
+            options: What the target takes beside that, by name: ``dtype`` and ``materialize`` of
+                `backends.options.CompileOptions`, and of the AI 100 (`backends.ai100.options.Ai100Options`)
                 ``num_cores``, ``num_devices``, ``mxfp6_matmul``, ``mxint8_kv_cache``, ``weight_free``, ``enable_qnn``,
                 any flag of its compiler (``aic_enable_depth_first=True``), and ``force_flags`` for those not known.
 

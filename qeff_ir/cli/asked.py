@@ -24,6 +24,7 @@ class Asked:
         reference: What transformers answers.
         measure: Tells how far they may lie apart.
         decoded_here: Whether transformers was given numbers that it does not load itself (`Source.decoded_here`).
+        drift: Of types of 16 bits, how far both are from float32, as sentences.
     """
 
     target: str
@@ -32,6 +33,7 @@ class Asked:
     reference: Trace
     measure: Callable[[], Yardstick]
     decoded_here: bool
+    drift: str = ""
 
 
 def check_room(longest: int, steps: int, ctx_len: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from qeff_ir.numerics import bound, depth
 from qeff_ir.testing.trace import Trace, compare
@@ -38,13 +39,13 @@ class Yardstick:
     own: float
 
     @classmethod
-    def of(cls, depth: int, cached: Trace, reference: Trace) -> Yardstick:
+    def of(cls, depth: int, cached: Trace, reference: Trace, dtype: ir.DataType = ir.DataType.FLOAT) -> Yardstick:
         """That of a model of so many products in a row, from what transformers answers with a cache and without one.
 
         Raises:
             ValueError: The reference is empty, constant or not finite.
         """
-        return cls(bound(depth), compare(cached, reference).error)
+        return cls(bound(depth, dtype), compare(cached, reference).error)
 
     @property
     def limit(self) -> float:
@@ -60,7 +61,13 @@ class Yardstick:
         )
 
 
-def measure(module: Module, model: PreTrainedModel, prompts: Sequence[Sequence[int]], reference: Trace) -> Yardstick:
+def measure(
+    module: Module,
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    reference: Trace,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> Yardstick:
     """The yardstick for one trace.
 
     Args:
@@ -68,13 +75,14 @@ def measure(module: Module, model: PreTrainedModel, prompts: Sequence[Sequence[i
         model: The model in transformers.
         prompts: Those of the trace.
         reference: What transformers answers without a cache.
+        dtype: What both compute in.
 
     Raises:
         ValueError: The reference is empty, constant or not finite.
     """
     rows = [_cached_logits(model, row, reference.tokens[:-1, i]) for i, row in enumerate(prompts)]
     logits = np.stack(rows, axis=1)
-    return Yardstick.of(depth(module), Trace(logits.argmax(-1), logits), reference)
+    return Yardstick.of(depth(module), Trace(logits.argmax(-1), logits), reference, dtype)
 
 
 def _cached_logits(model: PreTrainedModel, prompt: Sequence[int], follow: Array) -> Array:

@@ -240,6 +240,10 @@ class FolderSource(Source):
 
     def reference(self) -> PreTrainedModel:
         """See `Source.reference`; quantized weights are dequantized by transformers, if it can."""
+        return self.loaded("float32")
+
+    def loaded(self, dtype: str) -> PreTrainedModel:
+        """The transformers model, loaded in a type of torch's by its name."""
         import torch
 
         from qeff_ir.frontend.private import float32_scales
@@ -255,7 +259,7 @@ class FolderSource(Source):
                 .from_pretrained(
                     self.folder,
                     config=config,
-                    dtype=torch.float32,
+                    dtype=getattr(torch, dtype),
                     trust_remote_code=self.trust_remote_code,
                     **({} if self.gguf is None else {"gguf_file": self.gguf.name}),
                 )

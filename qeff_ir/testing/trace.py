@@ -66,6 +66,8 @@ def reference_trace(
     prompts: Sequence[Sequence[int]],
     steps: int,
     beside: Sequence[Mapping[str, torch.Tensor]] = (),
+    *,
+    follow: Array | None = None,
 ) -> Trace:
     """transformers' own answer, one full forward pass for each row and step.
 
@@ -73,6 +75,7 @@ def reference_trace(
         model: The model.
         prompts: Token ids of each row.
         steps: How many tokens to answer with.
+        follow: The tokens to feed, int64 ``[steps, batch]``, in place of those that the model chooses.
         beside: What each row's forward pass takes beside them, types of tokens among it; nothing by default.
     """
     import torch
@@ -89,7 +92,7 @@ def reference_trace(
             step = np.stack(made)
             logits.append(step)
             tokens.append(step.argmax(-1))
-            for row, token in zip(rows, tokens[-1], strict=True):
+            for row, token in zip(rows, tokens[-1] if follow is None else follow[count], strict=True):
                 row.append(int(token))
     return Trace(np.stack(tokens), np.stack(logits))
 

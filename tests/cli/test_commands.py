@@ -209,6 +209,15 @@ def test_verify_tells_the_drift_of_what_is_fast_and_proves_nothing(
     assert "this one is exact" in qeff(*words, "--texts", tmp_path / "sums.txt").complaint
 
 
+@pytest.mark.nightly
+def test_verify_in_16_bits_tells_how_far_both_are_from_float32(qeff: Qeff) -> None:
+    prompt = ("--prompt", "47+38=", "--steps", 3)
+    said = qeff("verify", MODEL_FOLDER, "--target", "ai100", "--emit-only", "--dtype", "float16", *prompt)
+    assert (said.code, said.err) == (0, "")
+    assert re.search(r"Both compute in float16\. From float32, the compiled model is \d\.\de-0\d away", said.out)
+    assert "Agrees with transformers" in said.out
+
+
 def test_passes_lists_the_registry(qeff: Qeff) -> None:
     said = qeff("passes")
     assert (said.code, said.err) == (0, "")

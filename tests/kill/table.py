@@ -51,6 +51,7 @@ PROPERTIES = {
     "Auto classes": "auto/test_adapters.py",
     "AI 100 device": "backends/ai100/test_device.py",
     "AI 100 device rules": "backends/ai100/test_device_rules.py",
+    "types of 16 bits": "test_dtypes.py",
     "AI 100 emulator": "backends/ai100/test_emulator.py",
     "AI 100 compiler": "backends/ai100/test_compile.py",
     "AI 100 contract": "backends/ai100/test_contract.py",
