@@ -88,9 +88,9 @@ def _open(module: Module, options: CompileOptions, step: Lora | None, folder: Pa
 def _fill(decoder: Decoder, count: int) -> None:
     """Write random adapters into the slots from 1 on, and give each row the next one."""
     rng = np.random.default_rng(0)
-    for item in decoder.session.interface.adapters:
+    for item in (item for item in decoder.session.interface.residents if item.slots):
         for slot in range(1, count + 1):
-            decoder.session.write(item.name, rng.standard_normal(item.shape[1:], dtype=np.float32) * 0.01, slot)
+            decoder.session.write(item.input, rng.standard_normal(item.sizes, dtype=np.float32) * 0.01, slot)
     if count:
         decoder.lora_ids[:] = 1 + np.arange(decoder.batch_size) % count
 

@@ -22,7 +22,7 @@ from qeff_ir.ir.ports import (
     TOKEN_KINDS,
     TOKENS,
 )
-from qeff_ir.ir.residents import KINDS, State
+from qeff_ir.ir.residents import KINDS, Resident
 from qeff_ir.numerics import Exact, Numeric
 from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
@@ -154,18 +154,18 @@ def _spread(node: ir.Node, b: OpBuilder) -> ir.Value:
 
 def _retain(module: Module, given: list[ir.Value], rewriter: Rewriter) -> None:
     """Make states of the rows, and bring inputs and outputs into the order of the contract (§1.8)."""
-    kinds = {kind.stem: name for name, kind in KINDS.items() if kind.shared}
+    kinds = {kind.input: name for name, kind in KINDS.items() if kind.shared}
     graph, kept = module.graph, list[ir.Value]()
     last = list(graph)[-1]
     for value in given:
         assert value.shape is not None and value.dtype is not None
         shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape.dims)
-        state = State(0, kinds[str(value.name)], shape, value.dtype)
-        module.states.append(state)
+        state = Resident(0, kinds[str(value.name)], shape, value.dtype)
+        module.residents.append(state)
         out = rewriter.after(last)("Identity", value, shape=value.shape, dtype=value.dtype)
         out.name = state.output
         kept.append(out)
-    module.states.sort(key=lambda state: state.order)
+    module.residents.sort(key=lambda resident: resident.order)
     front = [v for role in _FRONT for v in graph.inputs if module.role_of(v) is role]
     graph.inputs[:] = [*front, *(v for v in graph.inputs if v not in front)]
     logits, after = module.port(LOGITS), module.port(NEXT_ROW)

@@ -13,7 +13,7 @@ from qeff_ir.errors import PipelineError
 from qeff_ir.ir import dialect
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import POSITIONS
-from qeff_ir.ir.residents import DimValue, State
+from qeff_ir.ir.residents import DimValue, Resident
 from qeff_ir.passing.base import OpBuilder, Rewriter
 from qeff_ir.passing.properties import PROPERTIES, define
 
@@ -53,7 +53,7 @@ class Layout(ABC):
     """Operator that writes a cache."""
 
     @abstractmethod
-    def write(self, node: ir.Node, slots: Slots, state: State) -> None:
+    def write(self, node: ir.Node, slots: Slots, state: Resident) -> None:
         """Lower one `CacheUpdate`."""
 
     def finish(self) -> None:

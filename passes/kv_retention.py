@@ -12,7 +12,7 @@ from qeff_ir.errors import PassError
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.ports import POSITIONS
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.passing.base import Pass, Phase, Rewriter, register, registered_passes
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.matching import depends_on, operand
@@ -137,7 +137,7 @@ def _make_ring(module: Module, window: int) -> None:
     windows = {s.window for s in module.states if s.window is not None}
     symbol = "sliding_window" if len(windows) == 1 else f"sliding_window_{window}"
     length = _ring_length(module, window)
-    new: list[State] = []
+    new: list[Resident] = []
     ours = {module.input(s.input) for s in module.states if s.window == window}
     for node in module.graph:
         if node.domain == dialect.DOMAIN and node.inputs and node.inputs[0] in ours:
@@ -146,7 +146,7 @@ def _make_ring(module: Module, window: int) -> None:
                 (out,) = node.outputs
                 out.shape = ir.Shape([*(out.shape or ("batch_size",))[:1], symbol])
                 carry_on(module.graph, out, "ctx_len", symbol)
-    for state in module.states:
+    for state in module.residents:
         if state.window == window:
             state = dataclasses.replace(
                 state, ring=True, shape=tuple(symbol if d == "ctx_len" else d for d in state.shape)
@@ -154,6 +154,6 @@ def _make_ring(module: Module, window: int) -> None:
             for value in (module.input(state.input), module.output(state.output)):
                 value.shape = ir.Shape(state.shape)
         new.append(state)
-    module.states = new
+    module.residents = new
     module.dims[symbol] = Dim(symbol)
     module.set_size(symbol, length)

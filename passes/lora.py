@@ -14,14 +14,9 @@ from qeff_ir.adapters.targets import select, selection
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import ADAPTER_ROW, POSITIONS, name_of
-from qeff_ir.ir.residents import AdapterInput
+from qeff_ir.ir.residents import Part, Resident
 from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
-
-Part = Literal["a", "b", "bias"]
-_SINGLE: dict[Part, str] = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_bias"}
-_SINGLE_EMBEDDING: dict[Part, str] = {**_SINGLE, "a": "lora_embedding_A", "b": "lora_embedding_B"}
-_SLOTS: dict[Part, str] = {"a": "lora_a_weights", "b": "lora_b_weights", "bias": "lora_biases"}
 
 
 @register
@@ -159,8 +154,8 @@ class _Branches:
         """Return every adapter input as an output."""
         graph = self.module.graph
         for item in self.module.adapters:
-            value = self.inputs[item.name]
-            kept = ir.node("Identity", [value], name=f"{item.name}_identity")
+            value = self.inputs[item.input]
+            kept = ir.node("Identity", [value], name=f"{item.input}_identity")
             self.rewriter.stamp(kept, kept)
             graph.append(kept)
             out = kept.outputs[0]
@@ -169,16 +164,16 @@ class _Branches:
 
     def _input(self, path: str, kind: str, part: Part, shape: tuple[int, ...]) -> ir.Value:
         if self.slots:
-            name, shape = f"{path}.{_SLOTS[part]}", (self.options.n + 1, *shape)
+            made, shape = f"lora-{part}", (self.options.n + 1, *shape)
         else:
-            names = _SINGLE_EMBEDDING if kind == "embedding" else _SINGLE
-            name = f"base_model.model.{path}.{names[part]}"
-        if name not in self.inputs:
-            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+            made = f"single-lora-embedding-{part}" if kind == "embedding" and part != "bias" else f"single-lora-{part}"
+        item = Resident(0, made, shape, ir.DataType.FLOAT, path=path, retained=self.options.retained)
+        if item.input not in self.inputs:
+            value = ir.val(item.input, shape=ir.Shape(shape), dtype=item.dtype)
             self.module.graph.inputs.append(value)
-            self.inputs[name] = value
-            self.module.adapters.append(AdapterInput(name, path, part, shape, self.slots, self.options.retained))
-        return self.inputs[name]
+            self.inputs[item.input] = value
+            self.module.residents.append(item)
+        return self.inputs[item.input]
 
     def _product(self, layer: Layer, factor: ir.Value, b: OpBuilder) -> ir.Value:
         """``x A``: ``[batch, seq, rank]``, or without slots of the rank that ``x`` has."""

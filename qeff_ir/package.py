@@ -38,7 +38,7 @@ DECODER = "decoder"
 """Beginning of the names of decoders for shorter lengths of what is encoded, ``decoder_<length>``, each with its
 ``encoder_<length>``; the main program is the decoder of the longest."""
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Version of the manifest and of the folder; a package of another version is refused."""
 
 

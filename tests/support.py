@@ -173,13 +173,11 @@ def random_feeds(module: Module, sizes: Mapping[str, int], seed: int = 0) -> dic
         "input_ids": rng.integers(4, VOCAB, (batch, seq)).astype(np.int64),
         "position_ids": positions,
     }
-    for state in module.states:
-        shape = [sizes[d] if isinstance(d, str) else d for d in state.shape]
-        feeds[state.input] = rng.standard_normal(shape).astype(np.float32)
-    for item in module.adapters:
-        feeds[item.name] = rng.standard_normal(item.shape).astype(np.float32)
-        if item.slots:
-            feeds["lora_ids"] = np.arange(batch)[:, None] - 1
+    for resident in module.residents:
+        shape = [sizes[d] if isinstance(d, str) else d for d in resident.shape]
+        feeds[resident.input] = rng.standard_normal(shape).astype(np.float32)
+    if any(resident.slots for resident in module.residents):
+        feeds["lora_ids"] = np.arange(batch)[:, None] - 1
     return feeds
 
 

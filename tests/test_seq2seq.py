@@ -227,7 +227,7 @@ def test_the_feature_extractor_of_a_folder_tells_the_length(tmp_path: Path) -> N
     model = QEFFAutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
     model.compile(target="onnxruntime", compile_dir=tmp_path / "out")
     decoder = model.runner().decoder
-    shapes = {s.input: s.shape for s in decoder.session.interface.states if s.written_by_host}
+    shapes = {s.input: s.shape for s in decoder.session.interface.residents if s.written_by_host}
     assert set(shapes.values()) == {("batch_size", 4, 50, 8)} and decoder.ctx_len == 64
 
 

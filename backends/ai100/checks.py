@@ -142,22 +142,21 @@ def _states(module: Module) -> Iterator[Violation]:
     roles = [module.role_of(v) for v in module.graph.inputs]
     tokens = [name_of(role) for role in (EMBEDDINGS, TOKENS) if role in roles] or [name_of(TOKENS)]
     rows = [name_of(role) for role in (READ_LENGTH, CACHE_ROW, KEPT_LOGITS) if role in roles]
-    rows += [name_of(ADAPTER_ROW)] if any(a.slots for a in module.adapters) else []
-    adapters = [a.name for a in module.adapters]
-    shared = [s for s in module.states if s.shared]
-    own = [s for s in module.states if not s.shared]
+    rows += [name_of(ADAPTER_ROW)] if any(r.slots for r in module.residents) else []
+    shared = [r for r in module.residents if r.shared]
+    own = [r for r in module.residents if not r.shared]
     beside = [str(v.name) for v, role in zip(module.graph.inputs, roles, strict=True) if role in _BESIDE_POSITIONS]
     features = [str(v.name) for v, role in zip(module.graph.inputs, roles, strict=True) if role is FEATURES]
     expected = [*features, *tokens, *(s.input for s in shared), name_of(POSITIONS), *beside]
-    expected += [*(s.input for s in own), *rows, *adapters]
-    if not all(a.retained for a in module.adapters):
+    expected += [*(r.input for r in own if r.part is None), *rows, *(r.input for r in own if r.part is not None)]
+    if not all(r.retained for r in module.residents):
         yield Violation("state-pair", "adapters must be retained: put lora{retained=true} into the pipeline")
     elif [v.name for v in module.graph.inputs] != expected:
         yield Violation("inputs", f"the inputs must be {', '.join(expected[:4])}, ... in this order")
     given_back = [str(v.name) for v in module.graph.outputs if module.role_of(v) is NEXT_ROW]
     embeds = EMBEDDED in [v.name for v in module.graph.outputs]
     expected = [EMBEDDED if embeds else name_of(LOGITS), *(s.output for s in shared), *given_back]
-    expected += [*(s.output for s in own), *(a.output for a in module.adapters)]
+    expected += [r.output for r in own]
     if [v.name for v in module.graph.outputs] != expected:
         yield Violation("outputs", f"the outputs must be {', '.join(expected[:3])}, ... in this order")
 

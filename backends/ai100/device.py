@@ -19,7 +19,7 @@ from backends.ai100.qnn.files import AIC_SETTINGS
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
 from qeff_ir.ir.module import Specialization
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.runtime.interface import interface_of, sized
 from qeff_ir.storage import load_proto
 
@@ -79,7 +79,7 @@ class DeviceSession:
         self._specializations = specializations.load(folder / specializations.FILE, module.specializations)
         self._inputs = self.interface.inputs
         self._outputs = [port.name for port in self.interface.outputs]
-        adapters = {item.name: item for item in self.interface.adapters}
+        written = [r.input for r in self.interface.residents if r.update == "host"]
         ids = list(devices) if devices is not None else list(range(_device_count(folder)))
 
         context = self._rt.Context(self._rt.QIDList(ids))
@@ -89,7 +89,7 @@ class DeviceSession:
         self._expect(status, "read the program's description")
         descriptor = api.IoDesc()
         descriptor.ParseFromString(bytes(described))
-        names = [*(port.name for port in self._inputs), *adapters, *self._outputs]
+        names = [*(port.name for port in self._inputs), *written, *self._outputs]
         self._bindings = _bindings(descriptor, api, names)
         for name in names:
             if name not in self._bindings:
@@ -105,10 +105,10 @@ class DeviceSession:
         self._expect(self._program.activate(), "activate the program")
         self._execution = self._rt.ExecObj(context, self._program)
         self._lock = threading.Lock()
-        # Every buffer starts out empty, those of the states for good; adapters are passed with the run after a change.
+        # Every buffer starts out empty, those of the states for good; what the host writes is passed after.
         self._buffers: list[Any] = [self._rt.QBuffer(b"") for _ in self._bindings]
-        self._contents = {n: np.zeros(a.shape, self._bindings[n].dtype) for n, a in adapters.items()}
-        self._changed = set(adapters)
+        self._contents = {n: np.zeros((b := self._bindings[n]).shapes[0], b.dtype) for n in written}
+        self._changed = set(written)
         sizes = [(b.dtype.itemsize, [0]) for b in sorted(self._bindings.values(), key=lambda b: b.index)]
         self._dims: Any = self._rt.BufferDimensionsVecRef(sizes)
 
@@ -209,7 +209,7 @@ def _bindings(descriptor: Any, api: Any, names: Sequence[str]) -> dict[str, _Bin
     wide = getattr(api, "BFLOAT16_TYPE", None)
     found: dict[str, _Binding] = {}
     for binding in descriptor.selected_set.bindings:
-        name = binding.name.rpartition("/")[2].replace("_InternalRetainedState", State.SUFFIX)
+        name = binding.name.rpartition("/")[2].replace("_InternalRetainedState", Resident.SUFFIX)
         if name in names and (binding.type not in types or binding.type == wide):
             raise PackageError(f"buffer {name} of the program has a type that qeff-ir does not know ({binding.type})")
         # States stay on the device, in whatever type it keeps them.

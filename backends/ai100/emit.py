@@ -17,7 +17,7 @@ from backends.ai100.qnn.request import requested
 from backends.ai100.sdk import Sdk
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import FEATURES, MASK, POSITIONS, ROWS_OUTPUT
-from qeff_ir.ir.residents import AdapterInput, State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.storage import save_model
 
 CUSTOM_IO = "custom_io.yaml"
@@ -61,7 +61,7 @@ def emit(module: Module, folder: Path, options: Ai100Options, sdk: Sdk, hardware
         commands = files.emit(module, model, folder, options, asked)
         _write_json(folder / COMMAND, {"sdk": sdk.version, "commands": commands})
         return
-    listed = custom_io(module.states, "mxint8" if options.mxint8_kv_cache else None, module.adapters)
+    listed = custom_io(module.residents, "mxint8" if options.mxint8_kv_cache else None)
     heard = [v for v in module.graph.inputs if module.role_of(v) is FEATURES and v.dtype == ir.DataType.FLOAT]
     if module.states:
         listed += halves(str(value.name) for value in heard)
@@ -116,18 +116,17 @@ def command(
     ]
 
 
-def custom_io(states: Sequence[State], precision: str | None, adapters: Sequence[AdapterInput] = ()) -> str:
-    """``custom_io.yaml``: each state as input and as output, in `precision` or its own half-sized one (§4.3).
+def custom_io(residents: Sequence[Resident], precision: str | None) -> str:
+    """``custom_io.yaml``: each resident as input and as output, in `precision` or its own half-sized one (§4.3).
 
-    Rows of an encoder are always float16, and so are adapters, which follow.
+    What the host writes is always float16: rows of an encoder, and adapters.
     """
     entries: list[str] = []
-    for state in states:
-        stored = precision or ("bfloat16" if state.dtype == ir.DataType.BFLOAT16 else "float16")
-        stored = "float16" if state.shared else stored
-        entries += [f" - IOName: {name}\n   Precision: {stored}\n\n" for name in (state.input, state.output)]
-    names = [name for item in adapters for name in (item.name, item.output)]
-    return "".join(entries) + halves(names)
+    for resident in residents:
+        stored = precision or ("bfloat16" if resident.dtype == ir.DataType.BFLOAT16 else "float16")
+        stored = "float16" if resident.update == "host" else stored
+        entries += [f" - IOName: {name}\n   Precision: {stored}\n\n" for name in resident.names]
+    return "".join(entries)
 
 
 def halves(names: Iterable[str]) -> str:

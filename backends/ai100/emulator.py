@@ -25,7 +25,7 @@ from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Specialization
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.passing.base import registered_passes
 from qeff_ir.runtime.interface import interface_of
 from qeff_ir.storage import load_proto
@@ -75,8 +75,7 @@ class EmulatedSession:
         shapes = self._programs[0].states
         if any(p.states != shapes for p in self._programs):
             raise PackageError(f"the states of {model} differ in size between its specializations: compile again")
-        self._written = {item.name for item in self.interface.adapters}
-        self._written |= {state.input for state in self.interface.states if state.written_by_host}
+        self._written = {resident.input for resident in self.interface.residents if resident.written_by_host}
         self._states = {name: _zeros(shape) for name, shape in shapes.items()}
         self._spare = {name: _zeros(shape) for name, shape in shapes.items()}
         self._lock = threading.Lock()
@@ -174,8 +173,8 @@ class _Program:
             reason = str(error).splitlines()[0]
             raise PackageError(f"ONNX Runtime cannot load {model} as {item.name}: {reason}") from error
         outputs = [o.name for o in self._session.get_outputs()]
-        self._results = [name for name in outputs if not name.endswith(State.SUFFIX)]
-        retained = {name.removesuffix(State.SUFFIX) for name in outputs if name.endswith(State.SUFFIX)}
+        self._results = [name for name in outputs if not name.endswith(Resident.SUFFIX)]
+        retained = {name.removesuffix(Resident.SUFFIX) for name in outputs if name.endswith(Resident.SUFFIX)}
         shapes = {i.name: _static(model, item, i.name, i.shape) for i in self._session.get_inputs()}
         self.types = {i.name: _DTYPES[i.type] for i in self._session.get_inputs() if i.name not in retained}
         self.inputs = {name: shape for name, shape in shapes.items() if name not in retained}
@@ -192,7 +191,7 @@ class _Program:
             binding.bind_output(name)
         for name in self.states:
             binding.bind_ortvalue_input(name, states[name])
-            binding.bind_ortvalue_output(name + State.SUFFIX, spare[name])
+            binding.bind_ortvalue_output(name + Resident.SUFFIX, spare[name])
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises several private types

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.module import Module, Specialization
-from qeff_ir.ir.residents import AdapterInput, DimValue
+from qeff_ir.ir.residents import DimValue
 from qeff_ir.runtime.interface import LENGTH, interface_of, sized
 
 _FUSE_BIASES = ["SkipLayerNormFusion"]
@@ -27,9 +27,8 @@ runtime would also fuse some products with it, and round their activations."""
 class OrtSession:
     """Runs a package's ``model.onnx``.
 
-    Every state is one buffer that is bound as input and as output: the cache writes change it in place, and nothing is
-    copied from step to step. Inputs and logits have buffers of their own for each specialization; adapters have one
-    that all share, and that is written in place.
+    Every resident is one buffer that is bound as input and as output: the cache writes change it in place, and nothing
+    is copied from step to step. Inputs and logits have buffers of their own for each specialization.
 
     Args:
         model: The ONNX file.
@@ -65,11 +64,7 @@ class OrtSession:
             )
         except Exception as error:  # ONNX Runtime raises several private types
             raise PackageError(f"ONNX Runtime cannot load {model}: {str(error).splitlines()[0]}") from error
-        self._states = {
-            s.output: (s.input, ort.OrtValue.ortvalue_from_numpy(_zeros(s.shape, fixed))) for s in module.states
-        }
-        self._written = {s.input: self._states[s.output][1] for s in module.states if s.written_by_host}
-        self._adapters = {a.name: _Adapter(a) for a in module.adapters}
+        self._residents = {r.input: ort.OrtValue.ortvalue_from_numpy(_zeros(r.shape, fixed)) for r in module.residents}
         self._bindings = {
             tuple(sized(port, s.symbols) for port in self.interface.inputs): self._bind(s.symbols)
             for s in self._specializations
@@ -107,17 +102,13 @@ class OrtSession:
 
     def write(self, name: str, data: Array, slot: int | None = None) -> None:
         """See `qeff_ir.runtime.session.Session.write`."""
-        if name in self._written:
-            self._written[name].update_inplace(np.ascontiguousarray(data, dtype=np.float32))
-            return
-        self._adapters[name].data[... if slot is None else slot] = data
+        self._residents[name].numpy()[... if slot is None else slot] = data
 
     def reset(self) -> None:
         """Set all states to zero that runs write."""
-        for name, value in self._states.values():
-            if name in self._written:
-                continue
-            value.numpy().fill(0)  # the buffer itself: a cache of zeros to copy from would cost as much again
+        for resident in self.interface.residents:
+            if not resident.written_by_host:  # the buffer itself: a cache of zeros to copy from would cost as much
+                self._residents[resident.input].numpy().fill(0)
 
     def _bind(self, symbols: Mapping[str, int]) -> _Binding:
         io = self._session.io_binding()
@@ -127,13 +118,13 @@ class OrtSession:
         }
         for port in self.interface.inputs:
             io.bind_ortvalue_input(port.name, values[port.name])
-        for name, adapter in self._adapters.items():
-            io.bind_ortvalue_input(name, adapter.value)
         for port in self.interface.outputs:
             io.bind_ortvalue_output(port.name, values[port.name])
-        for output, (name, value) in self._states.items():
-            io.bind_ortvalue_input(name, value)
-            io.bind_ortvalue_output(output, value)
+        for resident in self.interface.residents:
+            value = self._residents[resident.input]
+            io.bind_ortvalue_input(resident.input, value)
+            if resident.retained:
+                io.bind_ortvalue_output(resident.output, value)
         return _Binding(io, values)
 
 
@@ -143,15 +134,6 @@ class _Binding:
     def __init__(self, io: ort.IOBinding, values: dict[str, ort.OrtValue]) -> None:
         self.io = io
         self.values = values
-
-
-class _Adapter:
-    """The buffer of an adapter input: ONNX Runtime reads the very memory of `data`."""
-
-    def __init__(self, item: AdapterInput) -> None:
-        self.item = item
-        self.data: Array = np.zeros(item.shape, dtype=np.float32)
-        self.value = ort.OrtValue.ortvalue_from_numpy(self.data)
 
 
 def _zeros(dims: Sequence[DimValue], sizes: Mapping[str, int]) -> Array:

@@ -14,7 +14,7 @@ from qeff_ir.adapters.folder import Adapter, Factors
 from qeff_ir.arrays import Array
 from qeff_ir.errors import AdapterError
 from qeff_ir.ir.module import LAYER_KEY, WEIGHT_KEY
-from qeff_ir.ir.residents import AdapterInput
+from qeff_ir.ir.residents import Resident
 from qeff_ir.ir.sources import sources_of
 from qeff_ir.ranges import FileRange
 from qeff_ir.storage import load_model
@@ -23,7 +23,7 @@ Base = Callable[[str], Array | None]
 """A parameter of the base model by name, float32; `None` when there is none of that name."""
 
 
-def fit(name: str, adapter: Adapter, inputs: Sequence[AdapterInput], base: Base) -> dict[str, Array]:
+def fit(name: str, adapter: Adapter, inputs: Sequence[Resident], base: Base) -> dict[str, Array]:
     """What each input gets for an adapter, float32; an input that is not named gets zeros.
 
     Args:
@@ -36,7 +36,7 @@ def fit(name: str, adapter: Adapter, inputs: Sequence[AdapterInput], base: Base)
         AdapterError: The compiled model has no branch for a layer, the rank or a shape does not fit, or the adapter
             was made for other weights; the message names the layer.
     """
-    found: dict[tuple[str, str], AdapterInput] = {(item.layer, item.part): item for item in inputs}
+    found = {(item.path, item.part): item for item in inputs}
     tensors: dict[str, Array] = {}
     biases: dict[str, Array] = {}
     for path, factors in adapter.layers.items():
@@ -46,7 +46,7 @@ def fit(name: str, adapter: Adapter, inputs: Sequence[AdapterInput], base: Base)
                 f"adapter '{name}' changes {path}, for which the compiled model has no branch{_near(path, inputs)}: "
                 "if the base model has such a layer, compile with the adapter loaded, or with lora_targets that name it"
             )
-        tensors |= {a.name: _factor_a(name, path, factors, a), b.name: _factor_b(name, path, factors, b)}
+        tensors |= {a.input: _factor_a(name, path, factors, a), b.input: _factor_b(name, path, factors, b)}
         if factors.b_bias is not None:
             biases[path] = numbers(factors.b_bias) * np.float32(factors.scaling)
     for path, entry in adapter.biases.items():
@@ -61,7 +61,7 @@ def fit(name: str, adapter: Adapter, inputs: Sequence[AdapterInput], base: Base)
                 f"adapter '{name}' changes the bias of {path}, for which the compiled model has no branch: compile "
                 "with the adapter loaded, or with lora_bias='all'"
             )
-        tensors[item.name] = values
+        tensors[item.input] = values
     for parameter, entry in adapter.copies.items():
         if not np.array_equal(_base_value(base, name, parameter, entry), numbers(entry)):
             raise AdapterError(
@@ -71,10 +71,11 @@ def fit(name: str, adapter: Adapter, inputs: Sequence[AdapterInput], base: Base)
     return tensors
 
 
-def _near(path: str, inputs: Sequence[AdapterInput]) -> str:
+def _near(path: str, inputs: Sequence[Resident]) -> str:
     """A clause that names the branch whose path is most like another, if one ends alike."""
     leaf = path.rpartition(".")[2]
-    alike = difflib.get_close_matches(path, {i.layer for i in inputs if i.layer.endswith(f".{leaf}")}, n=1)
+    ending = [other for item in inputs if (other := str(item.path)).endswith(f".{leaf}")]
+    alike = difflib.get_close_matches(path, dict.fromkeys(ending), n=1)
     return f" (it has one for {alike[0]})" if alike else ""
 
 
@@ -122,18 +123,18 @@ def numbers(entry: FileRange) -> Array:
     return values
 
 
-def _factor_a(name: str, path: str, factors: Factors, item: AdapterInput) -> Array:
+def _factor_a(name: str, path: str, factors: Factors, item: Resident) -> Array:
     """``A`` padded to the input's rank: ``[rank, in]``, with slots ``[in, rank]``."""
-    shape = item.shape[1:][::-1] if item.slots else item.shape
+    shape = item.sizes[::-1] if item.slots else item.sizes
     _check(name, path, factors, shape[0], factors.a.shape[1], shape[1])
     padded = np.zeros(shape, dtype=np.float32)
     padded[: factors.rank] = numbers(factors.a)
     return padded.T if item.slots else padded
 
 
-def _factor_b(name: str, path: str, factors: Factors, item: AdapterInput) -> Array:
+def _factor_b(name: str, path: str, factors: Factors, item: Resident) -> Array:
     """``B``, scaled, padded to the input's rank: ``[out, rank]``, with slots ``[rank, out]``."""
-    shape = item.shape[1:][::-1] if item.slots else item.shape
+    shape = item.sizes[::-1] if item.slots else item.sizes
     _check(name, path, factors, shape[1], factors.b.shape[0], shape[0])
     padded = np.zeros(shape, dtype=np.float32)
     padded[:, : factors.rank] = numbers(factors.b) * np.float32(factors.scaling)

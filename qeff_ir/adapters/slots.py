@@ -8,7 +8,7 @@ from qeff_ir.adapters.fit import Base, fit
 from qeff_ir.adapters.folder import Adapter
 from qeff_ir.arrays import Array
 from qeff_ir.errors import AdapterError
-from qeff_ir.ir.residents import AdapterInput
+from qeff_ir.ir.residents import Resident
 from qeff_ir.runtime.session import Session
 
 
@@ -24,11 +24,11 @@ class AdapterSlots:
 
     def __init__(self, session: Session, base: Base) -> None:
         self.session = session
-        self.inputs = list(session.interface.adapters)
+        self.inputs = [resident for resident in session.interface.residents if resident.part is not None]
         self.base = base
-        self.single = not any(item.slots for item in self.inputs)
-        sizes = [item.shape[0] - 1 for item in self.inputs if item.slots]
-        self._names: list[str | None] = [None] * (1 if self.single else sizes[0])
+        slots = max((item.slots for item in self.inputs), default=0)
+        self.single = not slots
+        self._names: list[str | None] = [None] * (slots or 1)
 
     @property
     def slots(self) -> int:
@@ -62,7 +62,7 @@ class AdapterSlots:
             tensors = fit(str(name), adapter, self.inputs, self.base)
             self._names[0] = None  # until all of it is there
             for item in self.inputs:
-                self._write(item, 0, tensors.get(item.name))
+                self._write(item, 0, tensors.get(item.input))
             self._names[0] = name
 
     def add(self, name: str, adapter: Adapter) -> int:
@@ -87,7 +87,7 @@ class AdapterSlots:
         index = self._names.index(name if name in self._names else None)
         self._names[index] = None  # until all of it is there
         for item in self.inputs:
-            self._write(item, index, tensors.get(item.name))
+            self._write(item, index, tensors.get(item.input))
         self._names[index] = name
         return self.slot(name)
 
@@ -104,7 +104,6 @@ class AdapterSlots:
         for item in self.inputs:
             self._write(item, index, None)
 
-    def _write(self, item: AdapterInput, index: int, data: Array | None) -> None:
-        shape = item.shape[1:] if item.slots else item.shape
-        values = np.zeros(shape, dtype=np.float32) if data is None else data
-        self.session.write(item.name, values, index + 1 if item.slots else None)
+    def _write(self, item: Resident, index: int, data: Array | None) -> None:
+        values = np.zeros(item.sizes, dtype=np.float32) if data is None else data
+        self.session.write(item.input, values, index + 1 if item.slots else None)

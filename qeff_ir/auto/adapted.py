@@ -363,10 +363,10 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
 
         model = _model_file(package)
         inputs = load_module(model).adapters
-        slots = [item.shape[0] - 1 for item in inputs if item.slots]
-        if slots and len(adapters) > slots[0]:
+        slots = max((item.slots for item in inputs), default=0)
+        if slots and len(adapters) > slots:
             raise AdapterError(
-                f"{len(adapters)} adapters do not fit {slots[0]} slots: delete one, or compile with "
+                f"{len(adapters)} adapters do not fit {slots} slots: delete one, or compile with "
                 f"adapter_slots={len(adapters)} or more"
             )
         for name in names:

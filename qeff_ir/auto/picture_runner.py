@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _KEPT = 256 << 20
 """Bytes of rows of pictures that are kept, so that the next question about one does not encode it again."""
 
-_PIXELS = KINDS["pixels"].stem
+_PIXELS = KINDS["pixels"].input
 """What a graph that has the encoder calls the pixels, whatever the processor does."""
 
 _TYPES = ("mm_token_type_ids", "token_type_ids")

@@ -54,7 +54,7 @@ class ModuleDiff:
     Attributes:
         nodes: Changed nodes: removed ones, then added and re-wired ones in graph order.
         interface: Graph inputs and outputs that differ, one line each.
-        facts: States, dims, specializations, ports (with their roles) and properties that differ, one line each.
+        facts: Residents, dims, specializations, ports (with their roles) and properties that differ, one line each.
         weights_added: Bytes of each new weight or constant, by name.
         weights_removed: Bytes of each one that is gone.
         node_count: Nodes of the main graph before and after.
@@ -246,7 +246,7 @@ def _interface(module: Module) -> dict[str, str]:
 
 def _facts(module: Module) -> dict[str, str]:
     found: dict[str, str] = {}
-    for state in module.states:
+    for state in module.residents:
         window = f", window {state.window}" if state.window is not None else ""
         shape = ", ".join(map(str, state.shape))
         ring = ", ring" if state.ring else ""

@@ -218,9 +218,9 @@ def _tidy(module: Module, outputs: Iterable[str]) -> Module:
     """Drop what nothing uses, states without their output, inputs without a reader, and properties that tell of a port
     that is cut off; declare the dims that remain."""
     kept = set(outputs)
-    module.states = [s for s in module.states if s.output in kept]
+    module.residents = [r for r in module.residents if not r.retained or r.output in kept]
     common.RemoveUnusedNodesPass()(module.model)
-    needed = {s.input for s in module.states}
+    needed = {r.input for r in module.residents if r.retained}
     for index in reversed(range(len(module.graph.inputs))):
         value = module.graph.inputs[index]
         if not value.uses() and not value.is_graph_output() and value.name not in needed:

@@ -1,6 +1,6 @@
 """`Module`: an ONNX model plus the typed facts that ONNX has no place for.
 
-A module is an `onnx_ir.Model` (always valid ONNX), the retained states of a decoder, the symbolic dims of its
+A module is an `onnx_ir.Model` (always valid ONNX), what a device keeps between runs, the symbolic dims of its
 interface, the roles of its inputs and outputs, and the specializations it will be compiled for. The facts travel inside
 the model's metadata, so that saving and loading is exact and every snapshot opens in any ONNX tool.
 """
@@ -22,10 +22,10 @@ import onnx_ir as ir
 from qeff_ir.errors import ModelLoadError, PassError, PipelineError, VerificationError
 from qeff_ir.ir import facts, ports
 from qeff_ir.ir.ports import ROLES, Role
-from qeff_ir.ir.residents import KINDS, AdapterInput, DimValue, State
+from qeff_ir.ir.residents import KINDS, DimValue, Resident
 from qeff_ir.reading import parse_json, plain_name
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Version of the facts below; a module of another version is refused."""
 
 METADATA_KEY = "qeff.module"
@@ -123,22 +123,20 @@ class Facts:
     Attributes:
         version: Format version.
         name: As in `Module`, a plain name; so are the others.
-        states: See `Module`.
+        residents: See `Module`.
         dims: See `Module`.
         specializations: See `Module`.
         properties: See `Module`.
-        adapters: See `Module`.
         padding: See `Module`.
         ports: See `Module`.
     """
 
     version: int
     name: str
-    states: tuple[State, ...]
+    residents: tuple[Resident, ...]
     dims: tuple[Dim, ...]
     specializations: tuple[Specialization, ...]
     properties: tuple[str, ...]
-    adapters: tuple[AdapterInput, ...] = ()
     padding: Padding | None = None
     ports: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -150,11 +148,10 @@ class Module:
     Attributes:
         model: The graph. Any snapshot of it is valid ONNX, the `qeff` dialect being ONNX functions.
         name: Name of the model class, used for file names.
-        states: Retained states, in the order of `State.order`.
+        residents: What stays on the device between runs, in the order of `Resident.order`.
         dims: Symbolic dims of the interface by name.
         specializations: Static shapes to compile for; empty until a target is chosen.
         properties: Names of the properties that passes have established so far.
-        adapters: Graph inputs that hold low-rank adapters, in the order of the graph.
         padding: Of a model without a cache: what padding does to it, where it is known.
         ports: Roles of the graph inputs and outputs, by name (`qeff_ir.ir.ports.ROLES`); by default those that
             transformers' names tell.
@@ -162,11 +159,10 @@ class Module:
 
     model: ir.Model
     name: str
-    states: list[State] = field(default_factory=list[State])
+    residents: list[Resident] = field(default_factory=list[Resident])
     dims: dict[str, Dim] = field(default_factory=dict[str, Dim])
     specializations: list[Specialization] = field(default_factory=list[Specialization])
     properties: set[str] = field(default_factory=set[str])
-    adapters: list[AdapterInput] = field(default_factory=list[AdapterInput])
     padding: Padding | None = None
     ports: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -177,6 +173,16 @@ class Module:
     def graph(self) -> ir.Graph:
         """The main graph."""
         return self.model.graph
+
+    @property
+    def states(self) -> tuple[Resident, ...]:
+        """The residents that are no adapters: what a request leaves for its next run, or has from its encoder."""
+        return tuple(resident for resident in self.residents if resident.part is None)
+
+    @property
+    def adapters(self) -> tuple[Resident, ...]:
+        """The residents that are parts of low-rank adapters."""
+        return tuple(resident for resident in self.residents if resident.part is not None)
 
     def input(self, name: str) -> ir.Value:
         """The graph input of that name.
@@ -261,21 +267,20 @@ class Module:
         copied = Module(
             model,
             self.name,
-            list(self.states),
+            list(self.residents),
             dict(self.dims),
             [dataclasses.replace(s, symbols=dict(s.symbols)) for s in self.specializations],
             set(self.properties),
-            list(self.adapters),
             self.padding,
         )
         copied.ports = dict(self.ports)  # also when there are none: names tell nothing of a copy
         return copied
 
     def rename_dim(self, old: str, new: str) -> None:
-        """Rename a symbol in every shape, state, dim and specialization; two symbols may become one."""
+        """Rename a symbol in every shape, resident, dim and specialization; two symbols may become one."""
         rename_symbols(self.graph, {old: new})
-        self.states = [
-            dataclasses.replace(s, shape=tuple(new if d == old else d for d in s.shape)) for s in self.states
+        self.residents = [
+            dataclasses.replace(r, shape=tuple(new if d == old else d for d in r.shape)) for r in self.residents
         ]
         if old in self.dims:
             dim = self.dims.pop(old)
@@ -336,11 +341,10 @@ class Module:
         found = Facts(
             FORMAT_VERSION,
             self.name,
-            tuple(self.states),
+            tuple(self.residents),
             tuple(self.dims.values()),
             tuple(self.specializations),
             tuple(sorted(self.properties)),
-            tuple(self.adapters),
             self.padding,
             {name: role for name, role in sorted(self.ports.items()) if name in names},
         )
@@ -366,11 +370,10 @@ class Module:
         module = cls(
             model,
             found.name,
-            list(found.states),
+            list(found.residents),
             {d.name: d for d in found.dims},
             list(found.specializations),
             set(found.properties),
-            list(found.adapters),
             found.padding,
         )
         module.ports = dict(found.ports)
@@ -395,16 +398,19 @@ def read_facts(text: str) -> Facts:
         plain_name(found.name, "the name of the module")
     except ModelLoadError as error:
         raise facts.damaged(str(error)) from error
-    names = {"dims": [d.name for d in found.dims], "adapters": [a.name for a in found.adapters]}
+    strange = next((r.kind for r in found.residents if r.kind not in KINDS), None)
+    if strange is not None:
+        raise facts.damaged(f"there is no kind of resident '{strange}': there are {', '.join(KINDS)}")
+    names = {"dims": [d.name for d in found.dims], "residents": [r.input for r in found.residents]}
     twice = next((what for what, known in names.items() if len(set(known)) < len(known)), None)
     if twice is not None:
         raise facts.damaged(f"two {twice} have one name")
-    strange = next((s.kind for s in found.states if s.kind not in KINDS), None)
-    if strange is not None:
-        raise facts.damaged(f"there is no kind of state '{strange}': there are {', '.join(KINDS)}")
-    flat = next((s for s in found.states if len(s.shape) < (KINDS[s.kind].context_axis or 0) + 1), None)
-    if flat is not None:
-        raise facts.damaged(f"the state {flat.input} has the shape {list(flat.shape)}")
+    for resident in found.residents:
+        open_sizes = resident.part is not None and any(isinstance(size, str) for size in resident.shape)
+        if open_sizes or len(resident.shape) <= (KINDS[resident.kind].context_axis or 0):
+            raise facts.damaged(f"the resident {resident.input} has the shape {list(resident.shape)}")
+        if (resident.path is None) != (resident.part is None) or not (resident.retained or resident.part):
+            raise facts.damaged(f"the resident {resident.input} is of the kind '{resident.kind}'")
     return found
 
 

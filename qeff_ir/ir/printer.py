@@ -91,7 +91,7 @@ def excerpt(module: Module, subject: ir.Node | str, word: str = "") -> str:
 
 
 def interface(module: Module) -> list[str]:
-    """The lines of all a caller relies on: dims, states, adapters, specializations, graph inputs, outputs, in order."""
+    """The lines of all a caller relies on: dims, residents, specializations, graph inputs, outputs, in order."""
     facts, inputs = (line for _, line in _facts(module)), (f"in  {_typed(value)}" for value in module.graph.inputs)
     return [*facts, *inputs, *map(output_line, module.graph.outputs)]
 
@@ -150,16 +150,12 @@ def _quantization(value: ir.Value) -> str:
 def _facts(module: Module) -> Iterator[tuple[str, str]]:
     for dim in module.dims.values():
         yield f"dim {dim.name}", f"dim {dim.name}" + (f" <= {dim.maximum}" if dim.maximum is not None else "")
-    for state in module.states:
+    for state in module.residents:
         marks = [f"window={state.window}"] if state.window is not None else []
-        marks += ["ring"] if state.ring else []
+        marks += [word for word, holds in (("ring", state.ring), ("not retained", not state.retained)) if holds]
         shape = ", ".join(map(str, state.shape))
         text = f"state {state.input}: {state.dtype.name.lower()}[{shape}]"
         yield f"state {state.input}", " ".join([text, *marks])
-    for adapter in module.adapters:
-        marks = [word for word, holds in (("slots", adapter.slots), ("retained", adapter.retained)) if holds]
-        text = f"adapter {adapter.name}: {adapter.part} of {adapter.layer} {list(adapter.shape)}"
-        yield f"adapter {adapter.name}", " ".join([text, *marks])
     for item in module.specializations:
         symbols = " ".join(f"{k}={v}" for k, v in sorted(item.symbols.items()))
         yield f"specialization {item.name}", f"specialization {item.name}: {item.phase} {symbols}"

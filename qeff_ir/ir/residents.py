@@ -1,12 +1,12 @@
 """Residents: what stays on the device between two runs.
 
-A run writes the states; the host writes rows of pictures, their pixels, and adapters.
-
-A kind of state is one row of `KINDS`: its names, its order, where its context axis is and how a run writes it.
+A run writes the states, an encoder the keys and values of a cross-attention; the host writes adapters, rows of pictures
+and pixels. A kind of resident is one row of `KINDS`: its names, its order, where its context axis is and who writes it.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,74 +16,101 @@ from qeff_ir.errors import PipelineError
 
 DimValue = str | int
 
+Update = Literal["append", "slide", "replace", "once", "host"]
+"""Who writes a resident, and how: a run appends an entry for each token, slides a window of the last ones, or replaces
+all of the tensor. ``once``: an encoder makes it before the first run of a request. ``host``: the host writes it. A
+decoder's runs only read the last two."""
+Part = Literal["a", "b", "bias"]
+"""Of a low-rank adapter: the factors, or what is added to what the layer returns."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of retained state.
+    """A kind of resident.
 
     Attributes:
         name: What the tensor holds, in a word.
-        stem: Of the graph input, before the number of the layer (AI 100 contract §1.1 and §1.6).
-        update: What a run does: it appends an entry for each token, slides a window of the last ones, or replaces all
-            of the tensor. ``host``: it only reads it, and the host writes it before the first run of a request.
+        input: Name of the graph input, with the ``{layer}`` or ``{path}`` of a resident in its place (AI 100 contract
+            §1.1, §1.6 and §6.1); without either, there is one for all layers.
+        update: Who writes it.
         context_axis: The axis of the tokens, where there is an entry for each; `None` for what the tokens so far
             amount to.
-        shared: Whether there is one for all layers, whose name has no number.
+        part: Of an adapter.
+        slots: Whether its first axis counts adapters; that of number 0 is the base model, and stays zero.
     """
 
     name: str
-    stem: str
-    update: Literal["append", "slide", "replace", "host"]
+    input: str
+    update: Update
     context_axis: int | None = None
-    shared: bool = False
+    part: Part | None = None
+    slots: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is one for all layers."""
+        return "{" not in self.input
 
 
 KINDS: dict[str, Kind] = {}
-"""All kinds by name, in the order that their states have in a layer; a plug-in adds its own with `define`."""
+"""All kinds by name, in the order that they have in a layer; a plug-in adds its own with `define`."""
 
 
 def define(kind: Kind) -> Kind:
     """Make a kind known, behind those that are.
 
     Raises:
-        PipelineError: Its name or its stem is taken.
+        PipelineError: Its name or that of its input is taken.
     """
-    if any(kind.name == known.name or kind.stem == known.stem for known in KINDS.values()):
-        raise PipelineError(f"two kinds of state are named '{kind.name}' or '{kind.stem}'; rename one")
+    if any(kind.name == known.name or kind.input == known.input for known in KINDS.values()):
+        raise PipelineError(f"two kinds of resident are named '{kind.name}' or '{kind.input}'; rename one")
     KINDS[kind.name] = kind
     return kind
 
 
-define(Kind("key", "past_key", "append", context_axis=2))
-define(Kind("value", "past_value", "append", context_axis=2))
-define(Kind("indexer", "past_indexer", "append", context_axis=2))
-define(Kind("conv", "conv_state", "slide"))
-define(Kind("recurrent", "recurrent_state", "replace"))
-define(Kind("rows", "vision_embeds", "host", shared=True))
-define(Kind("layer-rows", "deepstack_features", "host", shared=True))
-define(Kind("pixels", "pixel_values", "host", shared=True))
-define(Kind("self-key", "past_key_self", "append", context_axis=2))
-define(Kind("self-value", "past_value_self", "append", context_axis=2))
-define(Kind("cross-key", "past_key_cross", "host"))
-define(Kind("cross-value", "past_value_cross", "host"))
+define(Kind("key", "past_key.{layer}", "append", context_axis=2))
+define(Kind("value", "past_value.{layer}", "append", context_axis=2))
+define(Kind("indexer", "past_indexer.{layer}", "append", context_axis=2))
+define(Kind("conv", "conv_state.{layer}", "slide"))
+define(Kind("recurrent", "recurrent_state.{layer}", "replace"))
+define(Kind("rows", "vision_embeds", "host"))
+define(Kind("layer-rows", "deepstack_features", "host"))
+define(Kind("pixels", "pixel_values", "host"))
+define(Kind("self-key", "past_key_self.{layer}", "append", context_axis=2))
+define(Kind("self-value", "past_value_self.{layer}", "append", context_axis=2))
+define(Kind("cross-key", "past_key_cross.{layer}", "once"))
+define(Kind("cross-value", "past_value_cross.{layer}", "once"))
+define(Kind("lora-a", "{path}.lora_a_weights", "host", part="a", slots=True))
+define(Kind("lora-b", "{path}.lora_b_weights", "host", part="b", slots=True))
+define(Kind("lora-bias", "{path}.lora_biases", "host", part="bias", slots=True))
+define(Kind("single-lora-a", "base_model.model.{path}.lora_A.weight", "host", part="a"))
+define(Kind("single-lora-b", "base_model.model.{path}.lora_B.weight", "host", part="b"))
+define(Kind("single-lora-bias", "base_model.model.{path}.lora_bias", "host", part="bias"))
+define(Kind("single-lora-embedding-a", "base_model.model.{path}.lora_embedding_A", "host", part="a"))
+define(Kind("single-lora-embedding-b", "base_model.model.{path}.lora_embedding_B", "host", part="b"))
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class Resident:
     """One tensor that the device keeps between two runs.
 
     Attributes:
-        layer: Index of the decoder layer; 0 for what all layers have together.
+        layer: Index of the decoder layer; 0 for what all layers have together, and for adapters.
         kind: What the tensor holds, a row of `KINDS`: keys or values of tokens, an indexer's keys, the last inputs of a
-            convolution, a recurrence's state, rows of an encoder, pixels for one, or keys and values that a decoder's
-            cross-attention reads (``self-key`` and ``self-value`` are those of its own tokens, beside these).
+            convolution, a recurrence's state, rows of an encoder, pixels for one, keys and values that a decoder's
+            cross-attention reads (``self-key`` and ``self-value`` are those of its own tokens, beside these), or a part
+            of the low-rank adapters.
         shape: Symbols and sizes, for example ``("batch_size", 8, "ctx_len", 64)`` for ``[batch, kv_heads, ctx,
-            head_dim]``.
+            head_dim]``. Of adapters, as PEFT stores them, ``[rank, in]`` (a), ``[out, rank]`` (b), ``[out]`` (bias);
+            with slots ``[slots, in, rank]``, ``[slots, rank, out]``, ``[slots, out]``.
         dtype: Element type in the graph; a backend may store another one.
         window: Tokens that one query sees of this layer, itself included; `None` when it sees all of them.
         ring: Whether slots are reused modulo the length of the context axis (position ``p`` lives in slot ``p mod
             length``) instead of slot ``p`` holding position ``p``.
-        index: Number among the states of its kind in the layer.
+        index: Number among the residents of its kind in the layer.
+        path: Of an adapter: the layer, as PEFT names it: ``model.layers.0.self_attn.q_proj``.
+        retained: Whether an output hands it on to the next run. Adapters may have none where a session keeps what was
+            written.
     """
 
     layer: int
@@ -93,15 +120,17 @@ class State:
     window: int | None = None
     ring: bool = False
     index: int = 0
+    path: str | None = None
+    retained: bool = True
 
     SUFFIX: ClassVar[str] = "_RetainedState"
     """Ending of an output by which the device pairs it with the input of the same name."""
 
     @property
     def input(self) -> str:
-        """Name of the graph input that takes the state (AI 100 naming)."""
-        layer = "" if self.shared else f".{self.layer}"
-        return KINDS[self.kind].stem + layer + (f".{self.index}" if self.index else "")
+        """Name of the graph input that takes it (AI 100 naming)."""
+        name = KINDS[self.kind].input.format(layer=self.layer, path=self.path)
+        return f"{name}.{self.index}" if self.index else name
 
     @property
     def output(self) -> str:
@@ -109,8 +138,18 @@ class State:
         return self.input + self.SUFFIX
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its ends: the input, and the output if it has one."""
+        return (self.input, self.output) if self.retained else (self.input,)
+
+    @property
     def order(self) -> tuple[int, int, int]:
-        """By what the states of a module are sorted: layer, kind, index; what all layers have together comes first."""
+        """By what the residents of a module are sorted: layer, kind, index.
+
+        What all layers have together comes first. Adapters come last, in the order in which they were made.
+        """
+        if self.part is not None:
+            return sys.maxsize, 0, 0
         return (-1 if self.shared else self.layer), list(KINDS).index(self.kind), self.index
 
     @property
@@ -119,9 +158,29 @@ class State:
         return KINDS[self.kind].shared
 
     @property
+    def update(self) -> Update:
+        """Who writes it, and how."""
+        return KINDS[self.kind].update
+
+    @property
     def written_by_host(self) -> bool:
-        """Whether runs only read it; a session keeps it when the other states are forgotten."""
-        return KINDS[self.kind].update == "host"
+        """Whether a decoder's runs only read it; a session keeps it when the other states are forgotten."""
+        return self.update in ("once", "host")
+
+    @property
+    def part(self) -> Part | None:
+        """Of an adapter; `None` for all other residents, which are states."""
+        return KINDS[self.kind].part
+
+    @property
+    def slots(self) -> int:
+        """Adapters that it has room for, each in a slot of the first axis, beside the base model's; 0 without slots."""
+        return int(self.shape[0]) - 1 if KINDS[self.kind].slots else 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of an adapter: the shape of one, without the axis of the slots."""
+        return tuple(int(size) for size in self.shape[1 if self.slots else 0 :])
 
     @property
     def has_slots(self) -> bool:
@@ -131,7 +190,7 @@ class State:
     @property
     def rewindable(self) -> bool:
         """Whether a request may go back to an earlier position: every slot still holds what it held then."""
-        return KINDS[self.kind].update == "append" and not self.ring
+        return self.update == "append" and not self.ring
 
     @property
     def ctx_dim(self) -> DimValue:
@@ -139,32 +198,3 @@ class State:
         axis = KINDS[self.kind].context_axis
         assert axis is not None
         return self.shape[axis]
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInput:
-    """One graph input that holds a part of the low-rank adapters; a session keeps it until it is written anew.
-
-    With slots, the first axis counts them; slot 0 is the base model and stays zero.
-
-    Attributes:
-        name: Of the graph input.
-        layer: Path of the adapted layer, as PEFT names it: ``model.layers.0.self_attn.q_proj``.
-        part: ``a`` and ``b`` are the factors, ``bias`` is added to what the layer returns.
-        shape: Sizes. Without slots ``[rank, in]`` (a), ``[out, rank]`` (b), ``[out]`` (bias), as PEFT stores them; with
-            slots ``[slots, in, rank]``, ``[slots, rank, out]``, ``[slots, out]``.
-        slots: Whether the first axis counts slots.
-        retained: Whether an output of the same name and `State.SUFFIX` hands it on to the next run.
-    """
-
-    name: str
-    layer: str
-    part: Literal["a", "b", "bias"]
-    shape: tuple[int, ...]
-    slots: bool
-    retained: bool
-
-    @property
-    def output(self) -> str:
-        """Name of the output that returns it, where it is `retained`."""
-        return self.name + State.SUFFIX

@@ -10,12 +10,11 @@ Each rule has a stable code, which `VerificationError.code` carries:
 ``operator``          every operator exists in the declared opset, or has a body in the model
 ``interface``         graph inputs and outputs have a type and a shape of sizes and declared dims; without states,
                       a size of an output that the model computes has no name, and a shape of its own making is open
-``state-pair``        every state has its input and its output, of the state's type and shape
-``state-flow``        every state's output is made of its own input
-``state-kinds``       no two states share layer, kind and index; key before value, layers ascending
+``state-pair``        every resident has its input and, if retained, its output, of the resident's type and shape
+``state-flow``        every resident's output is made of its own input
+``state-kinds``       no two residents share a name; key before value, layers ascending, adapters last
 ``dims``              every specialization gives a size of at least 1 to every dim of the interface; its name is unique
 ``bounds``            no specialization exceeds the maximum of a dim
-``adapter``           every adapter input is a graph input of its shape, and has its output where it is retained
 ====================  =================================================================================================
 """
 
@@ -32,7 +31,7 @@ from qeff_ir.errors import VerificationError
 from qeff_ir.ir import operators
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import excerpt
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.ir.sources import source_text
 from qeff_ir.quantized import quantized
 
@@ -47,9 +46,8 @@ def verify(module: Module) -> None:
     _check_initializers(module)
     _check_operators(module)
     _check_interface(module)
-    _check_states(module)
+    _check_residents(module)
     _check_flow(module)
-    _check_adapters(module)
     _check_specializations(module)
 
 
@@ -206,16 +204,16 @@ def _check_interface(module: Module) -> None:
                     raise broken(module, "interface", message, at, dim.value or "?", hint=hint)
 
 
-def _check_states(module: Module) -> None:
+def _check_residents(module: Module) -> None:
     inputs = {v.name: v for v in module.graph.inputs}
     outputs = {v.name: v for v in module.graph.outputs}
-    for state in module.states:
+    for state in module.residents:
         line = f"state {state.input}"
-        for kind, name, values in (("input", state.input, inputs), ("output", state.output, outputs)):
+        for kind, name, values in zip(("input", "output"), state.names, (inputs, outputs), strict=False):
             value = values.get(name)
             if value is None:
-                message = f"the {state.kind} state of layer {state.layer} has no {kind} '{name}'"
-                hint = f"keep the graph {kind}, or drop the state from module.states with both"
+                message = f"the {state.kind} state of layer {state.path or state.layer} has no {kind} '{name}'"
+                hint = f"keep the graph {kind}, or drop the state from module.residents with both"
                 raise broken(module, "state-pair", message, line, hint=hint)
             if value.dtype != state.dtype or _dims(value) != state.shape:
                 message = (
@@ -224,17 +222,17 @@ def _check_states(module: Module) -> None:
                 )
                 hint = "change input, output and state together"
                 raise broken(module, "state-pair", message, f"{kind.removesuffix('put')} {name}", hint=hint)
-    order = [s.order for s in module.states]
-    if len(set(order)) != len(order) or order != sorted(order):
-        at = next(i for i in range(len(order)) if i and order[i] <= order[i - 1])
-        names = [s.input for s in module.states]
+    order, names = [r.order for r in module.residents], [r.input for r in module.residents]
+    if len(set(names)) != len(names) or order != sorted(order):
+        at = next(i for i in range(1, len(order)) if names[i] in names[:i] or order[i] < order[i - 1])
         message = f"the states are not ordered by layer, key before value, each once: {names}"
-        raise broken(module, "state-kinds", message, f"state {names[at]}", hint="sort module.states by State.order")
-    paired = {s.output for s in module.states} | {a.output for a in module.adapters if a.retained}
-    stray = [n for n in outputs if n and n.endswith(State.SUFFIX) and n not in paired]
+        hint = "sort module.residents by Resident.order"
+        raise broken(module, "state-kinds", message, f"state {names[at]}", hint=hint)
+    paired = {name for resident in module.residents for name in resident.names}
+    stray = [n for n in outputs if n and n.endswith(Resident.SUFFIX) and n not in paired]
     if stray:
         message = f"graph output '{stray[0]}' is named like a state, but the module declares none"
-        hint = f"the device pairs outputs by the ending {State.SUFFIX}: declare a State, or choose another name"
+        hint = f"the device pairs outputs by the ending {Resident.SUFFIX}: declare a Resident, or choose another name"
         raise broken(module, "state-pair", message, f"out {stray[0]}", f"%{stray[0]}", hint=hint)
 
 
@@ -242,8 +240,8 @@ def _check_flow(module: Module) -> None:
     """A cache is written onto itself: states whose ends were swapped have the same types, and no other trace."""
     inputs = {v.name: v for v in module.graph.inputs}
     outputs = {v.name: v for v in module.graph.outputs}
-    for state in module.states:
-        if not _reaches(outputs[state.output], inputs[state.input]):
+    for state in module.residents:
+        if state.retained and not _reaches(outputs[state.output], inputs[state.input]):
             message = f"the state output '{state.output}' is not made of its input '{state.input}'"
             hint = "the ends of two states may be swapped: each update reads the input of the state that it writes"
             node = outputs[state.output].producer()
@@ -262,20 +260,6 @@ def _reaches(value: ir.Value, source: ir.Value) -> bool:
         seen.update(found)
         queue.extend(found)
     return False
-
-
-def _check_adapters(module: Module) -> None:
-    inputs = {v.name: v for v in module.graph.inputs}
-    outputs = {v.name: v for v in module.graph.outputs}
-    for item in module.adapters:
-        sides = {"input": inputs.get(item.name)}
-        if item.retained:
-            sides["output"] = outputs.get(item.output)
-        for kind, value in sides.items():
-            if value is None or _dims(value) != item.shape:
-                message = f"the adapter input '{item.name}' has no {kind} of the shape {list(item.shape)}"
-                hint = "change module.adapters and the graph together"
-                raise broken(module, "adapter", message, f"adapter {item.name}", hint=hint)
 
 
 def _dims(value: ir.Value) -> tuple[str | int | None, ...]:

@@ -74,7 +74,7 @@ class Decoder:
 
     def __init__(self, session: Session, table: TokenTable | None = None) -> None:
         interface = session.interface
-        theirs = [state for state in interface.states if state.written_by_host]
+        theirs = [r for r in interface.residents if r.written_by_host and r.part is None]
         if theirs and not self.writes_states:
             pictures = theirs[0].shared
             raise PackageError(
@@ -106,7 +106,7 @@ class Decoder:
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)
         self.timings = Timings()
         self.lora_ids = np.zeros(self.batch_size, dtype=np.int64)
-        self._slots = max((a.shape[0] - 1 for a in interface.adapters if a.slots), default=0)
+        self._slots = max((r.slots for r in interface.residents), default=0)
         self._takes_adapters = interface.input(ADAPTER_ROW) is not None
         self.turns = Turns()
         self._thread = 0

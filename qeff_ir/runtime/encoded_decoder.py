@@ -38,7 +38,7 @@ class EncodedDecoder(Decoder):
     def __init__(self, session: Session, encoder: Session | None) -> None:
         super().__init__(session)
         self._encoder = encoder
-        self._crossing = {state.input for state in session.interface.states if state.written_by_host}
+        self._crossing = {r.input for r in session.interface.residents if r.update == "once"}
         inputs = (session if encoder is None else encoder).interface.inputs
         self._features = next((port for port in inputs if port.role is FEATURES), None)
         self._masks = [p for s in (session, encoder) if s is not None and (p := s.interface.input(FEATURES_MASK))]

@@ -32,7 +32,7 @@ class Encoder:
 
     def __init__(self, session: Session) -> None:
         self.session, self.interface = session, session.interface
-        if self.interface.states:  # they would survive from call to call
+        if any(resident.part is None for resident in self.interface.residents):  # they would survive from call to call
             raise PackageError("the package is that of a causal LM: open it with QEFFAutoModelForCausalLM")
         sizes = [s.symbols for s in session.specializations]
         self.batch_size = max(s[BATCH] for s in sizes)

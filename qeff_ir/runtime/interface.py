@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qeff_ir.errors import PackageError
 from qeff_ir.ir.module import WEIGHT_KEY, Module, Padding
 from qeff_ir.ir.ports import EMBEDDINGS, Port, Role
-from qeff_ir.ir.residents import AdapterInput, DimValue, State
+from qeff_ir.ir.residents import DimValue, Resident
 from qeff_ir.runtime.sizes import evaluate
 
 BATCH, LENGTH = "batch_size", "seq_len"
@@ -24,15 +24,13 @@ class Interface:
     Attributes:
         inputs: What a caller gives at each run, in the order of the graph.
         outputs: What a run returns.
-        states: What a run leaves for the next one.
-        adapters: What the session holds of adapters until it is written anew.
+        residents: What a session keeps between runs: what a run leaves for the next one, and what the host wrote.
         padding: What padding does to the outputs of a model without a cache.
     """
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    states: tuple[State, ...] = ()
-    adapters: tuple[AdapterInput, ...] = ()
+    residents: tuple[Resident, ...] = ()
     padding: Padding = field(default_factory=Padding)
 
     def input(self, role: Role) -> Port | None:
@@ -62,20 +60,19 @@ def interface_of(module: Module, file: Path) -> Interface:
     Raises:
         PackageError: An input or output has no type or shape, or the facts give an output sizes that it cannot have.
     """
-    kept = {s.input for s in module.states} | {a.name for a in module.adapters}
-    returned = {s.output for s in module.states} | {a.output for a in module.adapters if a.retained}
+    kept = {name for resident in module.residents for name in resident.names}
     # Of a file without facts, names tell what the device pairs (AI 100 contract §1.1).
     names = {str(v.name) for v in module.graph.outputs}
-    paired = {str(v.name) for v in module.graph.inputs if f"{v.name}{State.SUFFIX}" in names}
-    kept, returned = kept | paired, returned | {name + State.SUFFIX for name in paired}
+    paired = {str(v.name) for v in module.graph.inputs if f"{v.name}{Resident.SUFFIX}" in names}
+    kept |= paired | {name + Resident.SUFFIX for name in paired}
     rows = _rows(module.graph)
     # A weight may be an input that the target binds by itself; the host's token embeddings only name theirs.
     given = [v for v in module.graph.inputs if WEIGHT_KEY not in v.metadata_props or module.role_of(v) is EMBEDDINGS]
     inputs = [_port(module, v, rows, file) for v in given if v.name not in kept]
-    outputs = [_port(module, v, {}, file) for v in module.graph.outputs if v.name not in returned]
+    outputs = [_port(module, v, {}, file) for v in module.graph.outputs if v.name not in kept]
     padding = module.padding if module.padding is not None else Padding()
     _check_padding(padding, outputs, file)
-    return Interface(tuple(inputs), tuple(outputs), tuple(module.states), tuple(module.adapters), padding)
+    return Interface(tuple(inputs), tuple(outputs), tuple(module.residents), padding)
 
 
 def _check_padding(padding: Padding, outputs: Sequence[Port], file: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.ports import AXES, NEXT_ROW, PICTURE_TOKENS, PICTURES_TOKENS, PREFIX_TOKENS, Role, Run
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.picture_forms import PictureForms
 from qeff_ir.runtime.session import Session
@@ -56,7 +56,7 @@ class PictureDecoder(Decoder):
 
     def __init__(self, session: Session, forms: PictureForms | None = None, table: TokenTable | None = None) -> None:
         super().__init__(session, table)
-        self._residents = {s.input: s for s in session.interface.states if s.written_by_host}
+        self._residents = {r.input: r for r in session.interface.residents if r.update == "host" and r.shared}
         if not self._residents:
             raise PackageError("the package keeps no rows of an encoder: open it as a causal LM")
         self._pixels = None if forms is None else forms.sizes[0].pixels[1]
@@ -113,7 +113,7 @@ class PictureDecoder(Decoder):
         # Beside words alone, a placeholder is a token, and so is one for what stands beside pictures.
         self._first = np.array([[0 if prompt.rows else self.capacity + 1] for prompt in self._rows], dtype=np.int64)
 
-    def _sizes(self, state: State) -> list[int]:
+    def _sizes(self, state: Resident) -> list[int]:
         return [self.batch_size if isinstance(size, str) else size for size in state.shape]
 
     def _written(self, name: str, shape: Sequence[int]) -> Array:

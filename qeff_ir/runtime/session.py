@@ -39,7 +39,7 @@ class Session(Protocol):
         ...
 
     def write(self, name: str, data: Array, slot: int | None = None) -> None:
-        """Replace what an input for adapters or for rows of an encoder holds, from the next run on.
+        """Replace what a resident that the host writes holds, from the next run on.
 
         Adapters are zero, which is the base model, until they are written; so are rows.
 

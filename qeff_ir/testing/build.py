@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import SOURCE_KEY, Dim, Module
 from qeff_ir.ir.ports import LOGITS, name_of
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.testing.decomposed import BOOL, FLOAT, INT, ROWS
 from qeff_ir.testing.recipe import KEY_SCALE, Layer, Recipe
 from qeff_ir.testing.rotated import NEAR_MISSES, Rotated
@@ -395,7 +395,7 @@ class _Builder(Rotated):
         return self.node("ReduceSum", weighed, self.const([2]), keepdims=0, shape=[*ROWS, r.HIDDEN])
 
 
-def _states(r: Recipe, index: int) -> list[State]:
+def _states(r: Recipe, index: int) -> list[Resident]:
     """What a layer keeps."""
     layer, shapes = r.layers[index], dict[str, tuple[str | int, ...]]()
     if layer.linear != "none":
@@ -404,4 +404,4 @@ def _states(r: Recipe, index: int) -> list[State]:
     elif layer.shares is None:
         shapes["key"] = "batch_size", r.kv_heads, "ctx_len", r.head_dim
         shapes["value"] = "batch_size", r.kv_heads, "ctx_len", r.value_dim
-    return [State(index, kind, shape, FLOAT, layer.window) for kind, shape in shapes.items()]
+    return [Resident(index, kind, shape, FLOAT, layer.window) for kind, shape in shapes.items()]

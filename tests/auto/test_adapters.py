@@ -304,7 +304,7 @@ def test_what_is_shared_changes_where_the_adapter_says(kind: str, merged: bool, 
 def test_only_the_named_user_of_a_tied_weight_gets_a_branch(target: str) -> None:
     module = support.canonical("gemma2")
     support.apply(module, f"last-logits,lora{{targets={target}}}")
-    assert [found.layer.rpartition(".")[2] for found in module.adapters] == [target] * 2
+    assert [str(found.path).rpartition(".")[2] for found in module.adapters] == [target] * 2
 
 
 def test_a_table_that_is_split_from_the_head_has_a_name_of_its_own(tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_a_table_with_an_adapter_in_it_is_not_the_hosts_to_look_up(tmp_path: Pat
 def test_the_text_of_a_pipeline_is_enough() -> None:
     module = support.canonical(NAME)
     support.apply(module, 'last-logits,lora{mode=slots n=3 rank=5 targets="q_proj,up_proj" layers=1}')
-    shapes = {item.name: item.shape for item in module.adapters}
+    shapes = {item.input: item.shape for item in module.adapters}
     assert shapes == {
         "model.layers.1.self_attn.q_proj.lora_a_weights": (4, 32, 5),
         "model.layers.1.self_attn.q_proj.lora_b_weights": (4, 5, 32),
@@ -493,7 +493,7 @@ def test_numbers_are_those_of_the_list_that_is_named(which: str, numbers: str) -
     module = support.canonical("llama")
     rename(module, ".mlp.", ".mlp.experts.0.")
     support.apply(module, f'last-logits,lora{{targets="gate_proj,up_proj" exclude=up_proj {which}}}')
-    assert {a.layer for a in module.adapters} == {f"model.layers.{n}.mlp.experts.0.gate_proj" for n in numbers}
+    assert {a.path for a in module.adapters} == {f"model.layers.{n}.mlp.experts.0.gate_proj" for n in numbers}
 
 
 def test_single_mode_has_the_names_of_the_contract() -> None:
@@ -510,7 +510,7 @@ def test_single_mode_names_the_factors_of_a_table_as_peft_does() -> None:
     support.apply(module, "last-logits,lora{mode=single rank=5 targets=embed_tokens}")
     table = "base_model.model.model.embed_tokens"
     shapes = {f"{table}.lora_embedding_A": (5, VOCAB), f"{table}.lora_embedding_B": (32, 5)}
-    assert {a.name: a.shape for a in module.adapters} == shapes
+    assert {a.input: a.shape for a in module.adapters} == shapes
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:The following")  # what PEFT tells about its own defaults
@@ -520,7 +520,7 @@ def test_all_linear_layers_are_those_that_peft_adapts(name: str) -> None:
     module = support.canonical(name)
     support.apply(module, "last-logits,lora{targets=all-linear}")
     theirs = get_peft_model(copy.deepcopy(base(name)), LoraConfig(target_modules="all-linear"))
-    assert {found.layer for found in module.adapters} == set(theirs.targeted_module_names)
+    assert {found.path for found in module.adapters} == set(theirs.targeted_module_names)
 
 
 def test_the_head_is_known_by_what_it_makes() -> None:
@@ -529,7 +529,7 @@ def test_the_head_is_known_by_what_it_makes() -> None:
     rename(module, "lm_head", "embed_out")
     assert "embed_out" in {layer.path for layer in find_layers(module)}
     support.apply(module, "last-logits,lora{targets=all-linear}")
-    adapted = {found.layer for found in module.adapters}
+    adapted = {found.path for found in module.adapters}
     assert "model.layers.1.mlp.down_proj" in adapted and "embed_out" not in adapted
 
 

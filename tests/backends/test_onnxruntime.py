@@ -18,7 +18,7 @@ def test_a_reset_zeroes_the_states_where_they_are(tmp_path: Path) -> None:
     shape = support.OPTIONS.batch_size, support.OPTIONS.prefill_seq_len
     positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
     session.run({"input_ids": np.ones(shape, np.int64), "position_ids": positions})
-    states = [value for _, value in session._states.values()]
+    states = list(session._residents.values())
     places = [value.data_ptr() for value in states]
     assert all(value.numpy().any() for value in states)
     session.reset()

@@ -155,7 +155,7 @@ def test_batch_of_the_wrong_size(compiled: tuple[Path, Outcome]) -> None:
 def test_package_of_another_version(qeff: Qeff, package: Path) -> None:
     manifest = json.loads((package / "package.json").read_text())
     (package / "package.json").write_text(json.dumps({**manifest, "version": 99}))
-    assert "format version 99, this qeff-ir reads version 4: compile the model again" in run(qeff, package)
+    assert "format version 99, this qeff-ir reads version 5: compile the model again" in run(qeff, package)
 
 
 def test_damaged_manifest(qeff: Qeff, package: Path) -> None:

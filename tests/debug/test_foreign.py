@@ -254,7 +254,7 @@ def test_a_decoder_of_another_exporter_is_driven_by_its_own_inputs(
 def test_a_decoder_is_known_by_its_states() -> None:
     module = support.canonical("llama")
     assert is_decoder(module)
-    module.states = []
+    module.residents = []
     assert not is_decoder(module)
 
 

@@ -55,7 +55,7 @@ class BreaksFacts(Pass):
     name: ClassVar[str] = "breaks-facts"
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
-        del module.states[0]
+        del module.residents[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.ports import CACHE_ROW, name_of
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.passing import AllSites, Expect, Pass, Rewriter
 
 ROWS = "full_batch_size"
@@ -42,11 +42,12 @@ class CacheRows(Pass):
             return
         ids = ir.val(name_of(CACHE_ROW), shape=ir.Shape(["batch_size", 1]), dtype=ir.DataType.INT64)
         module.add_input(ids, CACHE_ROW)
-        module.states = [self._widened(module, state, ids, rewriter) for state in module.states]
+        wide = [self._widened(module, state, ids, rewriter) for state in module.states]
+        module.residents = [*wide, *module.adapters]
         module.dims[ROWS] = Dim(ROWS)
         module.set_size(ROWS, self.rows)
 
-    def _widened(self, module: Module, state: State, ids: ir.Value, rewriter: Rewriter) -> State:
+    def _widened(self, module: Module, state: Resident, ids: ir.Value, rewriter: Rewriter) -> Resident:
         past, result = module.input(state.input), module.output(state.output)
         update = result.producer()
         assert update is not None

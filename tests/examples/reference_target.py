@@ -17,6 +17,7 @@ from backends.options import CompileOptions
 from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.ir.module import Module, Specialization
+from qeff_ir.ir.residents import DimValue
 from qeff_ir.ir.snapshot import MODEL_FILE, load_module, save_module
 from qeff_ir.runtime.interface import interface_of, sized
 
@@ -36,9 +37,9 @@ class ReferenceSession:
         whole = ir.from_proto(onnx.load(str(model)))
         InlinePass()(whole)
         self._evaluator: Any = ReferenceEvaluator(ir.to_proto(whole))
-        self._names = [*(p.name for p in self.interface.outputs), *(s.output for s in module.states)]
-        self._kept: dict[str, Array] = {a.name: np.zeros(a.shape, np.float32) for a in module.adapters}
-        self.reset()
+        self._states = [r for r in module.residents if not r.written_by_host]
+        self._names = [*(p.name for p in self.interface.outputs), *(s.output for s in self._states)]
+        self._kept = {r.input: self._zeros(r.shape) for r in module.residents}
 
     @property
     def specializations(self) -> Sequence[Specialization]:
@@ -55,7 +56,7 @@ class ReferenceSession:
         if not self.free and shapes not in known:
             raise RuntimeInputError(f"{shapes} are not of a compiled shape: {known}")
         found = dict(zip(self._names, self._evaluator.run(self._names, {**inputs, **self._kept}), strict=True))
-        self._kept |= {state.input: found.pop(state.output) for state in self.interface.states}
+        self._kept |= {state.input: found.pop(state.output) for state in self._states}
         return found
 
     def write(self, name: str, data: Array, slot: int | None = None) -> None:
@@ -64,10 +65,11 @@ class ReferenceSession:
 
     def reset(self) -> None:
         """Set all states to zero."""
+        self._kept |= {state.input: self._zeros(state.shape) for state in self._states}
+
+    def _zeros(self, shape: Sequence[DimValue]) -> Array:
         symbols = self._specializations[0].symbols
-        for state in self.interface.states:
-            shape = [symbols[d] if isinstance(d, str) else d for d in state.shape]
-            self._kept[state.input] = np.zeros(shape, np.float32)
+        return np.zeros([symbols[d] if isinstance(d, str) else d for d in shape], np.float32)
 
 
 class ReferenceBackend(Backend):

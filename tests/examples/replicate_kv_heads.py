@@ -111,7 +111,7 @@ class Branch:
                 node.replace_input_with(1, rewriter.at(node).const(_target(node)))
         state = next(s for s in module.states if s.output == update.outputs[0].name)
         wide = (state.shape[0], heads * times, *state.shape[2:])
-        module.states[module.states.index(state)] = dataclasses.replace(state, shape=wide)
+        module.residents[module.residents.index(state)] = dataclasses.replace(state, shape=wide)
         for value in (module.input(state.input), update.outputs[0]):
             value.shape = ir.Shape(wide)
 

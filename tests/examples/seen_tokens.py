@@ -15,10 +15,10 @@ import onnx_ir as ir
 from qeff_ir.ir import residents
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import LOGITS, POSITIONS, TOKENS
-from qeff_ir.ir.residents import Kind, State
+from qeff_ir.ir.residents import Kind, Resident
 from qeff_ir.passing import Exactly, Expect, Pass, Phase, Rewriter
 
-SEEN = residents.define(Kind("seen", "past_seen", "replace"))
+SEEN = residents.define(Kind("seen", "past_seen.{layer}", "replace"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class RepetitionPenalty(Pass):
         if not rewriter.rewrite("penalty"):
             return
         vocabulary = logits.shape.dims[-1]
-        state = State(0, SEEN.name, ("batch_size", int(str(vocabulary))), ir.DataType.FLOAT)
+        state = Resident(0, SEEN.name, ("batch_size", int(str(vocabulary))), ir.DataType.FLOAT)
         past = ir.val(state.input, shape=ir.Shape(state.shape), dtype=state.dtype)
         b = rewriter.after(head)
         first = b("Slice", positions, b.const([0]), b.const([1]), b.const([1]))
@@ -62,7 +62,7 @@ class RepetitionPenalty(Pass):
         outputs, name = module.graph.outputs, logits.name
         outputs[outputs.index(logits)] = changed
         logits.name, changed.name, now.name = f"{name}.plain", name, state.output
-        module.states = sorted([*module.states, state], key=lambda s: s.order)
+        module.residents = sorted([*module.residents, state], key=lambda r: r.order)
         at = module.states.index(state)
         module.graph.inputs.insert(len(module.graph.inputs) - len(module.states) + 1 + at, past)
         outputs.insert(1 + at, now)

@@ -65,7 +65,7 @@ def test_only_floats_are_inputs_and_nothing_has_an_open_size(name: str) -> None:
     module, picture = lowered(name), multimodal.picture(name)
     floats = {key: list(value.shape) for key, value in picture.items() if value.is_floating_point()}
     assert {str(v.name): list(v.shape or []) for v in module.graph.inputs} == floats
-    assert module.dims == {} and module.states == []
+    assert module.dims == {} and module.residents == []
     sizes = [v.shape for n in module.graph for v in n.outputs if v.shape is not None]
     assert len(sizes) > 50 and all(shape.is_static() for shape in sizes)
     ops = {node.op_type for node in ir.traversal.RecursiveGraphIterator(module.graph)}

@@ -17,7 +17,7 @@ from qeff_ir import numerics
 from qeff_ir.frontend.capture import states
 from qeff_ir.frontend.source import MemorySource
 from qeff_ir.frontend.versions import CACHE
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.specialize import specialize
 from qeff_ir.testing.trace import compare, reference_trace, session_trace
 from tests import support
@@ -84,7 +84,7 @@ def test_each_run_of_a_layer_has_a_cache_of_its_own(name: str, window: int | Non
 def test_an_added_layer_is_of_the_kind_that_keeps_its_states(kept: list[states.Key], kind: type[Any]) -> None:
     model, positions = support.tiny("llama")[1], torch.zeros(2, 5, dtype=torch.long)
     past = {
-        State(LAYERS, role, (), ir.DataType.FLOAT, index=index): torch.full((2, 3), float(number))
+        Resident(LAYERS, role, (), ir.DataType.FLOAT, index=index): torch.full((2, 3), float(number))
         for number, (role, index) in enumerate(kept)
     }
     cache = states.CapturingCache(model, positions, past)

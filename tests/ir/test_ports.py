@@ -94,7 +94,7 @@ def test_an_interface_has_what_callers_give_and_not_what_stays() -> None:
     found = interface_of(module, Path("model.onnx"))
     assert [port.name for port in found.inputs] == ["input_ids", "position_ids", "lora_ids"]
     assert [port.name for port in found.outputs] == ["logits"]
-    assert list(found.states) == module.states and list(found.adapters) == module.adapters and module.adapters
+    assert list(found.residents) == module.residents and module.states and module.adapters
     tokens = found.input(TOKENS)
     assert tokens is not None and tokens.shape == ("batch_size", "seq_len") and tokens.dtype == np.int64
     assert found.input(MASK) is None and found.output(TOKENS) is None
@@ -196,7 +196,7 @@ def test_facts_name_no_port_that_is_gone() -> None:
 def test_a_part_of_a_graph_that_takes_vectors_is_run_without_their_table() -> None:
     module = support.canonical("llama")
     support.apply(module, "token-embedding")
-    module.states = []
+    module.residents = []
     assert drive(module, make_plan(module)).outputs
 
 
@@ -254,4 +254,4 @@ def test_inputs_of_a_run_stand_behind_the_states_in_the_order_of_their_roles() -
     names = [str(value.name) for value in module.graph.inputs]
     at = names.index(module.states[-1].input) + 1
     assert names[at : at + 4] == ["comp_ctx_lengths", "batch_index", "num_logits_to_keep", "lora_ids"]
-    assert names[at + 4] == module.adapters[0].name and module.find(KEPT_LOGITS) is not None
+    assert names[at + 4] == module.adapters[0].input and module.find(KEPT_LOGITS) is not None

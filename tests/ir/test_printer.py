@@ -85,7 +85,7 @@ def another_shape(module: Module) -> None:
 
 
 def another_state(module: Module) -> None:
-    module.states[0] = dataclasses.replace(module.states[0], ring=True)
+    module.residents[0] = dataclasses.replace(module.residents[0], ring=True)
 
 
 def another_bound(module: Module) -> None:

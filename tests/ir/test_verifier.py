@@ -16,7 +16,7 @@ from qeff_ir.errors import VerificationError
 from qeff_ir.ir import verifier
 from qeff_ir.ir.module import Dim, Module, Specialization
 from qeff_ir.ir.printer import excerpt
-from qeff_ir.ir.residents import AdapterInput
+from qeff_ir.ir.residents import Resident
 from qeff_ir.ir.verifier import verify
 from tests import support
 from tests.models import MODELS
@@ -171,7 +171,7 @@ def state_without_input(module: Module) -> None:
     "['batch_size', 2, 'ctx_len', 8]",
 )
 def state_of_another_type(module: Module) -> None:
-    module.states[0] = dataclasses.replace(module.states[0], dtype=ir.DataType.FLOAT16)
+    module.residents[0] = dataclasses.replace(module.residents[0], dtype=ir.DataType.FLOAT16)
 
 
 @fault(
@@ -180,12 +180,12 @@ def state_of_another_type(module: Module) -> None:
     "['batch_size', 4, 'ctx_len', 8]",
 )
 def state_of_another_shape(module: Module) -> None:
-    module.states[0] = dataclasses.replace(module.states[0], shape=("batch_size", 4, "ctx_len", 8))
+    module.residents[0] = dataclasses.replace(module.residents[0], shape=("batch_size", 4, "ctx_len", 8))
 
 
 @fault("state-pair", "graph output 'past_value.1_RetainedState' is named like a state, but the module declares none")
 def undeclared_state(module: Module) -> None:
-    module.states.pop()
+    module.residents.pop()
 
 
 def swap(one: ir.Value, other: ir.Value) -> None:
@@ -209,9 +209,9 @@ def layers_swapped(module: Module) -> None:
     swap(module.output("past_key.0_RetainedState"), module.output("past_key.1_RetainedState"))
 
 
-@fault("adapter", "the adapter input 'lora_a' has no input of the shape [5, 64, 8]")
+@fault("state-pair", "the lora-a state of layer model.q has no input 'model.q.lora_a_weights'")
 def adapter_without_input(module: Module) -> None:
-    module.adapters.append(AdapterInput("lora_a", "model.layers.0", "a", (5, 64, 8), slots=True, retained=False))
+    module.residents.append(Resident(0, "lora-a", (5, 64, 8), ir.DataType.FLOAT, path="model.q", retained=False))
 
 
 @fault(
@@ -220,7 +220,7 @@ def adapter_without_input(module: Module) -> None:
     "'past_value.1']",
 )
 def values_before_keys(module: Module) -> None:
-    module.states[0], module.states[1] = module.states[1], module.states[0]
+    module.residents[0], module.residents[1] = module.residents[1], module.residents[0]
 
 
 @fault(
@@ -229,7 +229,7 @@ def values_before_keys(module: Module) -> None:
     "'past_value.1', 'past_value.1']",
 )
 def state_declared_twice(module: Module) -> None:
-    module.states.append(module.states[-1])
+    module.residents.append(module.residents[-1])
 
 
 @fault("dims", "specialization Decode gives no size to 'seq_len'")

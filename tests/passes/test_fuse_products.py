@@ -125,7 +125,7 @@ def test_adapters_of_layers_that_are_fused_are_told_of(step: FuseProducts) -> No
     told = [missed.reason.partition(" ")[0] for missed in report.runs[-1].stats.missed]
     own = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
     assert told == [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in own]
-    assert {adapter.layer.rpartition(".")[2] for adapter in module.adapters} == {"o_proj", "down_proj"}
+    assert {str(adapter.path).rpartition(".")[2] for adapter in module.adapters} == {"o_proj", "down_proj"}
     module = support.canonical("llama")
     report = run_pipeline(module, Pipeline((step, *Pipeline.parse('lora{targets="up_proj,down_proj"}').passes)))
     assert [m.source for m in report.runs[-1].stats.missed] == [

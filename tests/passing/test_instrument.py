@@ -33,7 +33,7 @@ class Failing(Pass):
     name: ClassVar[str] = "failing"
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
-        module.states.clear()
+        module.residents.clear()
         raise PassError("no")
 
 

@@ -52,7 +52,7 @@ def wreck(module: Module, rewriter: Rewriter) -> None:
     first(module, "Mul").outputs[0].name = "renamed"
     module.graph.initializers["lm_head.weight"].const_value = None
     module.input("input_ids").shape = ir.Shape([1, 2])
-    module.states.pop()
+    module.residents.pop()
     module.dims["more"] = Dim("more")
     module.properties.add("canonical")
     module.model.opset_imports["other"] = 1
@@ -133,7 +133,7 @@ def test_the_numbers_of_tensors_cannot_be_changed_in_place(name: str) -> None:
 
 def test_a_site_finder_that_raises_is_a_failure_of_its_pass(module: Module) -> None:
     def sites(self: Pass, module: Module) -> list[ir.Node]:
-        module.states.clear()
+        module.residents.clear()
         raise PassError("no site")
 
     told: list[str] = []

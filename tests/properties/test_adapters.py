@@ -54,7 +54,7 @@ class Adapters:
 
     def factors(self, module: Module, slot: int) -> dict[str, tuple[Array, Array]]:
         """``[in, rank]`` and ``[rank, out]`` by layer: they change every logit, and by not too much."""
-        shapes = {(item.layer, item.part): item.shape[1:] for item in module.adapters}
+        shapes = {(str(item.path), item.part): item.sizes for item in module.adapters}
         found: dict[str, tuple[Array, Array]] = {}
         for index, layer in enumerate(sorted({layer for layer, _ in shapes})):
             random, rank = np.random.default_rng([self.seed, slot, index]), self.ranks[slot - 1]
@@ -102,10 +102,10 @@ def opened(module: Module, request: Request, target: str, folder: Path, adapters
         assert adapters is not None
         for layer, parts in adapters.factors(module, slot).items():
             for part, numbers in zip(("a", "b"), parts, strict=True):
-                (item,) = [i for i in module.adapters if (i.layer, i.part) == (layer, part)]
-                padded = np.zeros(item.shape[1:], np.float32)
+                (item,) = [i for i in module.adapters if (i.path, i.part) == (layer, part)]
+                padded = np.zeros(item.sizes, np.float32)
                 padded[: numbers.shape[0], : numbers.shape[1]] = numbers
-                session.write(item.name, padded, slot)
+                session.write(item.input, padded, slot)
     return session
 
 
@@ -131,7 +131,7 @@ def test_p12_rows_answer_with_their_own_adapter(case: tuple[Recipe, Request, Ada
         tempfile.TemporaryDirectory() as folder,
     ):
         session = opened(module, request, target, Path(folder) / "adapters", adapters)
-        assert {item.layer for item in module.adapters} == adapted(recipe, adapters.targets)
+        assert {item.path for item in module.adapters} == adapted(recipe, adapters.targets)
         weights = [added(module, adapters, slot) for slot in range(SLOTS + 1)]
         exact = [
             answer(recipe, tokens, weights[adapters.rows[row]])[-1]
@@ -157,4 +157,4 @@ def test_the_adapters_of_the_property_change_the_answers() -> None:
     limit = 1000 * numerics.bound(numerics.depth(module))
     for values, other in ((one, base), (two, base), (one, two)):
         assert numerics.error_over_rms(values, other) > limit
-    assert len(added(module, adapters, 1)) == len({item.layer for item in module.adapters}) >= 7 * len(RICH[0].layers)
+    assert len(added(module, adapters, 1)) == len({item.path for item in module.adapters}) >= 7 * len(RICH[0].layers)

@@ -19,7 +19,7 @@ from backends import find_backend
 from qeff_ir.errors import PassError, VerificationError
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import fingerprint, structure, to_text
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.ir.snapshot import load_module, save_module
 from qeff_ir.ir.verifier import verify
 from qeff_ir.passing.base import Rewriter
@@ -89,11 +89,11 @@ def _other_operand(module: Module) -> None:
 
 
 def _other_window(module: Module) -> None:
-    module.states[0] = dataclasses.replace(module.states[0], window=(module.states[0].window or 0) + 1)
+    module.residents[0] = dataclasses.replace(module.residents[0], window=(module.residents[0].window or 0) + 1)
 
 
 def _ring(module: Module) -> None:
-    module.states[-1] = dataclasses.replace(module.states[-1], ring=True)
+    module.residents[-1] = dataclasses.replace(module.residents[-1], ring=True)
 
 
 def _other_size(module: Module) -> None:
@@ -153,7 +153,7 @@ def _body_gone(module: Module) -> None:
 
 
 def _state_of_other_shape(module: Module) -> None:
-    module.states[0] = dataclasses.replace(module.states[0], shape=(*module.states[0].shape[:3], 99))
+    module.residents[0] = dataclasses.replace(module.residents[0], shape=(*module.residents[0].shape[:3], 99))
 
 
 def _state_without_output(module: Module) -> None:
@@ -161,7 +161,7 @@ def _state_without_output(module: Module) -> None:
 
 
 def _states_out_of_order(module: Module) -> None:
-    module.states[:2] = reversed(module.states[:2])
+    module.residents[:2] = reversed(module.residents[:2])
 
 
 def _undeclared_dim(module: Module) -> None:
@@ -178,7 +178,7 @@ def _untyped_input(module: Module) -> None:
 
 def _stray_state(module: Module) -> None:
     logits = module.output("logits")
-    logits.name = f"past_key.9{State.SUFFIX}"
+    logits.name = f"past_key.9{Resident.SUFFIX}"
 
 
 DAMAGE: dict[Callable[[Module], None], str] = {

@@ -19,7 +19,7 @@ from qeff_ir.arrays import Array
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.ports import LOGITS
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
@@ -33,7 +33,7 @@ FLOAT, INT = ir.DataType.FLOAT, ir.DataType.INT64
 def teller(window: int | None, shift: int = 0) -> Module:
     """The model; `shift` is a fault: how much further than the window the mask reaches."""
     shape = ("batch_size", 1, "ctx_len", CTX)
-    states = [State(0, "key", shape, FLOAT, window), State(0, "value", shape, FLOAT, window)]
+    states = [Resident(0, "key", shape, FLOAT, window), Resident(0, "value", shape, FLOAT, window)]
     ids, positions = (
         ir.val(n, dtype=INT, shape=ir.Shape(["batch_size", "seq_len"])) for n in ("input_ids", "position_ids")
     )

@@ -34,9 +34,9 @@ class DecoderContext(Pass):
         if not module.states or module.find(FEATURES) is None or not rewriter.rewrite("contexts"):
             return
         module.rename_dim("ctx_len", "decoder_ctx_len")
-        for index, state in enumerate(module.states):
-            if state.written_by_host:
+        for index, state in enumerate(module.residents):
+            if state.update == "once":
                 shape = tuple(ENCODER_CONTEXT if axis == 2 else size for axis, size in enumerate(state.shape))
-                module.states[index] = dataclasses.replace(state, shape=shape)
+                module.residents[index] = dataclasses.replace(state, shape=shape)
                 for value in (module.input(state.input), module.output(state.output)):
                     value.shape = ir.Shape(shape)

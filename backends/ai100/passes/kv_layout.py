@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from backends.ai100.operators import CTX_DOMAIN
 from passes.kv_layouts import Layout, Slots, layout
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.passing.base import OpBuilder
 from qeff_ir.passing.matching import operand
 
@@ -23,7 +23,7 @@ class Scatter(Layout):
 
     op_type: ClassVar[str] = "CtxScatter"
 
-    def write(self, node: ir.Node, slots: Slots, state: State) -> None:
+    def write(self, node: ir.Node, slots: Slots, state: Resident) -> None:
         """``past -> CtxScatter -> retained``; the layer reads ``CtxGather(retained)``."""
         past, new = node.inputs[:2]
         b = self.rewriter.at(node)

@@ -123,8 +123,7 @@ def _settings(
 
 def _io_config(module: Module, options: Ai100Options) -> dict[str, Any]:
     """Types of all inputs and outputs, and shapes of the inputs in each specialization."""
-    kept = {name for s in module.states for name in (s.input, s.output)}
-    kept |= {name for a in module.adapters for name in (a.name, a.output)}
+    kept = {name for resident in module.residents for name in resident.names}
     caches = set(_compressible(module))
 
     def dtype(value: ir.Value) -> str:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from passes.kv_layouts import Layout, Slots, layout
 from qeff_ir.ir.module import Dim
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.passing.base import OpBuilder
 
 
@@ -27,7 +27,7 @@ class TensorScatter(Layout):
 
     op_type: ClassVar[str] = "TensorScatter"
 
-    def write(self, node: ir.Node, slots: Slots, state: State) -> None:
+    def write(self, node: ir.Node, slots: Slots, state: Resident) -> None:
         """``TensorScatter(past, new, first slot)``."""
         past, new = node.inputs[:2]
         b = self.rewriter.at(node)

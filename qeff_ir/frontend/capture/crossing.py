@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 
 Tensor = torch.Tensor
 
@@ -32,7 +32,7 @@ class CrossCache(Cache):
         used: Whether the model has an encoder.
     """
 
-    def __init__(self, past: Mapping[State, Tensor]) -> None:
+    def __init__(self, past: Mapping[Resident, Tensor]) -> None:
         super().__init__(layers=[DynamicLayer() for _ in range(1 + max((s.layer for s in past), default=-1))])
         self.past = dict(past)
         self.made: dict[int, tuple[Tensor, Tensor]] = {}
@@ -59,10 +59,10 @@ class CrossCache(Cache):
         self.used = True
         return EncoderDecoderCache(cache, self)
 
-    def found(self) -> list[State]:
-        """What was stored, in the order of `State.order`."""
+    def found(self) -> list[Resident]:
+        """What was stored, in the order of `Resident.order`."""
         return [
-            State(layer, kind, ("batch_size", *(int(n) for n in tensor.shape[1:])), ir.DataType.FLOAT)
+            Resident(layer, kind, ("batch_size", *(int(n) for n in tensor.shape[1:])), ir.DataType.FLOAT)
             for layer, tensors in sorted(self.made.items())
             for kind, tensor in zip(KINDS, tensors, strict=True)
         ]

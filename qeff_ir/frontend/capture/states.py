@@ -25,7 +25,7 @@ from transformers.cache_utils import (
 
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend.capture.crossing import CrossCache
-from qeff_ir.ir.residents import DimValue, State
+from qeff_ir.ir.residents import DimValue, Resident
 
 Tensor = torch.Tensor
 Key = tuple[str, int]
@@ -218,10 +218,10 @@ class CapturingCache(Cache):
     """
 
     def __init__(
-        self, model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor], count: int = 0
+        self, model: PreTrainedModel, position_ids: Tensor, past: Mapping[Resident, Tensor], count: int = 0
     ) -> None:
-        self.captured = _layers(model, position_ids, {s: t for s, t in past.items() if not s.written_by_host}, count)
-        self.cross = CrossCache({s: t for s, t in past.items() if s.written_by_host})
+        self.captured = _layers(model, position_ids, {s: t for s, t in past.items() if s.update != "once"}, count)
+        self.cross = CrossCache({s: t for s, t in past.items() if s.update == "once"})
         self.count = count
         super().__init__(layers=cast("list[Any]", self.captured))  # one list: a model may add layers while it runs
         self.position_ids = position_ids
@@ -285,18 +285,18 @@ class CapturingCache(Cache):
         self.recurrent_calls += 1
         return self.recurrent
 
-    def found(self) -> list[State]:
-        """What was stored, after a probing run, in the order of `State.order`."""
+    def found(self) -> list[Resident]:
+        """What was stored, after a probing run, in the order of `Resident.order`."""
         states = [
-            State(index, kind, shape, ir.DataType.FLOAT, _window(layer) if "ctx_len" in shape else None, index=number)
-            for index, layer in enumerate(self.captured)
+            Resident(i, kind, shape, ir.DataType.FLOAT, _window(layer) if "ctx_len" in shape else None, index=number)
+            for i, layer in enumerate(self.captured)
             if not isinstance(layer, DummyLayer)
             for (kind, number), shape in layer.held.seen.items()
         ]
         states += self.cross.found()
         return sorted(states, key=lambda s: s.order)
 
-    def result(self, state: State) -> Tensor:
+    def result(self, state: Resident) -> Tensor:
         """The tensor of one state after a traced run."""
         if state in self.cross.past:
             return self.cross.past[state].clone()  # an output of its own
@@ -309,8 +309,8 @@ def _window(layer: Layer) -> int | None:
     return layer.window if isinstance(layer, AttentionLayer) else None
 
 
-def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, Tensor], count: int) -> list[Layer]:
-    by_layer: dict[int, dict[State, Tensor]] = {}
+def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[Resident, Tensor], count: int) -> list[Layer]:
+    by_layer: dict[int, dict[Resident, Tensor]] = {}
     for state, tensor in past.items():
         by_layer.setdefault(state.layer, {})[state] = tensor
     # transformers has a configuration of the decoder's own where the two differ.
@@ -344,11 +344,11 @@ def _layers(model: PreTrainedModel, position_ids: Tensor, past: Mapping[State, T
     return layers
 
 
-def _held(position_ids: Tensor, past: Mapping[State, Tensor], count: int) -> _Held:
+def _held(position_ids: Tensor, past: Mapping[Resident, Tensor], count: int) -> _Held:
     return _Held(position_ids, {(state.kind, state.index): tensor for state, tensor in past.items()}, count)
 
 
-def _added(position_ids: Tensor, past: Mapping[State, Tensor], count: int) -> Layer:
+def _added(position_ids: Tensor, past: Mapping[Resident, Tensor], count: int) -> Layer:
     """A layer of the kind that keeps these states."""
     held, window = _held(position_ids, past, count), next((s.window for s in past if s.window is not None), None)
     recurrent = [state.index for state in past if not state.has_slots]

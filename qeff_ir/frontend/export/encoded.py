@@ -96,7 +96,7 @@ def lower_decoder(model: PreTrainedModel, weights: Weights, specs: Sequence[Inpu
     """
     module = lower(model, weights, whole=True, given=Encoded(specs))
     name = type(model).__name__
-    if not any(state.written_by_host for state in module.states):
+    if not any(state.update == "once" for state in module.states):
         raise _whole(name)
     _take_batch_from_tokens(module)
     _spell_out_types(module)
@@ -142,8 +142,8 @@ def _name_states(module: Module) -> None:
         named = dataclasses.replace(state, kind=_SELF.get(state.kind, state.kind))
         taken, result = module.input(state.input), module.output(state.output)
         taken.name, result.name = named.input, named.output
-        module.states[index] = named
-    module.states.sort(key=lambda state: state.order)
+        module.residents[index] = named
+    module.residents.sort(key=lambda resident: resident.order)
     ends = [(module.input(s.input), module.output(s.output)) for s in module.states]
     kept = {value for pair in ends for value in pair}
     graph = module.graph

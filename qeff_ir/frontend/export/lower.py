@@ -49,7 +49,7 @@ from qeff_ir.garbage import settled
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import LAYER_KEY, SOURCE_KEY, WEIGHT_KEY, Dim, Module, all_values, rename_symbols
 from qeff_ir.ir.ports import LOGITS, POSITIONS, TOKENS, name_of
-from qeff_ir.ir.residents import DimValue, State
+from qeff_ir.ir.residents import DimValue, Resident
 
 # Sizes of the example run. All differ, and none is 0 or 1, which torch.export would take for constants.
 _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
@@ -108,7 +108,7 @@ def lower(model: PreTrainedModel, weights: Weights, *, whole: bool = False, give
 
 
 def _folded(
-    model: PreTrainedModel, weights: Weights, states: list[State], given: Given, fold: Fold, fake: FakeTensorMode
+    model: PreTrainedModel, weights: Weights, states: list[Resident], given: Given, fold: Fold, fake: FakeTensorMode
 ) -> Module | None:
     """The module made from one layer of each kind; `None` when the cut graph is not a chain of layers."""
     kept = [s for s in states if s.layer in fold.states]
@@ -130,7 +130,7 @@ def _module(
     traced: tuple[torch.onnx.ONNXProgram, int | None],
     model: PreTrainedModel,
     weights: Weights,
-    states: list[State],
+    states: list[Resident],
     given: Given,
 ) -> Module:
     program, limit = traced
@@ -147,7 +147,7 @@ def _module(
 class Step(torch.nn.Module):
     """One run of a decoder with explicit states, the function that is traced."""
 
-    def __init__(self, model: PreTrainedModel, states: list[State], given: Given) -> None:
+    def __init__(self, model: PreTrainedModel, states: list[Resident], given: Given) -> None:
         super().__init__()
         self.hf = model
         self.states = states
@@ -190,7 +190,7 @@ class Step(torch.nn.Module):
 
 def _states_and_fold(
     model: PreTrainedModel, given: Given, fake: FakeTensorMode, *, whole: bool
-) -> tuple[list[State], Fold | None]:
+) -> tuple[list[Resident], Fold | None]:
     """What the model keeps between tokens, and which of its layers are to be traced (`None`: all of them)."""
     step = Step(model, [], given)
     with fake:
@@ -200,11 +200,11 @@ def _states_and_fold(
         with fake:
             step.run(ids, cache.position_ids, cache, values)
 
-    def fold(states: list[State]) -> Fold | None:
+    def fold(states: list[Resident]) -> Fold | None:
         with attributes_kept(model):
             return find_fold(model, lambda kept: _prepared(model, states, given, kept, fake))
 
-    expected: list[State] | None = None
+    expected: list[Resident] | None = None
     if not whole:
         with attributes_kept(model):
             expected = expect(model, run, ids)
@@ -220,7 +220,7 @@ def _states_and_fold(
 
 
 def _inputs(
-    states: list[State], given: Given, fake: FakeTensorMode
+    states: list[Resident], given: Given, fake: FakeTensorMode
 ) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
     """Token ids (or positions), states, and what is given beside them, for a run on fake tensors."""
     with fake:
@@ -240,7 +240,7 @@ def example_inputs(given: Given) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 def _prepared(
-    model: PreTrainedModel, states: list[State], given: Given, kept: frozenset[int] | None, fake: FakeTensorMode
+    model: PreTrainedModel, states: list[Resident], given: Given, kept: frozenset[int] | None, fake: FakeTensorMode
 ) -> Prepared:
     """A run of the model with the states of some layers only, for `find_fold`."""
     states = [s for s in states if kept is None or s.layer in kept]
@@ -259,7 +259,7 @@ def _prepared(
 
 
 def _trace(
-    model: PreTrainedModel, states: list[State], given: Given, fake: FakeTensorMode
+    model: PreTrainedModel, states: list[Resident], given: Given, fake: FakeTensorMode
 ) -> tuple[torch.onnx.ONNXProgram, int | None]:
     """The program, and the longest context that it holds for."""
     ids, past, values = _inputs(states, given, fake)
@@ -323,13 +323,13 @@ def convert(
     return program
 
 
-def _example(state: State, dim: DimValue) -> int:
+def _example(state: Resident, dim: DimValue) -> int:
     if isinstance(dim, int):
         return dim
     return _BATCH if dim == "batch_size" else _CTX if state.window is None else _SLIDING
 
 
-def clean(model: ir.Model, weights: Weights, states: list[State]) -> ir.Model:
+def clean(model: ir.Model, weights: Weights, states: list[Resident]) -> ir.Model:
     """Give standard names, one opset, short metadata, and references for weights to what the exporter made."""
     graph = model.graph
     for node in ir.traversal.RecursiveGraphIterator(graph):

@@ -53,7 +53,7 @@ def _pixels(language: Module, old: ir.Value, *, batched: bool) -> ir.Value:
     assert old.shape is not None
     sizes = [int(size) for size in old.shape.numpy()]
     shape = [_BATCH, *sizes[1:]] if batched else sizes
-    given = language.declare(ir.val(KINDS["pixels"].stem, shape=ir.Shape(shape), type=old.type), PIXELS)
+    given = language.declare(ir.val(KINDS["pixels"].input, shape=ir.Shape(shape), type=old.type), PIXELS)
     language.graph.inputs.insert(0, given)
     return _reshaped(language.graph, given, sizes, old.shape) if batched else given
 

@@ -15,14 +15,14 @@ from transformers.cache_utils import DummyLayer
 
 from qeff_ir.frontend.capture.states import CapturingCache
 from qeff_ir.frontend.layers.kinds import cut, layer_lists, members
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 
 Run = Callable[[CapturingCache], Any]
 """Runs the model on fake tensors with a cache."""
 
 
-def probe(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list[State]:
-    """The states that a run of the model shows, in the order of `State.order`; none when it writes to no cache.
+def probe(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list[Resident]:
+    """The states that a run of the model shows, in the order of `Resident.order`; none when it writes to no cache.
 
     Args:
         model: The model, its weights fake tensors.
@@ -37,7 +37,7 @@ def probe(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list[
     return cache.found()
 
 
-def expect(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list[State] | None:
+def expect(model: PreTrainedModel, run: Run, position_ids: torch.Tensor) -> list[Resident] | None:
     """The states that are to be expected once a layer of each structure has run; `None` when that does not tell.
 
     Args:

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from qeff_ir.frontend import private
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 
 Label = tuple[Any, ...]
 """What a tensor is, told without its name in this run."""
 
-Name = str | State
+Name = str | Resident
 """What an input of the run is."""
 
 Prepared = tuple[Mapping[Name, torch.Tensor], Callable[[], Sequence[torch.Tensor]]]
@@ -190,7 +190,7 @@ class Recorder(TorchDispatchMode):
         """Write down which results came from where."""
         logits, *states = results
         self.record.tail.append(("logits", self.label(logits)))
-        held = [name for name in self.inputs.values() if isinstance(name, State)]
+        held = [name for name in self.inputs.values() if isinstance(name, Resident)]
         for state, tensor in zip(held, states, strict=True):
             place, *result = self.made.get(id(tensor), ("", 0))
             if not isinstance(place, int):
@@ -203,7 +203,7 @@ class Recorder(TorchDispatchMode):
 
     def _relative(self, name: Name) -> Label:
         """What an input is; a state as seen from its layer."""
-        if isinstance(name, State) and isinstance(self.at, int):
+        if isinstance(name, Resident) and isinstance(self.at, int):
             return ("state", dataclasses.replace(name, layer=name.layer - self.at))
         return ("input", name)
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qeff_ir.errors import ModelLoadError
 from qeff_ir.frontend.layers.kinds import INPUT, OUTPUT, Fold
 from qeff_ir.ir.module import SOURCE_KEY, WEIGHT_KEY, Module
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 
 Tensors = Mapping[str, ir.TensorProtocol]
 
@@ -36,7 +36,7 @@ class Layer:
     end: ir.Node
     last: ir.Node
     nodes: list[ir.Node]
-    states: list[State]
+    states: list[Resident]
 
 
 def cut_weights(weights: Tensors, fold: Fold) -> dict[str, ir.TensorProtocol]:
@@ -205,11 +205,11 @@ def _moved(name: str, fold: Fold, old: int, new: int) -> str:
     return f"{fold.path}.{new}" + name.removeprefix(f"{fold.path}.{old}")
 
 
-def _replace_interface(module: Module, ends: Mapping[State, tuple[ir.Value, ir.Value]]) -> None:
+def _replace_interface(module: Module, ends: Mapping[Resident, tuple[ir.Value, ir.Value]]) -> None:
     """Let `ends` be the states of the module, in the order of layers."""
     graph = module.graph
     ours = {name for s in module.states for name in (s.input, s.output)}
-    module.states = sorted(ends, key=lambda s: s.order)
+    module.residents = sorted(ends, key=lambda s: s.order)
     pairs = [ends[s] for s in module.states]
     graph.inputs[:] = [*(v for v in graph.inputs if v.name not in ours), *(taken for taken, _ in pairs)]
     graph.outputs[:] = [*(v for v in graph.outputs if v.name not in ours), *(result for _, result in pairs)]

@@ -270,9 +270,9 @@ def test_an_adapter_of_another_precision_is_found(adapted: Path, tmp_path: Path)
 def test_a_compressed_cache_leaves_adapters_as_they_are(tiny: Tiny, adapted: Path) -> None:
     (file,) = adapted.glob("*.onnx")
     adapters = load_module(file).adapters
-    text = emit.custom_io(tiny.module.states, "mxint8", adapters)
+    text = emit.custom_io([*tiny.module.residents, *adapters], "mxint8")
     found = dict(re.findall(r"IOName: (\S+)\n   Precision: (\S+)", text))
-    assert {found.pop(name) for item in adapters for name in (item.name, item.output)} == {"float16"}
+    assert {found.pop(name) for item in adapters for name in item.names} == {"float16"}
     assert set(found.values()) == {"mxint8"}
 
 

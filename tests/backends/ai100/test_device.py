@@ -174,13 +174,13 @@ def test_without_a_binary_or_a_runtime_the_emulator_opens(
 
 def test_adapters_travel_once_and_stay(adapted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, sizes = load_module(BACKEND.model_file(adapted)), {"batch_size": 2, "ctx_len": 40}
-    adapters = {a.name: list(a.shape) for a in module.adapters}
+    adapters = {a.input: [a.slots + 1, *a.sizes] for a in module.adapters}
     states = {s.input: [sizes[d] if isinstance(d, str) else d for d in s.shape] for s in module.states}
     log = put(monkeypatch, fake_qaicrt.adapter_descriptor(SHAPES, states, adapters))
     session = BACKEND.open(adapted)
     assert isinstance(session, DeviceSession)
     decoder = Decoder(session)
-    name, *others = [a.name for a in session.interface.adapters]
+    name, *others = [r.input for r in session.interface.residents if r.part is not None]
     assert {name, *others} == set(adapters) and len(others) == 7  # A and B of two layers' two projections
 
     def sums(rows: list[int]) -> list[float]:
