@@ -43,22 +43,29 @@ def descriptor(shapes: list[tuple[int, int]], prefix: str = "", *, logits: str =
     return json.dumps({"rows": rows, "prefix": prefix, "names": NAMES, "logits": logits}).encode()
 
 
-def adapter_descriptor(
-    shapes: list[tuple[int, int]], states: dict[str, list[int]], adapters: dict[str, list[int]]
+def written_descriptor(
+    shapes: list[tuple[int, int]],
+    states: dict[str, list[int]],
+    written: dict[str, list[int]],
+    row: str = "lora_ids",
+    returned: tuple[str, ...] = (),
 ) -> bytes:
-    """That of a decoder with adapters in slots: its states and adapters by name, with their shapes."""
-    kept = {**states, **adapters}
+    """That of a decoder with adapters in slots, or rows of pictures: states and these by name, with their shapes."""
+    kept = {**states, **written}
     names = [
         "input_ids",
         "position_ids",
         *states,
-        "lora_ids",
-        *adapters,
+        row,
+        *written,
         "logits",
+        *returned,
         *(n + "_RetainedState" for n in kept),
     ]
+    ends = [*kept.values()]
     rows = [
-        [[b, s], [b, s], *states.values(), [b, 1], *adapters.values(), [b, 1, VOCAB], *kept.values()] for b, s in shapes
+        [[b, s], [b, s], *states.values(), [b, 1], *written.values(), [b, 1, VOCAB], *([[b, 1]] * len(returned)), *ends]
+        for b, s in shapes
     ]
     return json.dumps({"rows": rows, "prefix": "", "names": names}).encode()
 
@@ -75,7 +82,7 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
     ok, bad = "QS_SUCCESS", "QS_ERROR"
     names: list[str] = json.loads(serialized)["names"]
     states = [i for i, name in enumerate(names) if "past_" in name or name.endswith("_RetainedState")]
-    adapters = [i for i, name in enumerate(names) if ".lora_" in name and i not in states]
+    written = [i for i, name in enumerate(names) if f"{name}_RetainedState" in names and i not in states]
     out = next(i for i, name in enumerate(names) if name in ("logits", "output"))
     kind: str = json.loads(serialized).get("logits", "FLOAT_TYPE")
     given = np.dtype(np.float32 if kind == "FLOAT_TYPE" else np.float16)
@@ -129,18 +136,18 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
 
         def __init__(self, context: Any, program: Program) -> None:
             assert program.state == "active", "an ExecObj needs an active program"
-            self.state, self.runs, self.kept = "idle", 0, dict.fromkeys(adapters, np.zeros(0))
+            self.state, self.runs, self.kept = "idle", 0, dict.fromkeys(written, np.zeros(0))
 
         def setData(self, buffers: list[QBuffer], dims: Dims) -> str:  # noqa: N802
             assert isinstance(dims, Dims) and len(buffers) == len(dims) == len(names)
             for index in states:
                 assert bytes(buffers[index]) == b"" and dims[index][1] == [0], "states stay on the device"
             assert dims[0][0] == 8 and dims[out][0] == given.itemsize
-            for index in adapters:
+            for index in written:
                 if dims[index][1] != [0]:
-                    assert dims[index] == (2, json.loads(serialized)["rows"][0][index]), "whole adapters, in fp16"
+                    assert dims[index] == (2, json.loads(serialized)["rows"][0][index]), "all that is written, in fp16"
                     self.kept[index] = np.frombuffer(bytes(buffers[index]), np.float16).reshape(dims[index][1])
-            log.extend(f"takes {names[i]}" for i in adapters if dims[i][1] != [0])
+            log.extend(f"takes {names[i]}" for i in written if dims[i][1] != [0])
             for buffer, (size, shape) in zip(buffers, dims, strict=True):
                 assert len(bytes(buffer)) == size * int(np.prod(shape))
             rows = json.loads(serialized)["rows"]
@@ -159,7 +166,9 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
             ids, positions = (np.frombuffer(bytes(b), np.int64).reshape(self.shape[0], -1) for b in self.buffers[:2])
             answer = np.zeros((self.shape[0], VOCAB), np.float32)
             answer[:, 0], answer[:, 1], answer[:, 2] = ids.sum(1), positions.max(1), self.runs
-            if adapters:
+            if "image_idx" in names:
+                answer[:, 3] = sum(kept.sum() for kept in self.kept.values())
+            if "lora_ids" in names:
                 slots = np.frombuffer(bytes(self.buffers[names.index("lora_ids")]), np.int64)
                 answer[:, 3] = sum(kept[slots].reshape(len(slots), -1).sum(1) for kept in self.kept.values())
             if len(self.shape) == 3 and self.shape[1] > 1:
@@ -182,7 +191,7 @@ def modules(serialized: bytes, *, fail: str = "") -> tuple[ModuleType, ModuleTyp
         def ParseFromString(self, data: bytes) -> None:  # noqa: N802
             read = json.loads(data)
             number = TYPES[kind]
-            types = [1 if i in (*states, *adapters) else number if i == out else 64 for i in range(len(names))]
+            types = [1 if i in (*states, *written) else number if i == out else 64 for i in range(len(names))]
             self.selected_set = SimpleNamespace(
                 bindings=[
                     Binding(name=read["prefix"] + n, index=i, dir=int(i >= out), type=types[i], dims=read["rows"][0][i])

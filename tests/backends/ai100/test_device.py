@@ -176,7 +176,7 @@ def test_adapters_travel_once_and_stay(adapted: Path, monkeypatch: pytest.Monkey
     module, sizes = load_module(BACKEND.model_file(adapted)), {"batch_size": 2, "ctx_len": 40}
     adapters = {a.input: [a.slots + 1, *a.sizes] for a in module.adapters}
     states = {s.input: [sizes[d] if isinstance(d, str) else d for d in s.shape] for s in module.states}
-    log = put(monkeypatch, fake_qaicrt.adapter_descriptor(SHAPES, states, adapters))
+    log = put(monkeypatch, fake_qaicrt.written_descriptor(SHAPES, states, adapters))
     session = BACKEND.open(adapted)
     assert isinstance(session, DeviceSession)
     decoder = Decoder(session)

@@ -7,16 +7,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
 
 from backends.ai100 import contract
+from backends.ai100.backend import BACKEND
+from backends.ai100.device import DeviceSession
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.specializations import FILE
 from qeff_ir import QEFFAutoModelForImageTextToText
 from tests import multimodal, processors
+from tests.backends.ai100 import fake_qaicrt
 from tests.backends.ai100.test_contract import _io, _rename, _set_dim, _set_type, codes, edit_model
+from tests.backends.ai100.test_device import put
 from tests.processors import PROCESSORS
 
 
@@ -51,6 +56,27 @@ STATE = ("FLOAT", ["batch_size", 2, "ctx_len", 8])
 ROWS = ("FLOAT", ["batch_size", 92, 32])
 INDEX = ("INT64", ["batch_size", 1])
 TOKENS = ("INT64", ["batch_size", "seq_len"])
+
+
+def test_rows_travel_to_the_card_once_and_stay(
+    packages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(packages["llava_next"], tmp_path / "package")
+    (folder / "qpc").mkdir()
+    (folder / "qpc" / "programqpc.bin").touch()
+    states = {name: [1, 2, 192, 8] for name in ports(folder) if name.startswith("past_") and "Retained" not in name}
+    rows = {"vision_embeds": [1, 92, 32]}
+    descriptor = fake_qaicrt.written_descriptor([(1, 8), (1, 1)], states, rows, "image_idx", ("image_idx_output",))
+    log = put(monkeypatch, descriptor)
+    session = BACKEND.open(folder)
+    assert isinstance(session, DeviceSession)
+    given = {name: np.zeros((1, 1), int) for name in ("input_ids", "position_ids", "image_idx")}
+    session.write("vision_embeds", np.full(rows["vision_embeds"], 0.5, np.float32))
+    session.reset()  # a new request begins after its pictures are written
+    for taken in (["takes vision_embeds"], []):
+        log.clear()
+        assert session.run(given)["logits"][0, 0, 3] == 0.5 * np.prod(rows["vision_embeds"])
+        assert [line for line in log if line.startswith("takes")] == taken
 
 
 def test_the_cache_of_the_language_model_is_compressed(tmp_path: Path) -> None:
