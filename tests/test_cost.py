@@ -15,7 +15,7 @@ import pytest
 from qeff_ir.cost import Cost, Storage, cost
 from qeff_ir.errors import CompileError, VerificationError
 from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
-from qeff_ir.ir.residents import State
+from qeff_ir.ir.residents import Resident
 from qeff_ir.roofline import Device, read_device, roofline, seconds
 from tests.models import MODELS, VOCAB
 from tests.support import apply, canonical, rest_of
@@ -142,7 +142,7 @@ def test_what_the_sizes_of_a_run_leave_out_costs_nothing(tokens: int, fixed: boo
     module = Module(ir.from_proto(onnx.parser.parse_model(CHOICE)), "Choice")
     for name in ("tower", "head"):
         module.input(name).metadata_props[WEIGHT_KEY] = name
-    module.states.append(State(0, "pixels", (4, 8), ir.DataType.FLOAT))
+    module.residents.append(Resident(0, "pixels", (4, 8), ir.DataType.FLOAT))
     item = Specialization("Run", "decode", {"batch_size": 2, "seq_len": tokens})
     found, encodes = cost(module, item, fixed=fixed), tokens > 1 or not fixed
     assert found.multiply_adds == (4 * 64 if encodes else 0) + 2 * tokens * 64
