@@ -90,7 +90,8 @@ class _Retyping:
                 value.type = ir.TensorType(self.half)  # of its own: values may share theirs
             elif value.dtype == _FLOAT and nodes:
                 self._round(value, self.rewriter.at(nodes[0]))
-        self.module.states = [dataclasses.replace(s, dtype=self.half if s.dtype == _FLOAT else s.dtype) for s in states]
+        own = [dataclasses.replace(s, dtype=self.half if s.dtype == _FLOAT else s.dtype) for s in states]
+        self.module.residents = [*own, *self.module.adapters]
         for node in reversed(nodes):
             if self._is_inner(node):
                 self.inner.add(node)
