@@ -126,6 +126,7 @@ PROPERTIES = {
     "families of pictures": "test_families.py",
     "embeddings of pictures": "auto/test_picture_embedding.py",
     "pictures of several sizes": "test_picture_sizes.py",
+    "pictures of quantized models": "test_quantized_pictures.py",
     "one program for pictures": "test_single_program.py",
     "AI 100 one program for pictures": "backends/ai100/test_single_program.py",
     "adapters of pictures and text": "auto/test_adapted_pictures.py",
