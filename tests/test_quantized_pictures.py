@@ -41,7 +41,7 @@ def checkpoint(name: str, folder: Path) -> Path:
 def test_a_quantized_checkpoint_answers_as_in_transformers(form: str, tmp_path: Path) -> None:
     name = "llava"
     folder = checkpoint(name, tmp_path / "model")
-    fp8 = FineGrainedFP8Config(weight_block_size=[16, 16], dequantize=True)
+    fp8 = FineGrainedFP8Config(weight_block_size=(16, 16), dequantize=True)
     theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, quantization_config=fp8).eval()
     given = image_text.processed(name, [image_text.pictures(name, [1, 2])], image_text.texts(name)[:1])
     expected = image_text.logits(theirs, **given)
