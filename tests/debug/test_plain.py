@@ -24,7 +24,7 @@ from .models import plain, write_plain
 def test_dims_come_from_the_interface_and_nameless_ones_get_a_name(tmp_path: Path) -> None:
     module = plain(tmp_path)
     verify(module)
-    assert (module.name, module.states) == ("plain", [])
+    assert (module.name, module.states) == ("plain", ())
     assert list(module.dims) == ["rows", "x_dim_1", "y_dim_1"]
     assert WEIGHT_KEY in module.graph.initializers["w"].metadata_props
 
