@@ -37,8 +37,8 @@ def test_packages_hold(target: str) -> None:
 
 
 def test_heads_in_another_order_are_told() -> None:
-    wrong = "np.concatenate([blocks] * times, axis=axis).reshape(made)"
-    with planted(repeated, "np.repeat(blocks, times, axis=axis).reshape(made)", wrong), pytest.raises(NotHeldError):
+    wrong = "np.concatenate([blocks] * times, axis=axis)"
+    with planted(repeated, "np.repeat(blocks, times, axis=axis)", wrong), pytest.raises(NotHeldError):
         hold_pass(ReplicateKvHeads(), examples=30, shrink=False)
 
 
