@@ -6,6 +6,7 @@ what is wrong in the writing, and not only in the IR, is found too.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,11 +134,21 @@ def violations(folder: Path) -> Iterator[Violation]:
     if listed:
         yield from _custom_io(graph, _text(folder / CUSTOM_IO))
     yield from _weights(proto, folder)
-    as_it_is = any(value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for value in proto.graph.input)
+    as_it_is = _computes_in_bfloat16(proto)
     passed = listed and not (as_it_is and "mxint8" not in _text(folder / CUSTOM_IO))
     yield from _command(
         command["argv"], model.name, folder, sdk, retains=retains, passed=passed, converted=not as_it_is
     )
+
+
+def _computes_in_bfloat16(proto: onnx.ModelProto) -> bool:
+    """Whether a graph has states in bfloat16 or rounds to it; one that only has its weights so makes them float32."""
+    spec = weight_free.specification(proto)
+    weights = set[str]() if spec is None else {item["name"] for item in spec["inputs"]}
+    inputs = [value for value in proto.graph.input if value.name not in weights]
+    nodes = itertools.chain(proto.graph.node, *(function.node for function in proto.functions))
+    rounds = (a.i == onnx.TensorProto.BFLOAT16 for n in nodes if n.op_type == "Cast" for a in n.attribute)
+    return any(v.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for v in inputs) or any(rounds)
 
 
 def _is_command(data: Any) -> bool:
