@@ -20,6 +20,7 @@ from qeff_ir.ir.printer import to_text
 from qeff_ir.passing.base import registered_passes
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
+from qeff_ir.passing.properties import FAST
 from qeff_ir.runtime.session import Session
 from qeff_ir.testing.build import build
 from qeff_ir.testing.judge import expected, explained, module_answers, options, prepare, session_answers
@@ -137,9 +138,12 @@ def test_p13_legal_orders_answer_alike(case: tuple[Recipe, Request], text: str) 
 
 @st.composite
 def sequences(draw: st.DrawFn) -> str:
-    """Any passes after the first, some more than once; but `dtype`, whose numbers `test_dtypes` holds."""
+    """Any passes after the first, some more than once, that keep the numbers.
+
+    Those of `dtype` are held by `test_dtypes`, and those of fast passes by `test_lowbit`.
+    """
     layout = draw(st.sampled_from(["{layout=scatter}", "{layout=tensor-scatter}"]))
-    names = [name for name in registered_passes() if name != "dtype"]
+    names = [name for name, cls in registered_passes().items() if name != "dtype" and FAST not in cls.establishes]
     items = draw(st.lists(st.sampled_from(names), max_size=5))
     return ",".join(["canonicalize", *(i + (layout if i == "kv-retention" else "") for i in items)])
 
