@@ -22,7 +22,8 @@ class FuseProducts(Pass):
     """``MatMul(x, A)`` and ``MatMul(x, B)`` become ``Split(MatMul(x, [A B]))`` where both are in one module.
 
     A runtime then divides one large product among its threads, where it divided several small ones. A weight that
-    another product reads too stays alone, as does one that is quantized, or stored the other way round than the others.
+    another product reads too stays alone, as does one that is stored the other way round than the others, or in blocks
+    of another kind.
 
     The weights stay references into the checkpoint by default, and a `Concat` puts them side by side: a runtime that
     folds constants does so once, when it opens the package, and takes the memory of both for that time. With
@@ -69,13 +70,22 @@ class FuseProducts(Pass):
 
 def _groups(module: Module) -> list[list[ir.Node]]:
     """Products of the same value below the same module, with weights of their own that are stored the same way."""
-    found: dict[tuple[ir.Value | None, str, bool], list[ir.Node]] = {}
+    found: dict[tuple[ir.Value | None, str, bool, object], list[ir.Node]] = {}
     for node in module.graph:
         weight = stored(node)
-        if weight is None or quantized(weight.value.const_value) is not None or len(list(_products(weight))) > 1:
+        if weight is None or len(list(_products(weight))) > 1:
             continue
-        found.setdefault((node.inputs[0], _parent(node), weight.transposed), []).append(node)
+        found.setdefault((node.inputs[0], _parent(node), weight.transposed, _grid(weight)), []).append(node)
     return [nodes for nodes in found.values() if len(nodes) > 1]
+
+
+def _grid(weight: Stored) -> object:
+    """What quantized weights have to share, so that their codes can stand side by side; `None` for others."""
+    parts = quantized(weight.value.const_value)
+    if parts is None:
+        return None
+    alone = weight.value if parts.axis == weight.out_axis else None
+    return parts.codes.dtype, parts.axis, parts.block, parts.zeros is None, alone
 
 
 def _products(weight: Stored) -> Iterable[ir.Node]:

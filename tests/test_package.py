@@ -80,7 +80,7 @@ def test_another_version_is_told(version: int, package: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"version": 4}', '{"version": 4, "files": {"a": {}}}', "\x00", "[" * 100_000]
+    "text", ["", "{", "[]", "{}", '{"version": 5}', '{"version": 5, "files": {"a": {}}}', "\x00", "[" * 100_000]
 )
 def test_a_damaged_manifest_is_told(text: str, package: Path) -> None:
     (package / MANIFEST).write_text(text)

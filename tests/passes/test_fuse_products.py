@@ -18,6 +18,7 @@ from qeff_ir.ir.printer import to_text
 from qeff_ir.ir.sources import set_sources, source_text, sources_of
 from qeff_ir.passing import Pipeline, Rewriter, run_pipeline
 from qeff_ir.passing.weights import Stored, derived, parameters, side_by_side, stored
+from qeff_ir.quantized import quantized
 from tests import support
 from tests.adapters.random_adapters import base, make
 
@@ -94,10 +95,12 @@ def test_a_weight_of_two_products_and_one_that_is_stored_the_other_way_stay_alon
     assert {node in module.graph for node in (up, keys)} == {True} and queries not in module.graph
 
 
-def test_quantized_weights_stay_alone() -> None:
+def test_quantized_weights_are_joined_with_those_of_the_same_kind() -> None:
     module = support.canonical("llama")
-    run = run_pipeline(module, Pipeline.parse('quantize-weights{skip="*gate_proj*,*up_proj*"},fuse-products')).runs[1]
-    assert run.stats.fired == {"2 products": 2} and run.stats.missed == []
+    run = run_pipeline(module, Pipeline.parse('quantize-weights{skip="*gate_proj*"},fuse-products')).runs[1]
+    assert run.stats.fired == {"3 products": 2} and run.stats.missed == []
+    joined = [v for v in module.graph.initializers.values() if len(parameters(v)) == 3]
+    assert len(joined) == 2 and all(quantized(value.const_value) is not None for value in joined)
 
 
 def test_what_a_fused_product_stands_for_is_told_everywhere() -> None:
