@@ -151,10 +151,14 @@ def places(model: PreTrainedModel, ids: torch.Tensor, arguments: Mapping[str, to
 
 
 def with_new_tokens(model: PreTrainedModel, types: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-    """Types of tokens, ``[batch, seq]`` by argument, with those that a model gives to `count` tokens that it makes."""
+    """Types of tokens, ``[batch, seq]`` by argument, with those that a model gives to `count` tokens that it makes.
+
+    They are made one at a time: of several at once, transformers gives them the types of as many tokens before.
+    """
     mixin: Any = model
-    given = {**types, "attention_mask": torch.ones_like(next(iter(types.values()), torch.zeros(1, 0)))}
-    made = mixin._update_model_kwargs_for_generation(ModelOutput(), given, num_new_tokens=count)
+    made: dict[str, Any] = {**types, "attention_mask": torch.ones_like(next(iter(types.values()), torch.zeros(1, 0)))}
+    for _ in range(count):
+        made = mixin._update_model_kwargs_for_generation(ModelOutput(), made, num_new_tokens=1)
     return {name: made[name] for name in types}
 
 

@@ -131,6 +131,7 @@ PROPERTIES = {
     "AI 100 one program for pictures": "backends/ai100/test_single_program.py",
     "adapters of pictures and text": "auto/test_adapted_pictures.py",
     "programs of pictures and text": "test_picture_programs.py",
+    "followed answers": "cli/test_verify_pictures.py",
     "pictures are verified": "cli/test_pictures.py::test_verify_asks_about_pictures",
     "pictures on the command line": "cli/test_pictures.py",
     "picture forms": "runtime/test_picture_forms.py",
