@@ -19,9 +19,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qeff_ir.arrays import Array
+from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Rewriter
 from qeff_ir.passing.weights import added, stored
-from qeff_ir.quantized import Quantized, dequantized, lazy
+from qeff_ir.quantized import Quantized, dequantized, lazy, quantized
 from qeff_ir.ranges import FileRange, file_range
 
 DOMAIN = "com.microsoft"
@@ -97,6 +98,16 @@ def readers_of(value: ir.Value) -> list[ir.Node]:
     """What computes with a weight: behind its `Transpose`, where there is one."""
     readers = [n for node in value.consumers() for n in (_readers(node) if node.op_type == "Transpose" else [node])]
     return list(dict.fromkeys(readers))
+
+
+def readers_of_codes(module: Module) -> dict[ir.Node, ir.Value]:
+    """All nodes that compute with a quantized weight, each with the first such weight that it reads."""
+    found: dict[ir.Node, ir.Value] = {}
+    for value in module.graph.initializers.values():
+        if quantized(value.const_value) is not None:
+            for node in readers_of(value):
+                found.setdefault(node, value)
+    return found
 
 
 def _readers(node: ir.Node) -> list[ir.Node]:

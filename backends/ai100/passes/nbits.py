@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from passes.nbits_layout import DOMAIN, misfit, pack, products_of, readers_of
+from passes.nbits_layout import DOMAIN, misfit, pack, products_of, readers_of, readers_of_codes
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Missed, Pass, Phase, Rewriter, register
 from qeff_ir.passing.weights import stored
@@ -55,16 +55,14 @@ class NBits(Pass):
 
     def sites(self, module: Module) -> list[ir.Node]:
         """All nodes that read a quantized weight."""
-        found = [v for v in module.graph.initializers.values() if quantized(v.const_value) is not None]
-        return list(dict.fromkeys(node for value in found for node in readers_of(value)))
+        return list(readers_of_codes(module))
 
     def explain(self, module: Module, site: ir.Node) -> Missed:
         """Why a weight is left."""
-        for value in module.graph.initializers.values():
-            parts = quantized(value.const_value)
-            if parts is not None and site in readers_of(value):
-                return Missed.at(site, f"{value.name} is left: {_reason(value, parts) or 'the pass did not touch it'}")
-        return Missed.at(site, "the pass did not touch it", code="untouched")
+        value = readers_of_codes(module)[site]
+        parts = quantized(value.const_value)
+        reason = None if parts is None else _reason(value, parts)
+        return Missed.at(site, f"{value.name} is left: {reason or 'the pass did not touch it'}")
 
 
 def _reason(value: ir.Value, parts: Quantized) -> str | None:

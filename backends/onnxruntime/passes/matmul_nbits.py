@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from passes.nbits_layout import DOMAIN, Packed, doubled, misfit, pack, products_of, readers_of
+from passes.nbits_layout import DOMAIN, Packed, doubled, misfit, pack, products_of, readers_of, readers_of_codes
 from qeff_ir.arrays import Array
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.base import Missed, OpBuilder, Pass, Phase, Rewriter, register
@@ -67,17 +67,14 @@ class OrtMatMulNBits(Pass):
 
     def sites(self, module: Module) -> list[ir.Node]:
         """All nodes that read a quantized weight."""
-        found = [v for v in module.graph.initializers.values() if quantized(v.const_value) is not None]
-        return list(dict.fromkeys(node for value in found for node in readers_of(value)))
+        return list(readers_of_codes(module))
 
     def explain(self, module: Module, site: ir.Node) -> Missed:
         """Why a weight stays a `DequantizeLinear`."""
-        for value in module.graph.initializers.values():
-            parts = quantized(value.const_value)
-            if parts is not None and site in readers_of(value):
-                reason = self._reason(value, parts) or "the pass did not touch it"
-                return Missed.at(site, f"{value.name} is float32 in memory: {reason}")
-        return Missed.at(site, "the pass did not touch it", code="untouched")
+        value = readers_of_codes(module)[site]
+        parts = quantized(value.const_value)
+        reason = None if parts is None else self._reason(value, parts)
+        return Missed.at(site, f"{value.name} is float32 in memory: {reason or 'the pass did not touch it'}")
 
     def _reason(self, value: ir.Value, parts: Quantized) -> str | None:
         """Why the weight is not taken, as one clause."""
