@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -134,17 +135,18 @@ def violations(folder: Path) -> Iterator[Violation]:
     if listed:
         yield from _custom_io(graph, _text(folder / CUSTOM_IO))
     yield from _weights(proto, folder)
-    as_it_is = _computes_in_bfloat16(proto)
+    as_it_is = _computes_in_bfloat16(proto, bound)
     passed = listed and not (as_it_is and "mxint8" not in _text(folder / CUSTOM_IO))
     yield from _command(
         command["argv"], model.name, folder, sdk, retains=retains, passed=passed, converted=not as_it_is
     )
 
 
-def _computes_in_bfloat16(proto: onnx.ModelProto) -> bool:
-    """Whether a graph has states in bfloat16 or rounds to it; one that only has its weights so makes them float32."""
-    spec = weight_free.specification(proto)
-    weights = set[str]() if spec is None else {item["name"] for item in spec["inputs"]}
+def _computes_in_bfloat16(proto: onnx.ModelProto, weights: AbstractSet[str]) -> bool:
+    """Whether a graph has states in bfloat16 or rounds to it; one that only has its weights so makes them float32.
+
+    `weights`: the inputs that are bound to files of weights.
+    """
     inputs = [value for value in proto.graph.input if value.name not in weights]
     nodes = itertools.chain(proto.graph.node, *(function.node for function in proto.functions))
     rounds = (a.i == onnx.TensorProto.BFLOAT16 for n in nodes if n.op_type == "Cast" for a in n.attribute)
