@@ -112,6 +112,10 @@ class EmulatedSession:
             contents[slot] = entry
         self._states[name].update_inplace(np.ascontiguousarray(contents))
 
+    def state(self, name: str) -> Array:
+        """See `qeff_ir.runtime.session.HostStates.state`."""
+        return self._states[name].numpy()
+
     def reset(self) -> None:
         """Set all states to zero that runs write."""
         for name, value in self._states.items():

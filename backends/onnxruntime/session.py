@@ -104,6 +104,10 @@ class OrtSession:
         """See `qeff_ir.runtime.session.Session.write`."""
         self._residents[name].numpy()[... if slot is None else slot] = data
 
+    def state(self, name: str) -> Array:
+        """See `qeff_ir.runtime.session.HostStates.state`."""
+        return self._residents[name].numpy()
+
     def reset(self) -> None:
         """Set all states to zero that runs write."""
         for resident in self.interface.residents:

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections import deque
+from dataclasses import replace
+from typing import Self
 
-from qeff_ir.runtime.jobs import Job, Listener, Ticket
+from qeff_ir.errors import QeffError, RuntimeInputError
+from qeff_ir.runtime.batching import Batching, Stats
+from qeff_ir.runtime.jobs import EngineClosedError, EngineFullError, Job, Listener, Ticket
+from qeff_ir.runtime.prefixes import Prefixes
+from qeff_ir.runtime.rows import Rows
 from qeff_ir.runtime.session import Session
 from qeff_ir.runtime.token_table import TokenTable
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What an engine does and has done.
-
-    Attributes:
-        running: Jobs that have a slot.
-        waiting: Jobs that wait for one.
-        finished: Jobs that have ended, however they did.
-        prompt_tokens: Tokens of the prompts of all jobs that got a slot.
-        reused: Of these, tokens that were not computed anew.
-        tokens: Tokens that came out.
-        prefill_runs: Runs of chunks of prompts.
-        decode_runs: Runs of one token for each row.
-        busy: Seconds that runs of the session took.
-        overhead: Seconds of all else between runs.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    finished: int = 0
-    prompt_tokens: int = 0
-    reused: int = 0
-    tokens: int = 0
-    prefill_runs: int = 0
-    decode_runs: int = 0
-    busy: float = 0.0
-    overhead: float = 0.0
 
 
 class Engine:
@@ -50,9 +28,12 @@ class Engine:
         table: Where to look up the tokens of a session that takes vectors.
         queue: How many jobs may wait for a slot.
         prefixes: Whether what earlier jobs left in the caches is used again.
+        snapshot_every: Tokens between two snapshots of a prompt, of states that cannot go back (`Prefixes`).
+        snapshot_bytes: Memory that they may take.
 
     Raises:
-        PackageError: The package is not that of a causal LM.
+        PackageError: The package is not that of a causal LM, or see `Rows`.
+        RuntimeInputError: The package returns features of an embedding, or fewer than no jobs may wait.
 
     Attributes:
         slots: Jobs that run at once.
@@ -60,14 +41,29 @@ class Engine:
         vocabulary: Tokens that there are logits of.
     """
 
-    slots: int
-    ctx_len: int
-    vocabulary: int
-
     def __init__(
-        self, session: Session, table: TokenTable | None = None, *, queue: int = 256, prefixes: bool = True
+        self,
+        session: Session,
+        table: TokenTable | None = None,
+        *,
+        queue: int = 256,
+        prefixes: bool = True,
+        snapshot_every: int = 256,
+        snapshot_bytes: int = 1 << 28,
     ) -> None:
-        raise NotImplementedError
+        if queue < 0:
+            raise RuntimeInputError(f"queue is {queue}: give how many jobs may wait")
+        rows = Rows(session, table)
+        reused = Prefixes(rows, every=snapshot_every, memory=snapshot_bytes, enabled=prefixes)
+        self.slots, self.ctx_len, self.vocabulary = rows.width, rows.ctx_len, rows.vocabulary
+        self._batching, self._most = Batching(rows, reused), rows.width + queue
+        self._new, self._open = deque[Ticket](), 0
+        self._forgotten = list[int | None]()
+        self._changed = threading.Condition()
+        self._closing, self._draining = False, True
+        self._stats = Stats()
+        self._thread = threading.Thread(target=self._work, name="qeff-engine", daemon=True)
+        self._thread.start()
 
     def submit(self, job: Job, listener: Listener | None = None) -> Ticket:
         """Take a job; any thread may.
@@ -81,15 +77,28 @@ class Engine:
             EngineClosedError: The engine is closed, or closes.
             RuntimeInputError: The job can never fit: its length, a token or its adapter.
         """
-        raise NotImplementedError
+        self._batching.check(job)
+        ticket = Ticket(job, listener)
+        with self._changed:
+            if self._closing:
+                raise EngineClosedError("the engine is closed: it takes no more requests")
+            if self._open >= self._most:
+                raise EngineFullError(f"{self._open} requests run and wait, and no more may: ask again later")
+            self._open += 1
+            self._new.append(ticket)
+            self._changed.notify_all()
+        return ticket
 
     def stats(self) -> Stats:
         """What it does and has done, all of one moment."""
-        raise NotImplementedError
+        with self._changed:
+            stats, new = self._stats, len(self._new)
+        return replace(stats, waiting=stats.waiting + new)
 
     def forget(self, adapter: int | None = None) -> None:
         """Use nothing again that earlier jobs left: those of one adapter, whose slot has got another, or of all."""
-        raise NotImplementedError
+        with self._changed:
+            self._forgotten.append(adapter)
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more jobs, and return when the thread has ended.
@@ -97,4 +106,52 @@ class Engine:
         Args:
             drain: Finish what runs and what waits; otherwise those fail with `EngineClosedError`.
         """
-        raise NotImplementedError
+        with self._changed:
+            self._closing = True
+            self._draining = self._draining and drain
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        """The engine, to be closed at the end of a `with` block."""
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Close it; after an error, without finishing what runs."""
+        self.close(drain=kind is None)
+
+    def _work(self) -> None:
+        """Run what there is until it is closed."""
+        try:
+            while self._next():
+                self._batching.step()
+                self._note()
+        except BaseException as error:  # whatever it is, nobody may wait forever
+            self._end(QeffError(f"the engine has failed ({type(error).__name__}: {error}): open the model again"))
+            raise
+        self._end(EngineClosedError("the engine was closed before the request had ended"))
+
+    def _next(self) -> bool:
+        """Wait until there is something to do; `False` when it is time to end."""
+        with self._changed:
+            while not (self._open or self._closing):
+                self._changed.wait()
+            for adapter in self._forgotten:
+                self._batching.prefixes.forget(adapter)
+            self._forgotten.clear()
+            while self._new:
+                self._batching.add(self._new.popleft())
+            return bool(self._open) and (self._draining or not self._closing)
+
+    def _note(self) -> None:
+        with self._changed:
+            self._stats = self._batching.stats()
+            self._open = self._batching.open + len(self._new)
+
+    def _end(self, error: QeffError) -> None:
+        with self._changed:
+            self._closing = True
+            while self._new:
+                self._batching.add(self._new.popleft())
+        self._batching.fail(error)
+        self._note()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from qeff_ir.arrays import Array
 from qeff_ir.ir.module import Specialization
@@ -68,4 +68,17 @@ class Session(Protocol):
 
     def reset(self) -> None:
         """Forget all states that runs write (set them to zero); adapters and rows stay."""
+        ...
+
+
+@runtime_checkable
+class HostStates(Protocol):
+    """A session whose states the host may read and change between two runs; one on a device has them there."""
+
+    def state(self, name: str) -> Array:
+        """What a state holds, float32 ``[rows, ...]``: the memory itself, until the next run.
+
+        Args:
+            name: The input.
+        """
         ...
