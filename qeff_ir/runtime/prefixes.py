@@ -69,8 +69,6 @@ class Prefixes:
         slot = found.slot
         if slot is None or slot not in free:
             slot = min(sorted(free), key=lambda s: (self._length[s] > 0, self._used[s]))
-        if not found.length or found.snapshots:
-            self._rows.clear(slot)
         if found.snapshots:
             for number, digest in enumerate(found.snapshots):
                 start = number * self._every

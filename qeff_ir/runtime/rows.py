@@ -43,13 +43,14 @@ class Rows:
     Where the graph takes the row of the caches that each row of a run continues (`CACHE_ROW`), any rows of a run may
     continue any slots; elsewhere row and slot are one, and the others idle. Where the graph itself selects rows, an
     idle one has a slot of its own all the same: what is written back for it must not meet what another row writes.
+    Nothing that a slot held before is seen by a run whose first position is 0.
 
     Args:
         session: The session, for this object alone.
         table: Where to look up the tokens of a session that takes vectors.
 
     Raises:
-        PackageError: The package is not that of a causal LM, or it has states that cannot be set back for one slot.
+        PackageError: The package is not that of a causal LM, or its runs have more rows than its caches.
         RuntimeInputError: The package returns features of an embedding.
 
     Attributes:
@@ -95,12 +96,6 @@ class Rows:
             raise PackageError(
                 f"a run of the package has more rows than its caches, which have {self.slots}: compile again"
             )
-        kept = next((r for r in self._states if not r.has_slots), None)
-        if kept is not None and not (self.on_host or self._any_row or self.slots == 1):
-            raise PackageError(
-                f"{kept.input} holds what all tokens amount to, and this session cannot set it to zero for one row: "
-                "compile with full_batch_size, or for one row"
-            )
 
     def run(self, pieces: Sequence[Piece]) -> Array:
         """Append a piece to each of some slots.
@@ -131,16 +126,6 @@ class Rows:
         outputs = self._session.run({port.name: port.feed(run) for port in self._inputs})
         logits = last(outputs[self._logits], run)[:, 0]
         return logits[: len(pieces)] if self._any_row else logits[taken]
-
-    def clear(self, slot: int) -> None:
-        """Let a slot begin at position 0; what holds an entry for each token is left, nothing reads it."""
-        kept = [state for state in self._states if not state.has_slots]
-        if self._host is None:
-            if kept and not self._any_row:  # there is one slot; where runs name rows, position 0 forgets
-                self._session.reset()
-            return
-        for state in kept:
-            self._host.state(state.input)[slot] = 0
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """Let a slot hold the first tokens of another; of states that can be rewound, in a session of the host."""

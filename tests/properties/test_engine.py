@@ -24,12 +24,14 @@ from qeff_ir.runtime.prefixes import Prefixes
 from qeff_ir.runtime.rows import Rows
 from qeff_ir.specialize import specialize
 from qeff_ir.testing.build import build
-from qeff_ir.testing.recipe import answer
+from qeff_ir.testing.recipe import Layer, Recipe, answer
 from tests.examples.cache_rows import CacheRows
 from tests.properties import scaled
 from tests.properties.test_adapters import SLOTS, Adapters, added
-from tests.properties.test_driver import RECIPES
+from tests.properties.test_driver import RECIPES as OTHERS
 
+RECIPES = {"full caches": Recipe((Layer(), Layer(experts=3)), kv_heads=2, group=2, rotary="half"), **OTHERS}
+"""The first is the only one that can go back to any position."""
 CHUNK, CTX, ROWS, CACHE_ROWS = 3, 17, 2, 3
 ADAPTERS = Adapters("all-linear", (3, 1), (0, 1, 2), seed=1)
 EVERY_ANSWER = Sampling(logprobs=0)
@@ -75,7 +77,7 @@ class Jobs(RuleBasedStateMachine):
     """What users do with one engine. Its caches hold what the jobs of earlier examples left."""
 
     @initialize(
-        name=st.sampled_from(list(RECIPES)),
+        name=st.sampled_from([*RECIPES, "full caches"]),
         backend=st.sampled_from(backend_names()),
         any_row=st.booleans(),
         every=st.sampled_from([1, 4]),

@@ -24,8 +24,8 @@ from tests.models import VOCAB
 CTX, CHUNK = 48, 8
 
 
-class Away:
-    """A session that tells of its runs, can be held between two, and can fail; its states are not the host's."""
+class Watched:
+    """A session that tells of its runs, can be held between two, and can fail."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.interface, self.specializations = inner, inner.interface, inner.specializations
@@ -42,13 +42,6 @@ class Away:
             self.fails -= 1
             raise PackageError("a run fails")
         return self.inner.run(inputs)
-
-    def reset(self) -> None:
-        self.inner.reset()
-
-
-class Watched(Away):
-    """The same, with states of the host."""
 
     def state(self, name: str) -> Array:
         return self.inner.state(name)
@@ -73,11 +66,14 @@ def engine(session: Watched) -> Iterator[Engine]:
     made.close(drain=False)
 
 
-def solo(session: Watched, prompt: list[int], new: int) -> list[int]:
+def solo(session: Watched, prompt: list[int], new: int, shares: list[float] | None = None) -> list[int]:
+    """Tokens of a greedy answer by a `Decoder`, and their log probabilities."""
     decoder, found = Decoder(session.inner), list[int]()
     logits = decoder.prefill([prompt, []])
     while True:
         found.append(int(logits[0].argmax()))
+        if shares is not None:
+            shares.append(float(logits[0].max() - np.log(np.exp(logits[0]).sum())))
         if len(found) == new:
             return found
         logits = decoder.decode([found[-1], 0])
@@ -256,7 +252,7 @@ def test_what_was_computed_is_not_computed_again(session: Watched) -> None:
 def test_a_beginning_is_copied_from_a_job_that_runs(session: Watched) -> None:
     runs = batching(session)
     (prompt,) = support.prompts([24])
-    first, second = Ticket(Job(prompt, 20)), Ticket(Job([*prompt[:20], 5], 4))
+    first, second = Ticket(Job(prompt, 20)), Ticket(Job([*prompt[:20], 5], 4, sampling=Sampling(logprobs=0)))
     runs.add(first)
     for _ in range(5):
         runs.step()
@@ -265,14 +261,9 @@ def test_a_beginning_is_copied_from_a_job_that_runs(session: Watched) -> None:
         pass
     assert (first.cached, second.cached) == (0, 16)
     assert [e.token for e in first] == solo(session, prompt, 20)
-    assert [e.token for e in second] == solo(session, [*prompt[:20], 5], 4)
-
-
-def test_a_state_of_all_tokens_needs_a_session_of_the_host_or_one_row(tmp_path: Path) -> None:
-    session: Any = support.open_decoder(support.canonical("qwen3-next"), tmp_path).session
-    assert not Rows(Watched(session)).rewindable
-    with pytest.raises(PackageError, match=r"conv_state\.0 holds .* cannot set it to zero for one row"):
-        Rows(Away(session))
+    found, shares = list(second), list[float]()
+    assert [e.token for e in found] == solo(session, [*prompt[:20], 5], 4, shares)
+    np.testing.assert_allclose([e.logprob for e in found], shares, atol=1e-5)
 
 
 def test_an_idle_row_has_a_slot_that_no_other_row_has(session: Watched) -> None:
