@@ -28,6 +28,7 @@ class Backend(ABC):
         emitted: What to do with a package that was emitted but not compiled, as a clause.
         retains_adapters: Whether the factors of a single adapter are kept between runs as retained states.
         dtypes: What models may be computed in (`CompileOptions.dtype`).
+        lengths_behind: The pass of the pipeline behind which caches are read in part (`passes.compute_context_length`).
         names_hidden_states: Whether a host reads the hidden states of a text encoder by one name (`passes.embedding`).
         Options: What a user can ask of the target: the methods below get one of these.
     """
@@ -41,6 +42,7 @@ class Backend(ABC):
     emitted: ClassVar[str] = ""
     retains_adapters: ClassVar[bool] = False
     dtypes: ClassVar[frozenset[str]] = frozenset({"float32"})
+    lengths_behind: ClassVar[str] = "kv-retention"
     names_hidden_states: ClassVar[bool] = False
     Options: ClassVar[type[CompileOptions]] = CompileOptions
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from backends import find_backend, preferred
 from backends.base import Backend
-from backends.options import CompileOptions
+from backends.options import DECODER, CompileOptions
 from qeff_ir import quantized, widening
 from qeff_ir.cache_key import input_digests, package_key, refuse_changes
 from qeff_ir.errors import CompileError, PackageError
@@ -38,8 +38,9 @@ from qeff_ir.passing.pipeline import Pipeline, nearest
 from qeff_ir.ranges import numbers_digest
 from qeff_ir.reading import plain_name
 from qeff_ir.replacement import disk_errors, put_right
+from qeff_ir.requested_passes import with_requested
 from qeff_ir.sharing import together
-from qeff_ir.specialize import specialize
+from qeff_ir.specialize import keep_phases, specialize
 from qeff_ir.target_options import as_given, read_options
 
 Pipelines = Pipeline | str | Mapping[str, Pipeline | str] | None
@@ -135,6 +136,8 @@ def compile_model(
     tell("weights", None)
     programs = _checked(backend.programs(source.programs()))
     steps = pipelines(pipeline, Pipeline.parse(backend.pipeline), list(programs))
+    if source.task.retains and not source.task.encodes:
+        steps[MAIN] = with_requested(steps[MAIN], options, backend)
     if token_embedding == "host":
         steps[MAIN] = steps[MAIN].add("token-embedding")
     if options.dtype != "float32":
@@ -209,6 +212,7 @@ def _build(
 ) -> dict[str, Any]:
     """Make the files of one program; returns what the passes did."""
     report: Report = run_pipeline(module, steps, tell)
+    keep_phases(module, options)
     backend.check(module, options)
     tell("emit", None)
     folder = program_folder(package, program)
@@ -261,6 +265,9 @@ def _read(backend: Backend, source: Source, asked: CompileOptions | Mapping[str,
                 f"{_architecture(source)} has no option {field.name}: its shapes are {', '.join(task.shapes)}"
             )
     options = read_options(backend, given)
+    asks = [f.name for f in fields(CompileOptions) if DECODER in f.metadata and getattr(options, f.name) != f.default]
+    if asks and (task.encodes or not task.retains):
+        raise CompileError(f"{_architecture(source)} has no option {asks[0]}: it is for models that only decode")
     if options.dtype == "auto":
         options = replace(options, dtype=_own_dtype(source))
     if options.dtype not in backend.dtypes:

@@ -30,9 +30,31 @@ def specialize(module: Module, options: CompileOptions, name: str = "Embedding")
     if ENCODER_CONTEXT in module.dims:
         module.specializations = _with_encoder(module, common, options.prefill_seq_len)
         return
-    if options.prefill_seq_len == 1:
+    if options.prefill_seq_len == 1 and not options.num_speculative_tokens:
         del runs["Prefill"]
     module.specializations = [Specialization(n, phase, {**common, "seq_len": s}) for n, (phase, s) in runs.items()]
+
+
+def keep_phases(module: Module, options: CompileOptions) -> None:
+    """Keep the specializations of one phase, where only that is asked for.
+
+    It is done after all passes: they have sized the caches for both phases, so that two packages of one model fit.
+
+    Raises:
+        CompileError: Drafts are to be verified, and a state of the model cannot go back behind a rejected one.
+    """
+    longest = max(options.num_speculative_tokens, default=0) + 1
+    decode = [s.symbols["seq_len"] for s in module.specializations if s.phase == "decode"]
+    if longest > 1 and decode and max(decode) < longest:
+        stuck = next((s.input for s in module.states if s.update != "append"), "the model")
+        raise CompileError(
+            f"num_speculative_tokens is {longest - 1}, and {stuck} keeps no token of its own, so that no draft can be "
+            "taken back: leave num_speculative_tokens out"
+        )
+    phase: RunPhase = "prefill" if options.prefill_only else "decode"
+    found = [s for s in module.specializations if s.phase == phase]
+    if options.prefill_only is not None and found:  # of runs of one token, there is one phase
+        module.specializations = found
 
 
 def _with_encoder(module: Module, common: dict[str, int], chunk: int) -> list[Specialization]:

@@ -186,7 +186,7 @@ def test_a_folder_of_the_users_is_not_replaced(tmp_path: Path) -> None:
         model().compile(**SHAPES, compile_dir=tmp_path / "out")
 
 
-@pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"continuous_batching": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"full_batch_size": 4}, {"load_in_8bit": True}])
 def test_what_from_pretrained_cannot_do_is_refused(arguments: dict[str, Any], folder: Path) -> None:
     with pytest.raises(ModelLoadError, match=f"does not support {next(iter(arguments))}="):
         QEFFAutoModelForCausalLM.from_pretrained(folder, **arguments)

@@ -61,7 +61,8 @@ LAYERS = """
     package passing cost roofline
     frontend runtime adapters passes
     backends
-    specialize target_options cache_key
+    specialize target_options cache_key read_lengths
+    requested_passes
     compiler debug
     auto exporter demo testing
     cli

@@ -40,6 +40,7 @@ from backends.ai100.contract_pictures import (
     runs_of_pixels,
     vision_interface,
 )
+from backends.ai100.contract_runs import RUN_INPUTS, one_prefix, run_interface, sizes_of_runs
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.qnn.contract import violations as qnn_violations
 from backends.ai100.sdk import Sdk, description
@@ -52,14 +53,7 @@ _EMBEDS = "inputs_embeds"
 _WHOLE = ("conv_state", "recurrent_state")
 _STEMS = ("past_key", "past_value", "past_indexer", *CROSSED, *_WHOLE)
 """Names of retained states, before the number of the layer, in the order of a layer (contract §1.1 and §1.6)."""
-_STATE = re.compile(rf"({'|'.join(_STEMS)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?")
-_RUN_INPUTS: dict[str, list[str | int]] = {
-    "comp_ctx_lengths": ["comp_ctx_lengths"],
-    "batch_index": ["batch_size", 1],
-    "num_logits_to_keep": ["num_logits_to_keep", 1],
-    "lora_ids": ["batch_size", 1],
-}
-"""What a run may be given behind the states, int64 (contract §1.1), in order."""
+_STATE = re.compile(rf"({'|'.join(_STEMS)})\.(0|[1-9]\d*)(?:\.([1-9]\d*))?(?:_([A-Za-z0-9]+))?")
 _EMBEDDED = "embedding_output"
 """What stands in the place of the logits of an embedding model (§1.9)."""
 _ADAPTER = re.compile(r"\.lora_(A|B|a|b|bias|embedding)")
@@ -245,7 +239,7 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
     for name in sorted(n for n in outputs if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) not in inputs):
         yield Violation("state-pair", f"output {name} has no input {name.removesuffix(SUFFIX)}")
     features = [n for n in FEATURES if n in inputs]
-    given = (_EMBEDS, "input_ids", "position_ids", *_RUN_INPUTS, *BESIDE, *features, SEEN)
+    given = (_EMBEDS, "input_ids", "position_ids", *RUN_INPUTS, *BESIDE, *features, SEEN)
     retained = [n for n in inputs if n not in given]
     adapters = [n for n in retained if _ADAPTER.search(n)]
     rows = [n for n in (*ROWS, PIXELS) if n in retained]
@@ -263,7 +257,7 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         other = name.replace("past_key", "past_value") if "key" in name else name.replace("past_value", "past_key")
         if other not in pairs:
             yield Violation("inputs", f"input {name} has no {other} beside it")
-    expected += [n for n in _RUN_INPUTS if n in inputs] + adapters
+    expected += [n for n in RUN_INPUTS if n in inputs] + adapters
     tokens = [n for n in (_EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
     beside = [n for n in (*BESIDE, SEEN) if n in inputs]
     yield from encoder_interface(inputs, {n: found[1] for n in states if (found := _STATE.fullmatch(n))})
@@ -298,16 +292,13 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
     logits = outputs.get(first)
     if logits is not None:
         shape = list(logits.shape or [])
-        kept = _RUN_INPUTS["num_logits_to_keep"][0] if "num_logits_to_keep" in inputs else 1
+        kept = RUN_INPUTS["num_logits_to_keep"][0] if "num_logits_to_keep" in inputs else 1
         if logits.dtype != np.float32 or shape[:2] != ["batch_size", kept] or len(shape) != 3:
             yield Violation(
                 "dtype-shape", f"{first} is {logits.dtype} {shape}, not float32 [batch_size, {kept}, width]"
             )
-    for name, wanted in _RUN_INPUTS.items():
-        given = inputs.get(name)
-        if given is not None and (given.dtype != np.int64 or list(given.shape or []) != wanted):
-            sizes = ", ".join(map(str, wanted))
-            yield Violation("dtype-shape", f"{name} is {given.dtype} {given.shape}, not int64 [{sizes}]")
+    yield from run_interface(inputs)
+    yield from one_prefix({n: found[4] for n in states if (found := _STATE.fullmatch(n))})
     batch = "full_batch_size" if "batch_index" in inputs else "batch_size"
     for name in retained:
         before, after = inputs[name], outputs.get(name + SUFFIX)
@@ -346,6 +337,7 @@ def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Viola
         )
     yield from runs_of_encoder(entries)
     yield from runs_of_pixels(graph, entries)
+    yield from sizes_of_runs(entries)
     symbols = {d for t in [*graph.inputs, *graph.outputs] for d in t.shape or [] if d and not isinstance(d, int)}
     for symbol in sorted(symbols, key=str):
         for index, entry in enumerate(entries):

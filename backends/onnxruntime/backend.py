@@ -19,6 +19,7 @@ class OnnxRuntimeBackend(Backend):
     name: ClassVar[str] = "onnxruntime"
     title: ClassVar[str] = "this CPU"
     runner: ClassVar[str] = "ONNX Runtime"
+    lengths_behind: ClassVar[str] = "ort-attention"
     pipeline: ClassVar[str] = (
         "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,image-merge,"
         "kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-rotary,"

@@ -12,6 +12,7 @@ from qeff_ir.adapters.step import Bias, Mode
 from qeff_ir.auto.adapted import AdaptedModel, open_with_base, rows_of
 from qeff_ir.auto.arguments import check_compile_arguments
 from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
+from qeff_ir.auto.qaic_config import loaded
 from qeff_ir.compiler import Compiled, Pipelines, choose_target
 from qeff_ir.errors import AdapterError
 from qeff_ir.frontend.picture_source import PictureSource
@@ -68,9 +69,10 @@ class QEffAutoPeftModelForImageTextToText(
             AdapterError: The adapter cannot be read, or is of a kind that is not supported.
             ModelLoadError: There is no such base model, or it cannot be read.
         """
-        adapter, base, hub = open_with_base(pretrained_model_name_or_path, adapter_name, base_model, kwargs)
+        rest, asked = loaded(kwargs)
+        adapter, base, hub = open_with_base(pretrained_model_name_or_path, adapter_name, base_model, rest)
         self = super().from_pretrained(base, kv_offload=kv_offload, trust_remote_code=trust_remote_code, **hub)
-        return self._begin_with(adapter_name, adapter)
+        return self._asking(asked)._begin_with(adapter_name, adapter)
 
     def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -10,6 +10,7 @@ from qeff_ir.adapters.step import Bias, Mode
 from qeff_ir.auto.adapted import AdaptedModel, open_with_base, rows_of
 from qeff_ir.auto.arguments import check_compile_arguments
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
+from qeff_ir.auto.qaic_config import loaded
 from qeff_ir.compiler import Pipelines, choose_target
 from qeff_ir.frontend.source import Source, open_source
 
@@ -60,13 +61,14 @@ class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoMo
             AdapterError: The adapter cannot be read, or is of a kind that is not supported.
             ModelLoadError: There is no such base model, or it cannot be read.
         """
-        adapter, base, hub = open_with_base(pretrained_model_name_or_path, adapter_name, base_model, kwargs)
+        rest, asked = loaded(kwargs)
+        adapter, base, hub = open_with_base(pretrained_model_name_or_path, adapter_name, base_model, rest)
         if finite_adapters:
             from qeff_ir import QEffAutoLoraModelForCausalLM
 
             cls = QEffAutoLoraModelForCausalLM
         self = cls._opened(open_source(base, trust_remote_code=trust_remote_code, **hub))
-        return self._begin_with(adapter_name, adapter)
+        return self._asking(asked)._begin_with(adapter_name, adapter)
 
     def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

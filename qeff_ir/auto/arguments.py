@@ -12,8 +12,11 @@ from qeff_ir.reading import path_of
 
 _HUB = frozenset({"revision", "cache_dir", "token", "local_files_only"})
 _ANYWAY: dict[str, tuple[Any, ...]] = {
-    # of the incumbent
+    # of the incumbent, see also `qeff_ir.auto.qaic_config`
     "continuous_batching": (False, None),
+    "full_batch_size": (None,),
+    "layerwise": (False, None),
+    "max_seq_len_cached": (None,),
     "qaic_config": (None,),
     "kv_offload": (None, False),
     # of transformers

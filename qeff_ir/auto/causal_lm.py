@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments, model_name
-from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.generative import GenerativeModel
+from qeff_ir.auto.qaic_config import loaded
 from qeff_ir.compiler import Pipelines, TokenEmbedding, Watch
 from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
 from qeff_ir.frontend.source import MemorySource, Source, open_source
@@ -38,19 +38,23 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
 
     Args:
         model: A transformers causal LM in memory, which stays unchanged.
+        asked: ``continuous_batching`` and ``qaic_config``, see `from_pretrained`.
 
     Raises:
         ModelLoadError: It is something else.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, **asked: Any) -> None:
         from transformers import PreTrainedModel
 
         if not isinstance(model, PreTrainedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ModelLoadError(
                 f"{type(model).__name__} is not a transformers model: use from_pretrained() for a folder or hub id"
             )
+        rest, asked = loaded(asked)
+        hub_arguments(rest)
         self._open(MemorySource(model))
+        self._asking(asked)
 
     @classmethod
     def from_pretrained(
@@ -67,15 +71,17 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
             pretrained_model_name_or_path: The folder or id; or the path of a GGUF file.
             gguf_file: The name of a GGUF file in the folder or on the hub, which is the model with its tokenizer.
             trust_remote_code: Whether code that comes with the model may run.
-            kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
+            kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub; and the incumbent's
+                ``continuous_batching`` and ``qaic_config``, which `compile` reads (`qeff_ir.auto.qaic_config`).
 
         Raises:
             ModelLoadError: There is no such model, it cannot be read, or an argument asks for what is not supported.
         """
-        hub = hub_arguments(kwargs)
+        rest, asked = loaded(kwargs)
+        hub = hub_arguments(rest)
         name = model_name(pretrained_model_name_or_path)
         source = open_source(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code, **hub)
-        return cls._opened(source)
+        return cls._opened(source)._asking(asked)
 
     @classmethod
     def _open_checkpoint(cls, name: str | Path) -> Source:
@@ -109,10 +115,11 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
                 its rows are read from the checkpoint.
             emit_only: Write the package without running the target's compiler.
             watch: Told of every step, see `qeff_ir.compiler.Watch`.
-            options: What the target takes beside that, by name: ``dtype`` and ``materialize`` of
-                `backends.options.CompileOptions`, and of the AI 100 (`backends.ai100.options.Ai100Options`)
-                ``num_cores``, ``num_devices``, ``mxfp6_matmul``, ``mxint8_kv_cache``, ``weight_free``, ``enable_qnn``,
-                any flag of its compiler (``aic_enable_depth_first=True``), and ``force_flags`` for those not known.
+            options: What the target takes beside that, by name: the other fields of
+                `backends.options.CompileOptions` (``dtype``, ``num_speculative_tokens``, …), and of the AI 100
+                (`backends.ai100.options.Ai100Options`) ``num_cores``, ``num_devices``, ``mxfp6_matmul``,
+                ``mxint8_kv_cache``, ``weight_free``, ``enable_qnn``, any flag of its compiler
+                (``aic_enable_depth_first=True``), and ``force_flags`` for those not known.
 
         Returns:
             Path of the package (AI 100, compiled: of the ``qpc`` folder in it, as the contract has it).
@@ -124,7 +131,7 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
             "prefill_seq_len": prefill_seq_len,
             "ctx_len": ctx_len,
             "batch_size": batch_size,
-            **compiler_flags(options),
+            **self._flags(options),
         }
         return self._compile(
             given,

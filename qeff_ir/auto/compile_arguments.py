@@ -18,21 +18,26 @@ _KNOWN: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_onnx_subfunctions": ((False, None), "layers as functions (sub_functions=True does)"),
     "onnx_path": ((None,), "a graph of another exporter"),
     # what a compiled model cannot do yet
-    "comp_ctx_lengths_decode": ((None,), "compute context lengths"),
-    "comp_ctx_lengths_prefill": ((None,), "compute context lengths"),
     "enable_chunking": ((False, None), "prefill on devices of its own"),
     "full_batch_size": ((None,), _CB),
     "kv_cache_batch_size": ((None,), _CB),
-    "kv_cache_prefix": ((None,), "names of caches for another host"),
     "moe_prefill_packed_chunk_size": ((256, None), "packed prefill of experts"),
-    "num_speculative_tokens": ((None,), "speculative decoding"),
-    "prefill_only": ((False, None), "prefill on devices of its own"),
-    "qaic_config": ((None,), "settings of the incumbent's rewritten models"),
-    "retain_full_kv": ((False, None), "prefill on devices of its own"),
+    "qaic_config": ((None,), "settings of the incumbent's causal LMs"),  # those read it before
 }
 """Each argument with the values that ask for what happens anyway, and what any other value asks for."""
 
-_DEFAULTS: dict[str, tuple[Any, ...]] = {"enable_qnn": (None,)}
+_DEFAULTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    (
+        "comp_ctx_lengths_decode",
+        "comp_ctx_lengths_prefill",
+        "enable_qnn",
+        "kv_cache_prefix",
+        "num_speculative_tokens",
+        "prefill_only",
+        "retain_full_kv",
+    ),
+    (None,),
+)
 """Arguments that are a target's options here, with the values that ask for nothing there."""
 
 
@@ -49,6 +54,11 @@ def compiler_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:
                 flags[name] = value
             continue
         anyway, what = _KNOWN[name]
-        if _ANY not in anyway and not any(value is item or (item == value and type(item) is int) for item in anyway):
+        if _ANY not in anyway and not asks_for_nothing(value, anyway):
             raise CompileError(f"{name}={value!r} asks for {what}, which is not supported: leave {name} out")
     return flags
+
+
+def asks_for_nothing(value: Any, anyway: tuple[Any, ...]) -> bool:
+    """Whether a value is one of those that ask for what happens anyway; `False` and 0 are two."""
+    return any(value is item or (item == value and type(item) is type(value) is int) for item in anyway)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_ir.auto.adapters import QEffAutoPeftModelForCausalLM
 from qeff_ir.auto.arguments import hub_arguments, model_name
+from qeff_ir.auto.qaic_config import loaded
 from qeff_ir.frontend.source import open_source
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ class QEffAutoLoraModelForCausalLM(QEffAutoPeftModelForCausalLM):
         Raises:
             ModelLoadError: There is no such model, or it cannot be read.
         """
-        name = model_name(pretrained_model_name_or_path)
-        return cls._opened(open_source(name, trust_remote_code=trust_remote_code, **hub_arguments(hub)))
+        name, (rest, asked) = model_name(pretrained_model_name_or_path), loaded(hub)
+        source = open_source(name, trust_remote_code=trust_remote_code, **hub_arguments(rest))
+        return cls._opened(source)._asking(asked)
 
     @property
     def active_adapter_to_id(self) -> dict[str, int]:

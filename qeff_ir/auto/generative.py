@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from qeff_ir.auto.arguments import model_name
+from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel, RunnerT, SourceT
+from qeff_ir.auto.qaic_config import compile_options
 from qeff_ir.compiler import table_record
 from qeff_ir.errors import PackageError
 from qeff_ir.frontend.source import Source
@@ -20,6 +23,22 @@ if TYPE_CHECKING:
 
 class GenerativeModel(CompiledModel[SourceT, RunnerT]):
     """A compiled model that reads tokens, whose embeddings may stay in the checkpoint (``token_embedding="host"``)."""
+
+    _asked: Mapping[str, Any] = {}
+    """``continuous_batching`` and ``qaic_config``, see `qeff_ir.auto.qaic_config`."""
+
+    def _asking(self, asked: Mapping[str, Any]) -> Self:
+        """The model, of which `asked` is asked when it is compiled."""
+        self._asked = dict(asked)
+        return self
+
+    def _flags(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a call of `compile` beside its shapes, with what was asked for when the model was opened.
+
+        Raises:
+            CompileError: One asks for something that a compiled model cannot do.
+        """
+        return compiler_flags(compile_options(self._asked, options))
 
     def _open(self, source: SourceT | None) -> None:
         super()._open(source)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from backends import find_backend
 from qeff_ir.auto.arguments import hub_arguments, model_name
-from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.generative import GenerativeModel
 from qeff_ir.auto.picture_sizes import picture_sizes
+from qeff_ir.auto.qaic_config import loaded
 from qeff_ir.compiler import Pipelines, TokenEmbedding, Watch
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError
 from qeff_ir.frontend.picture_source import PictureFolder, PictureMemory, PictureSource
@@ -75,14 +75,15 @@ class QEFFAutoModelForImageTextToText(GenerativeModel[PictureSource, "PictureRun
                 tokens (AI 100 contract §1.8): every prefill run encodes the pictures of all rows, and so does every
                 decode run on ONNX Runtime, which has no compiler to leave the encoder out.
             trust_remote_code: Whether code that comes with the model may run.
-            kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
+            kwargs: See `qeff_ir.auto.causal_lm.QEFFAutoModelForCausalLM.from_pretrained`.
 
         Raises:
             ModelLoadError: There is no such model, it cannot be read, or an argument asks for what is not supported.
         """
-        hub = hub_arguments(kwargs)
-        folder = find_folder(model_name(pretrained_model_name_or_path), **hub)
-        return cls._opened(_single(PictureFolder(folder, trust_remote_code=trust_remote_code), kv_offload))
+        rest, asked = loaded(kwargs)
+        folder = find_folder(model_name(pretrained_model_name_or_path), **hub_arguments(rest))
+        source = _single(PictureFolder(folder, trust_remote_code=trust_remote_code), kv_offload)
+        return cls._opened(source)._asking(asked)
 
     @classmethod
     def _open_checkpoint(cls, name: str | Path) -> Source:
@@ -145,7 +146,7 @@ class QEFFAutoModelForImageTextToText(GenerativeModel[PictureSource, "PictureRun
             "prefill_seq_len": prefill_seq_len,
             "ctx_len": ctx_len,
             "batch_size": batch_size,
-            **compiler_flags(options),
+            **self._flags(options),
         }
         return self.compile_with(
             given,
@@ -209,7 +210,8 @@ class QEFFAutoModelForImageTextToText(GenerativeModel[PictureSource, "PictureRun
             return path
         folder = self.package.folder
         encoders = [name for name in self.package.manifest.programs if name != MAIN]
-        paths = {"lang": folder} | {name: program_folder(folder, name) for name in encoders}
+        alone = {None: "lang", True: "lang_prefill", False: "lang_decode"}[options.get("prefill_only")]
+        paths = {alone: folder} | {name: program_folder(folder, name) for name in encoders}
         return {f"{name}_qpc_path": str(p / "qpc" if (p / "qpc").is_dir() else p) for name, p in paths.items()}
 
     def generate(

@@ -89,14 +89,18 @@ def _of_targets() -> list[inspect.Parameter]:
         for item in fields(kind):
             if "help" not in item.metadata or (item.name in shared and kind is not CompileOptions):
                 continue
-            flag = (f"--{item.name.replace('_', '-')}",) if hints[item.name] is bool else ()
-            least = item.metadata.get("least", 1) if hints[item.name] is int else None
-            option = typer.Option(*flag, help=item.metadata["help"], min=least, rich_help_panel=kind.title or _TARGET)
-            annotation = Annotated[hints[item.name], option]
+            hint, several = hints[item.name], typing.get_origin(hints[item.name]) is tuple
+            own = item.metadata.get("flag", f"--{item.name.replace('_', '-')}")
+            flag = (own,) if hint is bool or "flag" in item.metadata else ()
+            least = item.metadata.get("least", 1) if hint is int or several else None
+            told = f"{item.metadata['help']} May be repeated." if several else item.metadata["help"]
+            option = typer.Option(*flag, help=told, min=least, rich_help_panel=kind.title or _TARGET)
+            annotation = Annotated[list[int] | None if several else hint, option]
             keyword = inspect.Parameter.KEYWORD_ONLY
             if item.name in found or item.name in {f.name for f in fields(Request)}:
                 raise PipelineError(f"two options of the command line are named '{item.name}': rename that of a target")
-            found[item.name] = inspect.Parameter(item.name, keyword, default=item.default, annotation=annotation)
+            default = None if several else item.default
+            found[item.name] = inspect.Parameter(item.name, keyword, default=default, annotation=annotation)
     return list(found.values())
 
 

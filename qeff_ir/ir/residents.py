@@ -111,6 +111,7 @@ class Resident:
         path: Of an adapter: the layer, as PEFT names it: ``model.layers.0.self_attn.q_proj``.
         retained: Whether an output hands it on to the next run. Adapters may have none where a session keeps what was
             written.
+        prefix: Letters and digits at the end of its name, by which a host selects caches (AI 100 contract §1.2).
     """
 
     layer: int
@@ -122,6 +123,7 @@ class Resident:
     index: int = 0
     path: str | None = None
     retained: bool = True
+    prefix: str | None = None
 
     SUFFIX: ClassVar[str] = "_RetainedState"
     """Ending of an output by which the device pairs it with the input of the same name."""
@@ -130,7 +132,8 @@ class Resident:
     def input(self) -> str:
         """Name of the graph input that takes it (AI 100 naming)."""
         name = KINDS[self.kind].input.format(layer=self.layer, path=self.path)
-        return f"{name}.{self.index}" if self.index else name
+        name = f"{name}.{self.index}" if self.index else name
+        return name if self.prefix is None else f"{name}_{self.prefix}"
 
     @property
     def output(self) -> str:

@@ -13,10 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qeff_ir.errors import PassError
 from qeff_ir.passing.base import registered_passes
 
 WORD = re.compile(r'[^\s{},="]+')
 """A value that needs no quotes."""
+_NUMBER = re.compile("[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -127,3 +129,15 @@ def read(word: str, kind: Any) -> Any:
     if kind is str:
         return word
     return kind if word == as_text(kind) else MISFIT
+
+
+def whole_numbers(value: int | str, name: str) -> list[int]:
+    """The numbers of an option that takes one or, as a text with commas, several; sorted, each once.
+
+    Raises:
+        PassError: There are none, or one is no whole number of at least 1.
+    """
+    words = [word.strip() for word in str(value).split(",")]
+    if not all(_NUMBER.fullmatch(word) for word in words):
+        raise PassError(f"{name} is {value!r}: give whole numbers of at least 1, with commas between them")
+    return sorted({int(word) for word in words})

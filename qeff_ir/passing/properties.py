@@ -12,7 +12,7 @@ import onnx_ir as ir
 from qeff_ir.errors import PipelineError
 from qeff_ir.ir import dialect
 from qeff_ir.ir.module import WEIGHT_KEY, Module
-from qeff_ir.ir.ports import LOGITS
+from qeff_ir.ir.ports import KEPT_LOGITS, LOGITS
 from qeff_ir.ir.sources import source_text
 
 FP16_MAX = 65504.0
@@ -91,11 +91,14 @@ def _attention_lowered(module: Module) -> str | None:
 
 @define("last-logits")
 def _last_logits(module: Module) -> str | None:
-    """``logits`` are ``[batch, 1, vocab]``, for the last real token of each row; an encoder has none."""
+    """``logits`` are those of the last real tokens of each row: ``[batch, 1, vocab]``, or ``[batch, k, vocab]`` with k
+    the length of an input; an encoder has none.
+    """
     if not module.states and module.find(LOGITS) is None:
         return None
-    shape = module.port(LOGITS).shape
-    return None if shape is not None and shape[1] == 1 else f"the logits have the shape {shape}"
+    shape, kept = module.port(LOGITS).shape, module.find(KEPT_LOGITS)
+    count = 1 if kept is None or kept.shape is None else kept.shape[0]
+    return None if shape is not None and shape[1] == count else f"the logits have the shape {shape}"
 
 
 @define("fp16-range")

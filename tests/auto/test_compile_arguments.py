@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from backends.options import CompileOptions
 from qeff_ir import QEFFAutoModelForCausalLM
-from qeff_ir.auto.compile_arguments import _KNOWN, compiler_flags
+from qeff_ir.auto.compile_arguments import _DEFAULTS, _KNOWN, compiler_flags
+from qeff_ir.auto.qaic_config import compile_options, loaded
 from qeff_ir.errors import CompileError
 
 CONTRACT = Path(__file__).parents[2] / "backends" / "ai100" / "contract.md"
@@ -25,14 +28,20 @@ def test_every_argument_of_the_contract_is_known() -> None:
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| ")][1:]
     names = {name for row in rows for name in re.findall(r"[a-z_0-9]+", row.replace("prefill/decode", "prefill"))}
     names -= {"always", "passed"}
-    assert len(names) > 25 and names - ELSEWHERE <= _KNOWN.keys()
+    assert len(names) > 25 and names - ELSEWHERE <= _KNOWN.keys() | _DEFAULTS.keys()
+    assert _DEFAULTS.keys() - {"enable_qnn"} <= {field.name for field in fields(CompileOptions)}
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         {"full_batch_size": None},
-        {"prefill_only": False},
+        {
+            "num_speculative_tokens": None,
+            "prefill_only": None,
+            "kv_cache_prefix": None,
+            "comp_ctx_lengths_decode": None,
+        },
         {"offload_pt_weights": True, "dynamo": True},
         {"moe_prefill_packed_chunk_size": 256, "use_onnx_subfunctions": False},
     ],
@@ -45,9 +54,7 @@ def test_what_changes_nothing_is_dropped(arguments: dict[str, Any]) -> None:
     ("arguments", "what"),
     [
         ({"full_batch_size": 4}, "full_batch_size=4 asks for continuous batching, which is not supported: leave"),
-        ({"num_speculative_tokens": 0}, "speculative decoding"),
-        ({"comp_ctx_lengths_decode": [128]}, "compute context lengths"),
-        ({"prefill_only": 1}, "prefill on devices of its own"),
+        ({"enable_chunking": True}, "prefill on devices of its own"),
         ({"use_onnx_subfunctions": True}, "sub_functions=True does"),
     ],
 )
@@ -55,3 +62,50 @@ def test_what_is_not_there_is_refused_by_what_it_asks_for(arguments: dict[str, A
     model = QEFFAutoModelForCausalLM.__new__(QEFFAutoModelForCausalLM)
     with pytest.raises(CompileError, match=re.escape(what)):
         model.compile(target="ai100", force_flags=True, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "options"),
+    [
+        ({}, {"mos": 2}, {"mos": 2}),
+        ({"continuous_batching": False, "qaic_config": None}, {}, {}),
+        ({"qaic_config": {"ccl_enabled": True}}, {}, {"ccl_enabled": True}),
+        ({"qaic_config": {"ccl_enabled": True}}, {"ccl_enabled": False}, {"ccl_enabled": False}),
+        ({}, {"qaic_config": {"ccl_enabled": True}}, {"ccl_enabled": True}),
+        (
+            {"qaic_config": {"speculative_model_type": "target", "include_sampler": False, "max_top_k_ids": 512}},
+            {"num_speculative_tokens": 3},
+            {"num_speculative_tokens": 3},
+        ),
+        ({"continuous_batching": True}, {"full_batch_size": 4}, {"full_batch_size": 4}),
+    ],
+)
+def test_what_a_model_was_opened_with_is_asked_of_compile(
+    asked: dict[str, Any], given: dict[str, Any], options: dict[str, Any]
+) -> None:
+    rest, kept = loaded({**asked, "revision": "main"})
+    assert rest == {"revision": "main"} and compile_options(kept, given) == options
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ({"continuous_batching": True}, "continuous_batching=True needs the rows of the caches: give compile("),
+        ({"qaic_config": {"speculative_model_type": "target"}}, "and compile has no num_speculative_tokens"),
+        (
+            {"qaic_config": {"speculative_model_type": "turbo"}},
+            "speculative_model_type='turbo', which is not",
+        ),
+        (
+            {"qaic_config": {"include_sampler": True}},
+            "asks for sampling on the device: leave include_sampler",
+        ),
+        ({"qaic_config": {"mla_absorption": {}}}, "caches of another form than the model's"),
+        ({"qaic_config": {"ccl_enable": True}}, "the unknown setting 'ccl_enable'; did you mean 'ccl_enabled'?"),
+        ({"qaic_config": "ccl_enabled"}, "qaic_config is 'ccl_enabled': give its settings by name"),
+    ],
+)
+def test_what_a_model_cannot_be_opened_with_is_told(asked: dict[str, Any], what: str) -> None:
+    model = QEFFAutoModelForCausalLM.__new__(QEFFAutoModelForCausalLM)._asking(loaded(asked)[1])
+    with pytest.raises(CompileError, match=re.escape(what)):
+        model.compile(target="ai100")

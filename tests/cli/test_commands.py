@@ -96,6 +96,17 @@ def test_emit_only_keeps_compiler_flags(qeff: Qeff, tmp_path: Path) -> None:
     assert answered.out.startswith("47+38=85\n")
 
 
+def test_what_other_hosts_ask_of_a_package(qeff: Qeff, tmp_path: Path) -> None:
+    words = ("--num-speculative-tokens", 0, "--num-speculative-tokens", 3, "--decode-only", "--kv-cache-prefix", "host")
+    said = qeff("compile", MODEL_FOLDER, "-o", tmp_path / "out", "--target", "ai100", "--emit-only", *words)
+    assert (said.code, said.err) == (0, "")
+    found = json.loads((tmp_path / "out" / "specializations.json").read_text())["specializations"]
+    assert [entry["symbols"]["num_logits_to_keep"] for entry in found] == ["1", "4"]
+    assert "IOName: past_key.0_host\n" in (tmp_path / "out" / "custom_io.yaml").read_text()
+    wrong = qeff("compile", MODEL_FOLDER, "--target", "ai100", "--emit-only", "--full-batch-siz", 4)
+    assert "full_batch_siz" in wrong.complaint
+
+
 def test_run_answers_every_prompt_and_times(qeff: Qeff, compiled: tuple[Path, Outcome]) -> None:
     prompts = [word for question, _ in problems() for word in ("--prompt", question)]
     said = qeff("run", compiled[0], *prompts)

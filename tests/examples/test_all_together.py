@@ -1,4 +1,4 @@
-"""Five passes from outside and one of ours in one package, which verifies drafts in any rows of its caches."""
+"""Three passes from outside and three of ours in one package, which verifies drafts in any rows of its caches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from backends import find_backend
+from passes.compute_context_length import ComputeContextLength
 from passes.fuse_products import FuseProducts
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import Run
@@ -18,9 +19,7 @@ from qeff_ir.testing.kit import hold_package
 from tests import support
 from tests.examples.blocked_attention import BlockedAttention
 from tests.examples.cache_rows import CacheRows
-from tests.examples.compute_context_length import ComputeContextLength
 from tests.examples.replicate_kv_heads import ReplicateKvHeads
-from tests.examples.target_logits import TargetLogits
 
 K, ROWS = 3, 5
 UNDRAWN = 6
@@ -29,16 +28,15 @@ BLOCKED = BlockedAttention(7)
 
 
 def all_six(lengths: ComputeContextLength, blocked: BlockedAttention, k: int = K) -> Pipeline:
-    stock = Pipeline.parse(find_backend("ai100").pipeline)
-    adapted = stock.insert_before("last-logits", TargetLogits(k)).without("last-logits")
-    heads = adapted.insert_before("target-logits", ReplicateKvHeads()).insert_before("target-logits", FuseProducts())
+    adapted = Pipeline.parse(find_backend("ai100").pipeline).with_options("last-logits", keep=k)
+    heads = adapted.insert_before("last-logits", ReplicateKvHeads()).insert_before("last-logits", FuseProducts())
     lowered = heads.insert_after("kv-retention", lengths).insert_after("compute-context-length", CacheRows(ROWS))
     return lowered.insert_before("attention", blocked)
 
 
 def opened(name: str, folder: Path, *, check: int = 1) -> tuple[Module, Report, Session]:
     module, backend = support.canonical(name), find_backend("ai100")
-    report = run_pipeline(module, all_six(ComputeContextLength("16", "12,24"), BLOCKED), check=check)
+    report = run_pipeline(module, all_six(ComputeContextLength("16,48", "12,24,48"), BLOCKED), check=check)
     backend.check(module, support.OPTIONS)
     backend.emit(module, folder, support.OPTIONS)
     return module, report, backend.open(folder, threads=1)
@@ -49,7 +47,7 @@ def test_they_compose(name: str, tmp_path: Path) -> None:
     """Two requests in rows 4 and 1, whose drafts are partly rejected, while others come and go in rows 0 to 3."""
     module, report, session = opened(name, tmp_path, check=2)
     for run in report.runs:
-        ours = run.id in ("target-logits", "fuse-products", "cache-rows", "blocked-attention")
+        ours = run.id in ("last-logits", "fuse-products", "cache-rows", "blocked-attention")
         assert not ours or sum(run.stats.fired.values()) > 0, run.id
     lengths = {s.symbols.get("comp_ctx_lengths") for s in module.specializations}
     assert lengths == ({None} if all(s.ring for s in module.states) else {12, 16, 24, 48})
@@ -96,6 +94,6 @@ def test_the_contract_has_their_inputs_in_its_order(tmp_path: Path) -> None:
 
 
 def test_they_hold_on_drawn_decoders() -> None:
-    lengths, blocked = ComputeContextLength("5", "4,8"), BlockedAttention(3)
+    lengths, blocked = ComputeContextLength("5,99", "4,8,99"), BlockedAttention(3)
     held = hold_package(blocked, target="ai100", pipeline=all_six(lengths, blocked, UNDRAWN), examples=20)
     assert held.changed > 0 and "no specialization bounds the number of keys" not in held.missed

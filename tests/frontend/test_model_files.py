@@ -81,7 +81,7 @@ def test_every_argument_of_from_pretrained_is_known_or_refused() -> None:
     taken |= set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
     ignored = {"low_cpu_mem_usage"}  # popped in a loop
     fields = {"use_cache", "return_dict", "output_hidden_states", "output_attentions"}
-    own = {"continuous_batching", "qaic_config", "kv_offload"}
+    own = {"continuous_batching", "full_batch_size", "kv_offload", "layerwise", "max_seq_len_cached", "qaic_config"}
     assert set(_ANYWAY) | _HUB <= taken | ignored | fields | own
 
 

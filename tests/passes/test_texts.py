@@ -33,19 +33,22 @@ CASES: dict[str, tuple[Recipe, str, str]] = {
     "fuse-activations": (PLAIN, "onnxruntime", "fuse-activations"),
     "fuse-products": (PLAIN, "onnxruntime", "fuse-products"),
     "last-logits": (PLAIN, "onnxruntime", "last-logits"),
+    "last-logits-of-drafts": (PLAIN, "onnxruntime", "last-logits{keep=3}"),
     "embedding-output": (PLAIN, "onnxruntime", "last-logits,embedding-output{normalize=true dim=2}"),
     "token-embedding": (PLAIN, "onnxruntime", "token-embedding"),
     "lora": (PLAIN, "onnxruntime", 'lora{mode=slots n=1 rank=2 targets="q"}'),
     "kv-retention-tensor-scatter": (PLAIN, "onnxruntime", "kv-retention{layout=tensor-scatter}"),
     "kv-retention-scatter": (PLAIN, "ai100", "kv-retention{layout=scatter}"),
     "kv-retention-ring": (Recipe((Layer(window=3),)), "ai100", "kv-retention{layout=scatter}"),
+    "compute-context-length": (PLAIN, "ai100", 'compute-context-length{prefill="4,8" decode="4,8"}'),
     "attention-grouped": (Recipe(group=2), "ai100", "attention{impl=grouped}"),
     "ort-attention": (Recipe(head_dim=8, value_dim=8), "onnxruntime", "ort-attention"),
     "ort-rotary": (Recipe(head_dim=16, value_dim=16, rotary="half"), "onnxruntime", "ort-rotary"),
     "ort-kernels": (PLAIN, "onnxruntime", "ort-kernels"),
     "legalize": (ROTATED, "ai100", "legalize"),
 }
-"""A pass that has no place in a stock pipeline runs before ``last-logits``."""
+PLACES = {"compute-context-length": "attention"}
+"""Before which pass of a stock pipeline a pass runs that has no place in it; others run before ``last-logits``."""
 
 
 def start(case: str) -> tuple[Module, Pipeline]:
@@ -54,7 +57,7 @@ def start(case: str) -> tuple[Module, Pipeline]:
     stock, own = Pipeline.parse(find_backend(target).pipeline), Pipeline.parse(text)
     names = [item.name for _, item in stock]
     name = next(item.name for _, item in own)
-    end = names.index(name) if name in names else names.index("last-logits")
+    end = names.index(name) if name in names else names.index(PLACES.get(name, "last-logits"))
     module = build(recipe).module
     specialize(module, OPTIONS)
     run_pipeline(module, Pipeline(stock.passes[:end]))

@@ -375,10 +375,27 @@ def test_inputs_of_a_run_behind_the_states(
 ) -> None:
     value = helper.make_tensor_value_info(name, kind, dims)
     edit_model(folder, lambda m: m.graph.input.insert(len(m.graph.input) if at is None else at, value))
-    for symbol in ("comp_ctx_lengths", "num_logits_to_keep"):
-        edit_json(
-            folder,
-            "specializations.json",
-            lambda d, symbol=symbol: [s["symbols"].update({symbol: "4"}) for s in d["specializations"]],
-        )
+    sizes = {"comp_ctx_lengths": "4", "num_logits_to_keep": "1"}
+    edit_json(folder, "specializations.json", lambda d: [s["symbols"].update(sizes) for s in d["specializations"]])
     assert codes(folder) == expected
+
+
+@pytest.mark.parametrize("size", [("comp_ctx_lengths", "41"), ("num_logits_to_keep", "9")])
+def test_sizes_of_a_run_beyond_what_it_has(folder: Path, size: tuple[str, str]) -> None:
+    edit_json(folder, "specializations.json", lambda d: d["specializations"][0]["symbols"].update([size]))
+    assert codes(folder) == {"run-sizes"}
+
+
+def _prefixed(model: onnx.ModelProto, names: list[str]) -> None:
+    for name in names:
+        _rename(model, name, f"{name}_host1")
+        _rename(model, f"{name}_RetainedState", f"{name}_host1_RetainedState")
+
+
+def test_states_have_one_prefix(folder: Path) -> None:
+    states = [f"past_{what}.{layer}" for layer in range(2) for what in ("key", "value")]
+    edit_model(folder, lambda m: _prefixed(m, states[:2]))
+    assert "inputs" in codes(folder)
+    assert any("the states have the prefixes host1, none" in v.message for v in contract.violations(folder))
+    edit_model(folder, lambda m: _prefixed(m, states[2:]))
+    assert codes(folder) == {"custom-io"}  # which lists the names from before

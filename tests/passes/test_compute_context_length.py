@@ -1,4 +1,4 @@
-"""Caches that are read in part, from outside: each run takes the shortest length that it fits."""
+"""Caches that are read in part: each run takes the shortest length that it fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from backends import find_backend
-from qeff_ir.errors import PipelineError
+from passes.compute_context_length import ComputeContextLength
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import Run
 from qeff_ir.passing import Pipeline, run_pipeline
@@ -16,26 +16,33 @@ from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.runs import fitted
 from qeff_ir.testing.kit import NotHeldError, hold_package, hold_pass, planted
 from tests import support
-from tests.examples.compute_context_length import ComputeContextLength
 
-LENGTHS = ComputeContextLength(prefill="16", decode="12,24")
-
-
-def short(item: ComputeContextLength = LENGTHS) -> Pipeline:
-    return Pipeline.parse(find_backend("ai100").pipeline).insert_after("kv-retention", item)
+LENGTHS = ComputeContextLength(prefill="16,48", decode="12,24,100")
+"""The last becomes the context."""
 
 
-def opened(name: str, folder: Path, *, check: int = 2) -> tuple[Module, Decoder]:
-    module, backend = support.canonical(name), find_backend("ai100")
-    run_pipeline(module, short(), check=check)
+def short(item: ComputeContextLength = LENGTHS, target: str = "ai100") -> Pipeline:
+    backend = find_backend(target)
+    return Pipeline.parse(backend.pipeline).insert_after(backend.lengths_behind, item)
+
+
+def opened(name: str, folder: Path, target: str = "ai100", *, check: int = 2) -> tuple[Module, Decoder]:
+    module, backend = support.canonical(name), find_backend(target)
+    run_pipeline(module, short(target=target), check=check)
     backend.check(module, support.OPTIONS)
     backend.emit(module, folder, support.OPTIONS)
     return module, Decoder(backend.open(folder, threads=1))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", "bloom", "qwen3-next"])
-def test_it_answers_as_transformers_over_every_length(name: str, tmp_path: Path) -> None:
-    module, own = opened(name, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        *((name, "ai100") for name in ("llama", "gemma3", "gpt-oss", "bloom", "qwen3-next")),
+        *((name, "onnxruntime") for name in ("bloom", "gpt-oss")),
+    ],
+)
+def test_it_answers_as_transformers_over_every_length(name: str, target: str, tmp_path: Path) -> None:
+    module, own = opened(name, tmp_path, target)
     assert [(s.phase, s.symbols["comp_ctx_lengths"]) for s in module.specializations] == [
         ("prefill", 16), ("prefill", 48), ("decode", 12), ("decode", 24), ("decode", 48),
     ]  # fmt: skip
@@ -74,21 +81,22 @@ def test_every_check_drives_the_lengths() -> None:
     assert "comp_ctx_lengths" in {v.name for v in module.graph.inputs}
 
 
-def test_it_holds_on_drawn_decoders() -> None:
-    item = ComputeContextLength(prefill="5", decode="3,8")
-    assert hold_pass(item, target="ai100", pipeline=short(item), examples=20).changed > 0
-    assert hold_package(item, target="ai100", pipeline=short(item), examples=15).changed > 0
+def test_a_kernel_that_reads_what_is_there_needs_no_lengths() -> None:
+    module = support.canonical("llama")
+    run_pipeline(module, short(target="onnxruntime"))
+    assert {node.op_type for node in module.graph} >= {"GroupQueryAttention"}
+    assert not any("comp_ctx_lengths" in s.symbols for s in module.specializations)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
+def test_it_holds_on_drawn_decoders(target: str) -> None:
+    item = ComputeContextLength(prefill="5,99", decode="3,8,99")
+    assert hold_pass(item, target=target, pipeline=short(item, target), examples=12).changed > 0
+    assert hold_package(item, target=target, pipeline=short(item, target), examples=8).changed > 0
 
 
 def test_a_slot_that_is_not_read_is_told() -> None:
     """The last slot of each length is needed by one run."""
-    item, old = ComputeContextLength(prefill="5", decode="3,8"), "s.symbols.get(n, 0) >= least"
+    item, old = ComputeContextLength(prefill="5,99", decode="3,8,99"), "s.symbols.get(n, 0) >= least"
     with planted(fitted, old, f"{old} - (n == 'comp_ctx_lengths')"), pytest.raises(NotHeldError):
         hold_package(item, target="ai100", pipeline=short(item), examples=15, shrink=False)
-
-
-def test_another_layout_is_refused() -> None:
-    module = support.canonical("llama")
-    stock = Pipeline.parse(find_backend("onnxruntime").pipeline).insert_after("kv-retention", LENGTHS)
-    with pytest.raises(PipelineError, match=r"requires the property 'scatter-layout'.*\{layout=scatter\} before"):
-        run_pipeline(module, stock)

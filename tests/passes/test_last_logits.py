@@ -1,4 +1,4 @@
-"""Logits of the last tokens, from outside: drafts that are accepted, and drafts that are rejected, on both targets."""
+"""Logits of the last tokens: drafts that are accepted, and drafts that are rejected, on both targets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from backends import find_backend
+from passes.last_logits import LastLogits, _last_columns
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PassError, RuntimeInputError
 from qeff_ir.ir.module import Module
@@ -18,7 +19,6 @@ from qeff_ir.runtime.runs import logits_of
 from qeff_ir.runtime.session import Session
 from qeff_ir.testing.kit import NotHeldError, hold_package, hold_pass, planted
 from tests import support
-from tests.examples.target_logits import TargetLogits
 
 K = 3
 UNDRAWN = 6
@@ -26,8 +26,7 @@ UNDRAWN = 6
 
 
 def with_drafts(target: str, k: int = K) -> Pipeline:
-    stock = Pipeline.parse(find_backend(target).pipeline)
-    return stock.insert_before("last-logits", TargetLogits(k)).without("last-logits")
+    return Pipeline.parse(find_backend(target).pipeline).with_options("last-logits", keep=k)
 
 
 def opened(name: str, target: str, folder: Path, *, check: int = 2) -> tuple[Module, Session]:
@@ -93,21 +92,21 @@ def test_a_model_that_cannot_go_back_decodes_one_token_at_a_time() -> None:
     module = support.canonical("qwen3-next")
     report = run_pipeline(module, with_drafts("onnxruntime"))
     assert [s.symbols["seq_len"] for s in module.specializations] == [8, 1]
-    run = next(run for run in report.runs if run.id == "target-logits")
+    run = next(run for run in report.runs if run.id == "last-logits")
     assert any("no draft can be taken back: conv_state.0" in missed.reason for missed in run.stats.missed)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "ai100"])
 def test_it_holds_on_drawn_decoders(target: str) -> None:
-    item, pipeline = TargetLogits(UNDRAWN), with_drafts(target, UNDRAWN)
+    item, pipeline = LastLogits(UNDRAWN), with_drafts(target, UNDRAWN)
     assert hold_pass(item, target=target, pipeline=pipeline, examples=20).changed > 0
     assert hold_package(item, target=target, pipeline=pipeline, examples=12).changed > 0
 
 
 def test_other_tokens_are_told() -> None:
     old = 'b("Sub", b("Add", last, b.const(1)), count)'
-    with planted(TargetLogits.run, old, 'b("Sub", last, count)'), pytest.raises(NotHeldError):
-        hold_package(TargetLogits(UNDRAWN), pipeline=with_drafts("onnxruntime", UNDRAWN), examples=12, shrink=False)
+    with planted(_last_columns, old, 'b("Sub", last, count)'), pytest.raises(NotHeldError):
+        hold_package(LastLogits(UNDRAWN), pipeline=with_drafts("onnxruntime", UNDRAWN), examples=12, shrink=False)
 
 
 ALL_LAST = (
@@ -120,19 +119,19 @@ ALL_LAST = (
 def test_logits_of_drafts_alone_are_told_by_the_kit() -> None:
     pipeline = with_drafts("onnxruntime", UNDRAWN)
     for hold in (hold_pass, hold_package):
-        with planted(TargetLogits.run, *ALL_LAST), pytest.raises(NotHeldError):
-            hold(TargetLogits(UNDRAWN), pipeline=pipeline, examples=12, shrink=False)
+        with planted(_last_columns, *ALL_LAST), pytest.raises(NotHeldError):
+            hold(LastLogits(UNDRAWN), pipeline=pipeline, examples=12, shrink=False)
 
 
 def test_logits_of_drafts_alone_are_told_by_the_numeric_check() -> None:
     with (
-        planted(TargetLogits.run, *ALL_LAST),
-        pytest.raises(PassError, match=r"pass target-logits: .*'logits of a draft' of run \d+ differs"),
+        planted(_last_columns, *ALL_LAST),
+        pytest.raises(PassError, match=r"pass last-logits: .*'logits of a draft' of run \d+ differs"),
     ):
         run_pipeline(support.canonical("llama"), with_drafts("onnxruntime"), check=4)
 
 
 def test_drafts_as_long_as_a_prefill_run_are_refused() -> None:
     """Hosts take each run of another length than the prefill's for one of drafts."""
-    with pytest.raises(PassError, match="k=8 is also the length of a prefill run"):
+    with pytest.raises(PassError, match="8 tokens are also the length of a prefill run"):
         run_pipeline(support.canonical("llama"), with_drafts("ai100", 8))
