@@ -15,6 +15,7 @@ from qeff_ir.runtime.jobs import Emitted, Job, Ticket
 from qeff_ir.runtime.prefixes import Prefixes
 from qeff_ir.runtime.rows import Piece, Rows
 from qeff_ir.runtime.sampling import Chooser
+from qeff_ir.runtime.speculation import Drafter
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Stats:
         decode_runs: Runs of one token for each row.
         busy: Seconds that runs of the session took.
         overhead: Seconds of all else between runs.
+        drafted: Tokens of drafts that were verified.
+        accepted: Of these, tokens that came out.
     """
 
     running: int = 0
@@ -44,6 +47,8 @@ class Stats:
     decode_runs: int = 0
     busy: float = 0.0
     overhead: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class _Running:
@@ -75,10 +80,11 @@ class Batching:
     Args:
         rows: The slots.
         prefixes: What is used again.
+        drafter: Guesses what follows, where runs verify drafts.
     """
 
-    def __init__(self, rows: Rows, prefixes: Prefixes) -> None:
-        self.rows, self.prefixes = rows, prefixes
+    def __init__(self, rows: Rows, prefixes: Prefixes, drafter: Drafter | None = None) -> None:
+        self.rows, self.prefixes, self._drafter = rows, prefixes, drafter
         self._waiting = deque[Ticket]()
         self._reading = deque[_Running]()
         self._answering = list[_Running]()
@@ -87,6 +93,7 @@ class Batching:
         self._finished = self._prompt_tokens = self._reused = self._tokens = 0
         self._prefill_runs = self._decode_runs = 0
         self._busy = self._overhead = 0.0
+        self._drafted = self._accepted = 0
 
     def check(self, job: Job) -> None:
         """Refuse a job that can never run.
@@ -167,6 +174,8 @@ class Batching:
             self._decode_runs,
             self._busy,
             self._overhead,
+            self._drafted,
+            self._accepted,
         )
 
     def _sweep(self) -> None:
@@ -210,22 +219,57 @@ class Batching:
             self.prefixes.keep(running.slot)
             (self._answering if ended else self._reading).append(running)
         if any(done):
-            self._choose([r for r, ended in zip(batch, done, strict=True) if ended], logits[done])
+            self._choose([r for r, ended in zip(batch, done, strict=True) if ended], logits[done, 0])
 
     def _answer(self) -> None:
-        """A token of each answer."""
-        batch = self._answering.copy()
+        """A token of each answer, and more where a draft is accepted."""
         self._read_last = False
+        drafts = {running: self._drafted_for(running) for running in self._answering.copy()}
+        batch = [running for running in drafts if running in self._answering]  # but those whose drafter has failed
+        if not batch:
+            return
+        keep = 1 + max(len(drafts[running]) for running in batch)
         self._decode_runs += 1
-        logits = self._run(batch, [Piece(r.slot, (r.next,), r.position, r.adapter) for r in batch])
-        if logits is not None:
-            self._choose(batch, logits)
+        pieces = [Piece(r.slot, (r.next, *drafts[r]), r.position, r.adapter) for r in batch]
+        logits = self._run(batch, pieces, keep)
+        if logits is None:
+            return
+        if keep == 1:
+            self._choose(batch, logits[:, 0])
+            return
+        for running, piece, scores in zip(batch, pieces, logits, strict=True):
+            self._accept(running, piece, scores[keep - len(piece.tokens) :])
 
-    def _run(self, batch: Sequence[_Running], pieces: Sequence[Piece]) -> Array | None:
-        """The logits of a run; `None` for one that fails, and all its jobs with it."""
+    def _drafted_for(self, running: _Running) -> Sequence[int]:
+        """A draft of what follows the token that is next; it fits what may still come, and the slot."""
+        most = min(self.rows.drafts, running.left - 1, self.rows.ctx_len - running.position - 1)
+        if self._drafter is None or most < 1:
+            return ()
+        known = np.append(self.prefixes.held(running.slot), running.next)
+        try:
+            return self._drafter.draft(known, most, running.slot)[:most]
+        except QeffError as error:
+            self._leave(running, error)
+            return ()
+
+    def _accept(self, running: _Running, piece: Piece, logits: Array) -> None:
+        """Choose tokens as long as the draft says the same; what is behind is taken back."""
+        count = 0
+        for token, scores in zip((*piece.tokens[1:], None), logits, strict=True):
+            count += 1
+            self._choose([running], scores[None])
+            if running not in self._answering or running.next != token:
+                break
+        self._drafted += len(piece.tokens) - 1
+        self._accepted += count - 1
+        running.position = piece.start + count
+        self.prefixes.hold(running.slot, piece.tokens[:count], piece.start)
+
+    def _run(self, batch: Sequence[_Running], pieces: Sequence[Piece], keep: int = 1) -> Array | None:
+        """The logits of a run, ``[pieces, keep, vocab]``; `None` for one that fails, and all its jobs with it."""
         started = time.perf_counter()
         try:
-            logits = self.rows.run(pieces)
+            logits = self.rows.verify(pieces, keep)
         except QeffError as error:
             for running in batch:
                 self._leave(running, error)

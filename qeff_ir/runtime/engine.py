@@ -7,12 +7,13 @@ from collections import deque
 from dataclasses import replace
 from typing import Self
 
-from qeff_ir.errors import QeffError, RuntimeInputError
+from qeff_ir.errors import PackageError, QeffError, RuntimeInputError
 from qeff_ir.runtime.batching import Batching, Stats
 from qeff_ir.runtime.jobs import EngineClosedError, EngineFullError, Job, Listener, Ticket
 from qeff_ir.runtime.prefixes import Prefixes
 from qeff_ir.runtime.rows import Rows
 from qeff_ir.runtime.session import Session
+from qeff_ir.runtime.speculation import Drafter
 from qeff_ir.runtime.token_table import TokenTable
 
 
@@ -30,9 +31,11 @@ class Engine:
         prefixes: Whether what earlier jobs left in the caches is used again.
         snapshot_every: Tokens between two snapshots of a prompt, of states that cannot go back (`Prefixes`).
         snapshot_bytes: Memory that they may take.
+        drafter: Guesses what follows (`qeff_ir.runtime.speculation`); answers stay the same.
 
     Raises:
-        PackageError: The package is not that of a causal LM, or see `Rows`.
+        PackageError: The package is not that of a causal LM, or see `Rows`; or there is a drafter, and it verifies no
+            drafts.
         RuntimeInputError: The package returns features of an embedding, or fewer than no jobs may wait.
 
     Attributes:
@@ -50,13 +53,16 @@ class Engine:
         prefixes: bool = True,
         snapshot_every: int = 256,
         snapshot_bytes: int = 1 << 28,
+        drafter: Drafter | None = None,
     ) -> None:
         if queue < 0:
             raise RuntimeInputError(f"queue is {queue}: give how many jobs may wait")
         rows = Rows(session, table)
+        if drafter is not None and not rows.drafts:
+            raise PackageError("the package verifies no drafts: compile with num_speculative_tokens")
         reused = Prefixes(rows, every=snapshot_every, memory=snapshot_bytes, enabled=prefixes)
         self.slots, self.ctx_len, self.vocabulary = rows.width, rows.ctx_len, rows.vocabulary
-        self._batching, self._most = Batching(rows, reused), rows.width + queue
+        self._batching, self._most = Batching(rows, reused, drafter), rows.width + queue
         self._new, self._open = deque[Ticket](), 0
         self._forgotten = list[int | None]()
         self._changed = threading.Condition()

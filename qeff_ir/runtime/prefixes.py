@@ -89,6 +89,10 @@ class Prefixes:
         self._clock += 1
         self._used[slot] = self._clock
 
+    def held(self, slot: int) -> Array:
+        """The tokens that a slot holds, int64 ``[tokens]``."""
+        return self._tokens[slot, : self._length[slot]]
+
     def keep(self, slot: int) -> None:
         """Take a snapshot of a slot, where one is due: its prompt has just come to such a length."""
         length = self._length[slot]

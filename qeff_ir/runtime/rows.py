@@ -9,7 +9,7 @@ import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.ports import ADAPTER_ROW, CACHE_ROW, LOGITS, Run
+from qeff_ir.ir.ports import ADAPTER_ROW, CACHE_ROW, KEPT_LOGITS, LOGITS, Run
 from qeff_ir.ir.residents import KINDS, Resident
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.interface import BATCH, LENGTH
@@ -60,6 +60,7 @@ class Rows:
         chunk_rows: Rows of a prefill run.
         ctx_len: Positions that a slot has room for.
         vocabulary: Tokens that there are logits of.
+        drafts: Tokens of the longest draft that a run verifies.
         adapters: Slots of adapters beside the base model's.
         rewindable: Whether a slot may go on from any position that it has been at.
         on_host: Whether what slots hold can be read and changed.
@@ -86,6 +87,8 @@ class Rows:
         self.chunk_rows = min(self.slots, max(batch for length, batch in self._shapes if length == self.chunk))
         self.ctx_len = decoder.ctx_len
         self.vocabulary = _size(classes, sizes)
+        kept = interface.input(KEPT_LOGITS)
+        self.drafts = max(_size(kept.shape[0] or 1, s.symbols) for s in session.specializations) - 1 if kept else 0
         self.adapters = max((r.slots for r in interface.residents), default=0)
         if interface.input(ADAPTER_ROW) is None:
             self.adapters = 0
@@ -109,6 +112,22 @@ class Rows:
         Raises:
             QeffError: No compiled shapes take the run, or it fails.
         """
+        return self.verify(pieces, 1)[:, 0]
+
+    def verify(self, pieces: Sequence[Piece], keep: int) -> Array:
+        """Append a piece to each of some slots, for the logits of several tokens.
+
+        Args:
+            pieces: At most `width` pieces of at most `keep` tokens, or see `run`.
+            keep: One token, and those of the longest draft.
+
+        Returns:
+            The logits of each piece's last tokens, float32 ``[pieces, keep, vocab]``, the last of them at the end.
+            Those before the first token mean nothing.
+
+        Raises:
+            QeffError: No compiled shapes take the run, or it fails.
+        """
         columns = max(len(piece.tokens) for piece in pieces)
         batch = self._batch(columns, len(pieces))
         taken = [piece.slot for piece in pieces]
@@ -121,10 +140,10 @@ class Rows:
             tokens[row, :length] = piece.tokens
             positions[row, :length] = np.arange(piece.start, piece.start + length)
             adapters[row] = piece.adapter
-        run = Run(tokens, positions, adapters, self._cache_rows(taken, batch), embed=self._embed)
+        run = Run(tokens, positions, adapters, self._cache_rows(taken, batch), embed=self._embed, keep=keep)
         run = fitted(run, self._inputs, self._session.specializations)
         outputs = self._session.run({port.name: port.feed(run) for port in self._inputs})
-        logits = last(outputs[self._logits], run)[:, 0]
+        logits = last(outputs[self._logits], run)
         return logits[: len(pieces)] if self._any_row else logits[taken]
 
     def copy(self, source: int, slot: int, length: int) -> None:

@@ -111,6 +111,7 @@ PROPERTIES = {
     "races": "benchmarks/test_peers.py",
     "standings of races": "benchmarks/test_harness.py::test_who_is_ahead_is_told",
     "lengths of caches": "passes/test_compute_context_length.py",
+    "speculation": "runtime/test_speculation.py",
     "rules for lengths": "test_read_lengths.py",
     "requested passes": "test_requested_passes.py",
     "arguments of the incumbent": "auto/test_compile_arguments.py",
