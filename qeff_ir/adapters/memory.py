@@ -10,8 +10,6 @@ from qeff_ir.frontend.source import MemorySource
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qeff_ir.frontend.checkpoint.weights import Weights
-
 
 class AdaptedMemorySource(MemorySource):
     """The base model of a `peft.PeftModel`; its adapters are set aside while it is lowered.
@@ -32,16 +30,6 @@ class AdaptedMemorySource(MemorySource):
         model = super().copy()
         set_aside(model)
         return model
-
-    def weights(self) -> Weights:
-        """See `Source.weights`."""
-        from qeff_ir.frontend.checkpoint.weights import memory_weights
-
-        return memory_weights(self.copy())
-
-    def reference(self) -> PreTrainedModel:
-        """See `Source.reference`; its adapters are active unless they are disabled."""
-        return super().reference()
 
 
 def set_aside(model: PreTrainedModel) -> None:

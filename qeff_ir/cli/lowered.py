@@ -38,9 +38,9 @@ class LoweredOnce(Source):
             self._modules[program] = lower()
         return self._modules[program].clone()
 
-    def weights(self) -> Weights:
-        """See `Source.weights`."""
-        return self._source.weights()
+    def opened(self) -> tuple[PreTrainedModel, Weights]:
+        """See `Source.opened`."""
+        return self._source.opened()
 
     def identity(self) -> dict[str, Any] | None:
         """See `Source.identity`."""

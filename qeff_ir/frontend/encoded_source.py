@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +20,6 @@ from qeff_ir.package import DECODER, MAIN, encoder_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qeff_ir.frontend.checkpoint.weights import Weights
     from qeff_ir.frontend.inputs import InputSpec
 
 _SECONDS = 30
@@ -50,14 +48,6 @@ class EncodedSource(Source):
             found |= {name: one.lower, encoder_of(name): one.lower_encoder}
         return found
 
-    @abstractmethod
-    def opened(self) -> tuple[PreTrainedModel, Weights]:
-        """The model, with weights or without, and the weights."""
-
-    @abstractmethod
-    def feature_extractor(self) -> Any:
-        """transformers' feature extractor of a model of speech."""
-
     def for_length(self, encoder_ctx_len: int | Sequence[int] | None) -> EncodedSource:
         """The model, to be compiled for inputs of one length or of several; shorter texts are padded.
 
@@ -81,7 +71,7 @@ class EncodedSource(Source):
         several = [encoder_ctx_len] if isinstance(encoder_ctx_len, int | None) else sorted(set(encoder_ctx_len))[::-1]
         found = copy.copy(self)
         if self.task is SPEECH_SEQ2SEQ:
-            extractor = self.feature_extractor()
+            extractor = self.processor_of("AutoFeatureExtractor")
             known = [_of_recording(model, extractor, length) for length in several]
         else:
             known = [_of_text(model, length) for length in several]
@@ -93,6 +83,14 @@ class EncodedSource(Source):
         if self.specs is None:
             raise CompileError("the length of what is encoded is not known: give encoder_ctx_len")
         return self.specs
+
+    def identity(self) -> dict[str, Any] | None:
+        """See `Source.identity`; with the length."""
+        known = super().identity()
+        if known is None:
+            return None
+        every = [self._known(), *self.shorter.values()]
+        return {**known, "encoder": [[s.name, str(s.dtype), list(s.shape)] for specs in every for s in specs]}
 
     def lower(self) -> Module:
         """Lower the decoder; see `Source.lower`."""
@@ -120,28 +118,6 @@ class EncodedFolder(EncodedSource, FolderSource):
         super().__init__(folder, trust_remote_code=trust_remote_code)
         self.task = task
 
-    def opened(self) -> tuple[PreTrainedModel, Weights]:
-        """See `EncodedSource.opened`."""
-        return self._load()
-
-    def identity(self) -> dict[str, Any] | None:
-        """See `Source.identity`; with the length."""
-        known = super().identity()
-        if known is None:
-            return None
-        every = [self._known(), *self.shorter.values()]
-        return {**known, "encoder": [[s.name, str(s.dtype), list(s.shape)] for specs in every for s in specs]}
-
-    def feature_extractor(self) -> Any:
-        """See `EncodedSource.feature_extractor`.
-
-        Raises:
-            ModelLoadError: There is none that can be read.
-        """
-        from qeff_ir.frontend.checkpoint.processors import read_part
-
-        return read_part("AutoFeatureExtractor", self.folder, trust_remote_code=self.trust_remote_code)
-
 
 class EncodedMemory(EncodedSource, MemorySource):
     """A transformers model in memory, for speech with its processor.
@@ -153,25 +129,8 @@ class EncodedMemory(EncodedSource, MemorySource):
     """
 
     def __init__(self, model: PreTrainedModel, task: Task = SEQ2SEQ, processor: Any = None) -> None:
-        super().__init__(model)
-        self.task, self.processor = task, processor
-
-    def opened(self) -> tuple[PreTrainedModel, Weights]:
-        """See `EncodedSource.opened`."""
-        from qeff_ir.frontend.checkpoint.weights import memory_weights
-
-        model = self.copy()
-        return model, memory_weights(model)
-
-    def feature_extractor(self) -> Any:
-        """See `EncodedSource.feature_extractor`."""
-        return getattr(self.processor, "feature_extractor", self.processor)
-
-    def save_side_files(self, folder: Path) -> None:
-        """See `Source.save_side_files`; with the processor."""
-        super().save_side_files(folder)
-        if self.processor is not None:
-            self.processor.save_pretrained(folder)
+        super().__init__(model, processor)
+        self.task = task
 
 
 def _of_text(model: PreTrainedModel, length: int | None) -> list[InputSpec]:

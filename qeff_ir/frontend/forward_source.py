@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from qeff_ir.frontend.checkpoint.weights import Weights
     from qeff_ir.frontend.inputs import InputSpec, Wanted
 
 
@@ -53,6 +52,8 @@ class ForwardFolder(FolderSource):
         trust_remote_code: Whether code of the folder may run.
     """
 
+    partial = True
+
     def __init__(self, folder: Path, options: ForwardOptions, *, trust_remote_code: bool = False) -> None:
         super().__init__(folder, trust_remote_code=trust_remote_code)
         self.options, self.task = options, options.task
@@ -67,16 +68,12 @@ class ForwardFolder(FolderSource):
 
     def lower(self) -> Module:
         """See `Source.lower`."""
-        whole, weights = self._load(partial=True)
+        whole, weights = self.opened()
         model = _encoder(whole)
         if model is not whole:
             prefix = next(n for n, m in whole.named_modules() if m is model) + "."
             weights = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
         return _lowered(model, weights, self.options)
-
-    def weights(self) -> Weights:
-        """See `Source.weights`; those that the checkpoint lacks are left out."""
-        return self._load(partial=True)[1]
 
     def identity(self) -> dict[str, Any] | None:
         """See `Source.identity`; a pooling of the user's has none."""
@@ -118,10 +115,7 @@ class ForwardMemory(MemorySource):
 
     def lower(self) -> Module:
         """See `Source.lower`."""
-        from qeff_ir.frontend.checkpoint.weights import memory_weights
-
-        model = self.copy()
-        return _lowered(model, memory_weights(model), self.options)
+        return _lowered(*self.opened(), self.options)
 
     def takes_tokens(self) -> bool:
         """Whether token ids are an input."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,14 +79,6 @@ class PictureSource(Source):
         encoders = {name: functools.partial(self.lower_vision, name) for name in self._known().examples}
         return {MAIN: self.lower, **encoders}
 
-    @abstractmethod
-    def skeleton(self) -> PreTrainedModel:
-        """The model, with weights or without."""
-
-    @abstractmethod
-    def processor_of(self, modality: Modality) -> Any:
-        """transformers' image processor of the model, or its video processor."""
-
     def for_pictures(
         self, sizes: Sequence[tuple[int, int]], count: int, batch: int = 1, frames: int = 0
     ) -> PictureSource:
@@ -109,7 +100,7 @@ class PictureSource(Source):
         from qeff_ir.frontend.export.encoders import find_features
         from qeff_ir.frontend.export.features import encoder_of
 
-        model, modality = self.skeleton(), _modality(frames)
+        model, modality = self.opened()[0], _modality(frames)
         takes = inspect.signature(encoder_of(model, modality)).parameters
         token = getattr(self.config, f"{modality}_token_id", None)
         if not isinstance(token, int):
@@ -119,7 +110,7 @@ class PictureSource(Source):
             )
         if frames and self.single_program:
             raise CompileError("one program for pictures and text takes no videos: leave out kv_offload=False")
-        processor = self.processor_of(modality)
+        processor = self.processor_of("AutoVideoProcessor" if frames else "AutoImageProcessor")
         found: list[tuple[PictureForm, Example, Features]] = []
         for size in sizes:
             example, inputs = _example(processor, size, takes, frames)
@@ -155,11 +146,13 @@ class PictureSource(Source):
             raise CompileError("the size of the pictures is not known: give image_size=(height, width)")
         return self.pictured
 
-    def _language(self, model: PreTrainedModel, weights: Weights) -> Module:
+    def lower(self) -> Module:
+        """Lower the language model, with the encoder in a single program; see `Source.lower`."""
         from qeff_ir.frontend.export.encoders import lower_encoder
         from qeff_ir.frontend.export.pictures import lower_language
         from qeff_ir.frontend.export.single_program import join
 
+        model, weights = self.opened()
         known = self._known()
         largest = next(form for form in known.forms.sizes if form.rows == known.features.rows)
         example = known.examples[largest.program]
@@ -171,15 +164,17 @@ class PictureSource(Source):
         batched = pixels.row_axis == 0 and (pixels.axis != 0 or pixels.step * known.forms.count == 1)
         return join(language, lower_encoder(model, weights, known.whole), batched=batched)
 
-    def _vision(self, model: PreTrainedModel, weights: Weights, program: str) -> Module:
+    def lower_vision(self, program: str) -> Module:
+        """Lower the encoder of one size of pictures, by its name; see `Source.lower`."""
         from qeff_ir.frontend.export.encoders import lower_encoder
 
         modality = _modality(self._known().forms.sizes[0].frames)
-        return lower_encoder(model, weights, self._known().examples[program], modality)
+        return lower_encoder(*self.opened(), self._known().examples[program], modality)
 
-    @abstractmethod
-    def lower_vision(self, program: str) -> Module:
-        """Lower the encoder of one size of pictures, by its name; see `Source.lower`."""
+    def save_side_files(self, folder: Path) -> None:
+        """See `Source.save_side_files`; with the forms of pictures, by which they are part of the package's key."""
+        super().save_side_files(folder)
+        self._known().forms.write(folder)
 
 
 class PictureFolder(PictureSource, FolderSource):
@@ -197,45 +192,21 @@ class PictureFolder(PictureSource, FolderSource):
         from qeff_ir.frontend.parts import answering_config
 
         super().__init__(folder, trust_remote_code=trust_remote_code)
-        whole, self._headless = self.config, headless
+        whole, self.partial = self.config, headless
         if not self._remote:
             self.config = answering_config(whole, self._auto())
         self._is_part = self.config is not whole
 
-    def lower(self) -> Module:
-        """See `Source.lower`."""
-        model, weights = self._load(partial=self._headless)
-        return self._language(model, fill_head(model, weights) if self._headless else weights)
-
-    def weights(self) -> Weights:
-        """See `Source.weights`."""
-        return self._load(partial=self._headless)[1]
-
-    def lower_vision(self, program: str) -> Module:
-        """See `PictureSource.lower_vision`."""
-        return self._vision(*self._load(partial=self._headless), program)
-
-    def skeleton(self) -> PreTrainedModel:
-        """See `PictureSource.skeleton`."""
-        return self._load(partial=self._headless)[0]
-
-    def processor_of(self, modality: Modality) -> Any:
-        """See `PictureSource.processor_of`.
-
-        Raises:
-            ModelLoadError: There is none that can be read.
-        """
-        from qeff_ir.frontend.checkpoint.processors import read_part
-
-        kind = "AutoVideoProcessor" if modality == "video" else "AutoImageProcessor"
-        return read_part(kind, self.folder, trust_remote_code=self.trust_remote_code)
+    def opened(self) -> tuple[PreTrainedModel, Weights]:
+        """See `Source.opened`; an LM head that is not read has the weight of the embeddings."""
+        model, weights = super().opened()
+        return model, fill_head(model, weights) if self.partial else weights
 
     def save_side_files(self, folder: Path) -> None:
-        """See `Source.save_side_files`; with the forms of pictures, by which it is part of the package's key."""
+        """See `Source.save_side_files`; with the configuration of the part that is taken."""
         super().save_side_files(folder)
         if self._is_part:
             self.config.to_json_file(folder / CONFIG)
-        self._known().forms.write(folder)
 
 
 class PictureMemory(PictureSource, MemorySource):
@@ -251,49 +222,9 @@ class PictureMemory(PictureSource, MemorySource):
         from qeff_ir.frontend.parts import answering_model
 
         model = with_head(model, self.task) if headless else model
-        super().__init__(model)
+        super().__init__(model, processor)
         self.model = answering_model(self.model, self.task.auto_class())
-        self.config, self.processor = self.model.config, processor
-
-    def lower(self) -> Module:
-        """See `Source.lower`."""
-        model = self.copy()
-        return self._language(model, _memory(model))
-
-    def lower_vision(self, program: str) -> Module:
-        """See `PictureSource.lower_vision`."""
-        model = self.copy()
-        return self._vision(model, _memory(model), program)
-
-    def skeleton(self) -> PreTrainedModel:
-        """See `PictureSource.skeleton`."""
-        return self.copy()
-
-    def processor_of(self, modality: Modality) -> Any:
-        """See `PictureSource.processor_of`.
-
-        Raises:
-            UnsupportedModelError: The processor has none for videos.
-        """
-        if modality == "image":
-            return getattr(self.processor, "image_processor", self.processor)
-        if (found := getattr(self.processor, "video_processor", None)) is None:
-            raise UnsupportedModelError(
-                f"{type(self.processor).__name__} has no video processor: compile for pictures, without num_frames"
-            )
-        return found
-
-    def save_side_files(self, folder: Path) -> None:
-        """See `Source.save_side_files`; with the processor and the forms of pictures."""
-        super().save_side_files(folder)
-        self.processor.save_pretrained(folder)
-        self._known().forms.write(folder)
-
-
-def _memory(model: PreTrainedModel) -> Weights:
-    from qeff_ir.frontend.checkpoint.weights import memory_weights
-
-    return memory_weights(model)
+        self.config = self.model.config
 
 
 def _modality(frames: int) -> Modality:

@@ -21,6 +21,7 @@ from qeff_ir.reading import files_below, read_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from qeff_ir.frontend.checkpoint.processors import PartKind
     from qeff_ir.frontend.checkpoint.references import Checkpoint
     from qeff_ir.frontend.checkpoint.weights import Weights
 
@@ -37,13 +38,24 @@ class Source(ABC):
     task: Task = CAUSAL_LM
 
     @abstractmethod
+    def opened(self) -> tuple[PreTrainedModel, Weights]:
+        """A model to be traced, with weights or without, and the tensors by the names of its parameters; none is read.
+
+        Raises:
+            ModelLoadError: The checkpoint is damaged or does not fit the configuration.
+            UnsupportedModelError: The model cannot be made, or cannot be traced as it is.
+        """
+
     def lower(self) -> Module:
         """Lower the model; weights stay where they are.
 
         Raises:
-            ModelLoadError: The checkpoint is damaged or does not fit the configuration.
+            ModelLoadError: See `opened`.
             UnsupportedModelError: The model cannot be lowered.
         """
+        from qeff_ir.frontend.export.lower import lower
+
+        return lower(*self.opened())
 
     def programs(self) -> Mapping[str, Callable[[], Module]]:
         """The programs of the model's package by name, each with what lowers it; `MAIN` is one of them.
@@ -52,17 +64,25 @@ class Source(ABC):
         """
         return {MAIN: self.lower}
 
-    @abstractmethod
     def identity(self) -> dict[str, Any] | None:
         """What determines the lowered graph, software versions apart, as JSON data; `None` if only lowering tells."""
+        return None
 
-    @abstractmethod
     def weights(self) -> Weights:
         """The tensors by the names of the parameters; none is read.
 
         Raises:
-            ModelLoadError: See `lower`.
+            ModelLoadError: See `opened`.
         """
+        return self.opened()[1]
+
+    def processor_of(self, kind: PartKind) -> Any:
+        """The part of the model's processor that makes numbers of pictures, videos or recordings.
+
+        Raises:
+            QeffError: There is none, or none that can be read.
+        """
+        raise ModelLoadError(f"{type(self.config).__name__} comes without a processor: give the model's")
 
     def weight_files(self) -> list[Path]:
         """The checkpoint's files; none for a model in memory."""
@@ -76,9 +96,9 @@ class Source(ABC):
         """Whether `reference` has quantized weights that were decoded by us: transformers does not load them here."""
         return False
 
-    @abstractmethod
     def save_side_files(self, folder: Path) -> None:
         """Put configuration, generation defaults and the tokenizer, where there is one, into `folder`."""
+        self.config.to_json_file(folder / "config.json")
 
 
 class FolderSource(Source):
@@ -95,6 +115,9 @@ class FolderSource(Source):
         ModelLoadError: The folder is no model.
         UnsupportedModelError: Something in it that transformers acts on is not supported: quantized weights, say.
     """
+
+    partial = False
+    """Whether the checkpoint may lack weights; what reads them cannot be lowered then."""
 
     def __init__(self, folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> None:
         from qeff_ir.frontend.checkpoint.config import (
@@ -142,17 +165,7 @@ class FolderSource(Source):
                 return found
             return found.decode(weight_format(self._quantization, str(self.folder / CONFIG)))
 
-    def lower(self) -> Module:
-        """See `Source.lower`."""
-        from qeff_ir.frontend.export.lower import lower
-
-        return lower(*self._load())
-
-    def weights(self) -> Weights:
-        """See `Source.weights`."""
-        return self._load()[1]
-
-    def _load(self, *, partial: bool = False) -> tuple[PreTrainedModel, Weights]:
+    def opened(self) -> tuple[PreTrainedModel, Weights]:
         """The model without weights, and the weights; sizes are compared before anything large is made of them."""
         from qeff_ir.frontend.checkpoint.skeleton import compute_buffers
         from qeff_ir.frontend.checkpoint.weights import checkpoint_weights
@@ -160,9 +173,9 @@ class FolderSource(Source):
         self.checkpoint.check_unchanged()
         model = self._skeleton()
         if self.gguf is not None:
-            weights = self.gguf.weights(model, partial=partial)
+            weights = self.gguf.weights(model, partial=self.partial)
         else:
-            weights = checkpoint_weights(model, self.checkpoint, partial=partial)
+            weights = checkpoint_weights(model, self.checkpoint, partial=self.partial)
         with self._buildable():
             compute_buffers(model)
         return model, weights
@@ -209,6 +222,16 @@ class FolderSource(Source):
                 f"transformers cannot make the model of type {kind} that {self.folder / 'config.json'} asks for: "
                 f"{first_line(error)}"
             ) from error
+
+    def processor_of(self, kind: PartKind) -> Any:
+        """See `Source.processor_of`.
+
+        Raises:
+            ModelLoadError: There is none that can be read.
+        """
+        from qeff_ir.frontend.checkpoint.processors import read_part
+
+        return read_part(kind, self.folder, trust_remote_code=self.trust_remote_code)
 
     def identity(self) -> dict[str, Any] | None:
         """The configuration, how and where the weights are, and the folder's code if it may run.
@@ -317,26 +340,25 @@ class MemorySource(Source):
 
     Args:
         model: The model.
+        processor: Its processor, or the part of it that makes the model's inputs; a model of texts needs none.
 
     Raises:
         ModelLoadError: It is no transformers model.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
         from transformers import PreTrainedModel
 
         if not isinstance(model, PreTrainedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ModelLoadError(f"{type(model).__name__} is no transformers model: use from_pretrained() for a folder")
-        self.model = model
-        self.config = model.config
+        self.model, self.config, self.processor = model, model.config, processor
 
-    def lower(self) -> Module:
-        """See `Source.lower`."""
+    def opened(self) -> tuple[PreTrainedModel, Weights]:
+        """See `Source.opened`."""
         from qeff_ir.frontend.checkpoint.weights import memory_weights
-        from qeff_ir.frontend.export.lower import lower
 
         model = self.copy()
-        return lower(model, memory_weights(model))
+        return model, memory_weights(model)
 
     def copy(self) -> PreTrainedModel:
         """The model that is lowered: see `qeff_ir.frontend.structure`."""
@@ -344,15 +366,15 @@ class MemorySource(Source):
 
         return structure(self.model)
 
-    def weights(self) -> Weights:
-        """See `Source.weights`."""
-        from qeff_ir.frontend.checkpoint.weights import memory_weights
+    def processor_of(self, kind: PartKind) -> Any:
+        """See `Source.processor_of`.
 
-        return memory_weights(self.model)
+        Raises:
+            UnsupportedModelError: The processor has none for videos.
+        """
+        from qeff_ir.frontend.checkpoint.processors import part_of
 
-    def identity(self) -> None:
-        """`None`: the model's code may have been changed in memory."""
-        return None
+        return part_of(kind, self.processor)
 
     def reference(self) -> PreTrainedModel:
         """The model in evaluation mode: itself, or a copy with the same weights if it is in training."""
@@ -362,11 +384,13 @@ class MemorySource(Source):
         return copy.deepcopy(self.model, shared).eval()
 
     def save_side_files(self, folder: Path) -> None:
-        """Write configuration and generation defaults, as they are; a model in memory has no tokenizer."""
-        self.config.to_json_file(folder / "config.json")
+        """Write configuration and generation defaults, as they are, and the processor, which has the tokenizer."""
+        super().save_side_files(folder)
         if self.model.can_generate():
             defaults = self.model.generation_config
             defaults.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
 
 
 def open_source(

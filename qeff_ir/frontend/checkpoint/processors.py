@@ -5,21 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from qeff_ir.errors import ModelLoadError, first_line
+from qeff_ir.errors import ModelLoadError, UnsupportedModelError, first_line
 
-_SAID = {
+PartKind = Literal["AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor"]
+_SAID: dict[PartKind, str] = {
     "AutoImageProcessor": "image processor",
     "AutoVideoProcessor": "video processor",
     "AutoFeatureExtractor": "feature extractor",
 }
 
 
-def read_part(
-    kind: Literal["AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor"],
-    folder: Path,
-    *,
-    trust_remote_code: bool,
-) -> Any:
+def read_part(kind: PartKind, folder: Path, *, trust_remote_code: bool) -> Any:
     """transformers' image processor, video processor or feature extractor of a model folder.
 
     Raises:
@@ -35,3 +31,18 @@ def read_part(
             f"{folder} has no {_SAID[kind]} that can be read ({first_line(error)}): put the model's "
             "preprocessor_config.json there"
         ) from error
+
+
+def part_of(kind: PartKind, processor: Any) -> Any:
+    """The same of a processor in memory, which may be that part itself.
+
+    Raises:
+        UnsupportedModelError: It has none for videos.
+    """
+    itself = None if kind == "AutoVideoProcessor" else processor
+    found = getattr(processor, _SAID[kind].replace(" ", "_"), itself)
+    if found is None and kind == "AutoVideoProcessor":
+        raise UnsupportedModelError(
+            f"{type(processor).__name__} has no video processor: compile for pictures, without num_frames"
+        )
+    return found
