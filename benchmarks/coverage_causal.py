@@ -21,7 +21,8 @@ from benchmarks.coverage_task import Coverage
 from qeff_ir import numerics
 from qeff_ir.arrays import Array
 from qeff_ir.frontend.checkpoint.config import read_config
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from qeff_ir.frontend.versions import next_cache
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.testing.trace import compare, reference_trace, session_trace
@@ -62,7 +63,7 @@ def check_causal(model: PreTrainedModel, row: Row, folder: Path) -> None:
     rng = np.random.default_rng(3)
     prompts = [rng.integers(4, 89, n).tolist() for n in LENGTHS]
     reference = reference_trace(model, prompts, STEPS)
-    module = MemorySource(model).lower()
+    module = Source(Memory(model)).lower()
     row.nodes, row.states = len(module.graph), len(module.states)
     row.bound = numerics.bound(numerics.depth(module))
     row.allow(_rounding(model, prompts, reference.tokens))

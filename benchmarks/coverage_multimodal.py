@@ -29,7 +29,8 @@ from qeff_ir.frontend.checkpoint.weights import memory_weights
 from qeff_ir.frontend.export.encoders import find_features, lower_encoder
 from qeff_ir.frontend.export.features import encoder_of
 from qeff_ir.frontend.export.pictures import lower_language
-from qeff_ir.frontend.parts import answering_model
+from qeff_ir.frontend.parts import answering_part
+from qeff_ir.frontend.providers.memory import Memory
 from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import AXES, PICTURES_TOKENS, PLANES, PREFIX_TOKENS
@@ -104,7 +105,7 @@ class Multimodal(Coverage):
         """See `Coverage.check`."""
         model = self.tiny(job.name)
         row.model = type(model).__name__
-        model = answering_model(model, IMAGE_TEXT_TO_TEXT.auto_class())
+        model = answering_part(Memory(model), IMAGE_TEXT_TO_TEXT.auto_class()).model
         if model.input_modalities in ("text", ("text",)):
             check_causal(model, row, folder)
             return

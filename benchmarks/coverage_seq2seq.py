@@ -19,7 +19,8 @@ from benchmarks.coverage_task import Coverage
 from qeff_ir import numerics
 from qeff_ir.auto.seq2seq import QEFFAutoModelForSeq2SeqLM, QEFFAutoModelForSpeechSeq2Seq
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend.encoded_source import EncodedMemory
+from qeff_ir.frontend.encoded_source import EncodedSource
+from qeff_ir.frontend.providers.memory import Memory
 from qeff_ir.testing.trace import Trace, compare
 
 STEPS = 6
@@ -68,7 +69,7 @@ class Seq2Seq(Coverage):
         row.model = type(model).__name__
         extractor = None if heard is None else _Extractor(model.get_encoder().main_input_name, **heard)
         opened = _opened(model, extractor)
-        source = EncodedMemory(model, opened.task, extractor).for_length(LENGTH if extractor is None else None)
+        source = EncodedSource(Memory(model, extractor), opened.task).for_length(LENGTH if extractor is None else None)
         decoder, encoder = source.lower(), source.lower_encoder()
         row.nodes, row.states = len(decoder.graph) + len(encoder.graph), len(decoder.states)
         depths = (numerics.depth(encoder, str(output.name)) for output in encoder.graph.outputs)

@@ -31,7 +31,7 @@ def main(folder: Path, target: str, opened: bool) -> None:
 
     from backends import find_backend
     from backends.options import CompileOptions
-    from qeff_ir.frontend.source import FolderSource
+    from qeff_ir.frontend.source import open_source
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.specialize import specialize
@@ -39,7 +39,7 @@ def main(folder: Path, target: str, opened: bool) -> None:
     torch.set_num_threads(1)
     done("import")
     backend, options = find_backend(target), CompileOptions(ctx_len=1024)
-    module = FolderSource(folder).lower()
+    module = open_source(folder).lower()
     done("lower", nodes=len(module.graph))
     specialize(module, options)
     report = run_pipeline(module, Pipeline.parse(backend.pipeline))

@@ -55,7 +55,9 @@ def package_key(
         "name": source.task.graph_name,
         "flag files": {n: digest_file(Path(v)) for n, v in as_given(options).items() if _is_file(v)},
         "programs": {name: str(pipeline) for name, pipeline in steps.items()},
-        "plugins": _plugin_digests([source, *(item for pipeline in steps.values() for item in pipeline.passes)]),
+        "plugins": _plugin_digests(
+            [source, source.provider, *(item for pipeline in steps.values() for item in pipeline.passes)]
+        ),
         "compiled": not emit_only,
         "target": backend.name,
         "versions": {
@@ -100,7 +102,7 @@ def _side_digests(source: Source) -> dict[str, str]:
 
 
 def _plugin_digests(parts: Iterable[object]) -> dict[str, str]:
-    """Digest of the file of each pass or source of others, by module: `code_digest` does not see its code.
+    """Digest of the file of each pass, source or provider of others, by module: `code_digest` does not see its code.
 
     Raises:
         CompileError: A class is in no file.

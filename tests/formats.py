@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qeff_ir import QEFFAutoModelForCausalLM, numerics
 from qeff_ir.cli.lowered import LoweredOnce
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.quantized import Quantized, quantized
 from qeff_ir.testing.trace import Trace, compare, reference_trace, session_trace
 from tests.support import prompts, tiny
@@ -55,21 +55,21 @@ def save(folder: Path, tensors: Tensors) -> None:
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def changed(folder: Path, change: Callable[[Tensors], object]) -> FolderSource:
+def changed(folder: Path, change: Callable[[Tensors], object]) -> Source:
     """The folder after `change` of its tensors."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save(folder, tensors)
-    return FolderSource(folder)
+    return open_source(folder)
 
 
-def found(source: FolderSource) -> dict[str, Quantized]:
+def found(source: Source) -> dict[str, Quantized]:
     """The quantized weights by the names of the parameters."""
     parts = {name: quantized(tensor) for name, tensor in source.weights().items()}
     return {name: p for name, p in parts.items() if p is not None}
 
 
-def same_numbers(source: FolderSource) -> None:
+def same_numbers(source: Source) -> None:
     """Each parameter has the numbers that transformers loads, to the bit."""
     assert not source.decoded_here()
     weights, theirs = source.weights(), source.reference().state_dict()
@@ -78,7 +78,7 @@ def same_numbers(source: FolderSource) -> None:
         np.testing.assert_array_equal(weights[name].numpy(), tensor.numpy(), err_msg=name)
 
 
-def both_sessions(source: FolderSource, folder: Path, **options: Any) -> None:
+def both_sessions(source: Source, folder: Path, **options: Any) -> None:
     """ONNX Runtime and the emulator of the AI 100 answer as the reference does."""
     once = LoweredOnce(source)
     reference = reference_trace(source.reference(), PROMPTS, STEPS)

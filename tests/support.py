@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from backends import find_backend
 from backends.options import CompileOptions
 from qeff_ir.arrays import Array
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from qeff_ir.ir import operators
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.snapshot import save_module
@@ -42,7 +43,7 @@ def tiny(name: str) -> tuple[PreTrainedConfig, PreTrainedModel]:
 
 @functools.cache
 def _lowered(name: str) -> Module:
-    return MemorySource(tiny(name)[1]).lower()
+    return Source(Memory(tiny(name)[1])).lower()
 
 
 def lowered(name: str) -> Module:
@@ -63,11 +64,11 @@ def canonical(name: str) -> Module:
     return _canonical(name).clone()
 
 
-class Lowered(MemorySource):
-    """A model in memory that is lowered only once; equal to a `MemorySource` in all that compilation sees."""
+class Lowered(Source):
+    """A model in memory that is lowered only once; equal to a plain `Source` in all that compilation sees."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(tiny(name)[1])
+        super().__init__(Memory(tiny(name)[1]))
         self.name = name
 
     def lower(self) -> Module:

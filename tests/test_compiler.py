@@ -19,7 +19,7 @@ from backends.options import CompileOptions
 from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import Compiled, compile_model
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError, PipelineError
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import open_source
 from qeff_ir.ir.module import Module
 from qeff_ir.package import MAIN, SIDE_FOLDER, open_package
 from qeff_ir.passing import Pass, Pipeline, Rewriter
@@ -216,4 +216,4 @@ def test_a_pass_that_is_in_no_file_is_refused(folder: Path, tmp_path: Path, monk
     Prompted.__module__ = prompt.__name__
     own = Pipeline.parse("@onnxruntime").add(Prompted())
     with pytest.raises(CompileError, match=r"the code of .*Prompted is in no file"):
-        compile_model(FolderSource(folder), CompileOptions(), target="onnxruntime", out=tmp_path / "out", pipeline=own)
+        compile_model(open_source(folder), CompileOptions(), target="onnxruntime", out=tmp_path / "out", pipeline=own)

@@ -15,8 +15,9 @@ from backends import find_backend
 from backends.options import CompileOptions
 from qeff_ir import numerics
 from qeff_ir.arrays import Array
-from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
+from qeff_ir.frontend.forward_source import ForwardOptions, ForwardSource, encoder_alone
 from qeff_ir.frontend.inputs import find_inputs
+from qeff_ir.frontend.providers.memory import Memory
 from qeff_ir.frontend.tasks import CTC, EMBEDDING
 from qeff_ir.ir.module import Module
 from qeff_ir.passing.manager import run_pipeline
@@ -34,9 +35,10 @@ LENGTH = 16
 @functools.cache
 def lowered(name: str) -> tuple[Module, dict[str, torch.Tensor], dict[str, Any]]:
     """The module, an example, and what transformers makes of it in float64."""
-    source = ForwardMemory(build(name), ForwardOptions(CTC if "CTC" in ENCODERS[name].auto else EMBEDDING))
-    inputs = example(name, {i.name: i.shape for i in find_inputs(source.model)})
-    exact = copy.deepcopy(source.model).double()
+    model = encoder_alone(build(name))
+    source = ForwardSource(Memory(model), ForwardOptions(CTC if "CTC" in ENCODERS[name].auto else EMBEDDING))
+    inputs = example(name, {i.name: i.shape for i in find_inputs(model)})
+    exact = copy.deepcopy(model).double()
     with torch.no_grad():
         outputs = exact(**{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
     return source.lower(), inputs, dict(outputs)

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qeff_ir import QEFFAutoModelForCausalLM, QEFFAutoModelForImageTextToText
-from qeff_ir.frontend.source import FolderSource, MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.ir.printer import to_text
 from qeff_ir.ir.snapshot import load_module, save_module
 from qeff_ir.package import program_folder
@@ -74,7 +75,7 @@ def test_packages_refer_to_the_checkpoint_and_answer_as_float32_copies(
 def test_a_model_in_memory_is_written_as_it_is(dtype: str, tmp_path: Path) -> None:
     _, model = tiny("llama")
     half = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
-    module = MemorySource(half).lower()
+    module = Source(Memory(half)).lower()
     path = save_module(module, tmp_path)
     kept = {i.name: i for i in onnx.load(path, load_external_data=False).graph.initializer}
     for key, parameter in half.state_dict().items():
@@ -87,7 +88,7 @@ def test_a_model_in_memory_is_written_as_it_is(dtype: str, tmp_path: Path) -> No
 
 
 def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
-    module = FolderSource(checkpoint("llama", "bfloat16", tmp_path / "model")).lower()
+    module = open_source(checkpoint("llama", "bfloat16", tmp_path / "model")).lower()
     once = load_module(save_module(module, tmp_path / "one"))
     assert to_text(once) == to_text(module) and "bf16" not in to_text(module).lower()
     weights = {n: v.const_value for n, v in module.graph.initializers.items()}

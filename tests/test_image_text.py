@@ -18,8 +18,9 @@ import torch
 from qeff_ir import QEFFAutoModelForImageTextToText
 from qeff_ir.auto import picture_runner
 from qeff_ir.errors import CompileError, ModelLoadError, PackageError, RuntimeInputError, UnsupportedModelError
-from qeff_ir.frontend.picture_source import PictureMemory
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.picture_source import PictureSource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from qeff_ir.numerics import error_over_rms
 from qeff_ir.package import MAIN, SIDE_FOLDER, open_package
 from qeff_ir.runtime.picture_form import FILE
@@ -279,7 +280,8 @@ def test_of_a_model_that_also_speaks_what_answers_in_text_is_taken(tmp_path: Pat
     assert again.config.model_type == model.config.model_type == whole.thinker.config.model_type
     for opened in (model, again):
         assert error_over_rms(logits(opened, **processed("qwen2_5_vl", images, text))[0], right[0]) <= LOOSE
-    assert PictureMemory(whole, processor("qwen2_5_vl")).model is whole.thinker
+    part = PictureSource(Memory(whole, processor("qwen2_5_vl"))).provider
+    assert isinstance(part, Memory) and part.model is whole.thinker
 
 
 @pytest.mark.parametrize(("name", "target", "two"), [("llava", "onnxruntime", True), ("qwen3_vl", "ai100", False)])
@@ -292,7 +294,7 @@ def test_the_host_looks_up_the_tokens(name: str, target: str, two: bool, tmp_pat
     answers_like_transformers(model, name)
     with pytest.raises(PackageError, match="stay in the model's checkpoint: open the package with from_package"):
         QEFFAutoModelForImageTextToText.from_package(tmp_path).runner()
-    again = QEFFAutoModelForImageTextToText.from_package(tmp_path, checkpoint=MemorySource(multimodal.lively(name)))
+    again = QEFFAutoModelForImageTextToText.from_package(tmp_path, checkpoint=Source(Memory(multimodal.lively(name))))
     given = processed(name, [pictures(name, [1, 2]), pictures(name, [3])], texts(name))
     assert answered(again, **given) == answered(model, **given)
 

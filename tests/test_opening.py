@@ -26,7 +26,8 @@ from qeff_ir.cli.app import main
 from qeff_ir.compiler import compile_model
 from qeff_ir.errors import PackageError, QeffError
 from qeff_ir.frontend.checkpoint.references import read_header
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.ir.module import METADATA_KEY, Module
 from qeff_ir.package import MANIFEST, SIDE_FOLDER, is_package, open_package
 from qeff_ir.ranges import file_range, numbers_digest
@@ -36,20 +37,23 @@ from tests import support
 TARGETS = ["onnxruntime", "ai100"]
 
 
-class Lowered(FolderSource):
+class Lowered(Source):
     """A model folder, lowered in no time; `meanwhile` happens then."""
 
     meanwhile: Callable[[], object] = staticmethod(lambda: None)
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(Folder(folder))
 
     def lower(self) -> Module:
         self.meanwhile()
         return _lowered(self).clone()
 
 
-def _lowered(source: FolderSource, known: dict[str, Module] = {}) -> Module:  # noqa: B006
+def _lowered(source: Source, known: dict[str, Module] = {}) -> Module:  # noqa: B006
     """The module of the one model here; its weights are those of the folder that was lowered first."""
     if not known:
-        known["llama"] = FolderSource.lower(source)
+        known["llama"] = Source.lower(source)
     return known["llama"]
 
 
@@ -323,7 +327,7 @@ def test_a_linked_checkpoint_that_is_rewritten_in_place_is_told(
     weights = tmp_path / "model" / "model.safetensors"
     for choice, linked in (("copy", False), ("link", True)):
         monkeypatch.setenv("QEFF_WEIGHTS", choice)
-        source, out = FolderSource(tmp_path / "model"), tmp_path / choice
+        source, out = open_source(tmp_path / "model"), tmp_path / choice
         source.lower = lambda: moved(weights)
         compile_model(source, support.OPTIONS, target="onnxruntime", out=out)
         assert (out / "weights" / weights.name).samefile(weights) == linked
@@ -339,7 +343,7 @@ def test_a_linked_checkpoint_that_is_rewritten_in_place_is_told(
 
 def moved(file: Path) -> Module:
     """The lowered model with its weights in another copy of the file."""
-    module = _lowered(FolderSource(file.parent)).clone()
+    module = _lowered(open_source(file.parent)).clone()
     for value in module.graph.initializers.values():
         where = file_range(value.const_value)
         if where is not None:

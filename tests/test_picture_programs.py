@@ -17,7 +17,8 @@ from backends.options import CompileOptions
 from qeff_ir import QEFFAutoModelForImageTextToText
 from qeff_ir.adapters.fit import package_weights
 from qeff_ir.cost import cost
-from qeff_ir.frontend.picture_source import PictureMemory
+from qeff_ir.frontend.picture_source import PictureSource
+from qeff_ir.frontend.providers.memory import Memory
 from qeff_ir.ir.module import Module
 from qeff_ir.package import MAIN, program_folder
 from qeff_ir.passing import Pipeline, run_pipeline
@@ -75,7 +76,7 @@ def modules(*, single: bool) -> dict[str, Module]:
 
 @functools.cache
 def lowered(*, single: bool) -> dict[str, Module]:
-    source = PictureMemory(multimodal.lively(NAME), processor(NAME))
+    source = PictureSource(Memory(multimodal.lively(NAME), processor(NAME)))
     source.single_program = single
     known = source.for_pictures([PROCESSORS[NAME].size], 1, 2)
     found = {program: lower() for program, lower in known.programs().items()}

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from qeff_ir.errors import PackageError
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import open_source
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import fingerprint
 from qeff_ir.ir.snapshot import load_module, save_module
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def _from_folder(checkpoint: Path) -> Module:
-    return FolderSource(checkpoint).lower()
+    return open_source(checkpoint).lower()
 
 
 @pytest.fixture

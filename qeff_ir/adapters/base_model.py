@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qeff_ir.adapters.folder import CONFIG_FILE, Adapter
 from qeff_ir.errors import AdapterError
-from qeff_ir.frontend.source import FolderSource, Source
+from qeff_ir.frontend.providers.stored import Stored
+from qeff_ir.frontend.source import Source
 
 
 def base_of(adapter: Adapter) -> str:
@@ -33,8 +34,8 @@ def check_base(name: str, adapter: Adapter, source: Source) -> None:
     """
     said = adapter.base.rstrip("/")
     own = {str(getattr(source.config, "_name_or_path", "") or "").rstrip("/")}
-    if isinstance(source, FolderSource):
-        own |= {str(source.folder), str(source.folder.resolve())}
+    if isinstance(source.provider, Stored):
+        own |= {str(source.provider.folder), str(source.provider.folder.resolve())}
     own.discard("")
     if not said or not own:
         return

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qeff_ir.errors import AdapterError
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class AdaptedMemorySource(MemorySource):
+class PeftMemory(Memory):
     """The base model of a `peft.PeftModel`; its adapters are set aside while it is lowered.
+
+    In the reference, they are active unless they are disabled.
 
     Args:
         model: The PEFT model.
@@ -21,13 +23,13 @@ class AdaptedMemorySource(MemorySource):
     def __init__(self, model: Any) -> None:
         super().__init__(model.get_base_model())
 
-    def copy(self) -> PreTrainedModel:
-        """See `MemorySource.copy`; with the base layers in the place of PEFT's.
+    def _copy(self) -> PreTrainedModel:
+        """See `Memory._copy`; with the base layers in the place of PEFT's.
 
         Raises:
             AdapterError: An adapter is merged into the weights.
         """
-        model = super().copy()
+        model = super()._copy()
         set_aside(model)
         return model
 

@@ -12,7 +12,8 @@ from qeff_ir.auto.generative import GenerativeModel
 from qeff_ir.auto.qaic_config import loaded
 from qeff_ir.compiler import Pipelines, TokenEmbedding, Watch
 from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
-from qeff_ir.frontend.source import MemorySource, Source, open_source
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.package import SIDE_FOLDER, opened
 from qeff_ir.side_files import read_generation_config
 
@@ -53,7 +54,7 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
             )
         rest, asked = loaded(asked)
         hub_arguments(rest)
-        self._open(MemorySource(model))
+        self._open(Source(Memory(model)))
         self._asking(asked)
 
     @classmethod

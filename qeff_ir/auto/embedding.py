@@ -11,9 +11,10 @@ from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.auto.forward import ForwardModel, in_memory, named
 from qeff_ir.auto.picture_sizes import asks_for_pictures
 from qeff_ir.errors import CompileError, ModelLoadError, PassError, RuntimeInputError
-from qeff_ir.frontend.forward_source import ForwardFolder, ForwardOptions
+from qeff_ir.frontend.forward_source import ForwardOptions, ForwardSource
 from qeff_ir.frontend.headless import without_head
-from qeff_ir.frontend.source import find_folder
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.providers.opening import find_folder
 from qeff_ir.frontend.tasks import EMBEDDING, Task
 from qeff_ir.package import SIDE_FOLDER
 from qeff_ir.runtime.text_settings import TextSettings
@@ -133,7 +134,7 @@ class QEFFAutoModel(ForwardModel):
             pooling, normalize, dim = _as_the_folder(sentence, pooling, normalize, dim)
             own = _own(pooling)
         options = ForwardOptions(cls.task, inputs, part, own, texts)
-        self = cls._opened(ForwardFolder(folder, options, trust_remote_code=trust_remote_code))
+        self = cls._opened(ForwardSource(Folder(folder, trust_remote_code=trust_remote_code), options))
         self._set_embedding(pooling, False if normalize is None else normalize, dim)
         return self
 

@@ -11,10 +11,12 @@ from qeff_ir.auto.arguments import check_compile_arguments, hub_arguments
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.compiler import Pipelines, Watch, choose_target, pipelines
-from qeff_ir.errors import ModelLoadError, RuntimeInputError
-from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions
-from qeff_ir.frontend.source import find_folder
-from qeff_ir.frontend.tasks import Task
+from qeff_ir.errors import RuntimeInputError
+from qeff_ir.frontend.forward_source import ForwardOptions, ForwardSource, encoder_alone
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.providers.opening import find_folder
+from qeff_ir.frontend.tasks import EMBEDDING, Task
 from qeff_ir.package import MAIN, opened
 from qeff_ir.passing.pipeline import Pipeline
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from qeff_ir.runtime.encoder import Encoder
 
 
-class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory, "Encoder"]):
+class ForwardModel(CompiledModel[ForwardSource, "Encoder"]):
     """A model without a cache that is compiled instead of run by torch; see its subclasses.
 
     Several threads may use one object; a run that goes on while another thread compiles finishes with the package that
@@ -71,7 +73,7 @@ class ForwardModel(CompiledModel[ForwardFolder | ForwardMemory, "Encoder"]):
         """
         folder = find_folder(pretrained_model_name_or_path, **hub_arguments(kwargs))
         options = ForwardOptions(cls.task, inputs, part)
-        return cls._opened(ForwardFolder(folder, options, trust_remote_code=trust_remote_code))
+        return cls._opened(ForwardSource(Folder(folder, trust_remote_code=trust_remote_code), options))
 
     def compile(
         self,
@@ -167,14 +169,13 @@ def named(inputs: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**(inputs or {}), **kwargs}
 
 
-def in_memory(model: PreTrainedModel, options: ForwardOptions) -> ForwardMemory:
-    """A model in memory as a source.
+def in_memory(model: PreTrainedModel, options: ForwardOptions) -> ForwardSource:
+    """A model in memory as a source; of an encoder-decoder, the encoder.
 
     Raises:
         ModelLoadError: It is no transformers model.
     """
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ModelLoadError(f"{type(model).__name__} is no transformers model: use from_pretrained() for a folder")
-    return ForwardMemory(model, options)
+    provider = Memory(model)
+    if options.task is EMBEDDING:
+        provider = Memory(encoder_alone(model))
+    return ForwardSource(provider, options)

@@ -13,8 +13,11 @@ from qeff_ir.auto.picture_sizes import picture_sizes
 from qeff_ir.auto.qaic_config import loaded
 from qeff_ir.compiler import Pipelines, TokenEmbedding, Watch
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError
-from qeff_ir.frontend.picture_source import PictureFolder, PictureMemory, PictureSource
-from qeff_ir.frontend.source import Source, find_folder
+from qeff_ir.frontend.picture_source import PictureSource
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.providers.opening import find_folder
+from qeff_ir.frontend.source import Source
 from qeff_ir.package import MAIN, SIDE_FOLDER, opened, program_folder
 from qeff_ir.runtime.picture_forms import PictureForms
 from qeff_ir.side_files import read_generation_config
@@ -56,7 +59,7 @@ class QEFFAutoModelForImageTextToText(GenerativeModel[PictureSource, "PictureRun
                 f"the processor is of type {type(processor).__name__}: give that of the model, as "
                 "AutoProcessor.from_pretrained returns it"
             )
-        self._open(_single(PictureMemory(model, processor), kv_offload))
+        self._open(_single(PictureSource(Memory(model, processor)), kv_offload))
 
     @classmethod
     def from_pretrained(
@@ -82,12 +85,12 @@ class QEFFAutoModelForImageTextToText(GenerativeModel[PictureSource, "PictureRun
         """
         rest, asked = loaded(kwargs)
         folder = find_folder(model_name(pretrained_model_name_or_path), **hub_arguments(rest))
-        source = _single(PictureFolder(folder, trust_remote_code=trust_remote_code), kv_offload)
+        source = _single(PictureSource(Folder(folder, trust_remote_code=trust_remote_code)), kv_offload)
         return cls._opened(source)._asking(asked)
 
     @classmethod
     def _open_checkpoint(cls, name: str | Path) -> Source:
-        return PictureFolder(find_folder(name))
+        return PictureSource(Folder(find_folder(name)))
 
     def compile(
         self,
@@ -355,7 +358,7 @@ class QEFFAutoModelForImageTextToText(GenerativeModel[PictureSource, "PictureRun
                 session = backend.open(program_folder(package.folder, form.program), threads=threads)
                 form.check({port.name: port.shape for port in session.interface.inputs})
                 encoders[form.program] = session
-            trust = isinstance(self._source, PictureFolder) and self._source.trust_remote_code
+            trust = self._source is not None and self._source.provider.trust_remote_code
             return PictureRunner(model, decoder, encoders, forms, trust_remote_code=trust)
 
 

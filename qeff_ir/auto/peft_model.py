@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qeff_ir.adapters.folder import check_name, open_adapter
-from qeff_ir.adapters.memory import AdaptedMemorySource
+from qeff_ir.adapters.memory import PeftMemory
 from qeff_ir.auto.adapters import QEffAutoPeftModelForCausalLM
 from qeff_ir.errors import AdapterError
+from qeff_ir.frontend.source import Source
 
 
 class QEffPeftModelForCausalLM(QEffAutoPeftModelForCausalLM):
@@ -29,7 +30,7 @@ class QEffPeftModelForCausalLM(QEffAutoPeftModelForCausalLM):
             raise AdapterError(
                 f"{type(model).__name__} is no PeftModelForCausalLM: wrap the base model with PEFT first"
             )
-        self._open(AdaptedMemorySource(model))
+        self._open(Source(PeftMemory(model)))
         self._saved = tempfile.TemporaryDirectory(prefix="qeff-adapters-")  # lives as long as the model does
         model.save_pretrained(self._saved.name, selected_adapters=list(model.peft_config))
         for name in model.peft_config:

@@ -10,9 +10,14 @@ from backends import find_backend
 from qeff_ir.auto.image_text import QEFFAutoModelForImageTextToText
 from qeff_ir.compiler import Pipelines, choose_target, chosen
 from qeff_ir.errors import CompileError, PackageError
-from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory
-from qeff_ir.frontend.picture_source import PictureFolder, PictureMemory, PictureSource
-from qeff_ir.frontend.source import Source, find_folder
+from qeff_ir.frontend.forward_source import ForwardSource
+from qeff_ir.frontend.headless import with_head
+from qeff_ir.frontend.picture_source import PictureSource
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.providers.opening import find_folder
+from qeff_ir.frontend.source import Source
+from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
 from qeff_ir.package import MAIN, SIDE_FOLDER
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.picture_form import FILE
@@ -34,7 +39,7 @@ class PictureEmbedder(QEFFAutoModelForImageTextToText):
     _embedding: Embedding | None = None
 
     @classmethod
-    def of(cls, source: ForwardFolder | ForwardMemory | None, processor: Any, embedding: Embedding | None) -> Self:
+    def of(cls, source: ForwardSource | None, processor: Any, embedding: Embedding | None) -> Self:
         """The same model as that of a forward pass.
 
         Args:
@@ -60,7 +65,7 @@ class PictureEmbedder(QEFFAutoModelForImageTextToText):
 
     @classmethod
     def _open_checkpoint(cls, name: str | Path) -> Source:
-        return PictureFolder(find_folder(name), headless=True)
+        return PictureSource(Folder(find_folder(name)), headless=True)
 
     def compile_with(
         self,
@@ -112,11 +117,12 @@ class PictureEmbedder(QEFFAutoModelForImageTextToText):
         return runner
 
 
-def _with_pictures(source: ForwardFolder | ForwardMemory, processor: Any) -> PictureSource:
-    if isinstance(source, ForwardFolder):
-        if source.options.part is not None:
-            raise CompileError(f"part={source.options.part!r} takes one part of the model: leave it out for image_size")
-        return PictureFolder(source.folder, trust_remote_code=source.trust_remote_code, headless=True)
-    if processor is None:
-        raise CompileError("a model in memory needs processor=, the model's, to be compiled for pictures: give it")
-    return PictureMemory(source.model, processor, headless=True)
+def _with_pictures(source: ForwardSource, processor: Any) -> PictureSource:
+    if source.options.part is not None:
+        raise CompileError(f"part={source.options.part!r} takes one part of the model: leave it out for image_size")
+    provider = source.provider
+    if isinstance(provider, Memory):
+        if processor is None:
+            raise CompileError("a model in memory needs processor=, the model's, to be compiled for pictures: give it")
+        provider = Memory(with_head(provider.model, IMAGE_TEXT_TO_TEXT), processor)
+    return PictureSource(provider, headless=True)

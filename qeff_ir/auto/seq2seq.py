@@ -13,8 +13,10 @@ from qeff_ir.auto.compiled_model import CompiledModel
 from qeff_ir.auto.encoded_runner import EncodedRunner
 from qeff_ir.compiler import Watch
 from qeff_ir.errors import CompileError, ModelLoadError
-from qeff_ir.frontend.encoded_source import EncodedFolder, EncodedMemory, EncodedSource
-from qeff_ir.frontend.source import find_folder
+from qeff_ir.frontend.encoded_source import EncodedSource
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.providers.opening import find_folder
 from qeff_ir.frontend.tasks import SEQ2SEQ, SPEECH_SEQ2SEQ, Task
 from qeff_ir.package import DECODER, MAIN, SIDE_FOLDER, encoder_of, opened, program_folder
 from qeff_ir.side_files import read_generation_config
@@ -44,7 +46,7 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, EncodedRunner]):
     task: ClassVar[Task] = SEQ2SEQ
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._open(EncodedMemory(model, self.task))
+        self._open(EncodedSource(Memory(model), self.task))
 
     @classmethod
     def from_pretrained(
@@ -61,7 +63,7 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, EncodedRunner]):
             ModelLoadError: There is no such model, it cannot be read, or an argument asks for what is not supported.
         """
         folder = find_folder(model_name(pretrained_model_name_or_path), **hub_arguments(kwargs))
-        return cls._opened(EncodedFolder(folder, cls.task, trust_remote_code=trust_remote_code))
+        return cls._opened(EncodedSource(Folder(folder, trust_remote_code=trust_remote_code), cls.task))
 
     def compile(
         self,
@@ -161,7 +163,7 @@ class QEFFAutoModelForSeq2SeqLM(CompiledModel[EncodedSource, EncodedRunner]):
         package = self.package
         with opened(package.folder, package.manifest.key):
             backend, programs = find_backend(package.manifest.target), package.manifest.programs
-            trust = isinstance(self._source, EncodedFolder) and self._source.trust_remote_code
+            trust = self._source is not None and self._source.provider.trust_remote_code
             lengths: list[tuple[PreTrainedModel, EncodedDecoder]] = []
             for name in (MAIN, *(name for name in programs if name.startswith(f"{DECODER}_"))):
                 parts = [part for part in (name, encoder_of(name)) if part in programs]
@@ -196,7 +198,7 @@ class QEFFAutoModelForSpeechSeq2Seq(QEFFAutoModelForSeq2SeqLM):
                 f"the processor is of type {type(processor).__name__}: give that of the model, as "
                 "AutoProcessor.from_pretrained returns it"
             )
-        self._open(EncodedMemory(model, self.task, processor))
+        self._open(EncodedSource(Memory(model, processor), self.task))
 
 
 def _check_lengths(given: object) -> None:

@@ -153,7 +153,8 @@ def _transformers(processor: Any, asked: Asked) -> tuple[list[Answer], Yardstick
 
     from qeff_ir.cli.yardstick import Yardstick
     from qeff_ir.demo.pictures import PICTURE_MODEL_FOLDER, SIZE
-    from qeff_ir.frontend.picture_source import VISION, PictureFolder
+    from qeff_ir.frontend.picture_source import VISION, PictureSource
+    from qeff_ir.frontend.providers.folder import Folder
     from qeff_ir.numerics import bound, depth, error_over_rms
 
     loader: Any = AutoModelForImageTextToText
@@ -165,7 +166,7 @@ def _transformers(processor: Any, asked: Asked) -> tuple[list[Answer], Yardstick
         tokens, logits = _scored(model, inputs, use_cache=False)
         answers.append(Answer(tokens[:, 0], logits[:, 0]))
         own = max(own, error_over_rms(_scored(model, inputs, use_cache=True)[1], logits))
-    source = PictureFolder(PICTURE_MODEL_FOLDER).for_pictures([(SIZE, SIZE)], 1)
+    source = PictureSource(Folder(PICTURE_MODEL_FOLDER)).for_pictures([(SIZE, SIZE)], 1)
     vision = source.lower_vision(VISION)
     products = depth(source.lower()) + depth(vision, vision.graph.outputs[0].name or "")
     return answers, Yardstick(bound(products), own)

@@ -45,11 +45,11 @@ def compile_encoded(
     """
     if request.token_embedding != "graph":
         raise CompileError("--token-embedding host is not for encoder-decoders: leave it out")
-    from qeff_ir.frontend.source import FolderSource
+    from qeff_ir.frontend.providers.stored import Stored
 
-    if not isinstance(source, FolderSource):
+    if not isinstance(source.provider, Stored):
         raise CompileError("adapters of a model with an encoder are not supported: give the model itself")
-    found = _kind(source.config).from_pretrained(source.folder, trust_remote_code=request.trust_remote_code)
+    found = _kind(source.config).from_pretrained(source.provider.folder, trust_remote_code=request.trust_remote_code)
     options = {**request.options(), "prefill_seq_len": request.prefill_seq_len}
     options |= {name: value for name, value in (("prefill_seq_len", 1), ("ctx_len", None)) if name not in request.given}
     with compiling(request) as rest:

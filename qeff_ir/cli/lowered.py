@@ -21,9 +21,9 @@ class LoweredOnce(Source):
     """Another source, lowered on first use; every `lower` returns a copy of the same module."""
 
     def __init__(self, source: Source) -> None:
+        super().__init__(source.provider, source.task)
         self._source = source
         self._modules: dict[str, Module] = {}
-        self.config = source.config
 
     def lower(self) -> Module:
         """See `Source.lower`."""
@@ -50,13 +50,9 @@ class LoweredOnce(Source):
         """See `Source.weight_files`."""
         return self._source.weight_files()
 
-    def reference(self) -> PreTrainedModel:
+    def reference(self, dtype: str = "float32") -> PreTrainedModel:
         """See `Source.reference`."""
-        return self._source.reference()
-
-    def decoded_here(self) -> bool:
-        """See `Source.decoded_here`."""
-        return self._source.decoded_here()
+        return self._source.reference(dtype)
 
     def save_side_files(self, folder: Path) -> None:
         """See `Source.save_side_files`."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qeff_ir.compiler import Compiled
-    from qeff_ir.frontend.source import FolderSource, Source
+    from qeff_ir.frontend.source import Source
     from qeff_ir.ir.module import Module
     from qeff_ir.package import Manifest
     from qeff_ir.passing.manager import PassRun
@@ -32,7 +32,7 @@ STEPS = {
 """What is shown while a step runs."""
 
 
-def open_model(name: str, request: Request) -> FolderSource:
+def open_model(name: str, request: Request) -> Source:
     """Open a model folder, a hub id or a GGUF file.
 
     Raises:

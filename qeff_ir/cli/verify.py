@@ -23,7 +23,7 @@ from qeff_ir.cli.terminal import show, working
 from qeff_ir.errors import CompileError, RuntimeInputError
 
 if TYPE_CHECKING:
-    from qeff_ir.frontend.source import FolderSource
+    from qeff_ir.frontend.source import Source
     from qeff_ir.testing.trace import Comparison, Trace
 
 Rows = list[list[int]]
@@ -116,7 +116,7 @@ def _asked(model: str, request: Request, steps: int, prompt: Sequence[str] | Non
         from qeff_ir.testing.trace import reference_trace, session_trace
 
         named = compiled.manifest.options["dtype"]
-        theirs, dtype = opened.loaded(named), ir.DataType[_TYPES[named]]
+        theirs, dtype = opened.reference(named), ir.DataType[_TYPES[named]]
         reference = reference_trace(theirs, rows, steps)
         say("Asking the compiled model")
         decoder = QEFFAutoModelForCausalLM.from_package(compiled.folder, checkpoint=source).runner().decoder
@@ -133,7 +133,7 @@ def _asked(model: str, request: Request, steps: int, prompt: Sequence[str] | Non
     )
 
 
-def _drift(dtype: str, source: FolderSource, rows: Rows, ours: Trace, theirs: Trace) -> str:
+def _drift(dtype: str, source: Source, rows: Rows, ours: Trace, theirs: Trace) -> str:
     """How far both are from the model in float32, on the same tokens."""
     from qeff_ir.testing.trace import compare, reference_trace
 

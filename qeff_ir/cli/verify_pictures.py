@@ -66,8 +66,9 @@ def asked_about_pictures(
     from transformers import GenerationConfig
 
     from qeff_ir.cli.yardstick import Yardstick
-    from qeff_ir.frontend.picture_source import PictureFolder
-    from qeff_ir.frontend.source import find_folder
+    from qeff_ir.frontend.picture_source import PictureSource
+    from qeff_ir.frontend.providers.folder import Folder
+    from qeff_ir.frontend.providers.opening import find_folder
     from qeff_ir.package import SIDE_FOLDER
     from qeff_ir.runtime.picture_prompts import processed
     from qeff_ir.side_files import read_processor
@@ -80,7 +81,7 @@ def asked_about_pictures(
     check_room(max(map(len, rows)), steps, runner.decoder.ctx_len)
     beside = [_beside(processed(processor, *one)) for one in zip(texts, pictures, strict=True)]
     with working("Asking transformers") as say:
-        source = PictureFolder(find_folder(model), trust_remote_code=request.trust_remote_code)
+        source = PictureSource(Folder(find_folder(model), trust_remote_code=request.trust_remote_code))
         theirs = source.reference()
         theirs.generation_config = GenerationConfig()  # nothing ends an answer before its last step
         reference = reference_trace(theirs, rows, steps, beside)

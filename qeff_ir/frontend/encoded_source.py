@@ -1,18 +1,17 @@
-"""Where an encoder-decoder model comes from; its package has an encoder, and a decoder given what that makes."""
+"""Encoder-decoder models: a package has an encoder, and a decoder given what that makes."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qeff_ir.errors import CompileError, UnsupportedModelError
-from qeff_ir.frontend.source import FolderSource, MemorySource, Source
+from qeff_ir.frontend.source import Source
 from qeff_ir.frontend.tasks import SEQ2SEQ, SPEECH_SEQ2SEQ, Task
 from qeff_ir.ir.module import Module
 from qeff_ir.package import DECODER, MAIN, encoder_of
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qeff_ir.frontend.inputs import InputSpec
+    from qeff_ir.frontend.providers.provider import Provider
 
 _SECONDS = 30
 """Longest recording where the feature extractor has none."""
@@ -29,7 +29,11 @@ _TOKENS = 128
 
 
 class EncodedSource(Source):
-    """An encoder-decoder model, see `for_length`.
+    """An encoder-decoder model, see `for_length`; the provider of one of speech has its feature extractor.
+
+    Args:
+        provider: Where it comes from.
+        task: What it is for.
 
     Attributes:
         specs: Inputs of the encoder in the longest form.
@@ -38,6 +42,9 @@ class EncodedSource(Source):
 
     specs: Sequence[InputSpec] | None = None
     shorter: Mapping[str, Sequence[InputSpec]] = MappingProxyType({})
+
+    def __init__(self, provider: Provider, task: Task = SEQ2SEQ) -> None:
+        super().__init__(provider, task)
 
     def programs(self) -> Mapping[str, Callable[[], Module]]:
         """See `Source.programs`."""
@@ -71,7 +78,7 @@ class EncodedSource(Source):
         several = [encoder_ctx_len] if isinstance(encoder_ctx_len, int | None) else sorted(set(encoder_ctx_len))[::-1]
         found = copy.copy(self)
         if self.task is SPEECH_SEQ2SEQ:
-            extractor = self.processor_of("AutoFeatureExtractor")
+            extractor = self.provider.processor_of("AutoFeatureExtractor")
             known = [_of_recording(model, extractor, length) for length in several]
         else:
             known = [_of_text(model, length) for length in several]
@@ -103,34 +110,6 @@ class EncodedSource(Source):
         from qeff_ir.frontend.export.encoded import lower_encoder
 
         return lower_encoder(*self.opened(), self._known())
-
-
-class EncodedFolder(EncodedSource, FolderSource):
-    """A folder of an encoder-decoder model, for speech with its feature extractor.
-
-    Args:
-        folder: The folder.
-        task: What the model is for.
-        trust_remote_code: Whether code of the folder may run.
-    """
-
-    def __init__(self, folder: Path, task: Task = SEQ2SEQ, *, trust_remote_code: bool = False) -> None:
-        super().__init__(folder, trust_remote_code=trust_remote_code)
-        self.task = task
-
-
-class EncodedMemory(EncodedSource, MemorySource):
-    """A transformers model in memory, for speech with its processor.
-
-    Args:
-        model: The model.
-        task: What it is for.
-        processor: Its processor, or its feature extractor alone; a model of texts needs none.
-    """
-
-    def __init__(self, model: PreTrainedModel, task: Task = SEQ2SEQ, processor: Any = None) -> None:
-        super().__init__(model, processor)
-        self.task = task
 
 
 def _of_text(model: PreTrainedModel, length: int | None) -> list[InputSpec]:

@@ -1,4 +1,4 @@
-"""Where a model without a cache comes from: a folder, a hub id, or a transformers model in memory."""
+"""Models without a cache, of which one forward pass is lowered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qeff_ir.errors import ModelLoadError
-from qeff_ir.frontend.source import FolderSource, MemorySource
+from qeff_ir.frontend.source import Source
 from qeff_ir.frontend.tasks import EMBEDDING, Task
 from qeff_ir.ir.module import Module
 from qeff_ir.runtime.text_settings import TextSettings
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from qeff_ir.frontend.checkpoint.weights import Weights
     from qeff_ir.frontend.inputs import InputSpec, Wanted
+    from qeff_ir.frontend.providers.provider import Provider
 
 
 @dataclass(frozen=True)
@@ -40,90 +42,80 @@ class ForwardOptions:
     texts: TextSettings = field(default_factory=TextSettings)
 
 
-class ForwardFolder(FolderSource):
-    """A model folder whose forward pass is lowered as it is.
+class ForwardSource(Source):
+    """A model whose forward pass is lowered as it is.
 
-    Of an encoder-decoder model, the encoder is taken. Weights that the checkpoint lacks cost only the outputs that need
+    Of an encoder-decoder model, the encoder is taken. Weights that a checkpoint lacks cost only the outputs that need
     them.
 
     Args:
-        folder: The folder.
+        provider: Where the model comes from.
         options: What to take of it.
-        trust_remote_code: Whether code of the folder may run.
+
+    Raises:
+        ModelLoadError: It has no such part.
     """
 
-    partial = True
-
-    def __init__(self, folder: Path, options: ForwardOptions, *, trust_remote_code: bool = False) -> None:
-        super().__init__(folder, trust_remote_code=trust_remote_code)
-        self.options, self.task = options, options.task
+    def __init__(self, provider: Provider, options: ForwardOptions) -> None:
         if options.part is not None:
-            part = getattr(self.config, f"{options.part}_config", None)
+            part = getattr(provider.config, f"{options.part}_config", None)
             if part is None:
-                parts = sorted(n.removesuffix("_config") for n in self.config.sub_configs) or ["none"]
+                parts = sorted(n.removesuffix("_config") for n in provider.config.sub_configs) or ["none"]
                 raise ModelLoadError(
-                    f"{type(self.config).__name__} has no part '{options.part}': there is {', '.join(parts)}"
+                    f"{type(provider.config).__name__} has no part '{options.part}': there is {', '.join(parts)}"
                 )
-            self.config = part
+            provider = provider.part(part)
+        super().__init__(provider, options.task)
+        self.options = options
+
+    def auto_class(self) -> Any:
+        """transformers' class; for the encoder of an encoder-decoder, the one that makes only that, if there is one."""
+        from transformers import AutoModelForTextEncoding
+        from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+        encoder = self.task is EMBEDDING and getattr(self.config, "is_encoder_decoder", False)
+        if encoder and type(self.config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+            return AutoModelForTextEncoding
+        return super().auto_class()
+
+    def opened(self) -> tuple[PreTrainedModel, Weights]:
+        """See `Source.opened`; weights that the checkpoint lacks are left out."""
+        return self.provider.opened(self.auto_class(), partial=True)
 
     def lower(self) -> Module:
         """See `Source.lower`."""
         whole, weights = self.opened()
-        model = _encoder(whole)
+        model = encoder_alone(whole)
         if model is not whole:
             prefix = next(n for n, m in whole.named_modules() if m is model) + "."
             weights = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
         return _lowered(model, weights, self.options)
+
+    def takes_tokens(self) -> bool:
+        """Whether token ids are an input."""
+        return any(i.name == "input_ids" for i in _inputs(encoder_alone(self.opened()[0]), self.options))
 
     def identity(self) -> dict[str, Any] | None:
         """See `Source.identity`; a pooling of the user's has none."""
         known = super().identity()
         if self.options.pooling is not None or known is None:
             return None
-        return {**known, "forward": [self.options.task.auto, self.options.part, _described(self.options)]}
+        return {**known, "forward": [self.task.auto, self.options.part, _described(self.options)]}
+
+    def reference(self, dtype: str = "float32") -> PreTrainedModel:
+        """See `Source.reference`."""
+        return encoder_alone(super().reference(dtype))
 
     def save_side_files(self, folder: Path) -> None:
         """See `Source.save_side_files`; with what is done to texts."""
         super().save_side_files(folder)
         self.options.texts.write(folder)
 
-    def takes_tokens(self) -> bool:
-        """Whether token ids are an input."""
-        return any(i.name == "input_ids" for i in _inputs(_encoder(self._skeleton()), self.options))
 
-    def reference(self) -> PreTrainedModel:
-        """See `Source.reference`."""
-        return _encoder(super().reference())
-
-    def _auto(self) -> Any:
-        """transformers' class; for the encoder of an encoder-decoder, the one that makes only that, if there is one."""
-        from transformers import AutoModelForTextEncoding
-        from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
-
-        encoder = self.options.task is EMBEDDING and getattr(self.config, "is_encoder_decoder", False)
-        if encoder and type(self.config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
-            return AutoModelForTextEncoding
-        return super()._auto()
-
-
-class ForwardMemory(MemorySource):
-    """A transformers model in memory whose forward pass is lowered as it is."""
-
-    def __init__(self, model: PreTrainedModel, options: ForwardOptions) -> None:
-        super().__init__(_encoder(model) if options.task is EMBEDDING else model)
-        self.options, self.task = options, options.task
-
-    def lower(self) -> Module:
-        """See `Source.lower`."""
-        return _lowered(*self.opened(), self.options)
-
-    def takes_tokens(self) -> bool:
-        """Whether token ids are an input."""
-        return any(i.name == "input_ids" for i in _inputs(self.model, self.options))
-
-    def save_side_files(self, folder: Path) -> None:
-        """Write the configuration."""
-        self.config.to_json_file(folder / "config.json")
+def encoder_alone(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder of an encoder-decoder model with both, else the model itself."""
+    whole = getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "decoder")
+    return model.get_encoder() if whole else model
 
 
 def _lowered(model: PreTrainedModel, weights: Any, options: ForwardOptions) -> Module:
@@ -149,12 +141,6 @@ def _inputs(model: PreTrainedModel, options: ForwardOptions) -> list[InputSpec]:
     from qeff_ir.frontend.inputs import find_inputs
 
     return find_inputs(model, options.inputs)
-
-
-def _encoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The encoder of an encoder-decoder model with both, else the model itself."""
-    whole = getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "decoder")
-    return model.get_encoder() if whole else model
 
 
 def _described(options: ForwardOptions) -> Any:

@@ -1,4 +1,4 @@
-"""Where a model of pictures and text comes from; its package has an encoder, and a language model given rows.
+"""Models of pictures and text: a package has an encoder, and a language model given rows.
 
 Asked for a single program, it has both in one graph.
 """
@@ -17,8 +17,8 @@ import numpy as np
 
 from qeff_ir.errors import CompileError, QeffError, UnsupportedModelError, first_line
 from qeff_ir.frontend.checkpoint.config import CONFIG
-from qeff_ir.frontend.headless import fill_head, with_head
-from qeff_ir.frontend.source import FolderSource, MemorySource, Source
+from qeff_ir.frontend.headless import fill_head
+from qeff_ir.frontend.source import Source
 from qeff_ir.frontend.tasks import IMAGE_TEXT_TO_TEXT
 from qeff_ir.ir.module import Module
 from qeff_ir.package import MAIN
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qeff_ir.frontend.checkpoint.weights import Weights
     from qeff_ir.frontend.export.encoders import Example
     from qeff_ir.frontend.export.features import Features
+    from qeff_ir.frontend.providers.provider import Provider
 
 Modality = Literal["image", "video"]
 """What is encoded beside text; the frames of a video are encoded together."""
@@ -62,15 +63,32 @@ class Pictured:
 
 
 class PictureSource(Source):
-    """A model of pictures and text, see `for_pictures`.
+    """A model of pictures and text, see `for_pictures`; its provider has its processor.
+
+    Of a model that answers in other ways too, the part that answers in text is taken.
+
+    Args:
+        provider: Where it comes from.
+        headless: Whether its LM head is not read, so that a checkpoint may lack it.
 
     Attributes:
         single_program: Whether encoder and language model are one program.
     """
 
-    task = IMAGE_TEXT_TO_TEXT
     pictured: Pictured | None = None
     single_program: bool = False
+
+    def __init__(self, provider: Provider, *, headless: bool = False) -> None:
+        from qeff_ir.frontend.parts import answering_part
+
+        part = answering_part(provider, IMAGE_TEXT_TO_TEXT.auto_class())
+        super().__init__(part, IMAGE_TEXT_TO_TEXT)
+        self._is_part, self._headless = part is not provider, headless
+
+    def opened(self) -> tuple[PreTrainedModel, Weights]:
+        """See `Source.opened`; an LM head that is not read has the weight of the embeddings."""
+        model, weights = self.provider.opened(self.auto_class(), partial=self._headless)
+        return model, fill_head(model, weights) if self._headless else weights
 
     def programs(self) -> Mapping[str, Callable[[], Module]]:
         """See `Source.programs`."""
@@ -110,7 +128,7 @@ class PictureSource(Source):
             )
         if frames and self.single_program:
             raise CompileError("one program for pictures and text takes no videos: leave out kv_offload=False")
-        processor = self.processor_of("AutoVideoProcessor" if frames else "AutoImageProcessor")
+        processor = self.provider.processor_of("AutoVideoProcessor" if frames else "AutoImageProcessor")
         found: list[tuple[PictureForm, Example, Features]] = []
         for size in sizes:
             example, inputs = _example(processor, size, takes, frames)
@@ -172,59 +190,14 @@ class PictureSource(Source):
         return lower_encoder(*self.opened(), self._known().examples[program], modality)
 
     def save_side_files(self, folder: Path) -> None:
-        """See `Source.save_side_files`; with the forms of pictures, by which they are part of the package's key."""
-        super().save_side_files(folder)
-        self._known().forms.write(folder)
+        """See `Source.save_side_files`; with the forms of pictures, by which they are part of the package's key.
 
-
-class PictureFolder(PictureSource, FolderSource):
-    """A model folder with its image processor.
-
-    Of a model that answers in other ways too, the part that answers in text is taken.
-
-    Args:
-        folder: The folder.
-        trust_remote_code: Whether code of the folder may run.
-        headless: Whether its LM head is not read, so that the checkpoint may lack it.
-    """
-
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False, headless: bool = False) -> None:
-        from qeff_ir.frontend.parts import answering_config
-
-        super().__init__(folder, trust_remote_code=trust_remote_code)
-        whole, self.partial = self.config, headless
-        if not self._remote:
-            self.config = answering_config(whole, self._auto())
-        self._is_part = self.config is not whole
-
-    def opened(self) -> tuple[PreTrainedModel, Weights]:
-        """See `Source.opened`; an LM head that is not read has the weight of the embeddings."""
-        model, weights = super().opened()
-        return model, fill_head(model, weights) if self.partial else weights
-
-    def save_side_files(self, folder: Path) -> None:
-        """See `Source.save_side_files`; with the configuration of the part that is taken."""
+        The configuration is that of the part that is taken.
+        """
         super().save_side_files(folder)
         if self._is_part:
             self.config.to_json_file(folder / CONFIG)
-
-
-class PictureMemory(PictureSource, MemorySource):
-    """A transformers model in memory with its processor.
-
-    Args:
-        model: The model; see `PictureFolder` of one that answers in other ways too.
-        processor: Its processor, or its image processor alone.
-        headless: Whether its LM head is not read, so that it may be a base model.
-    """
-
-    def __init__(self, model: PreTrainedModel, processor: Any, *, headless: bool = False) -> None:
-        from qeff_ir.frontend.parts import answering_model
-
-        model = with_head(model, self.task) if headless else model
-        super().__init__(model, processor)
-        self.model = answering_model(self.model, self.task.auto_class())
-        self.config = self.model.config
+        self._known().forms.write(folder)
 
 
 def _modality(frames: int) -> Modality:

@@ -167,13 +167,13 @@ def test_the_checks_let_a_good_adapter_in(running: QEffAutoPeftModelForCausalLM,
 
 
 def test_an_adapter_of_another_base_model_is_refused(good: Path, tmp_path: Path) -> None:
-    from qeff_ir.frontend.source import MemorySource
+    from qeff_ir.frontend.providers.memory import Memory
+    from qeff_ir.frontend.source import Source
 
-    config = copy.deepcopy(base(NAME).config)
-    config._name_or_path = "somebody/small-model"
-    source = MemorySource(base(NAME))
-    source.config = config
-    model = QEffAutoPeftModelForCausalLM._opened(source)
+    provider = Memory(base(NAME))
+    provider.config = copy.deepcopy(provider.config)
+    provider.config._name_or_path = "somebody/small-model"
+    model = QEffAutoPeftModelForCausalLM._opened(Source(provider))
     folder = tmp_path / "adapter"
     shutil.copytree(good, folder)
     configured(folder, base_model_name_or_path="somebody/large-model")

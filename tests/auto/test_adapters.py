@@ -19,7 +19,8 @@ from qeff_ir.adapters.layers import find_layers
 from qeff_ir.adapters.step import Mode, lora_step
 from qeff_ir.adapters.targets import regex, select, selection
 from qeff_ir.errors import AdapterError, PassError, RuntimeInputError
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.passing.manager import run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
@@ -283,7 +284,7 @@ def shared(kind: str) -> Any:
 def test_what_is_shared_changes_where_the_adapter_says(kind: str, merged: bool, tmp_path: Path) -> None:
     """In both uses of a module, and in one of two modules that share a weight."""
     theirs = make(shared(kind), tmp_path, 3, r=4, target_modules=r".*layers\.0\.mlp(\.inner)?\.up_proj")
-    model = QEffAutoPeftModelForCausalLM._opened(MemorySource(shared(kind)))
+    model = QEffAutoPeftModelForCausalLM._opened(Source(Memory(shared(kind))))
     model.load_adapter(tmp_path, "it")
     if merged:
         model.merge_adapter("it")
@@ -351,7 +352,7 @@ def headed() -> Any:
 
 def test_a_layer_that_sees_heads_has_the_adapter_of_the_row(tmp_path: Path) -> None:
     adapted = make(headed(), tmp_path, 3, r=4, target_modules=["inner"])
-    model = QEffAutoPeftModelForCausalLM._opened(MemorySource(headed()))
+    model = QEffAutoPeftModelForCausalLM._opened(Source(Memory(headed())))
     model.load_adapter(tmp_path, "it")
     model.compile(**COMPILE)
     ids = torch.tensor(support.prompts([7, 7]))

@@ -31,7 +31,8 @@ from qeff_ir import (
 )
 from qeff_ir.debug.plain import plain_module
 from qeff_ir.errors import CompileError, ModelLoadError, RuntimeInputError, UnsupportedModelError
-from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
+from qeff_ir.frontend.forward_source import ForwardOptions, ForwardSource
+from qeff_ir.frontend.providers.memory import Memory
 from qeff_ir.frontend.sentence import read_sentence_config
 from qeff_ir.runtime.interface import interface_of
 from tests.encoders import ENCODERS, build, example
@@ -422,7 +423,7 @@ def test_lengths_that_cannot_work_are_refused(options: Any, message: str) -> Non
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_a_text_may_be_just_as_long_as_the_table_of_positions(name: str) -> None:
     model = build(name)
-    limit = ForwardMemory(model, ForwardOptions()).lower().dims["seq_len"].maximum
+    limit = ForwardSource(Memory(model), ForwardOptions()).lower().dims["seq_len"].maximum
     assert limit is not None and limit == (64 if name == "bert" else 63)  # the other's begins with a row for padding
     tokens = torch.full((1, limit + 1), 5)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from benchmarks.race import SHARE, reached, standing
 from benchmarks.result import SCHEMA, Result, Row, figure, markdown, plot
 from benchmarks.shapes import SHAPES, config
 from benchmarks.sparse_checkpoint import write_checkpoint
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import open_source
 from qeff_ir.quantized import quantized
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +153,7 @@ def test_a_suite_runs_in_its_quick_form(suite: str, more: list[str], figures: se
 def test_each_form_of_checkpoints_is_one_that_is_read(name: str, tmp_path: Path) -> None:
     shape = SHAPES["tiny"]
     write_checkpoint(config(shape), tmp_path, form=FORMS[name])
-    weights = FolderSource(tmp_path).weights()
+    weights = open_source(tmp_path).weights()
     found = [key for key, tensor in weights.items() if quantized(tensor) is not None]
     assert len(found) == (7 * shape["layers"] if FORMS[name].settings else 0)
 

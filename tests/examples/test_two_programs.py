@@ -15,7 +15,7 @@ from backends import find_backend
 from qeff_ir import sharing
 from qeff_ir.compiler import Compiled, Pipelines, compile_model
 from qeff_ir.errors import CompileError, PackageError
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import open_source
 from qeff_ir.ir.module import Module
 from qeff_ir.package import MAIN, MANIFEST, open_package, program_folder
 from qeff_ir.passing import Pipeline
@@ -76,7 +76,7 @@ def test_one_key_is_over_all_programs(checkpoint: Path, tmp_path: Path) -> None:
     pipelines = {name: program.report["pipeline"] for name, program in changed.manifest.programs.items()}
     assert "fuse-norms" in pipelines[MAIN] and "fuse-norms" not in pipelines[HIDDEN]
     one = compile_model(
-        FolderSource(checkpoint), replace(OPTIONS, seq_len=()), target="onnxruntime", out=tmp_path / "one"
+        open_source(checkpoint), replace(OPTIONS, seq_len=()), target="onnxruntime", out=tmp_path / "one"
     )
     assert one.manifest.key not in (first.manifest.key, changed.manifest.key)
     with pytest.raises(CompileError, match="a pipeline for the program 'hiden'; did you mean 'hidden'"):

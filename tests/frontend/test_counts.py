@@ -21,7 +21,8 @@ from qeff_ir.compiler import compile_model
 from qeff_ir.errors import UnsupportedModelError
 from qeff_ir.frontend.capture import ops
 from qeff_ir.frontend.export.positions import give_positions
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from qeff_ir.numerics import error_over_rms
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.testing.trace import reference_trace
@@ -282,7 +283,7 @@ def test_a_temperature_that_grows_with_the_position(target: str, tmp_path: Path)
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama4_text", **sizes, **heads, **layers, **scale, num_local_experts=2)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    source = MemorySource(model)
+    source = Source(Memory(model))
     options = CompileOptions(prefill_seq_len=5, ctx_len=32, batch_size=3)
     folder = compile_model(source, options, target=target, emit_only=target == "ai100").folder
     decoder = Decoder(find_backend(target).open(folder, threads=1))

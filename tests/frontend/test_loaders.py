@@ -19,8 +19,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from qeff_ir.errors import ModelLoadError, QeffError
 from qeff_ir.frontend.checkpoint.ties import same_numbers
-from qeff_ir.frontend.forward_source import ForwardFolder, ForwardOptions
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.forward_source import ForwardOptions, ForwardSource
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.source import open_source
 from qeff_ir.frontend.tasks import EMBEDDING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Task
 from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.ranges import FileRange
@@ -430,11 +431,11 @@ def test_both_load_the_same_or_refuse(name: str, tmp_path: Path) -> None:
     theirs = _theirs(folder, auto)
     if theirs is None or (theirs[1] and not partial):  # what would be left to chance is refused
         with pytest.raises(QeffError) as error:
-            FolderSource(folder).lower() if not partial else _forward(folder, auto).lower()
+            open_source(folder).lower() if not partial else _forward(folder, auto).lower()
         assert "\n" not in str(error.value)
         return
     model, missing = theirs
-    ours = _forward(folder, auto).weights() if partial else FolderSource(folder).weights()
+    ours = _forward(folder, auto).weights() if partial else open_source(folder).weights()
     assert set(ours) == set(model.state_dict()) - missing
     for key in ours:
         np.testing.assert_array_equal(ours[key].numpy(), model.state_dict()[key].numpy(), err_msg=key)
@@ -443,14 +444,14 @@ def test_both_load_the_same_or_refuse(name: str, tmp_path: Path) -> None:
             _forward(folder, auto).lower()
 
 
-def _forward(folder: Path, auto: str) -> ForwardFolder:
-    return ForwardFolder(folder, ForwardOptions(_TASKS[auto]))
+def _forward(folder: Path, auto: str) -> ForwardSource:
+    return ForwardSource(Folder(folder), ForwardOptions(_TASKS[auto]))
 
 
 def test_a_head_of_its_own_is_lowered(tmp_path: Path) -> None:
     """What is untied by the checkpoint is two weights in the graph, each with its own numbers."""
     _own_head(Writer(tmp_path, "llama"))
-    values = FolderSource(tmp_path).lower().graph.initializers.values()
+    values = open_source(tmp_path).lower().graph.initializers.values()
     tables = {
         v.metadata_props[WEIGHT_KEY]: v for v in values if WEIGHT_KEY in v.metadata_props and 40 in (v.shape or ())
     }
@@ -491,7 +492,7 @@ def test_what_transformers_might_read_is_refused_by_a_sentence(
     folder.mkdir()
     write(Writer(folder, "llama"))
     with pytest.raises(ModelLoadError) as error:
-        FolderSource(folder)
+        open_source(folder)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -500,9 +501,9 @@ def test_tables_that_nobody_saves_are_computed(tmp_path: Path) -> None:
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
     config = AutoConfig.for_model("marian", vocab_size=40, pad_token_id=39, max_position_embeddings=32, **sizes)
     transformers.AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
-    source = ForwardFolder(tmp_path, ForwardOptions(EMBEDDING))
+    source = ForwardSource(provider := Folder(tmp_path), ForwardOptions(EMBEDDING))
     name = "encoder.embed_positions.weight"
-    assert not any("embed_positions" in key for key in source.checkpoint.entries)
+    assert not any("embed_positions" in key for key in provider.checkpoint.entries)
     expected = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float32).state_dict()[name]
     state = torch.random.get_rng_state()
     found = source.weights()[name].numpy()

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qeff_ir import numerics
 from qeff_ir.frontend.capture import states
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from qeff_ir.frontend.versions import CACHE
 from qeff_ir.ir.residents import Resident
 from qeff_ir.specialize import specialize
@@ -63,7 +64,7 @@ def looped(name: str) -> PreTrainedModel:
 def test_each_run_of_a_layer_has_a_cache_of_its_own(name: str, window: int | None, tmp_path: Path) -> None:
     model = looped(name)
     reference = reference_trace(model, support.PROMPTS, support.STEPS)
-    module = MemorySource(model).lower()
+    module = Source(Memory(model)).lower()
     kept = [(state.layer, state.kind, state.window) for state in module.states]
     assert kept == [(layer, role, window) for layer in range(2 * LAYERS) for role in ("key", "value")]
     bound = numerics.bound(numerics.depth(module))

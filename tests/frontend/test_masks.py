@@ -12,7 +12,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from tests import support
 from tests.frontend.test_refusals import OwnMask
 from tests.models import VOCAB
@@ -38,7 +39,7 @@ class Infinite(OwnMask):
 def test_a_row_whose_mask_is_minus_infinity(tmp_path: Path) -> None:
     """Padding sees nothing: once lowered to a plain softmax, its row is NaN where that is added as it is."""
     model = Infinite(AutoConfig.for_model("llama", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1)).eval()
-    module = MemorySource(model).lower()
+    module = Source(Memory(model)).lower()
     support.apply(module, "canonicalize,attention{impl=grouped}")
     feeds = support.random_feeds(module, {"batch_size": 2, "seq_len": 3, "ctx_len": 16})
     assert feeds["position_ids"][1, -1] == -1

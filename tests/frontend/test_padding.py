@@ -14,8 +14,9 @@ import transformers
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCTC, QEFFAutoModelForSequenceClassification, numerics
 from qeff_ir.errors import CompileError, RuntimeInputError
 from qeff_ir.frontend.export.padding import find_padding
-from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
+from qeff_ir.frontend.forward_source import ForwardOptions, ForwardSource
 from qeff_ir.frontend.inputs import find_inputs
+from qeff_ir.frontend.providers.memory import Memory
 from qeff_ir.frontend.tasks import CTC
 from qeff_ir.runtime.sizes import evaluate
 from tests.encoders import build, example
@@ -152,7 +153,7 @@ def test_a_recording_that_is_normalized_as_a_whole_is_not_padded() -> None:
     ours = QEFFAutoModelForCTC(theirs)
     ours.compile(target="ai100", seq_len=[700, 1000], emit_only=True)
     expected = exact(theirs, input_values=SOUND).logits.numpy()
-    depth = numerics.depth(ForwardMemory(theirs, ForwardOptions(CTC)).lower())  # deeper: it normalizes twice
+    depth = numerics.depth(ForwardSource(Memory(theirs), ForwardOptions(CTC)).lower())  # deeper: it normalizes twice
     assert close(ours.generate(input_values=SOUND)["logits"], expected, depth)
     with pytest.raises(RuntimeInputError, match="filling them up to 1000 would change 'logits' of this model"):
         ours.generate(input_values=np.zeros((1, 701), np.float32))
@@ -190,7 +191,7 @@ def test_the_table_of_positions_is_told_by_what_it_is_asked(config: Any, limit: 
     """The vocabulary is as large as the positions, and a token in its middle pads."""
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
-    module = ForwardMemory(model, ForwardOptions()).lower()
+    module = ForwardSource(Memory(model), ForwardOptions()).lower()
     assert module.dims["seq_len"].maximum == limit
 
 
@@ -221,7 +222,7 @@ def test_a_token_that_ends_a_text_is_not_taken_for_padding() -> None:
 
 def test_the_mask_of_a_recording_is_compiled_in_where_it_helps() -> None:
     for norm, names in (("layer", ["input_values", "attention_mask"]), ("group", ["input_values"])):
-        module = ForwardMemory(speech(norm), ForwardOptions(CTC)).lower()
+        module = ForwardSource(Memory(speech(norm)), ForwardOptions(CTC)).lower()
         assert [value.name for value in module.graph.inputs] == names
     shapes = {"input_features": ("batch_size", "seq_len", 16)}
     features = example("wav2vec2-bert", shapes)["input_features"].numpy()

@@ -13,7 +13,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qeff_ir.errors import UnsupportedModelError
-from qeff_ir.frontend.source import FolderSource, MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source, open_source
 from tests.models import build
 
 
@@ -21,18 +22,18 @@ def test_quantized_weights(tmp_path: Path) -> None:
     build("llama")[1].save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    FolderSource(tmp_path)
+    open_source(tmp_path)
     path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "unheard-of"}}))
     with pytest.raises(UnsupportedModelError, match=r"quantized by 'unheard-of' .* use the unquantized checkpoint"):
-        FolderSource(tmp_path)
+        open_source(tmp_path)
 
 
 def test_quantized_weights_in_memory() -> None:
     model = build("llama")[1]
-    MemorySource(model).lower()
+    Source(Memory(model)).lower()
     vars(model)["is_quantized"] = True  # which transformers says of a model whose layers it has exchanged
     with pytest.raises(UnsupportedModelError, match=r"quantized in memory: give the folder .* dequantize\(\)"):
-        MemorySource(model).lower()
+        Source(Memory(model)).lower()
 
 
 def test_an_encoder() -> None:
@@ -40,9 +41,9 @@ def test_an_encoder() -> None:
     config = AutoConfig.for_model("bert", **sizes, intermediate_size=64, is_decoder=False)
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(UnsupportedModelError, match="attention sees later tokens, as an encoder's does"):
-        MemorySource(model).lower()
+        Source(Memory(model)).lower()
     config.is_decoder = True
-    assert MemorySource(AutoModelForCausalLM.from_config(config).eval()).lower().states
+    assert Source(Memory(AutoModelForCausalLM.from_config(config).eval())).lower().states
 
 
 class OwnMask(PreTrainedModel):
@@ -67,7 +68,7 @@ class OwnMask(PreTrainedModel):
 def test_masks_of_the_models_own() -> None:
     config = AutoConfig.for_model("llama", vocab_size=97, hidden_size=32, num_hidden_layers=1)
     with pytest.raises(UnsupportedModelError, match="OwnMask builds attention masks by itself, so"):
-        MemorySource(OwnMask(config).eval()).lower()
+        Source(Memory(OwnMask(config).eval())).lower()
 
 
 class StoredMask(OwnMask):
@@ -89,4 +90,4 @@ class StoredMask(OwnMask):
 def test_a_stored_mask_beside_the_models_own() -> None:
     config = AutoConfig.for_model("llama", vocab_size=97, hidden_size=32, num_hidden_layers=1)
     with pytest.raises(UnsupportedModelError, match="StoredMask builds attention masks by itself in the model itself"):
-        MemorySource(StoredMask(config).eval()).lower()
+        Source(Memory(StoredMask(config).eval())).lower()

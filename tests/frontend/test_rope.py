@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.errors import CompileError, UnsupportedModelError
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from tests import support
 from tests.frontend.test_refusals import OwnMask
 from tests.models import build
@@ -38,7 +39,7 @@ def test_frequencies_that_switch_with_the_length_bound_the_context() -> None:
 
 def test_a_longrope_of_some_layers_bounds_the_context_as_well() -> None:
     kinds = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": ROPE}
-    assert MemorySource(build("gemma3", rope_parameters=kinds)[1]).lower().dims["ctx_len"].maximum == ORIGINAL
+    assert Source(Memory(build("gemma3", rope_parameters=kinds)[1])).lower().dims["ctx_len"].maximum == ORIGINAL
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
@@ -81,4 +82,4 @@ def test_a_branch_on_positions_says_where_it_is() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"OwnRotary .* branches on what only a run knows, .*test_rope\.py:\d+"
     ):
-        MemorySource(OwnRotary(config).eval()).lower()
+        Source(Memory(OwnRotary(config).eval())).lower()

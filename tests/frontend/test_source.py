@@ -17,15 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from backends import find_backend
 from backends.options import CompileOptions
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
-from qeff_ir.adapters.memory import AdaptedMemorySource
+from qeff_ir.adapters.memory import PeftMemory
 from qeff_ir.auto.arguments import hub_arguments
 from qeff_ir.cache_key import input_digests, package_key
 from qeff_ir.compiler import compile_model
 from qeff_ir.errors import ModelLoadError, PackageError, QeffError, UnsupportedModelError
 from qeff_ir.frontend.capture.attention import IMPLEMENTATION
 from qeff_ir.frontend.checkpoint.config import read_config
-from qeff_ir.frontend.forward_source import ForwardFolder, ForwardMemory, ForwardOptions
-from qeff_ir.frontend.source import FolderSource, MemorySource, find_folder, open_source
+from qeff_ir.frontend.forward_source import ForwardOptions, ForwardSource
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.providers.opening import find_folder
+from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.frontend.tasks import EMBEDDING
 from qeff_ir.package import MAIN
 from qeff_ir.passing.pipeline import Pipeline
@@ -88,7 +91,7 @@ def test_many_side_files_are_told_before_they_fill_the_memory(model: Path) -> No
 
 
 def test_a_package_gets_what_was_there_when_the_folder_was_opened(model: Path, tmp_path: Path) -> None:
-    source = FolderSource(model)
+    source = open_source(model)
     before = {p.name: p.read_bytes() for p in model.glob("*.json")}
     identity = source.identity()
     configure(model, rms_norm_eps=0.5)
@@ -105,7 +108,7 @@ def test_a_package_gets_what_was_there_when_the_folder_was_opened(model: Path, t
 def test_weights_that_changed_since_the_folder_was_opened_are_told(
     change: Callable[[Path], object], model: Path, tmp_path: Path
 ) -> None:
-    source = FolderSource(model)
+    source = open_source(model)
     change(model / "model.safetensors")
     for act in (source.lower, source.weights, source.weight_files):
         with pytest.raises(ModelLoadError, match=r"model\.safetensors was changed or removed: open the model again$"):
@@ -116,7 +119,7 @@ def test_weights_that_changed_since_the_folder_was_opened_are_told(
 
 def test_weights_that_go_while_they_are_read_are_told(saved: Path, tmp_path: Path) -> None:
     support.tiny("mixtral")[1].save_pretrained(tmp_path)
-    weights = FolderSource(tmp_path).weights()
+    weights = open_source(tmp_path).weights()
     (tmp_path / "model.safetensors").unlink()
     stacked = next(t for n, t in weights.items() if "experts" in n)
     with pytest.raises(ModelLoadError, match="was changed or removed"):
@@ -179,10 +182,10 @@ def test_tables_of_gigabytes_are_told(tmp_path: Path) -> None:
     sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
     config = AutoConfig.for_model("gptj", n_positions=16, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    assert FolderSource(tmp_path).weights()
+    assert open_source(tmp_path).weights()
     configure(tmp_path, n_positions=1 << 40)
     with pytest.raises(QeffError, match=r"asks for tables of [\d,]+ GB in GPTJForCausalLM"):
-        FolderSource(tmp_path).weights()
+        open_source(tmp_path).weights()
 
 
 def test_layers_by_an_unknown_name_are_counted_while_they_are_built(model: Path) -> None:
@@ -208,15 +211,15 @@ def test_implementations_of_a_configuration_are_not_taken(name: str, model: Path
     """They could be code on the hub."""
     configure(model, **{name: "attacker/evil-kernel", "_experts_implementation": "attacker/evil-experts"})
     configure(model, inner=[{"deep": {name: "attacker/evil-kernel"}}])
-    source = FolderSource(model)
+    source = open_source(model)
     assert "attacker" not in repr(vars(source.config))
-    assert source._skeleton().config._attn_implementation in ("eager", "sdpa")
+    assert source.opened()[0].config._attn_implementation in ("eager", "sdpa")
     assert source.reference().config._attn_implementation in ("eager", "sdpa")
 
 
 def test_making_a_skeleton_does_not_change_what_a_folder_is(model: Path) -> None:
     configure(model, dtype="bfloat16")
-    source = FolderSource(model)
+    source = open_source(model)
     before = source.identity()
     source.weights()
     assert source.identity() == before
@@ -242,9 +245,9 @@ def test_an_adapter_alone_names_the_class_that_opens_it(tmp_path: Path) -> None:
 def test_a_generate_of_the_folders_own_is_told(model: Path) -> None:
     (model / "custom_generate").mkdir()
     (model / "custom_generate" / "generate.py").write_text("")
-    FolderSource(model)  # transformers does not run it either
+    open_source(model)  # transformers does not run it either
     with pytest.raises(UnsupportedModelError, match="replaces transformers' generate"):
-        FolderSource(model, trust_remote_code=True)
+        open_source(model, trust_remote_code=True)
 
 
 def test_shards_of_one_name_both_count_for_the_cache(model: Path) -> None:
@@ -271,7 +274,7 @@ def test_shards_of_one_name_both_count_for_the_cache(model: Path) -> None:
             tensors[parts[name][0]] = tensors[parts[name][0]] + 1
             write(name)
         steps = Pipeline.parse(backend.pipeline)
-        source = FolderSource(model)
+        source = open_source(model)
         seen.add(package_key(source, {}, backend, CompileOptions(), {MAIN: steps}, False, input_digests(source)))
     assert len(seen) == 3
 
@@ -295,7 +298,7 @@ def test_a_model_with_adapters_keeps_its_training_mode() -> None:
 
     _, model = build("llama")
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5)).train()
-    reference = AdaptedMemorySource(adapted).reference()
+    reference = Source(PeftMemory(adapted)).reference()
     assert not any(m.training for m in reference.modules())
     assert {id(p) for p in reference.parameters()} == {id(p) for p in adapted.parameters()}
     assert all(m.training for m in adapted.modules())
@@ -306,10 +309,10 @@ def test_a_model_keeps_its_training_mode() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=40, **sizes)).train()
     model.model.layers[0].eval()
     before = [m.training for m in model.modules()]
-    source = MemorySource(model)
+    source = Source(Memory(model))
     source.lower()
     pooling = FirstToken().train()
-    lowered = ForwardMemory(model.model, ForwardOptions(EMBEDDING, pooling=pooling)).lower()
+    lowered = ForwardSource(Memory(model.model), ForwardOptions(EMBEDDING, pooling=pooling)).lower()
     assert pooling.training and pooling.drop.training
     assert not [node for node in lowered.graph if "Random" in node.op_type or "Dropout" in node.op_type]
     reference = source.reference()
@@ -326,7 +329,7 @@ def test_the_training_mode_is_kept_when_lowering_fails() -> None:
     model.train()
     model.model.layers[1].mlp.forward = lambda x: x * float(x.sum())
     with pytest.raises(UnsupportedModelError):
-        MemorySource(model).lower()
+        Source(Memory(model)).lower()
     assert all(m.training for m in model.modules())
 
 
@@ -336,7 +339,7 @@ def test_generation_defaults_that_transformers_would_not_save_are_kept(tmp_path:
     model.config.temperature = 0.7  # this, too, transformers refuses to save
     with pytest.raises(ValueError, match="temperature"):
         model.generation_config.save_pretrained(tmp_path)
-    MemorySource(model).save_side_files(tmp_path)
+    Source(Memory(model)).save_side_files(tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.6
     assert AutoConfig.from_pretrained(tmp_path).hidden_size == model.config.hidden_size
 
@@ -358,7 +361,7 @@ def test_an_architecture_does_not_choose_where_a_package_is(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
-    source = FolderSource(model)
+    source = open_source(model)
     source.config.architectures = ["../../OUTSIDE"]
     with pytest.raises(ModelLoadError, match="which is not a plain name"):
         compile_model(source, CompileOptions(prefill_seq_len=4, ctx_len=8), target="onnxruntime")
@@ -420,4 +423,4 @@ def test_what_does_not_happen_is_refused_by_name(arguments: dict[str, Any]) -> N
 
 def test_a_base_model_is_a_model(saved: Path) -> None:
     """The doors above are not closed to what is right."""
-    assert isinstance(ForwardFolder(saved, ForwardOptions(EMBEDDING)).reference(), PreTrainedModel)
+    assert isinstance(ForwardSource(Folder(saved), ForwardOptions(EMBEDDING)).reference(), PreTrainedModel)

@@ -21,7 +21,8 @@ from qeff_ir.frontend.checkpoint.references import open_checkpoint
 from qeff_ir.frontend.checkpoint.skeleton import build_skeleton
 from qeff_ir.frontend.checkpoint.weights import Weights, checkpoint_weights, memory_weights
 from qeff_ir.frontend.export.lower import lower
-from qeff_ir.frontend.source import FolderSource, open_source
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.source import open_source
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import fingerprint
 from qeff_ir.ranges import file_range
@@ -57,29 +58,29 @@ def assert_equal(one: Weights, other: Weights) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_model_has_the_weights_of_the_one_in_memory(name: str, saved: Callable[[str], Path]) -> None:
     """Converted layouts too: stacked experts are many tensors in the checkpoint."""
-    source = FolderSource(saved(name))
+    folder = Folder(saved(name))
     assert_equal(
-        checkpoint_weights(build_skeleton(source.config), source.checkpoint), memory_weights(support.tiny(name)[1])
+        checkpoint_weights(build_skeleton(folder.config), folder.checkpoint), memory_weights(support.tiny(name)[1])
     )
 
 
 def test_experts_are_stored_one_by_one_and_stacked_lazily(saved: Callable[[str], Path]) -> None:
     """That the above is a test of conversion at all: the checkpoint's layout is another one."""
-    source = FolderSource(saved("mixtral"))
-    weights = checkpoint_weights(build_skeleton(source.config), source.checkpoint)
+    folder = Folder(saved("mixtral"))
+    weights = checkpoint_weights(build_skeleton(folder.config), folder.checkpoint)
     stacked = {n for n in weights if ".experts." in n}
-    assert stacked and not stacked & set(source.checkpoint.entries)
+    assert stacked and not stacked & set(folder.checkpoint.entries)
     assert {n for n in weights if file_range(weights[n]) is None} == stacked
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_lowering_a_folder_equals_lowering_from_memory(name: str, saved: Callable[[str], Path]) -> None:
-    assert fingerprint(FolderSource(saved(name)).lower()) == fingerprint(support.lowered(name))
+    assert fingerprint(open_source(saved(name)).lower()) == fingerprint(support.lowered(name))
 
 
 def test_computed_buffers_of_a_skeleton_are_those_of_the_model(saved: Callable[[str], Path]) -> None:
     for name in ("llama", "gpt-oss", "gemma3"):
-        model, skeleton = support.tiny(name)[1], build_skeleton(FolderSource(saved(name)).config)
+        model, skeleton = support.tiny(name)[1], build_skeleton(open_source(saved(name)).config)
         buffers = dict(skeleton.named_buffers())
         assert buffers
         for key, buffer in model.named_buffers():
@@ -90,8 +91,8 @@ def test_computed_buffers_of_a_skeleton_are_those_of_the_model(saved: Callable[[
 def test_half_precision_becomes_float32_when_it_is_read(tmp_path: Path) -> None:
     model: Any = build("llama")[1]
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    source = FolderSource(tmp_path)
-    weights = checkpoint_weights(build_skeleton(source.config), source.checkpoint)
+    folder = Folder(tmp_path)
+    weights = checkpoint_weights(build_skeleton(folder.config), folder.checkpoint)
     expected = model.state_dict()["model.layers.1.mlp.up_proj.weight"].float().numpy()
     np.testing.assert_array_equal(weights["model.layers.1.mlp.up_proj.weight"].numpy(), expected)
     assert_equal(weights, memory_weights(model))
@@ -106,7 +107,7 @@ def vocabulary_weights(module: Module) -> list[str]:
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "bloom"])
 def test_tied_weights_are_one(name: str, saved: Callable[[str], Path]) -> None:
     assert len(vocabulary_weights(support.lowered(name))) == 1
-    assert len(vocabulary_weights(FolderSource(saved(name)).lower())) == 1
+    assert len(vocabulary_weights(open_source(saved(name)).lower())) == 1
     assert len(vocabulary_weights(support.lowered("llama"))) == 2  # the kill test: untied ones are two
 
 
@@ -250,7 +251,7 @@ def test_code_that_may_run_is_part_of_what_a_folder_is(name: str, llama: Path) -
     found: list[tuple[Any, Any]] = []
     for text in ("WIDTH = 1", "WIDTH = 2"):
         (llama / name).write_text(text)
-        trusted, plain = (FolderSource(llama, trust_remote_code=trust).identity() for trust in (True, False))
+        trusted, plain = (open_source(llama, trust_remote_code=trust).identity() for trust in (True, False))
         found.append((trusted, plain))
     (one, same), (other, again) = found
     assert one != other

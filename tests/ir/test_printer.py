@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from qeff_ir.ir.module import Dim, Module, Specialization
 from qeff_ir.ir.printer import fingerprint, to_text
 from tests import support
@@ -37,7 +38,7 @@ def test_windows_are_told() -> None:
 
 def test_lowering_twice_gives_the_same_text() -> None:
     """Another object, other weights, the same text: no id, address, set order or weight is in it."""
-    other = MemorySource(build("llama", seed=5)[1]).lower()
+    other = Source(Memory(build("llama", seed=5)[1])).lower()
     assert to_text(other) == to_text(support.lowered("llama"))
     assert fingerprint(other) == fingerprint(support.lowered("llama"))
 

@@ -20,7 +20,8 @@ from backends import find_backend
 from qeff_ir import compiler
 from qeff_ir.auto.causal_lm import QEFFAutoModelForCausalLM
 from qeff_ir.compiler import TokenEmbedding, compile_model
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.source import Source
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.printer import fingerprint
 from qeff_ir.ir.snapshot import load_module, write_module
@@ -73,15 +74,15 @@ VARIANTS = (
 )
 
 
-class _Source(FolderSource):
+class _Known(Source):
     """A folder whose module is known."""
 
     def __init__(self, folder: Path, module: Module | None) -> None:
-        super().__init__(folder)
+        super().__init__(Folder(folder))
         self._module = module
 
     def lower(self) -> Module:
-        """See `FolderSource.lower`."""
+        """See `Source.lower`."""
         if self._module is None:
             self._module = super().lower()
         return self._module.clone()
@@ -103,10 +104,10 @@ class Bench:
         weights = load_file(folders[NEW] / "model.safetensors")
         changed = {name: array * np.float32(0.75) for name, array in weights.items()}
         save_file(changed, folders[NEW] / "model.safetensors", {"format": "pt"})
-        first = _Source(folders[OLD], None)
+        first = _Known(folders[OLD], None)
         module = first.lower()
         self._files = {e: (f / "model.safetensors").resolve() for e, f in folders.items()}
-        self._sources = {OLD: first, NEW: _Source(folders[NEW], self._moved(module, NEW))}
+        self._sources = {OLD: first, NEW: _Known(folders[NEW], self._moved(module, NEW))}
         self._done: dict[str, tuple[Module, Report]] = {}
         self._known: dict[tuple[str, Edition], object] = {}
         self._tokens: dict[tuple[str, Edition], object] = {}

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from backends import find_backend
 from qeff_ir import numerics
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.specialize import specialize
 from qeff_ir.testing.judge import answered, explained, options, session_answers
@@ -71,7 +72,7 @@ def traced(config: str) -> tuple[PreTrainedModel, PreTrainedModel, Module]:
     double = copy.deepcopy(model)
     for parameter in double.parameters():
         parameter.data = parameter.data.double()
-    return model, double, MemorySource(model).lower()
+    return model, double, Source(Memory(model)).lower()
 
 
 def draw_weights(model: PreTrainedModel, seed: int) -> None:

@@ -20,7 +20,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM
-from qeff_ir.frontend.source import MemorySource
+from qeff_ir.frontend.providers.memory import Memory
+from qeff_ir.frontend.source import Source
 from qeff_ir.frontend.structure import structure
 from qeff_ir.frontend.versions import CACHE
 from tests import encoders, support
@@ -33,7 +34,7 @@ MASK[0, :5] = 0
 
 
 def lowering(name: str) -> None:
-    MemorySource(copy.deepcopy(support.tiny(name)[1])).lower()
+    Source(Memory(copy.deepcopy(support.tiny(name)[1]))).lower()
 
 
 def forward(model: Any) -> list[torch.Tensor]:
@@ -92,7 +93,7 @@ def test_the_very_model_that_is_compiled_is_right_all_the_time_and_untouched() -
     wanted, count = forward(model), 0
     before = [(module, dict(vars(module))) for module in model.modules()]
     tables = [{**m._parameters, **m._buffers} for m in model.modules()]
-    with meanwhile(lambda: MemorySource(model).lower()) as working:
+    with meanwhile(lambda: Source(Memory(model)).lower()) as working:
         while working():
             for got, right in zip(forward(model), wanted, strict=True):
                 torch.testing.assert_close(got, right, rtol=0, atol=1e-5)
@@ -167,7 +168,7 @@ def test_a_compilation_that_fails_leaves_everything_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(norm, "forward", forward_once)
         with pytest.raises(BaseException, match="in the middle"):
-            MemorySource(model).lower()
+            Source(Memory(model)).lower()
     assert calls
     after = state()
     for states in (after, before):

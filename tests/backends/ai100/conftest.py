@@ -47,14 +47,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="session")
 def _forward(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
+    from qeff_ir.frontend.forward_source import ForwardOptions, ForwardSource
+    from qeff_ir.frontend.providers.memory import Memory
     from qeff_ir.frontend.tasks import EMBEDDING
     from qeff_ir.passing.manager import run_pipeline
     from qeff_ir.passing.pipeline import Pipeline
     from qeff_ir.specialize import specialize
     from tests.encoders import build
 
-    module = ForwardMemory(build("distilbert"), ForwardOptions(EMBEDDING)).lower()
+    module = ForwardSource(Memory(build("distilbert")), ForwardOptions(EMBEDDING)).lower()
     options = Ai100Options(batch_size=2, seq_len=(8, 16))
     specialize(module, options)
     pipeline = Pipeline.parse(BACKEND.pipeline).without("last-logits")

@@ -13,7 +13,8 @@ from backends.ai100 import checks, sdk
 from backends.ai100.backend import BACKEND
 from backends.ai100.options import Ai100Options
 from qeff_ir.errors import CompileError
-from qeff_ir.frontend.forward_source import ForwardMemory, ForwardOptions
+from qeff_ir.frontend.forward_source import ForwardOptions, ForwardSource
+from qeff_ir.frontend.providers.memory import Memory
 from qeff_ir.frontend.tasks import EMBEDDING
 from qeff_ir.ir.module import SOURCE_KEY, Module, Specialization
 from qeff_ir.specialize import specialize
@@ -166,7 +167,7 @@ def test_options_are_refused_before_lowering(options: Ai100Options, message: str
 
 
 def test_a_model_without_a_cache_has_none_to_compress() -> None:
-    module = ForwardMemory(build("distilbert"), ForwardOptions(EMBEDDING)).lower()
+    module = ForwardSource(Memory(build("distilbert")), ForwardOptions(EMBEDDING)).lower()
     options = Ai100Options(batch_size=2, seq_len=(8,), mxint8_kv_cache=True)
     specialize(module, options)
     told = f"[kv-cache] {module.name} has no KV cache to compress: leave out mxint8_kv_cache"

@@ -23,7 +23,7 @@ from backends.ai100.options import Ai100Options
 from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM, numerics
 from qeff_ir.cli.app import app
 from qeff_ir.errors import PackageError
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import open_source
 from qeff_ir.ir.module import WEIGHT_KEY
 from qeff_ir.ranges import file_range
 from qeff_ir.runtime.decoder import Decoder
@@ -240,7 +240,7 @@ def test_another_view_of_a_tensor_is_not_taken_for_the_tensor(
 ) -> None:
     """A weight may read the bytes of the checkpoint in its own way; the checkpoint's name for them is then not its."""
     support.tiny(NAME)[1].save_pretrained(tmp_path / "model")
-    module = FolderSource(tmp_path / "model").lower()
+    module = open_source(tmp_path / "model").lower()
     value = module.graph.initializers["model.layers.0.self_attn.q_proj.weight"]
     where = file_range(value.const_value)
     assert where is not None and where.shape == (32, 32)

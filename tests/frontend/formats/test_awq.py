@@ -13,7 +13,7 @@ from backends import backend_names
 from qeff_ir.arrays import Array
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.checkpoint.formats.words import paired
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import open_source
 from qeff_ir.quantized import quantized
 from tests.frontend.formats.writing import Grid, assert_answers_alike, assert_weights_alike, write
 
@@ -65,7 +65,7 @@ def test_the_weights_are_those_of_the_definition(kind: str, tmp_path: Path) -> N
         "llama", tmp_path / "model", {**SETTINGS, **settings}, pack, group=lambda n: np.arange(n) // group, alone=alone
     )
     assert_weights_alike(tmp_path / "model", reference)
-    weights = FolderSource(tmp_path / "model").weights()
+    weights = open_source(tmp_path / "model").weights()
     parts = {name: quantized(tensor) for name, tensor in weights.items()}
     found = {name for name, part in parts.items() if part is not None}
     assert found == {n for n in weights if n.endswith("proj.weight") and alone not in n}
@@ -74,9 +74,7 @@ def test_the_weights_are_those_of_the_definition(kind: str, tmp_path: Path) -> N
 def test_experts_are_stacked_as_codes(tmp_path: Path) -> None:
     reference = write("mixtral", tmp_path / "model", SETTINGS, gemm)
     assert_weights_alike(tmp_path / "model", reference)
-    parts = [
-        p for t in FolderSource(tmp_path / "model").weights().values() if (p := quantized(t)) and len(p.shape) == 3
-    ]
+    parts = [p for t in open_source(tmp_path / "model").weights().values() if (p := quantized(t)) and len(p.shape) == 3]
     assert len(parts) == 4 and all(len(p.codes.tobytes()) == p.codes.size // 2 for p in parts)
 
 
@@ -93,7 +91,7 @@ def test_codes_of_large_matrices_are_moved_in_blocks() -> None:
 def test_what_is_not_read_is_refused_by_name(settings: dict[str, Any], tmp_path: Path) -> None:
     write("llama", tmp_path / "model", {**SETTINGS, **settings}, gemm)
     with pytest.raises(UnsupportedModelError, match=r"AWQ .*is not read"):
-        FolderSource(tmp_path / "model")
+        open_source(tmp_path / "model")
 
 
 DAMAGE: dict[str, tuple[str, Any, str]] = {
@@ -115,4 +113,4 @@ def test_tensors_that_do_not_fit_are_refused(damage: str, tmp_path: Path) -> Non
     tensors = {**load_file(path), f"model.layers.0.{name}": tensor}
     save_file({key: value for key, value in tensors.items() if value is not None}, path, metadata={"format": "pt"})
     with pytest.raises(ModelLoadError, match=message):
-        FolderSource(tmp_path / "model").weights()
+        open_source(tmp_path / "model").weights()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.checkpoint.formats import Decoded, weight_format
 from qeff_ir.frontend.checkpoint.references import read_header
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import open_source
 from qeff_ir.quantized import quantized
 from qeff_ir.ranges import file_range
 from tests.formats import Tensors, both_sessions, changed, found, same_numbers, write
@@ -149,7 +149,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models_answer_as_transformers_does_on_both_targets(name: str, tmp_path: Path) -> None:
     scheme, how = MODELS[name]
-    source = FolderSource(write(name, tmp_path / "model", settings(scheme), packed(scheme, **how)))
+    source = open_source(write(name, tmp_path / "model", settings(scheme), packed(scheme, **how)))
     same_numbers(source)
     parts = found(source)
     assert len(parts) == {"llama": 14, "phi3": 8, "mixtral": 12}[name]
@@ -162,7 +162,7 @@ def test_models_answer_as_transformers_does_on_both_targets(name: str, tmp_path:
     [("llama", "int8 zeros"), ("llama", "int8 bytes"), ("llama", "fp8"), ("mixtral", "fp8 rows"), ("mixtral", "int8")],
 )
 def test_models_have_the_numbers_of_transformers(name: str, scheme: str, tmp_path: Path) -> None:
-    source = FolderSource(write(name, tmp_path, settings(scheme), packed(scheme)))
+    source = open_source(write(name, tmp_path, settings(scheme), packed(scheme)))
     same_numbers(source)
     assert len(found(source)) == {"llama": 14, "mixtral": 12}[name]
 
@@ -178,7 +178,7 @@ def test_groups_of_other_bits_are_told_by_the_file(tmp_path: Path) -> None:
         return made
 
     groups = {str(i): settings(n)["config_groups"]["group_0"] for i, n in enumerate(("int4", "int8"))}
-    source = FolderSource(write("llama", tmp_path, settings("int4", config_groups=groups), pack))
+    source = open_source(write("llama", tmp_path, settings("int4", config_groups=groups), pack))
     assert source.decoded_here() and len(kept) == 14
     theirs = source.reference().state_dict()
     for key, weight in kept.items():

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from qeff_ir.errors import ModelLoadError
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.providers.folder import Folder
+from qeff_ir.frontend.source import Source, open_source
 from qeff_ir.ranges import file_range
 from tests.formats import Tensors, both_sessions, changed, found, same_numbers, write
 
@@ -73,14 +74,14 @@ def test_forms_have_the_numbers_of_transformers(form: str, tmp_path: Path) -> No
     if form == "another name":
         source = changed(folder, lambda all: [all.update({k.replace("weight.x", "scale"): all.pop(k)}) for k in [*all]])
     else:
-        source = FolderSource(folder)
+        source = open_source(folder)
     same_numbers(source)
     assert len(found(source)) == (12 if form == "left alone" else 14)
 
 
 def test_scales_of_rows_stay_in_the_file(tmp_path: Path) -> None:
     folder = write("llama", tmp_path, settings(None), packed([1, 32], scale=torch.bfloat16))
-    parts = found(FolderSource(folder))
+    parts = found(open_source(folder))
     assert all(file_range(p.scales) is not None and p.scales.dtype == ir.DataType.BFLOAT16 for p in parts.values())
 
 
@@ -95,7 +96,7 @@ def test_experts_of_one_tensor(tmp_path: Path) -> None:
         codes = torch.randint(-128, 128, (weight.shape[0], weight.shape[1] // 2), dtype=torch.int8)
         return {key: codes, key + "_scale_inv": torch.randint(118, 122, (weight.shape[0], 1), dtype=torch.uint8)}
 
-    source = FolderSource(write("mixtral", tmp_path, settings([8, 16], expert_dtype="fp4"), pack))
+    source = open_source(write("mixtral", tmp_path, settings([8, 16], expert_dtype="fp4"), pack))
     same_numbers(source)
     experts = {p.codes.dtype for n, p in found(source).items() if "experts" in n}
     assert experts == {ir.DataType.FLOAT4E2M1}
@@ -105,10 +106,10 @@ def test_what_transformers_does_not_take_is_decoded_here(tmp_path: Path) -> None
     """A shorter last block, which it refuses, and the name of the scale that it does not know."""
     for index, (block, ending) in enumerate([([24, 20], "_scale_inv"), ([8, 16], "_scale")]):
         folder = write("llama", tmp_path / str(index), settings(block), packed(block, ending=ending))
-        source = FolderSource(folder)
+        source = Source(provider := Folder(folder))
         assert source.decoded_here()
         tensors, weights = load_file(folder / "model.safetensors"), source.weights()
-        for key in source.checkpoint.decoded:
+        for key in provider.checkpoint.decoded:
             codes, scales = tensors[key].float().numpy(), tensors[key + ending].numpy()
             rows, columns = (np.arange(size) // of for size, of in zip(codes.shape, block, strict=True))
             np.testing.assert_array_equal(weights[key].numpy(), codes * scales[np.ix_(rows, columns)], err_msg=key)
@@ -142,19 +143,19 @@ def test_refusals(tmp_path: Path) -> None:
             lambda tensors: tensors.update({key + "_scale_inv": torch.ones(8, 2), key + "_offset": torch.ones(8, 2)}),
         ).weights()
     config = json.loads((folder / "config.json").read_text())
-    before = FolderSource(folder).identity()
+    before = open_source(folder).identity()
     config["quantization_config"]["weight_block_size"] = [16, 8]
     (folder / "config.json").write_text(json.dumps(config))
-    assert FolderSource(folder).identity() != before  # a package that was made by the other blocks is not taken for it
+    assert open_source(folder).identity() != before  # a package that was made by the other blocks is not taken for it
     config["quantization_config"]["weight_block_size"] = [0, 16]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLoadError, match=r"weight_block_size is \[0, 16\]: give two positive numbers"):
-        FolderSource(folder)
+        open_source(folder)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
 def test_blocks_answer_as_transformers_does_on_both_targets(name: str, tmp_path: Path) -> None:
-    source = FolderSource(write(name, tmp_path / "model", settings([8, 16]), packed([8, 16])))
+    source = open_source(write(name, tmp_path / "model", settings([8, 16]), packed([8, 16])))
     same_numbers(source)
     parts = found(source)
     assert len(parts) == {"llama": 14, "phi3": 8, "mixtral": 12}[name]

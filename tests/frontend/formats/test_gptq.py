@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from backends import backend_names
 from qeff_ir.arrays import Array
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import open_source
 from qeff_ir.quantized import quantized
 from tests.frontend.formats.writing import Grid, Pack, assert_answers_alike, assert_weights_alike, write
 
@@ -76,7 +76,7 @@ def test_the_weights_are_those_of_the_definition(kind: str, tmp_path: Path) -> N
     settings, how, bits, group = GROUPS[kind]
     reference = write("llama", tmp_path / "model", {**SETTINGS, **settings}, packed(**how), bits=bits, group=group)
     assert_weights_alike(tmp_path / "model", reference)
-    weights = FolderSource(tmp_path / "model").weights()
+    weights = open_source(tmp_path / "model").weights()
     assert {n for n, t in weights.items() if quantized(t) is not None} == {n for n in weights if "proj.weight" in n}
 
 
@@ -95,7 +95,7 @@ def test_a_model_whose_inputs_were_sorted_answers_as_transformers(tmp_path: Path
 def test_what_is_not_read_is_refused_by_name(settings: dict[str, Any], tmp_path: Path) -> None:
     write("llama", tmp_path / "model", {**SETTINGS, **settings}, packed())
     with pytest.raises(UnsupportedModelError, match=r"GPTQ .*is not read"):
-        FolderSource(tmp_path / "model")
+        open_source(tmp_path / "model")
 
 
 DAMAGE: dict[str, tuple[str, Any, str]] = {
@@ -118,4 +118,4 @@ def test_tensors_that_do_not_fit_are_refused(damage: str, tmp_path: Path) -> Non
     tensors = {**load_file(path), f"model.layers.0.self_attn.q_proj.{name}": tensor}
     save_file({key: value for key, value in tensors.items() if value is not None}, path, metadata={"format": "pt"})
     with pytest.raises((ModelLoadError, UnsupportedModelError), match=message):
-        FolderSource(tmp_path / "model").weights()
+        open_source(tmp_path / "model").weights()

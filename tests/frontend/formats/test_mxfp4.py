@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qeff_ir.errors import ModelLoadError
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import open_source
 from tests.formats import Tensors, both_sessions, changed, found, same_numbers, write
 
 SETTINGS: dict[str, Any] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]}
@@ -28,7 +28,7 @@ def packed(key: str, weight: torch.Tensor) -> Tensors | None:
 
 
 def test_experts_answer_as_transformers_does_on_both_targets(tmp_path: Path) -> None:
-    source = FolderSource(write("gpt-oss", tmp_path / "model", SETTINGS, packed))
+    source = open_source(write("gpt-oss", tmp_path / "model", SETTINGS, packed))
     same_numbers(source)
     parts = found(source)
     assert len(parts) == 4

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qeff_ir import QEFFAutoModelForCausalLM, numerics
 from qeff_ir.arrays import Array
 from qeff_ir.cli.lowered import LoweredOnce
-from qeff_ir.frontend.source import FolderSource
+from qeff_ir.frontend.source import open_source
 from qeff_ir.testing.trace import compare, reference_trace, session_trace
 from tests.support import PROMPTS, tiny
 
@@ -105,7 +105,7 @@ def write(
 
 def assert_weights_alike(folder: Path, model: PreTrainedModel) -> None:
     """Every weight that is read from a folder is the model's, to the last bit."""
-    wanted, found = model.state_dict(), FolderSource(folder).weights()
+    wanted, found = model.state_dict(), open_source(folder).weights()
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         np.testing.assert_array_equal(tensor.numpy(), wanted[name].numpy(), err_msg=name)
@@ -113,7 +113,7 @@ def assert_weights_alike(folder: Path, model: PreTrainedModel) -> None:
 
 def assert_answers_alike(folder: Path, model: PreTrainedModel, *targets: str) -> None:
     """Prompts in chunks and steps on each target, within the bound of the model's depth."""
-    source = LoweredOnce(FolderSource(folder))
+    source = LoweredOnce(open_source(folder))
     limit = numerics.bound(numerics.depth(source.lower()))
     reference = reference_trace(model, PROMPTS, STEPS)
     for target in targets:

@@ -14,7 +14,7 @@ file has ``weight_scale``, ``[out, groups]`` (``[out, 1]`` of whole rows, ``[1]`
 
 A number is ``(code - zero) * scale`` in float32. transformers multiplies in the type of the scales, which rounds each
 weight where that is bfloat16 or float16: its numbers are these to the bit if it is given float32 scales, as it is for
-`qeff_ir.frontend.source.FolderSource.reference`.
+`qeff_ir.frontend.providers.stored.Stored.reference`.
 """
 
 from __future__ import annotations

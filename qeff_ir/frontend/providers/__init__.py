@@ -1,0 +1,1 @@
+"""Where a model comes from, whatever it is for: a folder, a GGUF file, or memory."""
