@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.pytorch_utils import Conv1D
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import ModelLoadError, UnsupportedModelError
@@ -52,11 +53,14 @@ def checkpoint_weights(
 
     Raises:
         ModelLoadError: A parameter is missing or has another shape, or the tensors of several cannot be made one.
+        UnsupportedModelError: See `_refuse_transposed`.
     """
     wanted = model.state_dict()
     weights: Weights = {}
     for name, found in _collected(model, wanted, checkpoint, mapping).items():
         if isinstance(found, Loader):
+            if mapping is None and found.key in checkpoint.decoded:
+                _refuse_transposed(model, name, checkpoint)
             weights[name] = found.tensor(name)
         else:
             weights.update({n: t for n, t in converted(model, name, found, checkpoint.folder).items() if n in wanted})
@@ -108,6 +112,20 @@ def _collected(
     if checkpoint.decoded:
         _refuse_unexpected(model, unexpected, taken, checkpoint)
     return found
+
+
+def _refuse_transposed(model: PreTrainedModel, name: str, checkpoint: Checkpoint) -> None:
+    """Formats have codes ``[out, in]``; of a `Conv1D` the weight is ``[in, out]``, and a square one would fit unseen.
+
+    Raises:
+        UnsupportedModelError: The parameter is of such a layer.
+    """
+    layer = name.rpartition(".")[0]
+    if isinstance(model.get_submodule(layer), Conv1D):
+        raise UnsupportedModelError(
+            f"the layer '{layer}' of {checkpoint.folder} is a Conv1D, whose weight is the other way round than the "
+            "codes of a quantized checkpoint: use the unquantized checkpoint, and round it by the pass quantize-weights"
+        )
 
 
 def _refuse_unexpected(model: PreTrainedModel, keys: list[str], taken: set[str], checkpoint: Checkpoint) -> None:

@@ -23,11 +23,13 @@ V2 = {"checkpoint_format": "gptq_v2"}
 
 def words(codes: Array, bits: int) -> Array:
     """Codes ``[rows, columns]`` in int32 ``[rows, columns * bits / 32]``, the first column in the lowest bits."""
-    each = 32 // bits
-    made = np.zeros((len(codes), codes.shape[1] // each), np.uint64)
-    for place in range(each):
-        made |= codes[:, place::each].astype(np.uint64) << np.uint64(bits * place)
-    return made.astype(np.uint32).view(np.int32)
+    made = np.zeros((len(codes), codes.shape[1] * bits // 32), np.uint32)
+    for place, column in enumerate(codes.T.astype(np.uint64)):
+        word, shift = divmod(place * bits, 32)
+        made[:, word] |= (column << np.uint64(shift)).astype(np.uint32)  # less what does not fit
+        if shift + bits > 32:
+            made[:, word + 1] |= (column >> np.uint64(32 - shift)).astype(np.uint32)
+    return made.view(np.int32)
 
 
 def packed(bits: int = 4, *, less: int = 1, index: bool = True) -> Pack:
@@ -67,6 +69,8 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], int, Callable[[int], Arr
     "no index": ({}, {"index": False}, 4, in_groups_of(16)),
     "one group": ({"group_size": -1}, {}, 4, in_groups_of(64)),
     "a short group": ({"group_size": 24}, {}, 4, in_groups_of(24)),
+    "2 bits": ({"bits": 2}, {"bits": 2}, 2, in_groups_of(16)),
+    "3 bits": ({"bits": 3, **V2}, {"bits": 3, "less": 0}, 3, in_groups_of(16)),
     "other bits in some layers": ({"dynamic": {"+:.*": {"bits": 8}}}, {"bits": 8}, 8, in_groups_of(8)),
 }
 
@@ -74,7 +78,8 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], int, Callable[[int], Arr
 @pytest.mark.parametrize("kind", GROUPS)
 def test_the_weights_are_those_of_the_definition(kind: str, tmp_path: Path) -> None:
     settings, how, bits, group = GROUPS[kind]
-    reference = write("llama", tmp_path / "model", {**SETTINGS, **settings}, packed(**how), bits=bits, group=group)
+    name = "qwen3" if bits == 3 else "llama"  # of 3 bits, 32 codes fill their words: so many outputs divide
+    reference = write(name, tmp_path / "model", {**SETTINGS, **settings}, packed(**how), bits=bits, group=group)
     assert_weights_alike(tmp_path / "model", reference)
     weights = open_source(tmp_path / "model").weights()
     assert {n for n, t in weights.items() if quantized(t) is not None} == {n for n in weights if "proj.weight" in n}
@@ -91,11 +96,23 @@ def test_a_model_whose_inputs_were_sorted_answers_as_transformers(tmp_path: Path
     assert_answers_alike(tmp_path / "model", reference, "onnxruntime")
 
 
-@pytest.mark.parametrize("settings", [{"checkpoint_format": "marlin"}, {"bits": 3}, {"bits": 2}, {"group_size": 0}])
+@pytest.mark.parametrize("settings", [{"checkpoint_format": "marlin"}, {"bits": 5}, {"group_size": 0}])
 def test_what_is_not_read_is_refused_by_name(settings: dict[str, Any], tmp_path: Path) -> None:
     write("llama", tmp_path / "model", {**SETTINGS, **settings}, packed())
     with pytest.raises(UnsupportedModelError, match=r"GPTQ .*is not read"):
         open_source(tmp_path / "model")
+
+
+def test_zeros_that_mean_two_things_are_refused(tmp_path: Path) -> None:
+    write("qwen3", tmp_path / "model", {**SETTINGS, "bits": 3}, packed(3), bits=3)
+    with pytest.raises(UnsupportedModelError, match=r"codes of 3 bits in format gptq, .* in format gptq_v2"):
+        FolderSource(tmp_path / "model").weights()
+
+
+def test_layers_that_are_the_other_way_round_are_refused(tmp_path: Path) -> None:
+    write("gpt2", tmp_path / "model", SETTINGS, packed(), alone="transformer.w")
+    with pytest.raises(UnsupportedModelError, match=r"'transformer\.h\.0\.\w+\.c_\w+' of .* is a Conv1D"):
+        FolderSource(tmp_path / "model").weights()
 
 
 DAMAGE: dict[str, tuple[str, Any, str]] = {
@@ -105,7 +122,7 @@ DAMAGE: dict[str, tuple[str, Any, str]] = {
     "too many groups": ("g_idx", np.full(32, 2, np.int32), "belong to groups 2 to 2"),
     "groups below zero": ("g_idx", np.arange(-1, 31, dtype=np.int32) // 16, "belong to groups -1 to 1"),
     "zeros of another layer": ("qzeros", np.zeros((3, 4), np.int32), r"qzeros' .* shape \[3, 4\]"),
-    "zeros of 2 bits": ("qzeros", np.zeros((2, 2), np.int32), "codes of 2 bits"),
+    "zeros of 5 bits": ("qzeros", np.zeros((2, 5), np.int32), "codes of 5 bits"),
     "codes of fewer outputs": ("qweight", np.zeros((4, 24), np.int32), r"qweight' .* shape \[4, 24\]"),
 }
 

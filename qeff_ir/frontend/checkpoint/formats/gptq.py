@@ -1,11 +1,13 @@
-"""GPTQ: codes of 4 or 8 bits with a scale and a zero for each group of inputs.
+"""GPTQ: codes of 2, 3, 4 or 8 bits with a scale and a zero for each group of inputs.
 
 Format: GPTQModel 7.7.0, ``gptqmodel/nn_modules/qlinear`` (``pack_original``) and ``gptqmodel/utils/model.py``,
 https://github.com/ModelCloud/GPTQModel. Of a linear layer, ``qweight`` int32 ``[in * bits / 32, out]`` has codes of
 several inputs in a word, the first in the lowest bits; ``qzeros`` int32 ``[groups, out * bits / 32]`` has zeros of
 several outputs; ``scales`` is ``[groups, out]``; ``g_idx`` int32 ``[in]`` is the group of each input. A number is
 ``(code - zero) * scale``. Format ``gptq`` stores zeros less one, taken from whole words, so that one is added to whole
-words; ``gptq_v2`` stores them as they are. Where inputs were sorted by their activations (``desc_act``), those of a
+words; ``gptq_v2`` stores them as they are. Of 3 bits, 32 codes fill three words; what GPTQModel adds to the zeros of
+format ``gptq`` there is not one for each of them, so that writers differ, and the format is refused. Codes of 2 and 3
+bits get 4, for which targets have kernels. Where inputs were sorted by their activations (``desc_act``), those of a
 group are not neighbors: such a weight is float32.
 """
 
@@ -23,7 +25,7 @@ from qeff_ir.frontend.checkpoint.formats import Decoded, WeightFormat
 from qeff_ir.frontend.checkpoint.formats.words import (
     misfit,
     parts,
-    spread,
+    streamed,
     transposed,
     transposed_scales,
     words,
@@ -31,17 +33,18 @@ from qeff_ir.frontend.checkpoint.formats.words import (
 from qeff_ir.quantized import Quantized, dequantized, lazy
 from qeff_ir.ranges import FileRange
 
-_CODES = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+_CODES = {2: ir.DataType.UINT4, 3: ir.DataType.UINT4, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+"""What codes of so many bits become."""
 _LESS = {"gptq": 1, "gptq_v2": 0}
 """What a format takes from a zero before it is stored."""
-_ONES = {4: 0x11111111, 8: 0x01010101}
-"""A word of ones."""
+_ONES = {2: 0x55555555, 3: 0, 4: 0x11111111, 8: 0x01010101}
+"""A word of ones; of 3 bits, nothing is added."""
 _ROWS = 256
 """Outputs whose numbers are computed together."""
 
 
 class Gptq(WeightFormat):
-    """Formats ``gptq`` and ``gptq_v2``, of 4 and 8 bits, which may differ between layers (``dynamic``)."""
+    """Formats ``gptq`` and ``gptq_v2``, of 2 to 8 bits, which may differ between layers (``dynamic``)."""
 
     methods = ("gptq",)
 
@@ -57,8 +60,8 @@ class Gptq(WeightFormat):
             )
         if bits not in _CODES or not isinstance(self.group, int) or (self.group < 1 and self.group != -1):
             raise UnsupportedModelError(
-                f"{where}: GPTQ with bits={bits!r:.20} and group_size={self.group!r:.20} is not read: bits must be 4 "
-                "or 8, and group_size a number of inputs, or -1 for all"
+                f"{where}: GPTQ with bits={bits!r:.20} and group_size={self.group!r:.20} is not read: bits must be 2, "
+                "3, 4 or 8, and group_size a number of inputs, or -1 for all"
             )
         self.less = _LESS[name]
 
@@ -76,7 +79,12 @@ class Gptq(WeightFormat):
         if bits not in _CODES:
             raise UnsupportedModelError(
                 f"the layer '{layer}' of the checkpoint of {self.where} has codes of {bits} bits, which are not read: "
-                "4 and 8 are"
+                "2, 3, 4 and 8 are"
+            )
+        if bits == 3 and self.less:
+            raise UnsupportedModelError(
+                f"the layer '{layer}' of the checkpoint of {self.where} has codes of 3 bits in format gptq, whose "
+                "zeros writers do not agree about: save the model in format gptq_v2"
             )
         inputs = codes.shape[0] * 32 // bits
         if codes.shape[1] != outputs:
@@ -87,13 +95,13 @@ class Gptq(WeightFormat):
         block = inputs if index[-1] == index[0] else int(np.argmax(index != index[0]))
         dtype, taken = _CODES[bits], np.uint32(self.less * _ONES[bits])
         found = Quantized(
-            lazy(names[0], dtype, (outputs, inputs), lambda: transposed(words(codes)).view(np.uint8), packed=True),
+            lazy(names[0], dtype, (outputs, inputs), lambda: _codes(words(codes), bits), packed=True),
             transposed_scales(scales, names[2]),
             lazy(
                 names[1],
                 dtype,
                 (outputs, groups),
-                lambda: spread(words(zeros) + taken, range(32 // bits), bits)[:outputs],
+                lambda: streamed(words(zeros) + taken, bits)[:, :outputs].T,
             ),
             1,
             block,
@@ -122,6 +130,15 @@ class Gptq(WeightFormat):
                 f"groups {index.min()} to {index.max()}: it is of another model"
             )
         return index
+
+
+def _codes(packed: Array, bits: int) -> Array:
+    """Words ``[in * bits / 32, out]`` as bytes ``[out, …]`` of one code of 8 bits, or of two of fewer."""
+    rows = transposed(packed)
+    if bits in (4, 8):
+        return rows.view(np.uint8)
+    single = streamed(rows, bits)
+    return single[:, ::2] | single[:, 1::2] << 4
 
 
 def _sorted(key: str, found: Quantized, index: Array) -> ir.LazyTensor:

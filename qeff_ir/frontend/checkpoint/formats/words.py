@@ -88,6 +88,29 @@ def spread(packed: Array, order: Sequence[int], bits: int) -> Array:
     return codes.astype(np.uint8).reshape(len(packed), -1).T
 
 
+def streamed(packed: Array, bits: int) -> Array:
+    """Words ``[rows, words]`` as one code a byte, uint8 ``[rows, words * 32 / bits]``.
+
+    Codes follow one another from the lowest bits of the first word on; of 3 bits, some lie in two words.
+
+    Args:
+        packed: The words, uint32; whole codes fill the words of a row.
+        bits: Of a code.
+    """
+    rows, columns = packed.shape
+    made = np.empty((rows, columns * 32 // bits), np.uint8)
+    values = (1 << np.arange(bits)).astype(np.uint8)
+    for start in range(0, rows, _ROWS):
+        several = np.ascontiguousarray(packed[start : start + _ROWS], "<u4").view(np.uint8)
+        single = np.unpackbits(several, axis=1, bitorder="little")
+        made[start : start + _ROWS] = single.reshape(len(several), -1, bits) @ values
+    return made
+
+
+_ROWS = 64
+"""Rows whose bits are taken apart together: a byte holds one for a moment."""
+
+
 def paired(packed: Array, order: Sequence[int]) -> Array:
     """Words ``[in, out / 8]`` of eight codes of a row, as bytes ``[out, in / 2]`` of two codes of a column.
 
