@@ -11,6 +11,7 @@ from backends.options import CompileOptions
 from benchmarks.memory import resident, size_of
 from benchmarks.peers.contender import Rows
 from benchmarks.prepare import emit, opened
+from qeff_ir.arrays import Array
 from qeff_ir.ir.module import Module
 from qeff_ir.runtime.decoder import Decoder
 
@@ -66,14 +67,22 @@ class Ours:
         self.decoder = decoder
         self.name = name
         self.needed: int | None = None
+        self._last: Array | None = None
 
     def prefill(self, rows: Rows) -> list[int]:
         """See `Contender.prefill`."""
-        return np.argmax(self.decoder.prefill(rows), axis=-1).tolist()
+        self._last = self.decoder.prefill(rows)
+        return np.argmax(self._last, axis=-1).tolist()
 
     def step(self, tokens: list[int]) -> list[int]:
         """See `Contender.step`."""
-        return np.argmax(self.decoder.decode(tokens), axis=-1).tolist()
+        self._last = self.decoder.decode(tokens)
+        return np.argmax(self._last, axis=-1).tolist()
+
+    def logits(self) -> Array:
+        """See `benchmarks.faithful.Scores`."""
+        assert self._last is not None, "nothing was read yet"
+        return self._last
 
 
 def compiled(own: Own, module: Module, rows: Rows, ctx_len: int, threads: int, folder: Path) -> Ours:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ import typer
 
 from benchmarks.bandwidth import bandwidth, step_bytes
 from benchmarks.contenders import Start, contenders
+from benchmarks.faithful import faithful
 from benchmarks.options import Json, Peers, Plot, Quick
 from benchmarks.ours import NAME
 from benchmarks.peers.contender import WEIGHTS, Contender, Entrant, Rows, RunsAhead
@@ -132,11 +133,13 @@ def measure(
         if not racers:
             raise typer.BadParameter("nobody can run: " + "; ".join(f"{e.name}: {e.missing}" for e in entrants))
         laps = run(racers, rows, new_tokens, rounds)
+        told = _faithful(entrants, prompts(shape, batch, 12 if quick else 40, seed=2), who)
     settings = {"shape": shape, "context": context, "batch": batch, "threads": threads, "rounds": rounds}
     if who.weights != "f32":
         settings["weights"] = who.weights
     speed = bandwidth(threads) if suite == "decode" else None
     made = rows_of(suite, entrants, laps, rows, None if speed is None else batch * speed / read)
+    made = [replace(row, figures={**row.figures, **told.get(row.name, {})}) for row in made]
     forms = dict.fromkeys(entrant.weights for entrant in entrants)
     notes = [standing([row for row, e in zip(made, entrants, strict=True) if e.weights == form]) for form in forms]
     if speed is not None:
@@ -146,6 +149,11 @@ def measure(
         )
         notes += [reached(row) for row in made[:1] if SHARE in row.figures]
     return Result(suite, quick, settings, made, "; ".join(filter(None, notes)))
+
+
+def _faithful(entrants: Sequence[Entrant], text: Rows, who: Field) -> dict[str, dict[str, Figure]]:
+    """See `faithful`; nothing where all compute with the same numbers."""
+    return faithful(entrants, text) if who.ours or who.weights != "f32" else {}
 
 
 def run(racers: Sequence[Contender], rows: Rows, new_tokens: int, rounds: int) -> dict[str, Laps]:

@@ -49,9 +49,9 @@ def random_model(name: str, ctx_len: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config(SHAPES[name], ctx_len), dtype=torch.float32).eval()
 
 
-def prompts(name: str, batch: int, length: int) -> list[list[int]]:
+def prompts(name: str, batch: int, length: int, seed: int = 1) -> list[list[int]]:
     """Random tokens, the same ones every time."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, SHAPES[name]["vocab"], (batch, length), generator=generator).tolist()
 
 

@@ -13,6 +13,7 @@ from benchmarks.memory import resident
 from benchmarks.peers.contender import Rows, titled
 from benchmarks.peers.exported import export, inputs
 from benchmarks.peers.silence import silence
+from qeff_ir.arrays import Array
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 """float32 throughout: on a processor that has bfloat16, OpenVINO computes in it whatever the export records."""
@@ -51,6 +52,7 @@ class OpenVinoExport:
         self.request = compiled.create_infer_request()
         self.ports = {name for port in compiled.inputs for name in port.names}
         self.length = 0
+        self._last: Array = np.zeros((batch, 1), np.float32)
 
     def prefill(self, rows: Rows) -> list[int]:
         """See `Contender.prefill`."""
@@ -67,7 +69,12 @@ class OpenVinoExport:
         feed = {**inputs(rows, self.length), "beam_idx": np.arange(len(rows), dtype=np.int32)}
         self.length += len(rows[0])
         out = self.request.infer({n: np.asarray(v) for n, v in feed.items() if n in self.ports}, share_inputs=True)
-        return out["logits"][:, -1].argmax(-1).tolist()
+        self._last = np.array(out["logits"][:, -1])
+        return self._last.argmax(-1).tolist()
+
+    def logits(self) -> Array:
+        """See `benchmarks.faithful.Scores`."""
+        return self._last
 
 
 def _compressed(program: Any, weights: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.bandwidth import step_bytes
 from benchmarks.contenders import PEERS, Peer, Start, contenders, entrant
+from benchmarks.faithful import AGREEMENT, PERPLEXITY, faithful
 from benchmarks.memory import resident
 from benchmarks.ours import NAME, OWN
 from benchmarks.peers.contender import Entrant
@@ -84,6 +86,27 @@ def test_who_computes_something_else_is_told(ours: Entrant, start: Start) -> Non
     # The prompt's token and two steps are right, each of which counts once.
     share = equal_steps(ours, Entrant(Wrong.name, Wrong(start.model)), start)
     assert share < 100 and share == pytest.approx(100 * 3 / (NEW_TOKENS + 1))
+
+
+class Odd(Eager):
+    """Answers prompts of an odd number of tokens off by one."""
+
+    name = "odd"
+
+    def prefill(self, rows: list[list[int]]) -> list[int]:
+        return [(token + len(rows[0]) % 2) % 512 for token in super().prefill(rows)]
+
+
+def test_what_a_row_makes_of_prompts_stands_beside_its_speed(ours: Entrant, start: Start) -> None:
+    text = prompts("tiny", 2, 12, seed=2)
+    found = faithful([ours, Entrant(Odd.name, Odd(start.model))], text)
+    assert found[ours.name][AGREEMENT].median == 100
+    assert found[Odd.name][AGREEMENT].median == 50 and PERPLEXITY not in found[Odd.name]
+    with torch.no_grad():
+        logits = start.model(torch.tensor(text)[:, :-1]).logits[:, 7:]
+    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 512), torch.tensor(text)[:, 8:].reshape(-1))
+    assert found[ours.name][PERPLEXITY].median == pytest.approx(math.exp(float(loss)), rel=1e-4)
+    assert faithful([replace(ours, weights="int4")], text) == {}  # nothing to compare with
 
 
 @pytest.mark.parametrize("name", ["openvino", "genai", "llama.cpp"])
