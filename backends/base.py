@@ -13,6 +13,7 @@ from qeff_ir.runtime.session import Session
 
 if TYPE_CHECKING:
     from qeff_ir.cost import Storage
+    from qeff_ir.passing.pipeline import Pipeline
 
 
 class Backend(ABC):
@@ -29,6 +30,7 @@ class Backend(ABC):
         retains_adapters: Whether the factors of a single adapter are kept between runs as retained states.
         dtypes: What models may be computed in (`CompileOptions.dtype`).
         lengths_behind: The pass of the pipeline behind which caches are read in part (`passes.compute_context_length`).
+        rounds_caches: Whether it keeps caches in 8 bits where it is asked to (`CompileOptions.mxint8_kv_cache`).
         names_hidden_states: Whether a host reads the hidden states of a text encoder by one name (`passes.embedding`).
         Options: What a user can ask of the target: the methods below get one of these.
     """
@@ -43,6 +45,7 @@ class Backend(ABC):
     retains_adapters: ClassVar[bool] = False
     dtypes: ClassVar[frozenset[str]] = frozenset({"float32"})
     lengths_behind: ClassVar[str] = "kv-retention"
+    rounds_caches: ClassVar[bool] = False
     names_hidden_states: ClassVar[bool] = False
     Options: ClassVar[type[CompileOptions]] = CompileOptions
 
@@ -64,6 +67,14 @@ class Backend(ABC):
     def programs(self, lower: Mapping[str, Callable[[], Module]]) -> Mapping[str, Callable[[], Module]]:
         """The programs of a package, each with what lowers it, out of those of a model; these, by default."""
         return lower
+
+    def asked(self, pipeline: Pipeline, options: CompileOptions) -> Pipeline:
+        """The pipeline with what the options ask of its passes; as it is, by default.
+
+        Raises:
+            PipelineError: It lacks a pass that an option is for.
+        """
+        return pipeline
 
     @abstractmethod
     def check(self, module: Module, options: CompileOptions) -> None:

@@ -31,6 +31,7 @@ class CompileOptions:
         seq_len: Lengths of the inputs of a model without a cache, one specialization for each.
         materialize: Whether weights of 16 bits are written as float32, for what reads no others. They stay references
             into the checkpoint otherwise, and are widened when the package is loaded.
+        mxint8_kv_cache: Whether caches are kept as MXINT8, a quarter of their float32 size.
         dtype: What is computed in, by transformers' names: activations, caches and weights have this type. ``auto`` is
             what the model's ``config.json`` says.
         ccl_enabled: Of a decoder, as all that follow: runs read as much of the caches as they need, in one of several
@@ -53,6 +54,9 @@ class CompileOptions:
     seq_len: tuple[int, ...] = ()
     materialize: bool = field(
         default=False, metadata={"help": "Write float32 copies of weights of 16 bits, instead of referring to them."}
+    )
+    mxint8_kv_cache: bool = field(
+        default=False, metadata={"help": "Keep the KV cache in 8 bits: fast and not exact.", "fast": "always"}
     )
     dtype: Literal["float32", "float16", "bfloat16", "auto"] = field(
         default="float32", metadata={"help": "What is computed in; auto is what config.json says."}

@@ -30,12 +30,13 @@ Bits = Literal[0, 4, 8]
 @register
 @dataclass(frozen=True, slots=True)
 class QuantizeWeights(Pass):
-    """Round the weights of linear layers to the nearest of ``2 ** bits`` numbers, of each block the best range.
+    """Round weights of linear layers and experts to the nearest of ``2 ** bits`` numbers, of each block the best range.
 
     Blocks lie along the input features; where these are no multiple of ``block``, halves of it are tried down to 16,
     and the last block of a row is shorter if none fits. The range of a block is the one of `_SHRUNK` with the least
     squared error. Numbers are read and rounded when the weights are written, one weight after the other. What is
-    quantized already stays as it is.
+    quantized already stays as it is. Experts that are stacked, ``[experts, rows, columns]``, have blocks along the last
+    axis.
 
     The answers are those of other weights: `qeff verify` measures how far they drift.
 
@@ -97,7 +98,7 @@ class QuantizeWeights(Pass):
     def _bits(self, value: ir.Value, is_head: bool) -> int:
         if is_head and self.head is not None:
             return self.head
-        return self.bits if is_head or products_of(value) else self.table
+        return self.bits if is_head or products_of(value) or _is_stacked(value) else self.table
 
     def _parts(self, name: str, tensor: ir.TensorProtocol, bits: int, axis: int) -> Quantized:
         shape = tuple(int(d) for d in tensor.shape.numpy())
@@ -119,8 +120,15 @@ class QuantizeWeights(Pass):
 
 
 def _inputs(value: ir.Value) -> int | None:
-    """The axis of the input features of a weight that can be quantized: of products, or a table of rows."""
-    if WEIGHT_KEY not in value.metadata_props or value.shape is None or len(value.shape) != 2:
+    """The axis of the blocks of a weight that can be quantized: of products, a table of rows, or stacked experts.
+
+    Kernels that look experts up take blocks along the last axis, which is that of the input features but in few models.
+    """
+    if WEIGHT_KEY not in value.metadata_props or value.shape is None:
+        return None
+    if _is_stacked(value):
+        return 2
+    if len(value.shape) != 2:
         return None
     products, readers = products_of(value), readers_of(value)
     axes = {1 - found.out_axis for node in products if (found := stored(node)) is not None}
@@ -129,6 +137,22 @@ def _inputs(value: ir.Value) -> int | None:
         return None
     axes |= {1} if rows else set()
     return axes.pop() if len(axes) == 1 else None
+
+
+def _is_stacked(value: ir.Value) -> bool:
+    """Whether a weight has three axes, and is looked up along the first and by nothing else: experts of one layer."""
+    readers = list(value.consumers())
+    return value.shape is not None and len(value.shape) == 3 and bool(readers) and all(map(_looks_up, readers))
+
+
+def _looks_up(node: ir.Node) -> bool:
+    index = node.inputs[1] if len(node.inputs) > 1 else None
+    if node.domain or index is None or index.shape is None:
+        return False
+    if node.op_type == "Gather":
+        return node.attributes.get_int("axis", 0) == 0
+    single = node.op_type == "GatherND" and node.attributes.get_int("batch_dims", 0) == 0
+    return single and len(index.shape) > 0 and index.shape[-1] == 1
 
 
 def _head(module: Module) -> ir.Value | None:
@@ -156,8 +180,9 @@ class _Rounding:
 @functools.lru_cache(maxsize=1)
 def _rounded(job: _Rounding) -> tuple[Array, Array, Array]:
     """Codes, scales and zeros of a weight; those of the last one are kept, for all three are asked for."""
-    rows = np.moveaxis(job.tensor.numpy(), job.axis, -1).astype(np.float32, copy=False)
-    size, top = rows.shape[-1], (1 << job.bits) - 1
+    turned = np.moveaxis(job.tensor.numpy(), job.axis, -1).astype(np.float32, copy=False)
+    size, top = turned.shape[-1], (1 << job.bits) - 1
+    rows = turned.reshape(-1, size)
     blocks = -(-size // job.block)
     found = [
         _round(_blocks(rows[at : at + _ROWS], blocks * job.block, job.block), top, job.symmetric)
@@ -165,7 +190,8 @@ def _rounded(job: _Rounding) -> tuple[Array, Array, Array]:
     ]
     codes, scales, zeros = (np.concatenate(parts) for parts in zip(*found, strict=True))
     codes = codes.reshape(len(rows), -1)[:, :size]
-    back = [np.ascontiguousarray(np.moveaxis(part, -1, job.axis)) for part in (codes, scales, zeros)]
+    whole = [part.reshape(*turned.shape[:-1], -1) for part in (codes, scales, zeros)]
+    back = [np.ascontiguousarray(np.moveaxis(part, -1, job.axis)) for part in whole]
     return back[0], back[1], back[2]
 
 

@@ -142,6 +142,7 @@ def compile_model(
         steps[MAIN] = steps[MAIN].add("token-embedding")
     if options.dtype != "float32":
         steps = {name: given.add(f"dtype{{type={options.dtype}}}") for name, given in steps.items()}
+    steps = {name: backend.asked(given, options) for name, given in steps.items()}
     lowered = {} if source.identity() is not None else {name: lower() for name, lower in programs.items()}
     folder = out or cache_root() / _architecture(source)
     with disk_errors(folder):  # the disk of the model, and the one of temporary files
@@ -277,6 +278,10 @@ def _read(backend: Backend, source: Source, asked: CompileOptions | Mapping[str,
         )
     if options.materialize and options.dtype != "float32":
         raise CompileError(f"materialize writes float32 weights, and dtype asks for {options.dtype}: leave one out")
+    if options.mxint8_kv_cache and not (task.retains and backend.rounds_caches):
+        who = backend.name if task.retains else _architecture(source)
+        what = "keeps caches as they are" if task.retains else "has no KV cache to compress"
+        raise CompileError(f"{who} {what}: leave out mxint8_kv_cache")
     if not task.retains:
         return options
     if options.ctx_len < options.prefill_seq_len:

@@ -14,12 +14,15 @@ from backends.ai100 import contract
 from backends.ai100.backend import BACKEND
 from backends.ai100.options import Ai100Options
 from backends.onnxruntime.backend import BACKEND as BACKEND_ORT
+from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.cost import cost
-from qeff_ir.errors import PassError
+from qeff_ir.debug.drift import fast_parts
+from qeff_ir.errors import CompileError, PassError, PipelineError
 from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import to_text
 from qeff_ir.ir.snapshot import load_module, save_module
 from qeff_ir.numerics import error_over_rms
+from qeff_ir.package import read_manifest
 from qeff_ir.passing import Pipeline, run_pipeline
 from qeff_ir.passing.properties import FAST
 from qeff_ir.quantized import Quantized, dequantized, lazy, quantized
@@ -30,13 +33,13 @@ from tests.backends.ai100.test_contract import codes, edit_model
 from tests.support import OPTIONS, PROMPTS
 
 
-def quantize(name: str, options: str = "block=16") -> tuple[Module, Module]:
-    """A tiny model with weights of few bits, and one with the same numbers in float32."""
+def quantize(name: str, options: str = "block=16", *, rounded_experts: bool = False) -> tuple[Module, Module]:
+    """A tiny model with weights of few bits, and one with the same numbers in float32; experts are MXFP4 by default."""
     module = support.canonical(name)
     support.apply(module, f"quantize-weights{{{options}}}")
     module.properties.remove(FAST)  # what is compared with has the same numbers
     for value in module.graph.initializers.values():
-        if len(value.shape or ()) == 3 and "experts" in str(value.name):
+        if len(value.shape or ()) == 3 and "experts" in str(value.name) and not rounded_experts:
             value.const_value = mxfp4(str(value.name), value.const_value)
     dense = module.clone()
     support.apply(dense, "dequantize")
@@ -85,6 +88,23 @@ def test_it_answers_as_the_same_numbers_in_float32(
     assert target == "ai100" or own < 0.6 * whole
 
 
+def test_experts_are_rounded_as_other_weights_are(tmp_path: Path) -> None:
+    weights = {n: v.const_value for n, v in support.canonical("mixtral").graph.initializers.items()}
+    whole = {n: tensor for n, tensor in weights.items() if ".experts." in n and tensor is not None}
+    module, dense = quantize("mixtral", "bits=8 block=16", rounded_experts=True)
+    assert len(whole) == 4
+    for name, tensor in whole.items():
+        parts, before = quantized(module.graph.initializers[name].const_value), tensor.numpy()
+        assert parts is not None and parts.axis == 2 and parts.codes.dtype == ir.DataType.UINT8
+        assert error_over_rms(parts.numbers(), before) < 0.02
+    found = fired(run_pipeline(module, Pipeline.parse(support.rest_of("onnxruntime")), check=2))
+    assert found == {"GatherBlockQuantized": 4}  # products with codes of 8 bits are for level 4
+    support.answers_alike(module, dense, "onnxruntime", tmp_path)
+    kept = support.canonical("mixtral")
+    support.apply(kept, 'quantize-weights{skip="*.experts.*"}')
+    assert not any(quantized(kept.graph.initializers[name].const_value) for name in whole)
+
+
 def test_a_module_that_rounds_activations_says_so_and_answers_nearly_as_well(tmp_path: Path) -> None:
     module, dense = quantize("llama", "bits=8 block=32")
     text = support.rest_of("onnxruntime").replace("nbits", "nbits{level=4}")
@@ -100,6 +120,27 @@ def test_a_module_that_rounds_activations_says_so_and_answers_nearly_as_well(tmp
     plain, _ = quantize("llama", "bits=8 block=32")
     missed = run_pipeline(plain, Pipeline.parse(support.rest_of("onnxruntime"))).runs[-2].stats.missed
     assert len(missed) == 15 and "is fast with level=4 only" in missed[0].reason
+
+
+def test_a_level_of_products_is_an_option_of_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    model = QEFFAutoModelForCausalLM._opened(support.Lowered("llama"))
+    shapes: dict[str, Any] = {"target": "onnxruntime", "batch_size": 2, "prefill_seq_len": 8, "ctx_len": 48}
+    folder = model.compile(**shapes, pipeline="+quantize-weights{bits=8 block=32}", matmul_level=4)
+    manifest = read_manifest(Path(folder))
+    assert manifest.options["matmul_level"] == 4
+    assert fast_parts(manifest) == ["the pass quantize-weights", "the pass ort-matmul-nbits"]
+    graph = load_module(Path(folder) / "model.onnx").graph
+    levels = [n.attributes.get_int("accuracy_level", 0) for n in graph if n.op_type == "MatMulNBits"]
+    assert levels == [4] * 15
+    refused: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"matmul_level": 4}, CompileError, "matmul_level=4 is for products .* of few bits, of which .* none"),
+        ({"matmul_level": 3}, CompileError, "matmul_level=3 is no level of the products: give 0 .* or 4"),
+        ({"matmul_level": 4, "pipeline": "-ort-matmul-nbits"}, PipelineError, "there is no 'ort-matmul-nbits'"),
+    ]
+    for given, error, message in refused:
+        with pytest.raises(error, match=message):
+            model.compile(**shapes, **given)
 
 
 def test_each_kind_of_weight_has_bits_of_its_own() -> None:

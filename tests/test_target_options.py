@@ -12,6 +12,7 @@ import pytest
 
 from backends import find_backend, option_types
 from backends.ai100.options import Ai100Options, own
+from backends.onnxruntime.options import OnnxRuntimeOptions
 from backends.options import CompileOptions
 from qeff_ir.compiler import _read
 from qeff_ir.errors import CompileError, PipelineError
@@ -56,7 +57,7 @@ def test_options_of_another_target_are_named() -> None:
 def test_what_another_target_does_anyway_is_not_worth_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read_options(ORT, {"num_cores": 16, "mxfp6_matmul": False}) == CompileOptions()
+        assert read_options(ORT, {"num_cores": 16, "mxfp6_matmul": False}) == OnnxRuntimeOptions()
 
 
 def test_what_no_target_takes_is_refused() -> None:
@@ -103,7 +104,7 @@ def test_a_target_from_outside_has_options_of_its_own(monkeypatch: pytest.Monkey
 
 
 def test_the_command_line_has_the_options_of_the_targets_here() -> None:
-    assert option_types() == [Ai100Options]
+    assert option_types() == [Ai100Options, OnnxRuntimeOptions]
 
 
 def test_two_targets_with_one_option_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

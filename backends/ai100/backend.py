@@ -44,6 +44,7 @@ class Ai100Backend(Backend):
     ahead_of_time: ClassVar[bool] = True
     emitted: ClassVar[str] = "it runs in the emulator; compile_command.json has the compiler's command"
     retains_adapters: ClassVar[bool] = True
+    rounds_caches: ClassVar[bool] = True
     dtypes: ClassVar[frozenset[str]] = frozenset({"float32", "float16", "bfloat16"})
     Options: ClassVar[type[CompileOptions]] = Ai100Options
     names_hidden_states: ClassVar[bool] = True

@@ -3,8 +3,9 @@
 What is checked is what is shipped: the ONNX file of the package with its weights, the shapes of its
 ``specializations.json``, and states that stay where they are between runs. Only the bodies of the device's operators
 are exchanged for its rules (`qeff_ir.ir.operators`), which give NaN for what they do not read, so that nothing can
-depend on it. The arithmetic is that of the ONNX file: float32, or what was asked for by ``dtype`` (`arithmetic`). What
-a compiler makes of it, ``-convert-to-fp16`` say, is not emulated.
+depend on it. The arithmetic is that of the ONNX file: float32, or what was asked for by ``dtype`` (`arithmetic`).
+Caches that the device keeps as MXINT8 are rounded after each run (`mxint8`). What else a compiler makes of a model,
+``-convert-to-fp16`` say, is not emulated.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from backends.ai100 import arithmetic, specializations, sub_functions, weight_free
+from backends.ai100 import arithmetic, mxint8, specializations, sub_functions, weight_free
 from backends.ai100.artifact import read_module
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
@@ -78,6 +79,8 @@ class EmulatedSession:
         self._written = {resident.input for resident in self.interface.residents if resident.written_by_host}
         self._states = {name: _zeros(shape) for name, shape in shapes.items()}
         self._spare = {name: _zeros(shape) for name, shape in shapes.items()}
+        listed = mxint8.compressed(model.parent)
+        self._rounded = [name for name in shapes if name in listed and name not in self._written]
         self._lock = threading.Lock()
 
     @property
@@ -102,6 +105,8 @@ class EmulatedSession:
         with self._lock:
             outputs = program.run(inputs, self._states, self._spare)
             self._states, self._spare = self._spare, self._states
+            for name in self._rounded:
+                self._states[name].update_inplace(mxint8.rounded(self._states[name].numpy()))
         return outputs
 
     def write(self, name: str, data: Array, slot: int | None = None) -> None:

@@ -18,7 +18,6 @@ class Ai100Options(CompileOptions):
         num_cores: Cores of the device.
         num_devices: Devices that share the model.
         mxfp6_matmul: Compress constant matmul weights to MXFP6 on the device.
-        mxint8_kv_cache: Keep the KV cache as MXINT8 on the device.
         weight_free: Emit graphs without weights, which the compiler binds from safetensors files by itself.
         enable_qnn: Compile through QNN's tools.
         qnn_config: JSON file of arguments and settings for them (contract §4.7).
@@ -31,7 +30,6 @@ class Ai100Options(CompileOptions):
     num_cores: int = field(default=16, metadata={"help": "Cores of the device."})
     num_devices: int = field(default=1, metadata={"help": "Devices that share the model."})
     mxfp6_matmul: bool = field(default=False, metadata={"help": "Compress the weights.", "fast": True})
-    mxint8_kv_cache: bool = field(default=False, metadata={"help": "Compress the KV cache.", "fast": True})
     weight_free: bool = field(default=False, metadata={"help": "Let the compiler read weights from safetensors."})
     enable_qnn: bool = field(default=False, metadata={"help": "Compile by QNN's tools, below $QNN_SDK_ROOT."})
     qnn_config: str | None = field(

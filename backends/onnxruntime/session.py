@@ -11,7 +11,7 @@ import onnxruntime as ort
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
 from qeff_ir.ir.module import Module, Specialization
-from qeff_ir.ir.residents import DimValue
+from qeff_ir.ir.residents import Resident
 from qeff_ir.runtime.interface import LENGTH, interface_of, sized
 
 _FUSE_BIASES = ["SkipLayerNormFusion"]
@@ -64,7 +64,7 @@ class OrtSession:
             )
         except Exception as error:  # ONNX Runtime raises several private types
             raise PackageError(f"ONNX Runtime cannot load {model}: {str(error).splitlines()[0]}") from error
-        self._residents = {r.input: ort.OrtValue.ortvalue_from_numpy(_zeros(r.shape, fixed)) for r in module.residents}
+        self._residents = {r.input: ort.OrtValue.ortvalue_from_numpy(_zeros(r, fixed)) for r in module.residents}
         self._bindings = {
             tuple(sized(port, s.symbols) for port in self.interface.inputs): self._bind(s.symbols)
             for s in self._specializations
@@ -140,5 +140,5 @@ class _Binding:
         self.values = values
 
 
-def _zeros(dims: Sequence[DimValue], sizes: Mapping[str, int]) -> Array:
-    return np.zeros([sizes[d] if isinstance(d, str) else d for d in dims], dtype=np.float32)
+def _zeros(resident: Resident, sizes: Mapping[str, int]) -> Array:
+    return np.zeros([sizes[d] if isinstance(d, str) else d for d in resident.shape], dtype=resident.dtype.numpy())

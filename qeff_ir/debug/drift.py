@@ -2,7 +2,7 @@
 
 An *exact* package answers as transformers does on the same weights, within the bound of rounding
 (`qeff_ir.numerics`). A *fast* one computes other numbers on purpose: weights, activations or caches of fewer bits. A
-pass says so by establishing the property `FAST`, an option of a target by ``"fast": True`` in its field's metadata.
+pass says so by establishing the property `FAST`, an option of a target by ``"fast"`` in its field's metadata.
 
 Of each text, the first half is the prompt, and every token of the rest is fed as it stands, so that one other choice
 does not make all that follows incomparable. What is compared is the whole of it: weights, activations and caches.
@@ -56,16 +56,18 @@ class Drift:
 def fast_parts(manifest: Manifest) -> list[str]:
     """What makes a package fast and not exact, in words; an exact one has none.
 
-    Options of a target count where its compiler has run: nothing else acts on them.
+    Options of a target with a compiler count where that has run, and where ``"fast": "always"`` says that sessions act
+    on them without it; what other targets are asked for, a pass does.
     """
     found: list[str] = []
     for program in manifest.programs.values():
         pipeline = Pipeline.parse(program.report["pipeline"])
         found += [f"the pass {id}" for id, item in pipeline if FAST in item.established()]
-    if manifest.compiled:
-        options = fields(find_backend(manifest.target).Options)
-        asked = [o for o in options if o.metadata.get("fast") and manifest.options.get(o.name)]
-        found += [f"the option {option.name}" for option in asked]
+    backend = find_backend(manifest.target)
+    for option in fields(backend.Options) if backend.ahead_of_time else ():
+        fast = option.metadata.get("fast")
+        if manifest.options.get(option.name) and (fast == "always" or (fast and manifest.compiled)):
+            found.append(f"the option {option.name}")
     return list(dict.fromkeys(found))
 
 
