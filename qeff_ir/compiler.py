@@ -140,6 +140,7 @@ def compile_model(
         steps[MAIN] = with_requested(steps[MAIN], options, backend)
     if token_embedding == "host":
         steps[MAIN] = steps[MAIN].add("token-embedding")
+    steps = {name: given.told(asdict(options)) for name, given in steps.items()}
     if options.dtype != "float32":
         steps = {name: given.add(f"dtype{{type={options.dtype}}}") for name, given in steps.items()}
     steps = {name: backend.asked(given, options) for name, given in steps.items()}

@@ -50,8 +50,8 @@ class Ai100Backend(Backend):
     names_hidden_states: ClassVar[bool] = True
     pipeline: ClassVar[str] = (
         "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,image-merge,"
-        "kv-retention{layout=scatter},attention{impl=grouped},fp16-clip,join-planes,nbits,dequantize,legalize,"
-        "decoder-context"
+        "kv-retention{layout=scatter},attention{impl=grouped},gather-blocks,fp16-clip,join-planes,nbits,dequantize,"
+        "legalize,decoder-context"
     )
 
     def missing(self, options: CompileOptions | None = None) -> str | None:

@@ -142,7 +142,7 @@ def _states(module: Module) -> Iterator[Violation]:
     roles = [module.role_of(v) for v in module.graph.inputs]
     tokens = [name_of(role) for role in (EMBEDDINGS, TOKENS) if role in roles] or [name_of(TOKENS)]
     rows = [name_of(role) for role in (READ_LENGTH, CACHE_ROW, KEPT_LOGITS) if role in roles]
-    rows += [name_of(ADAPTER_ROW)] if any(r.slots for r in module.residents) else []
+    rows += [name_of(ADAPTER_ROW)] if ADAPTER_ROW in roles else []
     shared = [r for r in module.residents if r.shared]
     own = [r for r in module.residents if not r.shared]
     beside = [str(v.name) for v, role in zip(module.graph.inputs, roles, strict=True) if role in _BESIDE_POSITIONS]

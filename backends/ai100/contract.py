@@ -21,6 +21,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from backends.ai100 import specializations, weight_free
 from backends.ai100.artifact import model_file
+from backends.ai100.contract_adapters import adapters
 from backends.ai100.contract_encoders import (
     CROSSED,
     FEATURES,
@@ -113,6 +114,7 @@ def violations(folder: Path) -> Iterator[Violation]:
     yield from _ops(graph, sdk)
     yield from _interface(graph)
     yield from written_once(graph)
+    yield from adapters(proto, _by_name(graph.inputs), bound, folder)
     yield from _specializations(graph, recorded, sdk)
     retains = _retains(graph)
     listed = retains or ROWS[0] in _by_name(graph.outputs)

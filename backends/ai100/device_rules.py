@@ -67,3 +67,48 @@ def CtxGather(data: T, ctx_indices: INT64, comp_ctx_len: INT64, unread: float = 
     read = op.GatherND(data, index, batch_dims=2)
     nothing = op.CastLike(op.Constant(value_float=unread), data)
     return op.Where(op.Unsqueeze(op.Expand(valid, shape), last), read, nothing)
+
+
+@script(_ctx, default_opset=op)
+def CtxGatherBlockedKV(data: T, ctx_indices: INT64, unread: float = 0.0) -> T:  # noqa: N802
+    """Read a block of slots of a cache; a slot out of range is not read.
+
+    Args:
+        data: The cache, ``[B, H, C, D]``.
+        ctx_indices: Slots to read, ``[B, H, N]``.
+        unread: What stands where no slot is read.
+
+    Returns:
+        The slots, ``[B, H, N, D]``.
+    """
+    zero = op.Constant(value_int=0)
+    last = op.Constant(value_ints=[-1])
+    valid = op.And(op.GreaterOrEqual(ctx_indices, zero), op.Less(ctx_indices, op.Shape(data, start=2, end=3)))
+    read = op.GatherND(data, op.Unsqueeze(op.Where(valid, ctx_indices, zero), last), batch_dims=2)
+    return op.Where(op.Unsqueeze(valid, last), read, op.CastLike(op.Constant(value_float=unread), data))
+
+
+@script(_ctx, default_opset=op)
+def CtxGatherBlockedKVCB(data: T, batch_index: INT64, ctx_indices: INT64, unread: float = 0.0) -> T:  # noqa: N802
+    """Read a block of slots in some rows of a cache; a row or a slot out of range is not read.
+
+    Args:
+        data: The cache, ``[F, H, C, D]``.
+        batch_index: Row of the cache that each row of the run reads, ``[B, 1]``.
+        ctx_indices: Slots to read, ``[B, 1, N]``.
+        unread: What stands where no slot is read.
+
+    Returns:
+        The slots, ``[B, H, N, D]``.
+    """
+    zero = op.Constant(value_int=0)
+    last = op.Constant(value_ints=[-1])
+    slots = op.And(op.GreaterOrEqual(ctx_indices, zero), op.Less(ctx_indices, op.Shape(data, start=2, end=3)))
+    known = op.And(op.GreaterOrEqual(batch_index, zero), op.Less(batch_index, op.Shape(data, start=0, end=1)))
+    valid = op.And(slots, op.Unsqueeze(known, last))
+    rows = op.Gather(data, op.Squeeze(op.Where(known, batch_index, zero), op.Constant(value_ints=[1])), axis=0)
+    shape = op.Concat(op.Shape(rows, start=0, end=2), op.Shape(ctx_indices, start=2, end=3), axis=0)
+    index = op.Expand(op.Where(valid, ctx_indices, zero), shape)
+    read = op.GatherND(rows, op.Unsqueeze(index, last), batch_dims=2)
+    seen = op.Unsqueeze(op.Expand(valid, shape), last)
+    return op.Where(seen, read, op.CastLike(op.Constant(value_float=unread), data))

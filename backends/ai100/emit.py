@@ -15,6 +15,7 @@ from backends.ai100.options import Ai100Options
 from backends.ai100.qnn import files
 from backends.ai100.qnn.request import requested
 from backends.ai100.sdk import Sdk
+from qeff_ir.ir.baked import save_names
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import FEATURES, MASK, POSITIONS, ROWS_OUTPUT
 from qeff_ir.ir.residents import Resident
@@ -54,6 +55,7 @@ def emit(module: Module, folder: Path, options: Ai100Options, sdk: Sdk, hardware
         weight_free.save(network, folder, model, module.name)
     else:
         save_model(network, folder, model)
+    save_names(module, folder)
     for name, source in user.files.items():
         shutil.copyfile(source, folder / name)
     (folder / specializations.FILE).write_text(specializations.dumps(module.specializations, sdk.specializations))

@@ -4,7 +4,7 @@
 
 The compiler knows them by domain and name and replaces them by its own implementation; the bodies make every snapshot a
 valid ONNX model (AI 100 contract §2). They hold in any standard opset from 18 on. ``B`` batch, ``H`` key/value heads,
-``C`` slots of the cache, ``S`` tokens of this run, ``N`` slots to read, ``D`` head width.
+``C`` slots of the cache, ``F`` rows of a cache, ``S`` tokens of this run, ``N`` slots to read, ``D`` head width.
 
 The bodies are plain ONNX: an index out of range is an error there, while the device skips it (`device_rules`).
 """
@@ -72,6 +72,43 @@ def CtxGather(data: T, ctx_indices: INT64, comp_ctx_len: INT64) -> T:  # noqa: N
     return op.GatherND(data, op.Unsqueeze(index, op.Constant(value_ints=[-1])), batch_dims=2)
 
 
+@script(_ctx, default_opset=op)
+def CtxGatherBlockedKV(data: T, ctx_indices: INT64) -> T:  # noqa: N802
+    """Read a block of slots of a cache (contract §2.2).
+
+    Args:
+        data: The cache, ``[B, H, C, D]``.
+        ctx_indices: Slots to read, ``[B, H, N]``; the device does not read a slot out of range.
+
+    Returns:
+        The slots, ``[B, H, N, D]``.
+    """
+    return op.GatherND(data, op.Unsqueeze(ctx_indices, op.Constant(value_ints=[-1])), batch_dims=2)
+
+
+@script(_ctx, default_opset=op)
+def CtxGatherBlockedKVCB(data: T, batch_index: INT64, ctx_indices: INT64) -> T:  # noqa: N802
+    """Read a block of slots in some rows of a cache (contract §2.2).
+
+    Args:
+        data: The cache, ``[F, H, C, D]``.
+        batch_index: Row of the cache that each row of the run reads, ``[B, 1]``.
+        ctx_indices: Slots to read, ``[B, 1, N]``; the device does not read a slot out of range.
+
+    Returns:
+        The slots, ``[B, H, N, D]``.
+    """
+    one = op.Constant(value_ints=[1])
+    heads = op.Shape(data, start=1, end=2)
+    shape = op.Concat(op.Shape(batch_index, start=0, end=1), heads, op.Shape(ctx_indices, start=2, end=3), one, axis=0)
+    row = op.Unsqueeze(batch_index, op.Constant(value_ints=[2, 3]))
+    counted = op.Range(op.Constant(value_int=0), op.Squeeze(heads), op.Constant(value_int=1))
+    head = op.Unsqueeze(counted, op.Constant(value_ints=[0, 2, 3]))
+    slot = op.Unsqueeze(ctx_indices, op.Constant(value_ints=[3]))
+    index = op.Concat(op.Expand(row, shape), op.Expand(head, shape), op.Expand(slot, shape), axis=3)
+    return op.GatherND(data, index)
+
+
 @script(_qti, default_opset=op)
 def CustomRMSNorm(hidden_states: T, weight: T, epsilon: float = 1e-6) -> T:  # noqa: N802
     """Root-mean-square normalization over the last axis (contract §2.3).
@@ -93,4 +130,6 @@ def CustomRMSNorm(hidden_states: T, weight: T, epsilon: float = 1e-6) -> T:  # n
 
 operators.define(CtxScatter, rule=device_rules.CtxScatter)
 operators.define(CtxGather, rule=device_rules.CtxGather)
+operators.define(CtxGatherBlockedKV, rule=device_rules.CtxGatherBlockedKV)
+operators.define(CtxGatherBlockedKVCB, rule=device_rules.CtxGatherBlockedKVCB)
 operators.define(CustomRMSNorm, rule=CustomRMSNorm)

@@ -11,6 +11,7 @@ from backends.base import Backend
 from backends.onnxruntime.options import OnnxRuntimeOptions
 from backends.options import CompileOptions
 from qeff_ir.errors import CompileError
+from qeff_ir.ir.baked import save_names
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.snapshot import MODEL_FILE, load_both, save_module
 from qeff_ir.passing.pipeline import Pipeline
@@ -75,8 +76,9 @@ class OnnxRuntimeBackend(Backend):
             raise CompileError("the caches have no physical layout: put kv-retention into the pipeline")
 
     def emit(self, module: Module, folder: Path, options: CompileOptions) -> None:
-        """Write ``model.onnx``, weights by reference."""
+        """Write ``model.onnx``, weights by reference, and the numbers of adapters that are weights."""
         save_module(module, folder)
+        save_names(module, folder)
 
     def compile(self, folder: Path, options: CompileOptions) -> None:
         """Nothing: the runtime compiles when a session opens."""

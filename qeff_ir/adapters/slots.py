@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from qeff_ir.adapters.fit import Base, fit
@@ -107,3 +109,41 @@ class AdapterSlots:
     def _write(self, item: Resident, index: int, data: Array | None) -> None:
         values = np.zeros(item.sizes, dtype=np.float32) if data is None else data
         self.session.write(item.input, values, index + 1 if item.slots else None)
+
+
+class BakedSlots(AdapterSlots):
+    """The adapters of a package whose weights they are: none comes, and none goes.
+
+    Args:
+        session: The session.
+        numbers: The slot of each adapter, by name.
+    """
+
+    def __init__(self, session: Session, numbers: Mapping[str, int]) -> None:
+        super().__init__(session, lambda _: None)
+        self.single = False
+        self._names = list(numbers)
+
+    def add(self, name: str, adapter: Adapter) -> int:
+        """Refuse.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise AdapterError(baked_already(name))
+
+    def remove(self, name: str) -> None:
+        """Refuse.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise AdapterError(baked_already(name))
+
+
+def baked_already(name: str) -> str:
+    """Why an adapter cannot be loaded into, or deleted from, a package."""
+    return (
+        f"the adapters of the package are its weights (bake_adapters): '{name}' can neither be loaded nor deleted; "
+        "compile without bake_adapters to swap adapters"
+    )

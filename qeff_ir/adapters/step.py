@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from qeff_ir.adapters.folder import Adapter
@@ -11,6 +11,7 @@ from qeff_ir.errors import AdapterError
 
 if TYPE_CHECKING:
     from passes.lora import Lora
+    from qeff_ir.passing.base import Pass
 
 Mode = Literal["slots", "single"]
 Bias = Literal["none", "targets", "all"]
@@ -57,6 +58,48 @@ def lora_step(
         bias=bias or _bias_of(loaded),
         retained=retained,
     )
+
+
+def baked(
+    loaded: Mapping[str, Adapter],
+    *,
+    slots: int | None = None,
+    rank: int | None = None,
+    targets: str | None = None,
+    bias: Bias | None = None,
+    mode: Mode = "slots",
+) -> list[Pass]:
+    """The passes that make adapters weights of a package: branches with a slot for each, and each in its slot.
+
+    Args:
+        loaded: The adapters by name, number 1 first.
+        slots: See `lora_step`, as for all others.
+        rank: See there.
+        targets: See there.
+        bias: See there.
+        mode: See there.
+
+    Raises:
+        AdapterError: There is no adapter, or what is asked for leaves room for others.
+    """
+    from passes.bake_lora import BakeLora
+    from passes.merge_lora import adapter_digest
+
+    if not loaded:
+        raise AdapterError("no adapter is loaded that could be baked: load them first, or leave bake_adapters out")
+    if mode != "slots" or slots not in (None, len(loaded)):
+        asked = f"adapter_slots={slots}" if mode == "slots" else f"lora_mode='{mode}'"
+        raise AdapterError(
+            f"{asked} asks for adapters that are swapped later, and bake_adapters=True makes the {len(loaded)} loaded "
+            "ones weights for good: leave one out"
+        )
+    found = list(loaded.values())
+    step = lora_step(found, slots=len(loaded), rank=rank, targets=targets, bias=bias, mode=mode, retained=False)
+    made: list[Pass] = [step]
+    for name, adapter in loaded.items():
+        folder = adapter.folder.resolve()
+        made.append(BakeLora(adapter=str(folder), called=name, digest=adapter_digest(folder)[:16]))
+    return made
 
 
 def _bias_of(loaded: Sequence[Adapter]) -> Bias:

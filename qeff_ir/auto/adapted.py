@@ -13,12 +13,13 @@ from backends import find_backend
 from qeff_ir.adapters.base_model import base_of, check_base
 from qeff_ir.adapters.fit import fit, package_weights
 from qeff_ir.adapters.folder import Adapter, check_name, open_adapter
-from qeff_ir.adapters.slots import AdapterSlots
-from qeff_ir.adapters.step import Bias, Mode, lora_step
+from qeff_ir.adapters.slots import AdapterSlots, BakedSlots, baked_already
+from qeff_ir.adapters.step import Bias, Mode, baked, lora_step
 from qeff_ir.auto.arguments import hub_arguments, model_name
 from qeff_ir.auto.compiled_model import CompiledModel, SourceT
 from qeff_ir.compiler import Compiled, Pipelines, chosen
 from qeff_ir.errors import AdapterError, RuntimeInputError
+from qeff_ir.ir.baked import read_names
 from qeff_ir.package import MAIN
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.reading import path_of
@@ -70,8 +71,13 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
 
     @property
     def adapters(self) -> list[str]:
-        """Names of the loaded adapters, in the order of loading."""
-        return list(self._adapters)
+        """Names of the loaded adapters, in the order of loading; of a package that has them as weights, all of its."""
+        return list(self._baked or self._adapters)
+
+    @property
+    def _baked(self) -> dict[str, int]:
+        """The number of each adapter that is a weight of the package."""
+        return {} if self._compiled is None else read_names(self._compiled.folder)
 
     @property
     def active_adapter(self) -> str | None:
@@ -101,6 +107,8 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
         if check_base_model and self._source is not None:  # a package only knows its own folder
             check_base(adapter_name, found, self._source)
         with self._between_requests():
+            if self._baked:
+                raise AdapterError(baked_already(adapter_name))
             if self._held is not None:
                 self._held.add(adapter_name, found)
             elif self._compiled is not None:
@@ -141,6 +149,8 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
         """
         with self._between_requests():
             self._known(adapter_name)
+            if self._baked:
+                raise AdapterError(baked_already(adapter_name))
             if self._held is not None and self._held.holds(adapter_name):
                 if not self._held.single:  # what comes into the slot next is not for rows that had this one
                     ids = self.runner().decoder.lora_ids
@@ -186,6 +196,7 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
         targets: str | None,
         bias: Bias | None,
         mode: Mode,
+        bake: bool = False,
     ) -> Pipeline:
         """The pipeline of the program with adapters; see `lora_step` for what is asked.
 
@@ -198,21 +209,25 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
             targets: See there.
             bias: See there.
             mode: See there.
+            bake: Whether the loaded adapters become weights too, each in a slot of its own; see `baked`.
 
         Raises:
             AdapterError: See there.
         """
         steps = chosen(pipeline, Pipeline.parse(find_backend(target).pipeline))
         with self._lock:
-            adapters = list(self._adapters.values())
+            adapters = dict(self._adapters)
         for folder in merged:
             from passes.merge_lora import MergeLora, adapter_digest
 
             steps = steps.add(MergeLora(adapter=str(folder.resolve()), digest=adapter_digest(folder)[:16]))
         if any(item.name == "lora" for item in steps.passes):
             return steps
-        retained = find_backend(target).retains_adapters
-        step = lora_step(adapters, slots=slots, rank=rank, targets=targets, bias=bias, mode=mode, retained=retained)
+        if bake:
+            made = baked(adapters, slots=slots, rank=rank, targets=targets, bias=bias, mode=mode)
+            return steps.add(Pipeline(tuple(made)))
+        retained, found = find_backend(target).retains_adapters, list(adapters.values())
+        step = lora_step(found, slots=slots, rank=rank, targets=targets, bias=bias, mode=mode, retained=retained)
         return steps.add(step)
 
     @contextlib.contextmanager
@@ -309,7 +324,11 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
     def _open_runner(self, threads: int | None) -> RunnerT:
         """The session, with the loaded adapters in it."""
         runner = super()._open_runner(threads)
-        held = AdapterSlots(runner.decoder.session, package_weights(_model_file(self.package)))
+        session, numbers = runner.decoder.session, self._baked
+        if numbers:
+            self._held = BakedSlots(session, numbers)
+            return runner
+        held = AdapterSlots(session, package_weights(_model_file(self.package)))
         for name, adapter in self._adapters.items() if not held.single else ():
             held.add(name, adapter)
         self._held = held
@@ -353,14 +372,21 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
             decoder.lora_ids[:] = np.repeat(slots, decoder.batch_size // len(slots))
 
     def _known(self, name: str) -> None:
-        if not isinstance(name, str) or name not in self._adapters:  # pyright: ignore[reportUnnecessaryIsInstance]
-            there = f"there are {', '.join(self._adapters)}" if self._adapters else "there are none"
+        names = self.adapters
+        if not isinstance(name, str) or name not in names:  # pyright: ignore[reportUnnecessaryIsInstance]
+            there = f"there are {', '.join(names)}" if names else "there are none"
             raise AdapterError(f"there is no adapter '{name}' ({there}): load it first")
 
     def _check_fits(self, package: Compiled, adapters: dict[str, Adapter], names: list[str]) -> None:
         """Refuse adapters that the compiled package cannot take, without opening it."""
         from qeff_ir.ir.snapshot import load_module
 
+        numbers = read_names(package.folder)
+        if numbers:
+            new = next((name for name in names if name not in numbers), None)
+            if new is not None:
+                raise AdapterError(baked_already(new))
+            return
         model = _model_file(package)
         inputs = load_module(model).adapters
         slots = max((item.slots for item in inputs), default=0)

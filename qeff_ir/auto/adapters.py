@@ -78,6 +78,7 @@ class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoMo
         lora_targets: str | None = None,
         lora_bias: Bias | None = None,
         lora_mode: Mode = "slots",
+        bake_adapters: bool = False,
         target: str = "auto",
         pipeline: Pipelines = None,
         **kwargs: Any,
@@ -91,6 +92,9 @@ class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoMo
                 adapters, or all linear layers when there is none.
             lora_bias: Biases that get a branch; by default what the loaded adapters need.
             lora_mode: ``slots``: each row has an adapter of its own. ``single``: one for all rows.
+            bake_adapters: Make the loaded adapters weights of the package, for hosts that fill ``lora_ids`` and know no
+                other input. They are numbered in the order of loading (``adaptername_to_id.json``), and can be neither
+                loaded nor deleted any more.
             target: See there.
             pipeline: See there; the passes for adapters are put in unless it has them.
             kwargs: See there.
@@ -104,6 +108,7 @@ class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoMo
         with self._compiling(
             target, pipeline,
             slots=adapter_slots, rank=max_lora_rank, targets=lora_targets, bias=lora_bias, mode=lora_mode,
+            bake=bake_adapters,
         ) as steps:  # fmt: skip
             return super().compile(target=target, pipeline=steps, **kwargs)
 

@@ -42,6 +42,10 @@ def command(
         bool,
         typer.Option("--single-program", help="Encoder and language model in one program, for a model of pictures."),
     ] = False,
+    bake_adapters: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter that becomes a weight of the package; may be repeated.", metavar="NAME=FOLDER"),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(help="Write what the passes did (to each program) as JSON.", metavar="FILE"),
@@ -58,6 +62,12 @@ def command(
         raise CompileError("--single-program is for models of pictures and text: give --image-size too")
     source = None if image_size else open_model(model, request)
     encoded = source is not None and is_encoded(source)
+    if bake_adapters:
+        if source is None or encoded:
+            raise CompileError("--bake-adapters is for causal LMs: leave it out")
+        from qeff_ir.cli.baking import with_adapters
+
+        request = with_adapters(request, bake_adapters, source)
     if encoder_ctx_len and not encoded:
         raise CompileError("--encoder-ctx-len is for models of an encoder and a decoder: leave it out")
     if source is not None and encoded:

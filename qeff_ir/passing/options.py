@@ -34,6 +34,8 @@ class Option:
         help: One line.
         path: Whether it names a file or folder that is read; the field's metadata say so (``"path": True``).
         least: Of a target's whole number, the least that is taken; the field's metadata say so (``"least": 0``).
+        told: Of a pass, the option of `compile` whose value it has where the pipeline gives none; the field's metadata
+            say so (``"compile": "num_devices"``).
     """
 
     name: str
@@ -43,6 +45,7 @@ class Option:
     help: str
     path: bool = False
     least: int = 1
+    told: str | None = None
 
     @property
     def values(self) -> str:
@@ -75,6 +78,7 @@ def options(cls: type[Any]) -> dict[str, Option]:
             field.metadata.get("help", ""),
             bool(field.metadata.get("path")),
             field.metadata.get("least", 1),
+            field.metadata.get("compile"),
         )
     return found
 

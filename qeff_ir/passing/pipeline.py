@@ -19,7 +19,7 @@ differs from the defaults, and no edits: ``Pipeline.parse(str(pipeline)) == pipe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,17 @@ class Pipeline:
             if not declared[name].takes(value):
                 raise PipelineError(f"{value!r} is no value for '{name}', which takes {declared[name].values}")
         return self._spliced(index, 1, dataclasses.replace(item, **changed))  # pyright: ignore[reportArgumentType, reportUnknownArgumentType, reportCallIssue]
+
+    def told(self, asked: Mapping[str, Any]) -> Pipeline:
+        """The pipeline whose passes know what is compiled for: options of theirs that `compile` has too (`Option.told`)
+        take its values, unless the pipeline gives others."""
+        made = self
+        for id, item in self:
+            for option in options(type(item)).values():
+                value = asked.get(option.told or "")
+                if value is not None and getattr(item, option.field) == option.default:
+                    made = made.with_options(id, **{option.field: value})
+        return made
 
     def _spliced(self, at: int, gone: int, more: Pipeline | Pass | str) -> Pipeline:
         return Pipeline((*self.passes[:at], *_as_passes(more), *self.passes[at + gone :]))

@@ -106,8 +106,10 @@ class Decoder:
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)
         self.timings = Timings()
         self.lora_ids = np.zeros(self.batch_size, dtype=np.int64)
-        self._slots = max((r.slots for r in interface.residents), default=0)
-        self._takes_adapters = interface.input(ADAPTER_ROW) is not None
+        ids = interface.input(ADAPTER_ROW)
+        self._takes_adapters = ids is not None
+        baked = (ids.rows or 1) - 1 if ids is not None else 0
+        self._slots = max((baked, *(r.slots for r in interface.residents)))
         self.turns = Turns()
         self._thread = 0
 

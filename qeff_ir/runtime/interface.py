@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qeff_ir.errors import PackageError
+from qeff_ir.ir.baked import names_of
 from qeff_ir.ir.module import WEIGHT_KEY, Module, Padding
 from qeff_ir.ir.ports import EMBEDDINGS, Port, Role
 from qeff_ir.ir.residents import DimValue, Resident
@@ -106,4 +107,6 @@ def _port(module: Module, value: ir.Value, rows: Mapping[str, int], file: Path) 
         raise PackageError(f"{file} does not say the type and the shape of {value.name}: compile again")
     dims: list[DimValue | None] = [d if isinstance(d, int) else d.value for d in value.shape]
     weight, name = value.metadata_props.get(WEIGHT_KEY), str(value.name)
-    return Port(name, module.role_of(value), value.dtype.numpy(), tuple(dims), weight, rows.get(name))
+    baked = len(names_of(value))
+    table = baked + 1 if baked else rows.get(name)  # the base model is the first
+    return Port(name, module.role_of(value), value.dtype.numpy(), tuple(dims), weight, table)

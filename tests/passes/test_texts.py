@@ -32,6 +32,7 @@ CASES: dict[str, tuple[Recipe, str, str]] = {
     "fuse-rotary": (ROTATED, "onnxruntime", "fuse-rotary"),
     "fuse-activations": (PLAIN, "onnxruntime", "fuse-activations"),
     "fuse-products": (PLAIN, "onnxruntime", "fuse-products"),
+    "replicate-kv-heads": (Recipe(group=2), "onnxruntime", "replicate-kv-heads{n=2}"),
     "last-logits": (PLAIN, "onnxruntime", "last-logits"),
     "last-logits-of-drafts": (PLAIN, "onnxruntime", "last-logits{keep=3}"),
     "embedding-output": (PLAIN, "onnxruntime", "last-logits,embedding-output{normalize=true dim=2}"),
@@ -42,12 +43,14 @@ CASES: dict[str, tuple[Recipe, str, str]] = {
     "kv-retention-ring": (Recipe((Layer(window=3),)), "ai100", "kv-retention{layout=scatter}"),
     "compute-context-length": (PLAIN, "ai100", 'compute-context-length{prefill="4,8" decode="4,8"}'),
     "attention-grouped": (Recipe(group=2), "ai100", "attention{impl=grouped}"),
+    "blocked-attention": (PLAIN, "onnxruntime", "blocked-attention{num-kv-blocks=2}"),
+    "gather-blocks": (PLAIN, "ai100", "blocked-attention{num-kv-blocks=2},gather-blocks"),
     "ort-attention": (Recipe(head_dim=8, value_dim=8), "onnxruntime", "ort-attention"),
     "ort-rotary": (Recipe(head_dim=16, value_dim=16, rotary="half"), "onnxruntime", "ort-rotary"),
     "ort-kernels": (PLAIN, "onnxruntime", "ort-kernels"),
     "legalize": (ROTATED, "ai100", "legalize"),
 }
-PLACES = {"compute-context-length": "attention"}
+PLACES = {"blocked-attention": "attention", "compute-context-length": "attention"}
 """Before which pass of a stock pipeline a pass runs that has no place in it; others run before ``last-logits``."""
 
 
