@@ -106,13 +106,13 @@ def test_what_is_not_read_is_refused_by_name(settings: dict[str, Any], tmp_path:
 def test_zeros_that_mean_two_things_are_refused(tmp_path: Path) -> None:
     write("qwen3", tmp_path / "model", {**SETTINGS, "bits": 3}, packed(3), bits=3)
     with pytest.raises(UnsupportedModelError, match=r"codes of 3 bits in format gptq, .* in format gptq_v2"):
-        FolderSource(tmp_path / "model").weights()
+        open_source(tmp_path / "model").weights()
 
 
 def test_layers_that_are_the_other_way_round_are_refused(tmp_path: Path) -> None:
     write("gpt2", tmp_path / "model", SETTINGS, packed(), alone="transformer.w")
     with pytest.raises(UnsupportedModelError, match=r"'transformer\.h\.0\.\w+\.c_\w+' of .* is a Conv1D"):
-        FolderSource(tmp_path / "model").weights()
+        open_source(tmp_path / "model").weights()
 
 
 DAMAGE: dict[str, tuple[str, Any, str]] = {
