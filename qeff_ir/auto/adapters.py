@@ -16,7 +16,8 @@ from qeff_ir.frontend.source import Source, open_source
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers.generation.continuous_batching.requests import GenerationOutput
 
     from qeff_ir.arrays import Array
     from qeff_ir.runtime.generation import SessionLM  # noqa: F401  # named in the bases
@@ -143,6 +144,44 @@ class QEffAutoPeftModelForCausalLM(AdaptedModel[Source, "SessionLM"], QEFFAutoMo
             if texts is None:
                 self._give(runner, slots)
             return self._answer(runner, inputs, texts, tokenizer, kwargs, slots)
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: object = None,
+        record_timestamps: bool = False,
+        progress_bar: bool = False,
+        persistent_manager: bool = False,
+        warmup: bool = True,
+        *,
+        adapters: Sequence[str | None] | str | None = None,
+        **kwargs: Any,
+    ) -> dict[str, GenerationOutput]:
+        """As `QEFFAutoModelForCausalLM.generate_batch`, with one adapter for each row.
+
+        Args:
+            inputs: See there.
+            generation_config: See there.
+            continuous_batching_config: See there.
+            record_timestamps: See there.
+            progress_bar: See there.
+            persistent_manager: See there.
+            warmup: See there.
+            adapters: As for `generate`.
+            kwargs: See there.
+
+        Raises:
+            AdapterError: As for `generate`.
+            RuntimeInputError: There are not as many adapters as rows; see there for the rest.
+        """
+        from qeff_ir.runtime.batch_outputs import as_rows, generate_rows
+
+        rows, config = as_rows(inputs), continuous_batching_config
+        with self._request(adapters, len(rows)) as (runner, slots):
+            return generate_rows(
+                runner, rows, generation_config, config, kwargs, timestamps=record_timestamps, adapters=slots
+            )
 
     def score(
         self,

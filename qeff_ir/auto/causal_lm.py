@@ -19,9 +19,11 @@ from qeff_ir.side_files import read_generation_config
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.continuous_batching.requests import GenerationOutput
 
     from qeff_ir.arrays import Array
+    from qeff_ir.runtime.engine import Engine
     from qeff_ir.runtime.generation import SessionLM
 
 
@@ -174,6 +176,64 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
             prompts = as_texts(prompts)  # before the turn: a generator may run anything
         with runner.decoder.request():
             return self._answer(runner, inputs, prompts, tokenizer, kwargs)
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: object = None,
+        record_timestamps: bool = False,
+        progress_bar: bool = False,
+        persistent_manager: bool = False,
+        warmup: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, GenerationOutput]:
+        """transformers' ``generate_batch``: any number of rows share the runs of the compiled model.
+
+        Rows beyond its slots (``full_batch_size``, or ``batch_size``) wait until one is free.
+
+        Args:
+            inputs: Token ids of each row.
+            generation_config: Settings; the model's own by default.
+            continuous_batching_config: ``return_logprobs`` of it is heeded; the rest is about a cache that is compiled
+                here.
+            record_timestamps: Whether outputs tell when each token came.
+            progress_bar: Changes no answer.
+            persistent_manager: Changes no answer.
+            warmup: Changes no answer.
+            kwargs: Fields of a `GenerationConfig`: lengths, stop tokens, sampling, the repetition penalty.
+
+        Returns:
+            Outputs as transformers has them, by request id (``req_0``), in the order of the rows.
+
+        Raises:
+            RuntimeInputError: A row does not fit, or a setting is not for requests that share runs.
+            PackageError: The model is not compiled.
+        """
+        from qeff_ir.runtime.batch_outputs import as_rows, generate_rows
+
+        rows, runner = as_rows(inputs), self.runner()
+        with runner.decoder.request():
+            return generate_rows(
+                runner, rows, generation_config, continuous_batching_config, kwargs, timestamps=record_timestamps
+            )
+
+    def engine(self, *, queue: int = 256, prefixes: bool = True) -> Engine:
+        """An engine over the session of this object, for requests of any number of threads.
+
+        As long as it has work, other requests to this object wait.
+
+        Args:
+            queue: How many requests may wait for a slot.
+            prefixes: Whether what earlier requests left in the caches is used again.
+
+        Raises:
+            PackageError: The model is not compiled.
+        """
+        from qeff_ir.runtime.engine import Engine
+
+        decoder = self.runner().decoder
+        return Engine(decoder.session, decoder.table, queue=queue, prefixes=prefixes, turns=decoder.turns)
 
     def _answer(
         self,

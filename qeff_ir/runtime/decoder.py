@@ -121,6 +121,16 @@ class Decoder:
         """
         return self.turns.take()
 
+    @property
+    def table(self) -> TokenTable | None:
+        """Where the tokens of a session that takes vectors are looked up."""
+        return self._table
+
+    def leave(self) -> None:
+        """Have nothing to continue: what the caches hold is about to be another's. The thread has the turn."""
+        self.turns.last = None
+        self.positions = np.full(self.batch_size, -1, dtype=np.int64)
+
     def check_scores(self) -> None:
         """Refuse to read logits of an embedding model.
 
@@ -264,6 +274,7 @@ class Decoder:
         inputs = self.session.interface.inputs
         run = self._told(fitted(self._wanted(run), inputs, self.session.specializations))
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue
+        self.turns.last = self
         outputs = self.session.run({port.name: port.feed(run) for port in inputs})
         self._heard(outputs)
         return last(outputs[self._logits], run)[:, 0]

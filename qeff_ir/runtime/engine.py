@@ -15,6 +15,7 @@ from qeff_ir.runtime.rows import Rows
 from qeff_ir.runtime.session import Session
 from qeff_ir.runtime.speculation import Drafter
 from qeff_ir.runtime.token_table import TokenTable
+from qeff_ir.runtime.turns import Turns
 
 
 class Engine:
@@ -25,10 +26,12 @@ class Engine:
     have rows.
 
     Args:
-        session: The session, for the engine alone.
+        session: The session; for the engine alone, where it has no `turns`.
         table: Where to look up the tokens of a session that takes vectors.
         queue: How many jobs may wait for a slot.
         prefixes: Whether what earlier jobs left in the caches is used again.
+        turns: Those of the session, where others use it too: the engine has one as long as it has work, and uses
+            nothing again if another has had one since.
         snapshot_every: Tokens between two snapshots of a prompt, of states that cannot go back (`Prefixes`).
         snapshot_bytes: Memory that they may take.
         drafter: Guesses what follows (`qeff_ir.runtime.speculation`); answers stay the same.
@@ -51,6 +54,7 @@ class Engine:
         *,
         queue: int = 256,
         prefixes: bool = True,
+        turns: Turns | None = None,
         snapshot_every: int = 256,
         snapshot_bytes: int = 1 << 28,
         drafter: Drafter | None = None,
@@ -65,6 +69,7 @@ class Engine:
         self._batching, self._most = Batching(rows, reused, drafter), rows.width + queue
         self._new, self._open = deque[Ticket](), 0
         self._forgotten = list[int | None]()
+        self._turns = turns or Turns()
         self._changed = threading.Condition()
         self._closing, self._draining = False, True
         self._stats = Stats()
@@ -130,8 +135,13 @@ class Engine:
         """Run what there is until it is closed."""
         try:
             while self._next():
-                self._batching.step()
-                self._note()
+                with self._turns.take():
+                    if self._turns.last is not self:
+                        self._batching.prefixes.forget()
+                        self._turns.last = self
+                    while self._open and self._next():
+                        self._batching.step()
+                        self._note()
         except BaseException as error:  # whatever it is, nobody may wait forever
             self._end(QeffError(f"the engine has failed ({type(error).__name__}: {error}): open the model again"))
             raise

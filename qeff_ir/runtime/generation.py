@@ -143,7 +143,7 @@ class SessionLM(GenerationMixin):
                 f"input_ids has a token outside the vocabulary of {self.vocabulary}: use the model's tokenizer"
             )
         left, left_mask = _pad_left(ids, mask)
-        config.max_new_tokens = self._new_tokens(request, left_mask, to_the_end)
+        config.max_new_tokens = self.new_tokens(request, left_mask, to_the_end)
         config.max_length = None
         if config.min_new_tokens is not None:
             config.min_length = None  # as in transformers, which would say so
@@ -174,8 +174,17 @@ class SessionLM(GenerationMixin):
                 f"compile with batch_size={rows}"
             )
 
-    def _new_tokens(self, request: GenerationRequest, mask: torch.Tensor, to_the_end: bool) -> int:
-        """How many new tokens at most: what the caller wants must fit, what the model has as default is cut to fit."""
+    def new_tokens(self, request: GenerationRequest, mask: torch.Tensor, to_the_end: bool) -> int:
+        """How many new tokens at most: what the caller wants must fit, what the model has as default is cut to fit.
+
+        Args:
+            request: The settings.
+            mask: Of the prompts, ``[rows, tokens]``.
+            to_the_end: See `answer`.
+
+        Raises:
+            RuntimeInputError: They do not fit the context.
+        """
         config, context = request.config, self.decoder.ctx_len
         longest, width = int(mask.sum(1).max()), mask.shape[1]
         room = context - longest + 1  # the last token is only read out

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from qeff_ir.errors import RuntimeInputError, is_panic
+from qeff_ir.ir.ports import CACHE_ROW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +57,7 @@ def generate_texts(
     kwargs: dict[str, Any],
     lora_ids: list[int] | None = None,
 ) -> GenerationResult:
-    """Answer every prompt, see `answer_rows`.
+    """Answer every prompt: over the slots of a session whose rows are chosen at each run, else see `answer_rows`.
 
     Args:
         runner: The session.
@@ -70,6 +71,13 @@ def generate_texts(
     """
 
     texts, rows = as_texts(prompts), list[list[int]]()
+    if runner.decoder.session.interface.input(CACHE_ROW) is not None:
+        from qeff_ir.runtime.many import unfit
+
+        request = _read(runner, tokenizer, kwargs)
+        if unfit(request) is None:  # else in batches: transformers' loop knows more settings
+            rows.extend(encode(tokenizer, text) for text in texts)
+            return _over_slots(runner, rows, request, tokenizer, lora_ids)
 
     def rows_of(batch: Sequence[int]) -> list[list[int]]:
         if not rows:  # all of them before the first answer, so that a wrong one is told at once
@@ -103,14 +111,7 @@ def answer_rows(
     Raises:
         RuntimeInputError: A request does not fit the compiled model.
     """
-    from qeff_ir.runtime.request import read, wish
-
-    refused = [name for name in _OF_ONE_BATCH if kwargs.get(name) is not None]
-    refused += [name for name in _BESIDE_TEXTS if wish(kwargs, name)]
-    if refused or (wish(kwargs, "num_return_sequences") or 1) != 1:
-        name = refused[0] if refused else "num_return_sequences"
-        raise RuntimeInputError(f"prompts cannot be combined with {name}: give token ids instead of prompts")
-    request = read(runner, {**kwargs, "tokenizer": tokenizer}, ids_only=True)
+    request = _read(runner, tokenizer, kwargs)
     size = runner.decoder.batch_size
     ids: list[list[int]] = []
     timings: list[Timings] = []
@@ -119,6 +120,40 @@ def answer_rows(
         ids += _run(runner, rows_of(batch), request)[: count - start]
         timings.append(runner.decoder.timings)
     return GenerationResult([_decode(tokenizer, i) for i in ids], ids, timings)
+
+
+def _read(runner: SessionLM, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> GenerationRequest:
+    """The settings of texts."""
+    from qeff_ir.runtime.request import read, wish
+
+    refused = [name for name in _OF_ONE_BATCH if kwargs.get(name) is not None]
+    refused += [name for name in _BESIDE_TEXTS if wish(kwargs, name)]
+    if refused or (wish(kwargs, "num_return_sequences") or 1) != 1:
+        name = refused[0] if refused else "num_return_sequences"
+        raise RuntimeInputError(f"prompts cannot be combined with {name}: give token ids instead of prompts")
+    return read(runner, {**kwargs, "tokenizer": tokenizer}, ids_only=True)
+
+
+def _over_slots(
+    runner: SessionLM,
+    rows: list[list[int]],
+    request: GenerationRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    lora_ids: Sequence[int] | None,
+) -> GenerationResult:
+    """Answer rows that come and go in the slots of one session, as one batch."""
+    from qeff_ir.runtime.decoder import Timings
+    from qeff_ir.runtime.many import answer_many
+
+    answers = answer_many(runner, rows, request, adapters=lora_ids, to_the_end=True)
+    for answer in answers:
+        if answer.ticket.error is not None:
+            raise answer.ticket.error
+    first = [answer.times[0] - answer.started for answer in answers]
+    whole = max(answer.times[-1] - answer.started for answer in answers)
+    timings = Timings(sum(first) / len(first), [whole], sum(len(answer.tokens) for answer in answers))
+    ids = [answer.tokens for answer in answers]
+    return GenerationResult([_decode(tokenizer, i) for i in ids], ids, [timings])
 
 
 _OF_ONE_BATCH = ("inputs", "input_ids", "attention_mask")

@@ -17,6 +17,8 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self.last: object = None
+        """Who has used the session last, set by who has the turn: whoever keeps something in it looks here."""
 
     @property
     def mine(self) -> bool:
