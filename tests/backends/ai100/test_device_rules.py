@@ -42,9 +42,9 @@ def session(function: Any, inputs: dict[str, str], **attributes: Any) -> Any:
     return opened(model(function, inputs, **attributes))
 
 
-def unread() -> Any:
+def unread(function: Any, inputs: dict[str, str]) -> Any:
     """A read whose rule came from the emulator, as in the emulator."""
-    proto = model(operators.CtxGather, GATHER_INPUTS)
+    proto = model(function, inputs)
     give_rules(proto, unread=math.nan)
     return opened(proto)
 
@@ -53,7 +53,16 @@ SCATTER_INPUTS = {"data": "f", "position_ids": "i", "updates": "f"}
 GATHER_INPUTS = {"data": "f", "ctx_indices": "i", "comp_ctx_len": "i"}
 SCATTER = {m: session(m.CtxScatter, SCATTER_INPUTS) for m in (operators, device_rules)}
 GATHER = {m: session(m.CtxGather, GATHER_INPUTS) for m in (operators, device_rules)}
-UNREAD = unread()
+UNREAD = unread(operators.CtxGather, GATHER_INPUTS)
+BLOCK_INPUTS, BLOCK_OF_ROWS = {"data": "f", "ctx_indices": "i"}, {"data": "f", "batch_index": "i", "ctx_indices": "i"}
+BLOCKED = {
+    "shown": session(operators.CtxGatherBlockedKV, BLOCK_INPUTS),
+    "device": unread(operators.CtxGatherBlockedKV, BLOCK_INPUTS),
+}
+BLOCKED_ROWS = {
+    "shown": session(operators.CtxGatherBlockedKVCB, BLOCK_OF_ROWS),
+    "device": unread(operators.CtxGatherBlockedKVCB, BLOCK_OF_ROWS),
+}
 INDEX = st.one_of(st.integers(-3, C + 3), st.sampled_from([DROPPED, -DROPPED]))
 
 
@@ -98,6 +107,29 @@ def test_in_range_both_bodies_agree() -> None:
     read = [s.run(None, feed)[0] for s in GATHER.values()]
     np.testing.assert_array_equal(read[0][0], data[0][:, [4, 0]])
     np.testing.assert_array_equal(*read)
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(
+    st.lists(st.lists(INDEX, min_size=4, max_size=4), min_size=B, max_size=B),
+    st.permutations([0, 1, 2, -1, DROPPED]),
+)
+def test_a_block_is_read_in_the_rows_that_are_named(slots: list[list[int]], rows: list[int]) -> None:
+    """Without rows, in those of the run; a row or a slot out of range gives what the rule is told to."""
+    data, named = numbers(3, H, C, D), rows[:B]
+    for indices, owners in ((np.array(slots), named), (np.clip(slots, 0, C - 1), [2, 0])):
+        expected = np.full((B, H, 4, D), np.nan, np.float32)
+        for b, n in np.ndindex(B, 4):
+            if 0 <= owners[b] < 3 and 0 <= indices[b][n] < C:
+                expected[b, :, n] = data[owners[b], :, indices[b][n]]
+        feed = {"data": data, "batch_index": np.array(owners)[:, None], "ctx_indices": indices[:, None]}
+        bodies = [BLOCKED_ROWS["device"], *([BLOCKED_ROWS["shown"]] if owners == [2, 0] else [])]
+        for body in bodies:
+            np.testing.assert_array_equal(body.run(None, feed)[0], expected)
+        if owners == [2, 0]:
+            own = {"data": data[owners], "ctx_indices": np.repeat(indices[:, None], H, axis=1)}
+            for body in BLOCKED.values():
+                np.testing.assert_array_equal(body.run(None, own)[0], expected)
 
 
 def test_the_shown_body_fails_out_of_range() -> None:
