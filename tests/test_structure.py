@@ -65,6 +65,7 @@ LAYERS = """
     requested_passes
     compiler debug
     auto exporter demo testing
+    serve
     cli
 """
 """What may import what: packages and modules of `qeff_ir`, and the two beside it, the lowest layer first.

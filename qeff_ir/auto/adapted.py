@@ -125,6 +125,22 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
             self._known(adapter_name)
             self._active = adapter_name
 
+    def slot_of(self, adapter_name: str) -> int:
+        """Number of an adapter's slot in the session, for the jobs of an engine; that of the base model is 0.
+
+        Raises:
+            AdapterError: There is no such adapter, or the model is compiled for one adapter at a time.
+            PackageError: The model is not compiled.
+        """
+        with self._lock:
+            self.runner()
+            held = self._held
+            self._known(adapter_name)
+        assert held is not None
+        if held.single:
+            raise AdapterError("the model is compiled for one adapter at a time: compile with lora_mode='slots' to mix")
+        return held.slot(adapter_name)
+
     def disable_adapter(self) -> contextlib.ExitStack:
         """Answer as the base model from now on; as a context manager, until the end of the block.
 

@@ -19,6 +19,7 @@ import qeff_ir.cli.looking as looking
 import qeff_ir.cli.opt as opt
 import qeff_ir.cli.passes as passes
 import qeff_ir.cli.run as run
+import qeff_ir.cli.serve as serve
 import qeff_ir.cli.terminal as terminal
 import qeff_ir.cli.verify as verify
 from qeff_ir import __version__
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.command("compile", cls=FlagCommand)(compiling.command)
 app.command("run", cls=FlagCommand)(run.command)
 app.command("embed")(embed.command)
+app.command("serve", cls=FlagCommand)(serve.command)
 app.command("verify", cls=FlagCommand)(verify.command)
 app.command("cost")(cost.command)
 app.command("opt")(opt.command)

@@ -56,7 +56,7 @@ def command(
         opened = _open_package(folder, context)
     else:
         with working(f"Compiling {model}"):
-            opened = _compile(
+            opened = compile_embedder(
                 folder if folder.is_dir() else model,
                 pooling,
                 normalize,
@@ -85,9 +85,14 @@ def command(
     line("Saved:    ", (str(save), "bold"), f" float32 {list(vectors.shape)}")
 
 
-def _compile(
+def compile_embedder(
     name: str | Path, pooling: str | None, normalize: bool | None, dim: int | None, **options: object
 ) -> QEFFAutoModel:
+    """Compile a model that embeds; one without a pooling of its own takes the mean.
+
+    Raises:
+        QeffError: See `qeff_ir.auto.embedding.QEFFAutoModel`.
+    """
     from qeff_ir.auto.embedding import QEFFAutoModel
 
     opened = QEFFAutoModel.from_pretrained(name, pooling=pooling, normalize=normalize, dim=dim)
