@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError
-from qeff_ir.widening import in_order
+from qeff_ir.widening import in_order, put_back, put_first
 
 CODES = frozenset(
     {
@@ -191,11 +191,7 @@ def spell(model: ir.Model) -> None:
             node = ir.node("DequantizeLinear", inputs, attributes, outputs=[value])
             node.metadata_props[_KEY] = ""
             nodes.append(node)
-    first = next(iter(graph), None)
-    if first is None:
-        graph.extend(nodes)
-    else:
-        graph.insert_before(first, nodes)
+    put_first(graph, nodes)
 
 
 def fold(model: ir.Model) -> None:
@@ -204,18 +200,8 @@ def fold(model: ir.Model) -> None:
     with in_order(graph):
         for node in list(graph):
             parts = _spelled(node)
-            if parts is None:
-                continue
-            codes, wide = node.inputs[0], node.outputs[0]
-            assert codes is not None and codes.name
-            for value in node.inputs:
-                assert value is not None and value.name
-                graph.initializers.pop(value.name)
-            made = ir.val(codes.name, ir.DataType.FLOAT, codes.shape, const_value=dequantized(codes.name, parts))
-            made.metadata_props.update(codes.metadata_props)
-            graph.initializers[codes.name] = made
-            ir.convenience.replace_all_uses_with(wide, made, replace_graph_outputs=True)
-            graph.remove(node, safe=True)
+            if parts is not None and node.inputs[0] is not None:
+                put_back(node, dequantized(str(node.inputs[0].name), parts))
 
 
 def forget(model: ir.Model) -> list[ir.Value]:

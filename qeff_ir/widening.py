@@ -40,11 +40,7 @@ def spell(model: ir.Model) -> None:
             cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, outputs=[value])
             cast.metadata_props[_KEY] = ""
             casts.append(cast)
-    first = next(iter(graph), None)
-    if first is None:
-        graph.extend(casts)
-    else:
-        graph.insert_before(first, casts)
+    put_first(graph, casts)
 
 
 def fold(model: ir.Model) -> None:
@@ -53,16 +49,8 @@ def fold(model: ir.Model) -> None:
     with in_order(graph):
         for node in list(graph):
             value = _spelled(node)
-            if value is None:
-                continue
-            source, wide, name = value.const_value, node.outputs[0], str(value.name)
-            assert source is not None
-            graph.initializers.pop(name)
-            made = ir.val(name, ir.DataType.FLOAT, value.shape, const_value=_wide(source, name))
-            made.metadata_props.update(value.metadata_props)
-            graph.initializers[name] = made
-            ir.convenience.replace_all_uses_with(wide, made, replace_graph_outputs=True)
-            graph.remove(node, safe=True)
+            if value is not None and value.const_value is not None:
+                put_back(node, _wide(value.const_value, str(value.name)))
 
 
 def forget(model: ir.Model) -> None:
@@ -82,6 +70,29 @@ def in_order(graph: ir.Graph) -> Generator[None]:
     for name in names:
         if name in graph.initializers:
             graph.initializers[name] = graph.initializers.pop(name)
+
+
+def put_first(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    """Put nodes that read initializers alone before all others."""
+    first = next(iter(graph), None)
+    if first is None:
+        graph.extend(nodes)
+    else:
+        graph.insert_before(first, nodes)
+
+
+def put_back(node: ir.Node, numbers: ir.LazyTensor) -> None:
+    """Put one float32 initializer in the place of a node and all that it reads, by the name of the first of them."""
+    graph, stored = node.graph, node.inputs[0]
+    assert isinstance(graph, ir.Graph) and stored is not None and stored.name
+    for value in node.inputs:
+        assert value is not None and value.name
+        graph.initializers.pop(value.name)
+    made = ir.val(stored.name, ir.DataType.FLOAT, stored.shape, const_value=numbers)
+    made.metadata_props.update(stored.metadata_props)
+    graph.initializers[stored.name] = made
+    ir.convenience.replace_all_uses_with(node.outputs[0], made, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def _spelled(node: ir.Node) -> ir.Value | None:

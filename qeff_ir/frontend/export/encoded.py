@@ -29,7 +29,8 @@ from qeff_ir.frontend.capture.states import CapturingCache
 from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.checkpoint.weights import Weights
 from qeff_ir.frontend.export.given import Call, Given, GivenPort
-from qeff_ir.frontend.export.lower import as_unsupported, attributes_kept, clean, convert, lower
+from qeff_ir.frontend.export.lower import clean, convert, lower
+from qeff_ir.frontend.export.own_code import as_unsupported, attributes_kept
 from qeff_ir.frontend.export.quiet import quiet
 from qeff_ir.frontend.export.spelling import cut_splits, drop_idle_squeezes
 from qeff_ir.frontend.inputs import BATCH, InputSpec

@@ -30,7 +30,8 @@ from qeff_ir.frontend.export.features import (
     other_fields,
     read_features,
 )
-from qeff_ir.frontend.export.lower import as_unsupported, attributes_kept, clean, convert
+from qeff_ir.frontend.export.lower import clean, convert
+from qeff_ir.frontend.export.own_code import as_unsupported, attributes_kept
 from qeff_ir.frontend.export.partial import PartialEvaluation
 from qeff_ir.frontend.export.quiet import quiet
 from qeff_ir.frontend.export.spelling import cut_splits, drop_idle_squeezes, give_biases, write_out_bags

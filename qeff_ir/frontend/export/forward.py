@@ -16,7 +16,8 @@ from qeff_ir.frontend.capture.own_thread import alone
 from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.checkpoint.weights import Weights
 from qeff_ir.frontend.export.forward_step import ForwardStep
-from qeff_ir.frontend.export.lower import PREFIX, as_unsupported, attributes_kept, clean, convert
+from qeff_ir.frontend.export.lower import PREFIX, clean, convert
+from qeff_ir.frontend.export.own_code import as_unsupported, attributes_kept
 from qeff_ir.frontend.export.padding import Found, find_padding
 from qeff_ir.frontend.export.quiet import quiet
 from qeff_ir.frontend.inputs import BATCH, LENGTH, InputSpec, positions

@@ -7,12 +7,8 @@ the initializers then become references to the checkpoint.
 from __future__ import annotations
 
 import ast
-import contextlib
 import inspect
-import os
-import re
-import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -20,14 +16,13 @@ import torch
 from onnx_ir import tensor_adapters
 from onnxscript import version_converter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import reset_model_state
 from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes
 from transformers.exporters.utils import apply_fx_node_fixes
 from transformers.pytorch_utils import Conv1D
 
-from qeff_ir.errors import ModelLoadError, QeffError, UnsupportedModelError
+from qeff_ir.errors import ModelLoadError, UnsupportedModelError
 from qeff_ir.frontend.capture import ops
 from qeff_ir.frontend.capture.attention import captured, tracing
 from qeff_ir.frontend.capture.own_masks import refuse_own_masks
@@ -37,6 +32,7 @@ from qeff_ir.frontend.checkpoint.skeleton import evaluating, fake_weights
 from qeff_ir.frontend.checkpoint.weights import Weights
 from qeff_ir.frontend.export.given import Given
 from qeff_ir.frontend.export.limits import plain_rotary
+from qeff_ir.frontend.export.own_code import as_unsupported, attributes_kept
 from qeff_ir.frontend.export.positions import give_positions
 from qeff_ir.frontend.export.quiet import quiet
 from qeff_ir.frontend.export.spelling import drop_idle_squeezes, spell_out_complex
@@ -56,10 +52,6 @@ _BATCH, _SEQ, _CTX, _SLIDING = 2, 5, 11, 13
 _TORCH_OPSET = 18
 _IR_VERSION = 11
 """Opset 24 needs IR version 11 or later."""
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
-"""Color codes of a terminal."""
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-"""What of a module holds the functions that run after it: transformers records hidden states by some of its own."""
 PREFIX = "hf."
 """Scope of the model inside `Step`; taken off every name."""
 
@@ -412,47 +404,3 @@ def _name_dims(module: Module, model: PreTrainedModel, given: Given, limit: int 
         "seq_len": Dim("seq_len"),
         "ctx_len": Dim("ctx_len", min(limits, default=None)),
     }
-
-
-@contextlib.contextmanager
-def attributes_kept(model: PreTrainedModel) -> Generator[None]:
-    """Take back what the model's own code stores on its modules while it runs on fake tensors, hooks included."""
-    own = [vars(module) for module in model.modules()]
-    hooks = [attributes[name] for attributes in own for name in _HOOKS]
-    saved = [(held, dict(held)) for held in (*own, *hooks)]
-    try:
-        yield
-    finally:
-        for held, before in saved:
-            held.clear()
-            held.update(before)
-
-
-@contextlib.contextmanager
-def as_unsupported(model: PreTrainedModel, what: str) -> Generator[None]:
-    """Turn whatever a model's own code raises into one sentence; the cause stays chained."""
-    try:
-        yield
-    except QeffError:
-        raise
-    except Exception as error:
-        # The exporter wraps what happened in advice about itself; the first cause is what tells.
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, GuardOnDataDependentSymNode):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} {what}: it branches on what only a run knows, such as how long its longest "
-                f"position is ({_code_of(cause)}); give it a form without such a branch, for rotary embeddings a "
-                "rope_type that is not dynamic"
-            ) from error
-        first = next((line for line in str(cause).splitlines() if line.strip()), "no message")
-        raise UnsupportedModelError(
-            f"{type(model).__name__} {what}: {type(cause).__name__}: {_ESCAPES.sub('', first)[:300]}"
-        ) from error
-
-
-def _code_of(error: BaseException) -> str:
-    """File and line of the last code that is not torch's own, as ``name.py:line``."""
-    places = [p for p in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in p.filename]
-    return f"{os.path.basename(places[-1].filename)}:{places[-1].lineno}" if places else "in torch itself"

@@ -33,7 +33,8 @@ from qeff_ir.frontend.export.encoders import ROWS as NAMES
 from qeff_ir.frontend.export.encoders import Example, fixed_fields
 from qeff_ir.frontend.export.features import DEEPSTACK, Features, encoder_of, replaced_encoder
 from qeff_ir.frontend.export.given import TYPES, Call, Given, GivenPort
-from qeff_ir.frontend.export.lower import Step, as_unsupported, attributes_kept, example_inputs, lower
+from qeff_ir.frontend.export.lower import Step, example_inputs, lower
+from qeff_ir.frontend.export.own_code import as_unsupported, attributes_kept
 from qeff_ir.frontend.export.quiet import quiet
 from qeff_ir.frontend.private import export_patches
 from qeff_ir.ir.module import Module
