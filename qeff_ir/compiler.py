@@ -101,6 +101,7 @@ def compile_model(
     target: str = "auto",
     out: Path | None = None,
     pipeline: Pipelines = None,
+    edits: str = "",
     token_embedding: TokenEmbedding = "graph",
     emit_only: bool = False,
     watch: Watch | None = None,
@@ -116,6 +117,7 @@ def compile_model(
             already is used as it is.
         pipeline: Another pipeline than the target's own, as a value or a text; a text may be edits of the own one. A
             mapping has one for each program that is to have another.
+        edits: Edits of the main program's pipeline, whichever it is.
         token_embedding: ``host``: the pass ``token-embedding`` is added to the main program, whose graph takes vectors,
             and their table stays in the checkpoint.
         emit_only: Stop before the target's compiler, which then need not be installed.
@@ -137,7 +139,7 @@ def compile_model(
     programs = _checked(backend.programs(source.programs()))
     steps = pipelines(pipeline, Pipeline.parse(backend.pipeline), list(programs))
     if source.task.retains and not source.task.encodes:
-        steps[MAIN] = with_requested(steps[MAIN], options, backend)
+        steps[MAIN] = with_requested(Pipeline.parse(edits, steps[MAIN]) if edits else steps[MAIN], options, backend)
     if token_embedding == "host":
         steps[MAIN] = steps[MAIN].add("token-embedding")
     steps = {name: given.told(asdict(options)) for name, given in steps.items()}

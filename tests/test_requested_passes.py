@@ -11,13 +11,16 @@ import onnx
 import pytest
 
 from backends import find_backend
+from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.arrays import Array
 from qeff_ir.compiler import compile_model
 from qeff_ir.errors import CompileError, PassError, RuntimeInputError
 from qeff_ir.ir.ports import Run
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.jobs import Job
 from qeff_ir.runtime.runs import logits_of
 from qeff_ir.runtime.session import Session
+from qeff_ir.runtime.speculation import PromptLookup
 from tests import support
 
 TARGETS = ["onnxruntime", "ai100"]
@@ -175,6 +178,28 @@ def test_states_of_a_recurrence_have_the_prefix_and_adapters_have_none() -> None
     names = [resident.input for resident in module.residents]
     assert {"conv_state.0_a1", "recurrent_state.0_a1"} <= set(names)
     assert [name for name in names if not name.endswith("_a1")] == [a.input for a in module.adapters] != []
+
+
+def test_a_model_is_compiled_as_the_incumbent_was_told_when_it_opened_it() -> None:
+    """Drafts, lengths, copied heads and blocks in one package, whose engine takes a drafter."""
+    config = {
+        "speculative_model_type": "target", "ccl_enabled": True, "max_top_k_ids": 512,
+        "replicate_kv_heads": 2, "enable_blocking": True, "blocking_mode": "h", "head_block_size": 2,
+    }  # fmt: skip
+    model = QEFFAutoModelForCausalLM(support.tiny("llama")[1], continuous_batching=False, qaic_config=config)
+    model.compile(target="ai100", emit_only=True, prefill_seq_len=8, ctx_len=64, num_speculative_tokens=3)
+    folder = model.package.folder
+    assert {name: (s["comp_ctx_lengths"], s["seq_len"]) for name, s in named_sizes(folder).items()} == {
+        "Prefill": ("32", "8"),
+        "Decode": ("64", "4"),
+    }
+    assert shape_of(folder, "past_key.0")[1] == 2 * support.tiny("llama")[0].num_key_value_heads
+    tokens = support.prompts([5], seed=3)[0] * 3
+    with model.engine(drafter=PromptLookup()) as engine:
+        found = [emitted.token for emitted in engine.submit(Job(tokens, 20))]
+    for token in found:
+        assert token == int(support.forward("llama", tokens).argmax())
+        tokens = [*tokens, token]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qeff_ir.arrays import Array
     from qeff_ir.runtime.engine import Engine
     from qeff_ir.runtime.generation import SessionLM
+    from qeff_ir.runtime.speculation import Drafter
 
 
 class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
@@ -141,6 +142,7 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
             compile_dir,
             target=target,
             pipeline=pipeline,
+            edits=self._edits(options),
             token_embedding=token_embedding,
             emit_only=emit_only,
             watch=watch,
@@ -218,7 +220,7 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
                 runner, rows, generation_config, continuous_batching_config, kwargs, timestamps=record_timestamps
             )
 
-    def engine(self, *, queue: int = 256, prefixes: bool = True) -> Engine:
+    def engine(self, *, queue: int = 256, prefixes: bool = True, drafter: Drafter | None = None) -> Engine:
         """An engine over the session of this object, for requests of any number of threads.
 
         As long as it has work, other requests to this object wait.
@@ -226,14 +228,18 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
         Args:
             queue: How many requests may wait for a slot.
             prefixes: Whether what earlier requests left in the caches is used again.
+            drafter: Guesses what follows (`qeff_ir.runtime.speculation`), where the model was compiled with
+                ``num_speculative_tokens``; answers stay the same.
 
         Raises:
-            PackageError: The model is not compiled.
+            PackageError: The model is not compiled, or verifies no drafts.
         """
         from qeff_ir.runtime.engine import Engine
 
         decoder = self.runner().decoder
-        return Engine(decoder.session, decoder.table, queue=queue, prefixes=prefixes, turns=decoder.turns)
+        return Engine(
+            decoder.session, decoder.table, queue=queue, prefixes=prefixes, drafter=drafter, turns=decoder.turns
+        )
 
     def _answer(
         self,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from qeff_ir.auto.arguments import model_name
 from qeff_ir.auto.compile_arguments import compiler_flags
 from qeff_ir.auto.compiled_model import CompiledModel, RunnerT, SourceT
-from qeff_ir.auto.qaic_config import compile_options
+from qeff_ir.auto.qaic_config import compile_options, pipeline_edits
 from qeff_ir.compiler import table_record
 from qeff_ir.errors import PackageError
 from qeff_ir.frontend.source import Source
@@ -39,6 +39,10 @@ class GenerativeModel(CompiledModel[SourceT, RunnerT]):
             CompileError: One asks for something that a compiled model cannot do.
         """
         return compiler_flags(compile_options(self._asked, options))
+
+    def _edits(self, options: Mapping[str, Any]) -> str:
+        """The passes that were asked for when the model was opened, see `qeff_ir.auto.qaic_config.pipeline_edits`."""
+        return pipeline_edits(self._asked, options)
 
     def _open(self, source: SourceT | None) -> None:
         super()._open(source)

@@ -159,6 +159,7 @@ class QEFFAutoModelForImageTextToText(GenerativeModel[PictureSource, "PictureRun
             target=target,
             compile_dir=compile_dir,
             pipeline=pipeline,
+            edits=self._edits(options),
             token_embedding=token_embedding,
             emit_only=emit_only,
             watch=watch,

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from qeff_ir.auto.compile_arguments import asks_for_nothing
 from qeff_ir.errors import CompileError
-from qeff_ir.passing.options import nearest
+from qeff_ir.passing.options import as_text, nearest
 
 OPTIONS = {"ccl_enabled": "ccl_enabled"}
 """Keys that are options of `compile`, by their names there."""
@@ -21,26 +21,30 @@ _NEEDS = {
 """Keys that another argument of `compile` answers, with the only value that is known."""
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "enable_blocking": ((False, None), "attention in blocks"),
     "include_sampler": ((False, None), "sampling on the device"),
     "mla_absorption": ((None,), "caches of another form than the model's"),
+    "num_batch_blocks": ((None,), "attention in blocks of rows"),
     "pretrained_model_name_or_path": ((None,), "the heads of another model"),
-    "replicate_kv_heads": ((False, None), "copied key and value heads"),
 }
 """Keys with the values that ask for what happens anyway, and what any other value asks for."""
 
-_OF = {
-    "blocking_mode": "enable_blocking",
-    "head_block_size": "enable_blocking",
-    "include_guided_decoding": "include_sampler",
-    "max_top_k_ids": "include_sampler",
-    "num_batch_blocks": "enable_blocking",
-    "num_kv_blocks": "enable_blocking",
-    "num_q_blocks": "enable_blocking",
-    "return_pdfs": "include_sampler",
-    "skip_kv": "enable_blocking",
+_PASSES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "replicate_kv_heads": ("replicate-kv-heads", "<kv-retention", {}),
+    "enable_blocking": (
+        "blocked-attention",
+        "<attention",
+        {
+            "blocking_mode": "mode",
+            "num_kv_blocks": "num-kv-blocks",
+            "num_q_blocks": "num-q-blocks",
+            "head_block_size": "head-block-size",
+        },
+    ),
 }
-"""Settings of another key, which mean nothing without it."""
+"""Keys that ask for a pass, its place in a pipeline, and the keys that are its options: these mean nothing alone."""
+
+_ANYWAY = ("include_guided_decoding", "max_top_k_ids", "return_pdfs", "skip_kv")
+"""Keys that ask for nothing: they are of ``include_sampler``, or slots without a token are not read anyway."""
 
 
 def loaded(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -62,13 +66,44 @@ def compile_options(asked: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
     """
     if asked.get("continuous_batching") and given.get("full_batch_size") is None:
         raise CompileError("continuous_batching=True needs the rows of the caches: give compile(full_batch_size=...)")
-    rest, found = dict(given), dict[str, Any]()
-    for config in (asked.get("qaic_config"), rest.pop("qaic_config", None)):
+    rest, found = {name: value for name, value in given.items() if name != "qaic_config"}, dict[str, Any]()
+    for name, value in _settings(asked, given).items():
+        found |= _read(name, value, rest)
+    return {**found, **rest}
+
+
+def pipeline_edits(asked: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The passes that the settings ask for, as edits of a pipeline; arguments as for `compile_options`.
+
+    Raises:
+        CompileError: A setting is no number, text or truth value.
+    """
+    config, edits = _settings(asked, given), list[str]()
+    for key, (name, place, options) in _PASSES.items():
+        wanted = config.get(key)
+        if asks_for_nothing(wanted, (False, None)):
+            continue
+        own = [] if wanted is True else [("n", wanted)]
+        own += [(option, config[k]) for k, option in options.items() if config.get(k) is not None]
+        if not all(isinstance(value, str | int) for _, value in own) or (options and wanted is not True):
+            raise CompileError(f"qaic_config has {key}={wanted!r} with {dict(own)}: give numbers, texts, True or False")
+        written = " ".join(f"{option}={as_text(value)}" for option, value in own)
+        edits.append(f"+{name}{f'{{{written}}}' if written else ''}{place}")
+    return ",".join(edits)
+
+
+def _settings(asked: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings by name; those of `compile` come last.
+
+    Raises:
+        CompileError: They are no mapping.
+    """
+    found: dict[str, Any] = {}
+    for config in (asked.get("qaic_config"), given.get("qaic_config")):
         if config is not None and not isinstance(config, Mapping):
             raise CompileError(f"qaic_config is {config!r}: give its settings by name")
-        for name, value in cast("Mapping[str, Any]", config or {}).items():
-            found |= _read(str(name), value, rest)
-    return {**found, **rest}
+        found |= {str(name): value for name, value in cast("Mapping[Any, Any]", config or {}).items()}
+    return found
 
 
 def _read(name: str, value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +114,7 @@ def _read(name: str, value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if name in OPTIONS:
         return {} if value is None else {OPTIONS[name]: value}
-    if name in _OF:
+    if name in _ANYWAY or name in _PASSES or any(name in options for _, _, options in _PASSES.values()):
         return {}
     if name in _NEEDS:
         needed, only = _NEEDS[name]
@@ -89,7 +124,8 @@ def _read(name: str, value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             raise CompileError(f"qaic_config has {name}={value!r}, and compile has no {needed}: give it")
         return {}
     if name not in _REFUSED:
-        known = (*OPTIONS, *_NEEDS, *_REFUSED, *_OF)
+        of_passes = [key for pass_, (_, _, options) in _PASSES.items() for key in (pass_, *options)]
+        known = (*OPTIONS, *_NEEDS, *_REFUSED, *_ANYWAY, *of_passes)
         raise CompileError(f"qaic_config has the unknown setting '{name}'; {nearest(name, known)}")
     anyway, what = _REFUSED[name]
     if not asks_for_nothing(value, anyway):

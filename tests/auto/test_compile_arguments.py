@@ -12,7 +12,7 @@ import pytest
 from backends.options import CompileOptions
 from qeff_ir import QEFFAutoModelForCausalLM
 from qeff_ir.auto.compile_arguments import _DEFAULTS, _KNOWN, compiler_flags
-from qeff_ir.auto.qaic_config import compile_options, loaded
+from qeff_ir.auto.qaic_config import compile_options, loaded, pipeline_edits
 from qeff_ir.errors import CompileError
 
 CONTRACT = Path(__file__).parents[2] / "backends" / "ai100" / "contract.md"
@@ -96,12 +96,11 @@ def test_what_a_model_was_opened_with_is_asked_of_compile(
             {"qaic_config": {"speculative_model_type": "turbo"}},
             "speculative_model_type='turbo', which is not",
         ),
-        (
-            {"qaic_config": {"include_sampler": True}},
-            "asks for sampling on the device: leave include_sampler",
-        ),
         ({"qaic_config": {"mla_absorption": {}}}, "caches of another form than the model's"),
         ({"qaic_config": {"ccl_enable": True}}, "the unknown setting 'ccl_enable'; did you mean 'ccl_enabled'?"),
+        ({"qaic_config": {"include_sampler": True}}, "asks for sampling on the device: leave include_sampler"),
+        ({"qaic_config": {"enable_blocking": "kv"}}, "qaic_config has enable_blocking='kv' with"),
+        ({"qaic_config": {"replicate_kv_heads": [2]}}, "qaic_config has replicate_kv_heads=[2] with"),
         ({"qaic_config": "ccl_enabled"}, "qaic_config is 'ccl_enabled': give its settings by name"),
     ],
 )
@@ -109,3 +108,20 @@ def test_what_a_model_cannot_be_opened_with_is_told(asked: dict[str, Any], what:
     model = QEFFAutoModelForCausalLM.__new__(QEFFAutoModelForCausalLM)._asking(loaded(asked)[1])
     with pytest.raises(CompileError, match=re.escape(what)):
         model.compile(target="ai100")
+
+
+@pytest.mark.parametrize(
+    ("config", "edits"),
+    [
+        ({"include_sampler": False, "max_top_k_ids": 512, "return_pdfs": True, "enable_blocking": None}, ""),
+        ({"replicate_kv_heads": True}, "+replicate-kv-heads<kv-retention"),
+        ({"replicate_kv_heads": 2}, "+replicate-kv-heads{n=2}<kv-retention"),
+        (
+            {"enable_blocking": True, "blocking_mode": "kv", "num_kv_blocks": 4, "skip_kv": True},
+            "+blocked-attention{mode=kv num-kv-blocks=4}<attention",
+        ),
+    ],
+)
+def test_settings_ask_for_passes(config: dict[str, Any], edits: str) -> None:
+    assert pipeline_edits({"qaic_config": config}, {}) == pipeline_edits({}, {"qaic_config": config}) == edits
+    assert compile_options({"qaic_config": config}, {}) == {}
