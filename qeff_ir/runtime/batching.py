@@ -242,8 +242,10 @@ class Batching:
 
     def _drafted_for(self, running: _Running) -> Sequence[int]:
         """A draft of what follows the token that is next; it fits what may still come, and the slot."""
+        if self._drafter is None:
+            return ()
         most = min(self.rows.drafts, running.left - 1, self.rows.ctx_len - running.position - 1)
-        if self._drafter is None or most < 1:
+        if most < 1:
             return ()
         known = np.append(self.prefixes.held(running.slot), running.next)
         try:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Literal, Protocol
 
 from qeff_ir.arrays import Array
@@ -167,8 +166,7 @@ class Ticket:
         self.error: QeffError | None = None
         self.cancelled = False
         self._listener = listener
-        self._tokens = deque[Emitted | None]()
-        self._more = threading.Condition()
+        self._tokens = SimpleQueue[Emitted | None]()
         self._ended = False
 
     def __iter__(self) -> Iterator[Emitted]:
@@ -177,7 +175,7 @@ class Ticket:
         Raises:
             QeffError: The job fails.
         """
-        while (emitted := self._next()) is not None:
+        while (emitted := self._tokens.get()) is not None:
             yield emitted
             if emitted.finish is not None:
                 return
@@ -209,13 +207,5 @@ class Ticket:
     def _put(self, emitted: Emitted | None) -> None:
         if self._listener is not None:
             self._listener(emitted)
-            return
-        with self._more:
-            self._tokens.append(emitted)
-            self._more.notify_all()
-
-    def _next(self) -> Emitted | None:
-        with self._more:
-            while not self._tokens:
-                self._more.wait()
-            return self._tokens.popleft()
+        else:
+            self._tokens.put(emitted)

@@ -84,7 +84,7 @@ class Prefixes:
     def hold(self, slot: int, tokens: Sequence[int] | Array, start: int) -> None:
         """Take note of tokens that a run has appended to a slot."""
         end = start + len(tokens)
-        self._tokens[slot, start:end] = tokens
+        self._tokens[slot, start:end] = tokens if end > start + 1 else tokens[0]
         self._length[slot] = end
         self._clock += 1
         self._used[slot] = self._clock
