@@ -28,6 +28,9 @@ class CompileOptions:
         prefill_seq_len: Tokens of a prompt that one prefill run takes.
         ctx_len: Slots of the KV cache: prompt and generated tokens together.
         batch_size: Rows of a run.
+        full_batch_size: Requests at once, for continuous batching: a prefill run is of one request, a decode run of
+            all. 0 is a batch that begins and ends together.
+        kv_cache_batch_size: Rows of the caches then, as many as requests or more; as many where it is 0.
         seq_len: Lengths of the inputs of a model without a cache, one specialization for each.
         materialize: Whether weights of 16 bits are written as float32, for what reads no others. They stay references
             into the checkpoint otherwise, and are widened when the package is loaded.
@@ -51,6 +54,8 @@ class CompileOptions:
     prefill_seq_len: int = 32
     ctx_len: int = 128
     batch_size: int = 1
+    full_batch_size: int = field(default=0, metadata={"least": 0})
+    kv_cache_batch_size: int = field(default=0, metadata={"least": 0})
     seq_len: tuple[int, ...] = ()
     materialize: bool = field(
         default=False, metadata={"help": "Write float32 copies of weights of 16 bits, instead of referring to them."}

@@ -33,9 +33,10 @@ CONTRACTIONS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 
 MOVES = frozenset(
     {
-        "Clip", "Compress", "Concat", "CtxGather", "CtxScatter", "Expand", "Gather", "GatherElements", "GatherND",
-        "Identity", "Max", "MergeRows", "Min", "Pad", "Reshape", "ScatterElements", "ScatterND", "Slice", "Split",
-        "Squeeze", "StateNext", "StateWindow", "Tile", "TopK", "Transpose", "Unsqueeze", "Where",
+        "Clip", "Compress", "Concat", "CtxGather", "CtxGatherCB", "CtxGatherCB3D", "CtxScatter", "CtxScatterCB",
+        "CtxScatterCB3D", "Expand", "Gather", "GatherElements", "GatherND", "Identity", "Max", "MergeRows", "Min",
+        "Pad", "Reshape", "ScatterElements", "ScatterND", "Slice", "Split", "Squeeze", "StateNext", "StateWindow",
+        "Tile", "TopK", "Transpose", "Unsqueeze", "Where",
     }
 )  # fmt: skip
 """They move numbers, or choose among them, and round none."""

@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 
 import onnx_ir as ir
 
-from qeff_ir.errors import PipelineError
+from qeff_ir.errors import PassError, PipelineError
 from qeff_ir.ir import dialect
 from qeff_ir.ir.module import Module
 from qeff_ir.ir.ports import POSITIONS
@@ -55,6 +55,20 @@ class Layout(ABC):
     @abstractmethod
     def write(self, node: ir.Node, slots: Slots, state: Resident) -> None:
         """Lower one `CacheUpdate`."""
+
+    @classmethod
+    def index_rows(cls, module: Module, rewriter: Rewriter, index: ir.Value) -> None:
+        """Let the graph continue those rows of the caches that a run names.
+
+        Args:
+            module: Lowered; its caches have the layout.
+            rewriter: Of the pass ``continuous-batching``.
+            index: The input that names them, int64 ``[batch, 1]``.
+
+        Raises:
+            PassError: The layout does not say how.
+        """
+        raise PassError(f"the layout of {cls.op_type} has no rows that a run names: leave out continuous-batching")
 
     def finish(self) -> None:
         """Adjust the interface once all nodes are lowered."""

@@ -142,6 +142,9 @@ def compile_model(
         steps[MAIN] = with_requested(Pipeline.parse(edits, steps[MAIN]) if edits else steps[MAIN], options, backend)
     if token_embedding == "host":
         steps[MAIN] = steps[MAIN].add("token-embedding")
+    if options.full_batch_size:
+        rows = options.kv_cache_batch_size or options.full_batch_size
+        steps[MAIN] = steps[MAIN].add(f"continuous-batching{{rows={rows}}}")
     steps = {name: given.told(asdict(options)) for name, given in steps.items()}
     if options.dtype != "float32":
         steps = {name: given.add(f"dtype{{type={options.dtype}}}") for name, given in steps.items()}
@@ -285,6 +288,7 @@ def _read(backend: Backend, source: Source, asked: CompileOptions | Mapping[str,
         who = backend.name if task.retains else _architecture(source)
         what = "keeps caches as they are" if task.retains else "has no KV cache to compress"
         raise CompileError(f"{who} {what}: leave out mxint8_kv_cache")
+    _check_rows(options)
     if not task.retains:
         return options
     if options.ctx_len < options.prefill_seq_len:
@@ -298,6 +302,27 @@ def _read(backend: Backend, source: Source, asked: CompileOptions | Mapping[str,
             "QEFFAutoModelForSeq2SeqLM, or with QEFFAutoModelForSpeechSeq2Seq if it takes recordings"
         )
     return options
+
+
+def _check_rows(options: CompileOptions) -> None:
+    """Refuse numbers of rows that do not fit one another.
+
+    Raises:
+        CompileError: They do not.
+    """
+    requests, rows = options.full_batch_size, options.kv_cache_batch_size
+    if requests and options.batch_size != 1:
+        raise CompileError(
+            f"batch_size={options.batch_size} stands beside full_batch_size={requests}, with which a prefill run is of "
+            "one request, and a decode run of all: leave batch_size out"
+        )
+    if rows and not requests:
+        raise CompileError(f"kv_cache_batch_size={rows} is for continuous batching: give full_batch_size too")
+    if rows and rows < requests:
+        raise CompileError(
+            f"kv_cache_batch_size={rows} is less than full_batch_size={requests}, and each request takes a row of the "
+            "caches: raise it, or leave it out"
+        )
 
 
 def _own_dtype(source: Source) -> Literal["float32", "float16", "bfloat16"]:

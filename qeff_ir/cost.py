@@ -18,7 +18,7 @@ import onnx_ir as ir
 from qeff_ir.errors import VerificationError
 from qeff_ir.ir.module import WEIGHT_KEY, Module, Specialization
 from qeff_ir.ir.needed import Needed
-from qeff_ir.ir.ports import EMBEDDINGS
+from qeff_ir.ir.ports import CACHE_ROWS, EMBEDDINGS
 from qeff_ir.ir.residents import KINDS
 from qeff_ir.passing.hiding import hidden_weights
 from qeff_ir.quantized import quantized
@@ -62,7 +62,7 @@ class Cost:
         name: Of the specialization.
         tokens: Tokens that the run takes, all rows together; 0 of an encoder of pictures.
         weight_bytes: Bytes of weights that are read.
-        state_bytes: Bytes of retained states that are read: every slot of the context.
+        state_bytes: Bytes of retained states that are read: every slot of the context, in the rows of the run.
         written_bytes: Bytes of states that are written: the slots of the run's own tokens.
         multiply_adds: Of products, convolutions and attention; elementwise work is left out.
         ops: The same by operator.
@@ -124,7 +124,11 @@ def cost(
     for state in module.states:
         sizes = [symbols[d] if isinstance(d, str) else d for d in state.shape]
         width = state.dtype.itemsize if stored.states is None else stored.states
-        kept += math.prod(sizes) * width
+        if state.shape[0] in ("batch_size", CACHE_ROWS):  # a run reads and writes its own rows of those that are kept
+            kept += symbols.get(CACHE_ROWS, sizes[0]) * math.prod(sizes[1:]) * width
+            sizes[0] = symbols["batch_size"]
+        else:
+            kept += math.prod(sizes) * width
         held = module.input(state.input)
         state_bytes += math.prod(sizes) * width if run.reads(held) else 0
         if run.source(module.output(state.output)) is held:  # it is handed on as it is

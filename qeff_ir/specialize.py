@@ -11,7 +11,8 @@ from qeff_ir.ir.ports import ENCODER_CONTEXT, FEATURE_LENGTH
 def specialize(module: Module, options: CompileOptions, name: str = "Embedding") -> None:
     """Set the shapes to compile for: one prefill chunk, and one token (only the latter for chunks of one token).
 
-    A module without a cache gets one specialization for each length, which has the `name`.
+    With ``full_batch_size``, a prefill run has one row, and a decode run has that many (AI 100 contract §4.2). A module
+    without a cache gets one specialization for each length, which has the `name`.
 
     Raises:
         CompileError: The context, or a length, is longer than the model's positions.
@@ -32,7 +33,13 @@ def specialize(module: Module, options: CompileOptions, name: str = "Embedding")
         return
     if options.prefill_seq_len == 1 and not options.num_speculative_tokens:
         del runs["Prefill"]
-    module.specializations = [Specialization(n, phase, {**common, "seq_len": s}) for n, (phase, s) in runs.items()]
+    rows = options.full_batch_size
+    common["batch_size"] = rows or options.batch_size
+    alone = {"batch_size": 1} if rows else {}  # of a prefill run
+    module.specializations = [
+        Specialization(n, phase, {**common, **(alone if phase == "prefill" else {}), "seq_len": s})
+        for n, (phase, s) in runs.items()
+    ]
 
 
 def keep_phases(module: Module, options: CompileOptions) -> None:

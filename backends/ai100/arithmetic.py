@@ -21,8 +21,9 @@ from qeff_ir.widening import HALVES
 _FLOAT = ir.DataType.FLOAT
 _EXACT = frozenset(
     {
-        "Concat", "CtxGather", "CtxScatter", "Expand", "Gather", "GatherElements", "GatherND", "Identity", "Reshape",
-        "ScatterElements", "ScatterND", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
+        "Concat", "CtxGather", "CtxGatherCB", "CtxGatherCB3D", "CtxScatter", "CtxScatterCB", "CtxScatterCB3D", "Expand",
+        "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "ScatterElements", "ScatterND", "Slice", "Split",
+        "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
     }
 )  # fmt: skip
 """Operators that move numbers: what was rounded stays so."""

@@ -41,6 +41,7 @@ from backends.ai100.contract_pictures import (
     runs_of_pixels,
     vision_interface,
 )
+from backends.ai100.contract_rows import rows_of_caches
 from backends.ai100.contract_runs import RUN_INPUTS, one_prefix, run_interface, sizes_of_runs
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.qnn.contract import violations as qnn_violations
@@ -340,6 +341,7 @@ def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Viola
     yield from runs_of_encoder(entries)
     yield from runs_of_pixels(graph, entries)
     yield from sizes_of_runs(entries)
+    yield from rows_of_caches(graph, entries)
     symbols = {d for t in [*graph.inputs, *graph.outputs] for d in t.shape or [] if d and not isinstance(d, int)}
     for symbol in sorted(symbols, key=str):
         for index, entry in enumerate(entries):

@@ -120,7 +120,7 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
             emit_only: Write the package without running the target's compiler.
             watch: Told of every step, see `qeff_ir.compiler.Watch`.
             options: What the target takes beside that, by name: the other fields of
-                `backends.options.CompileOptions` (``dtype``, ``num_speculative_tokens``, …), and of the AI 100
+                `backends.options.CompileOptions` (``full_batch_size``, ``dtype``, …), and of the AI 100
                 (`backends.ai100.options.Ai100Options`) ``num_cores``, ``num_devices``, ``mxfp6_matmul``,
                 ``mxint8_kv_cache``, ``weight_free``, ``enable_qnn``, any flag of its compiler
                 (``aic_enable_depth_first=True``), and ``force_flags`` for those not known.

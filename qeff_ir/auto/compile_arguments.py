@@ -8,7 +8,6 @@ from typing import Any
 from qeff_ir.errors import CompileError
 
 _ANY = object()
-_CB = "continuous batching"
 _KNOWN: dict[str, tuple[tuple[Any, ...], str]] = {
     # how the incumbent exports; the result is the same here
     "dynamo": ((_ANY,), ""),
@@ -19,8 +18,6 @@ _KNOWN: dict[str, tuple[tuple[Any, ...], str]] = {
     "onnx_path": ((None,), "a graph of another exporter"),
     # what a compiled model cannot do yet
     "enable_chunking": ((False, None), "prefill on devices of its own"),
-    "full_batch_size": ((None,), _CB),
-    "kv_cache_batch_size": ((None,), _CB),
     "moe_prefill_packed_chunk_size": ((256, None), "packed prefill of experts"),
     "qaic_config": ((None,), "settings of the incumbent's causal LMs"),  # those read it before
 }
@@ -31,6 +28,8 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
         "comp_ctx_lengths_decode",
         "comp_ctx_lengths_prefill",
         "enable_qnn",
+        "full_batch_size",
+        "kv_cache_batch_size",
         "kv_cache_prefix",
         "num_speculative_tokens",
         "prefill_only",

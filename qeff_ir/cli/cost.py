@@ -83,7 +83,10 @@ def _show(costs: list[Cost]) -> None:
 def _show_roofline(costs: list[Cost], device: Device, manifest: Manifest, prompt: int) -> None:
     from qeff_ir.roofline import roofline
 
-    batch, devices = int(manifest.options["batch_size"]), int(manifest.options.get("num_devices", 1))
+    batch, devices = (
+        int(manifest.options["full_batch_size"] or manifest.options["batch_size"]),
+        int(manifest.options.get("num_devices", 1)),
+    )
     found = roofline(costs[0], costs[-1], device, prompt, batch, devices=devices)
     unknown: list[str] = [
         what

@@ -68,6 +68,14 @@ class Request:
     ] = 32
     ctx_len: Annotated[int, typer.Option(help="Prompt and new tokens together.", min=1, rich_help_panel=_SHAPES)] = 128
     batch_size: Annotated[int, typer.Option(help="Prompts in one run.", min=1, rich_help_panel=_SHAPES)] = 1
+    full_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Requests at once, which come and go (continuous batching).", min=1, rich_help_panel=_SHAPES),
+    ] = None
+    kv_cache_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Rows of the caches then; as many by default.", min=1, rich_help_panel=_SHAPES),
+    ] = None
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     given: tuple[str, ...] = ()
 
@@ -77,7 +85,8 @@ class Request:
 
         chunk = self.prefill_seq_len if "prefill_seq_len" in self.given else None
         shapes = {"prefill_seq_len": chunk, "ctx_len": self.ctx_len, "batch_size": self.batch_size}
-        return shapes | compiler_flags(self.settings)
+        rows = {"full_batch_size": self.full_batch_size, "kv_cache_batch_size": self.kv_cache_batch_size}
+        return shapes | compiler_flags({**rows, **self.settings})
 
 
 def _of_targets() -> list[inspect.Parameter]:

@@ -61,11 +61,12 @@ def command(
 
     Pictures are drawn of noise, in the sizes of --image-size.
     """
-    if "batch_size" not in request.given:
+    if "batch_size" not in request.given and request.full_batch_size is None:
         request = replace(request, batch_size=len(prompt) if prompt else 3)
-    if prompt and len(prompt) != request.batch_size:
+    rows = request.full_batch_size or request.batch_size
+    if prompt and len(prompt) != rows:
         raise RuntimeInputError(
-            f"there are {counted(len(prompt), 'prompt')} for a batch of {request.batch_size}: leave out --batch-size"
+            f"there are {counted(len(prompt), 'prompt')} for a batch of {rows}: leave out --batch-size"
         )
     if single_program and not image_size:
         raise CompileError("--single-program is for models of pictures and text: give --image-size too")
@@ -183,7 +184,7 @@ def random_prompts(request: Request, steps: int, vocabulary: int) -> Rows:
     chunk = int(completed(request.options())["prefill_seq_len"])
     wanted = itertools.cycle((room, max(1, chunk // 3), chunk, 2 * chunk + 1, 1))
     random = np.random.default_rng(0)
-    lengths = [min(length, room) for length in itertools.islice(wanted, request.batch_size)]
+    lengths = [min(length, room) for length in itertools.islice(wanted, request.full_batch_size or request.batch_size)]
     return [random.integers(0, vocabulary, length).tolist() for length in lengths]
 
 

@@ -29,6 +29,7 @@ from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.ports import EMBEDDINGS, LOGITS, POSITIONS, TOKENS, Port, Run
 from qeff_ir.ir.snapshot import save_module
 from qeff_ir.passing.base import registered_passes
+from qeff_ir.runtime.interface import BATCH
 from qeff_ir.runtime.runs import fitted, last
 from qeff_ir.runtime.token_table import TokenTable
 
@@ -107,19 +108,22 @@ def make_plan(module: Module, seed: int = 0) -> Plan:
     if not isinstance(last, int):
         raise RuntimeInputError(f"the logits of {module.name} have no fixed width: no token can be drawn")
     (batch, chunk), room = _dims(module.port(POSITIONS), sizes), _room(module, sizes)
-    draft = _DRAFT if chunk >= _DRAFT and room > _DRAFT + _DECODE_STEPS else 0
+    rows = max((s.symbols.get(BATCH, batch) for s in module.specializations), default=batch)
+    alone = batch < rows  # a prefill run is of one request, a decode run of all
+    draft = _DRAFT if not alone and chunk >= _DRAFT and room > _DRAFT + _DECODE_STEPS else 0
     steps = min(_DECODE_STEPS, room - draft - 1)
     fills = -(-room // chunk) <= _MOST_CHUNKS
     longest = room if fills else chunk + chunk // 2 + 1
     wanted = itertools.cycle((longest, max(1, chunk // 3), 2 * chunk))
-    prompts = [random.integers(0, last, min(n, room - draft - steps)) for n in itertools.islice(wanted, batch)]
-    runs = _prefill(prompts, chunk)
+    prompts = [random.integers(0, last, min(n, room - draft - steps)) for n in itertools.islice(wanted, rows)]
+    groups = [[row] for row in range(rows)] if alone else [list(range(rows))]
+    runs = [run for group in groups for run in _prefill([prompts[row] for row in group], chunk, group)]
     for step in range(steps):
         positions = np.array([[len(p) + step] for p in prompts], dtype=np.int64)
-        runs.append(Run(random.integers(0, last, (batch, 1)), positions))
+        runs.append(Run(random.integers(0, last, (rows, 1)), positions))
     if draft:
         positions = np.array([[len(p) + steps + i for i in range(draft)] for p in prompts], dtype=np.int64)
-        runs.append(Run(random.integers(0, last, (batch, draft)), positions, keep=draft))
+        runs.append(Run(random.integers(0, last, (rows, draft)), positions, keep=draft))
     embeds, vectors = module.find(EMBEDDINGS), None
     if embeds is not None:
         vectors = random.standard_normal((last, _dims(embeds, sizes)[-1])).astype(np.float32)
@@ -189,9 +193,11 @@ def driven(module: Module, plan: Plan) -> Iterator[Step]:
         RuntimeInputError: ONNX Runtime cannot load or run the graph.
     """
     sizes = {**plan.sizes, **sizes_of(module)} if plan.runs else plan.sizes
+    kept = {**sizes, BATCH: max(len(run.tokens) for run in plan.runs)} if plan.runs else sizes
     with tempfile.TemporaryDirectory(prefix="qeff-drive-") as folder:
         session = _open(module, Path(folder))
-        states = {s.input: _zeros(s.shape, sizes, s.dtype) for s in module.states}
+        states = {s.input: _zeros(s.shape, kept, s.dtype) for s in module.states}
+        of_run = {s.input for s in module.states if plan.runs and s.shape[0] == BATCH}
         others = {v.name or "": v for v in module.graph.inputs if v.name not in states}
         names = [v.name or "" for v in module.graph.outputs]
         lost = next((s.output for s in module.states if s.output not in names), None)
@@ -202,7 +208,8 @@ def driven(module: Module, plan: Plan) -> Iterator[Step]:
             run = None if asked is None else _fitted(module, dataclasses.replace(asked, embed=embed))
             feeds = plan.inputs if run is None else {p.name: p.feed(run) for p in _ports(module) if p.is_fed}
             own = {name: feeds[name] if name in feeds else _zeros_of(v, sizes) for name, v in others.items()}
-            all_feeds = {**own, **states}
+            rows = slice(None) if run is None else run.cache_rows
+            all_feeds = {**own, **{name: state[rows] if name in of_run else state for name, state in states.items()}}
             try:
                 values = session.run(names, all_feeds)
             except Exception as error:  # ONNX Runtime raises several private types
@@ -216,7 +223,11 @@ def driven(module: Module, plan: Plan) -> Iterator[Step]:
                     f"the output '{strange}' of {module.name} is not a tensor of numbers, so that it cannot be "
                     "compared: check on a lower level"
                 )
-            states = {s.input: result[s.output] for s in module.states}
+            for state in module.states:
+                if state.input in of_run:
+                    states[state.input][rows] = result[state.output]
+                else:
+                    states[state.input] = result[state.output]
             yield Step(run, all_feeds, result)
 
 
@@ -266,8 +277,11 @@ def _answers(module: Module, result: Mapping[str, Array], run: Run) -> tuple[dic
     return {name: logits[:, -1]}, logits[:, :-1] if 1 < run.keep <= result[name].shape[1] else None
 
 
-def _prefill(prompts: Sequence[Array], chunk: int) -> list[Run]:
-    """Runs of one chunk each; all rows end in the last, shorter ones are padding before (position -1)."""
+def _prefill(prompts: Sequence[Array], chunk: int, rows: Sequence[int]) -> list[Run]:
+    """Runs of one chunk each, which continue these rows of the caches.
+
+    All rows end in the last run, shorter ones are padding before (position -1).
+    """
     chunks = -(-max(map(len, prompts)) // chunk)
     ids = np.zeros((len(prompts), chunks * chunk), dtype=np.int64)
     positions = np.full_like(ids, -1)
@@ -276,7 +290,8 @@ def _prefill(prompts: Sequence[Array], chunk: int) -> list[Run]:
         ids[row, start : start + len(tokens)] = tokens
         positions[row, start : start + len(tokens)] = np.arange(len(tokens))
     starts = range(0, chunks * chunk, chunk)
-    return [Run(ids[:, start : start + chunk], positions[:, start : start + chunk]) for start in starts]
+    at = np.array(rows, dtype=np.int64)
+    return [Run(ids[:, start : start + chunk], positions[:, start : start + chunk], cache_rows=at) for start in starts]
 
 
 def _open(module: Module, folder: Path) -> ort.InferenceSession:

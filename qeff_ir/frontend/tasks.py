@@ -31,11 +31,12 @@ class Task:
         return getattr(transformers, self.auto)
 
 
-CAUSAL_LM = Task("AutoModelForCausalLM", ("prefill_seq_len", "ctx_len", "batch_size"), retains=True)
-IMAGE_TEXT_TO_TEXT = Task("AutoModelForImageTextToText", CAUSAL_LM.shapes, graph_name="Vision", retains=True)
+_RETAINING = ("prefill_seq_len", "ctx_len", "batch_size")
+CAUSAL_LM = Task("AutoModelForCausalLM", (*_RETAINING, "full_batch_size", "kv_cache_batch_size"), retains=True)
+IMAGE_TEXT_TO_TEXT = Task("AutoModelForImageTextToText", _RETAINING, graph_name="Vision", retains=True)
 EMBEDDING = Task("AutoModel")
 SEQUENCE_CLASSIFICATION = Task("AutoModelForSequenceClassification", graph_name="SeqClassification")
 TOKEN_CLASSIFICATION = Task("AutoModelForTokenClassification", graph_name="TokenClassification")
 CTC = Task("AutoModelForCTC", graph_name="CTC")
-SEQ2SEQ = Task("AutoModelForSeq2SeqLM", CAUSAL_LM.shapes, graph_name="Encoder", retains=True, encodes=True)
-SPEECH_SEQ2SEQ = Task("AutoModelForSpeechSeq2Seq", CAUSAL_LM.shapes, graph_name="Encoder", retains=True, encodes=True)
+SEQ2SEQ = Task("AutoModelForSeq2SeqLM", _RETAINING, graph_name="Encoder", retains=True, encodes=True)
+SPEECH_SEQ2SEQ = Task("AutoModelForSpeechSeq2Seq", _RETAINING, graph_name="Encoder", retains=True, encodes=True)

@@ -23,6 +23,8 @@ FEATURE_LENGTH = "feature_len"
 """Length of what an encoder is given; in a graph that has the decoder too, 1 where nothing is (contract §1.7)."""
 ENCODER_CONTEXT = "encoder_ctx_len"
 """Length of what an encoder makes."""
+CACHE_ROWS = "full_batch_size"
+"""Rows of the caches, where a run names those that it continues (contract §1.1); else they are those of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class Run:
         positions: Position of each token in the context of its row, int64 ``[batch, seq]``; -1 is padding.
         adapters: Slot of each row's adapter, int64 ``[batch]``; 0 and less is the base model. The base model for all
             rows by default.
-        cache_rows: Row of the caches that each row of the run continues, int64 ``[batch]``. Its own by default.
+        cache_rows: Row of the caches that each row of the run continues, all different, int64 ``[batch]``; -1 for a row
+            of padding that continues none. Its own by default.
         embed: Looks up the vectors of tokens, float32 ``[batch, seq, hidden]``, where the host has to.
         keep: Tokens of each row, the last ones, whose logits are asked for.
         sizes: Of the specialization that the run is given to, by symbol; none where sizes are free.

@@ -58,7 +58,7 @@ class Decoder:
             the host's to write, which only a subclass does.
 
     Attributes:
-        batch_size: Rows of every run.
+        batch_size: Rows of a request; of a decode run.
         prefill_len: Tokens per row of a prefill run.
         ctx_len: Positions that the cache has room for.
         positions: Position of the next token of each row; -1 for a row without a prompt.
@@ -99,7 +99,8 @@ class Decoder:
         self._table = table
         specializations = session.specializations
         prefill = [s for s in specializations if s.phase == "prefill"] or specializations
-        self.batch_size = specializations[0].symbols["batch_size"]
+        self.batch_size = max(s.symbols["batch_size"] for s in specializations)
+        self._alone = prefill[0].symbols["batch_size"] < self.batch_size  # one row of the caches after the other
         self.prefill_len = max(s.symbols["seq_len"] for s in prefill)
         sizes = specializations[0].symbols
         self.ctx_len = sizes["ctx_len" if "ctx_len" in sizes else "decoder_ctx_len"]  # the latter of contract §1.7
@@ -144,7 +145,7 @@ class Decoder:
         """Forget everything and read the prompts.
 
         All rows end in the same last chunk, so that its logits are those of every row's last token: shorter rows idle
-        in the first chunks, whose tokens are padding.
+        in the first chunks, whose tokens are padding. Where a prefill run has one row, they are read one by one.
 
         Args:
             rows: Token ids of each row, as many rows as the batch has; an empty row stays idle.
@@ -157,28 +158,42 @@ class Decoder:
             RuntimeInputError: The number of rows is not the batch size, all are empty, or one exceeds the context.
         """
         self._check(rows)
-        chunk = self.prefill_len
-        cuts = [self._cut(row, len(tokens)) for row, tokens in enumerate(rows)]
-        chunks = max(map(len, cuts))
-        ids = np.zeros((self.batch_size, chunks * chunk), dtype=np.int64)
-        positions = np.full_like(ids, -1)
-        for row, tokens in enumerate(rows):
-            for number, (first, end) in enumerate(cuts[row], chunks - len(cuts[row])):
-                at = slice(number * chunk, number * chunk + end - first)
-                ids[row, at] = tokens[first:end]
-                positions[row, at] = np.arange(first, end)
-        logits = np.empty(0, dtype=np.float32)
+        every = np.arange(self.batch_size)
+        groups = [row for row in every[:, None] if len(rows[int(row[0])])] if self._alone else [every]
+        runs = [self._chunks(rows, at) for at in groups]
+        found: list[tuple[Array, Array]] = []
         with self.turns.join():
             started = time.perf_counter()
             self._thread = threading.get_ident()
             self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # until there is something to continue
             self._begin()
             self.session.reset()
-            for start in range(0, chunks * chunk, chunk):
-                logits = self._run(ids[:, start : start + chunk], positions[:, start : start + chunk], lora_ids)
+            for at, chunks in runs:
+                logits = [self._run(ids, positions, lora_ids, at) for ids, positions in chunks]
+                found.append((at, logits[-1]))
             self.positions = np.array([len(tokens) or -1 for tokens in rows], dtype=np.int64)
             self.timings = Timings(prefill=time.perf_counter() - started)
-        return logits
+        if len(found) == 1 and len(found[0][0]) == self.batch_size:
+            return found[0][1]
+        whole = np.zeros((self.batch_size, found[0][1].shape[-1]), dtype=np.float32)
+        for at, logits in found:
+            whole[at] = logits
+        return whole
+
+    def _chunks(self, rows: Sequence[Sequence[int]], at: Array) -> tuple[Array, list[tuple[Array, Array]]]:
+        """The runs that read the prompts of some rows: these, and ids and positions of each, ``[rows, chunk]``."""
+        chunk = self.prefill_len
+        cuts = [self._cut(int(row), len(rows[row])) for row in at]
+        chunks = max(map(len, cuts))
+        ids = np.zeros((len(at), chunks * chunk), dtype=np.int64)
+        positions = np.full_like(ids, -1)
+        for place, row in enumerate(at):
+            for number, (first, end) in enumerate(cuts[place], chunks - len(cuts[place])):
+                columns = slice(number * chunk, number * chunk + end - first)
+                ids[place, columns] = rows[row][first:end]
+                positions[place, columns] = np.arange(first, end)
+        starts = [slice(start, start + chunk) for start in range(0, chunks * chunk, chunk)]
+        return at, [(ids[:, columns], positions[:, columns]) for columns in starts]
 
     def decode(self, tokens: Sequence[int] | Array, lora_ids: Array | None = None) -> Array:
         """Append one token to every row that has a prompt.
@@ -257,7 +272,9 @@ class Decoder:
     def _heard(self, outputs: Mapping[str, Array]) -> None:
         """Take note of what a run returned beside logits."""
 
-    def _run(self, ids: Array, positions: Array, lora_ids: Array | None) -> Array:
+    def _run(self, ids: Array, positions: Array, lora_ids: Array | None, rows: Array | None = None) -> Array:
+        """Logits of each row's last token, ``[rows, vocab]``; `rows` of the caches are continued, all by default."""
+        at = np.arange(self.batch_size) if rows is None else rows
         ids = np.where(positions < 0, 0, ids)  # whatever stands at padding: a look-up would still have to find it
         slots = np.zeros(self.batch_size, dtype=np.int64)
         if self._takes_adapters:
@@ -269,8 +286,9 @@ class Decoder:
                     "or less for the base model"
                 )
             slots = slots.astype(np.int64)  # a copy: another thread may write meanwhile
+        slots = slots[at]
         embed = None if self._table is None else self._table.vectors
-        run = Run(ids, np.ascontiguousarray(positions), slots, embed=embed)
+        run = Run(ids, np.ascontiguousarray(positions), slots, at, embed)
         inputs = self.session.interface.inputs
         run = self._told(fitted(self._wanted(run), inputs, self.session.specializations))
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue

@@ -18,6 +18,7 @@ from qeff_ir.errors import CompileError
 CONTRACT = Path(__file__).parents[2] / "backends" / "ai100" / "contract.md"
 ELSEWHERE = {
     "compile_dir", "seq_len", "prefill_seq_len", "ctx_len", "batch_size", "num_devices", "num_cores",
+    "full_batch_size", "kv_cache_batch_size",
     "mxfp6_matmul", "mxint8_kv_cache", "encoder_ctx_len", "skip_vision", "skip_lang", "img_size",
 }  # fmt: skip
 """Arguments of ours, and of models that are not compiled yet."""
@@ -53,8 +54,10 @@ def test_what_changes_nothing_is_dropped(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        ({"full_batch_size": 4}, "full_batch_size=4 asks for continuous batching, which is not supported: leave"),
-        ({"enable_chunking": True}, "prefill on devices of its own"),
+        (
+            {"enable_chunking": True},
+            "enable_chunking=True asks for prefill on devices of its own, which is not supported: leave",
+        ),
         ({"use_onnx_subfunctions": True}, "sub_functions=True does"),
     ],
 )

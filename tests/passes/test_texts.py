@@ -42,6 +42,8 @@ CASES: dict[str, tuple[Recipe, str, str]] = {
     "kv-retention-scatter": (PLAIN, "ai100", "kv-retention{layout=scatter}"),
     "kv-retention-ring": (Recipe((Layer(window=3),)), "ai100", "kv-retention{layout=scatter}"),
     "compute-context-length": (PLAIN, "ai100", 'compute-context-length{prefill="4,8" decode="4,8"}'),
+    "continuous-batching-scatter": (Recipe((Layer(), Layer(linear="delta"))), "ai100", "continuous-batching{rows=2}"),
+    "continuous-batching-tensor-scatter": (PLAIN, "onnxruntime", "continuous-batching{rows=2}"),
     "attention-grouped": (Recipe(group=2), "ai100", "attention{impl=grouped}"),
     "blocked-attention": (PLAIN, "onnxruntime", "blocked-attention{num-kv-blocks=2}"),
     "gather-blocks": (PLAIN, "ai100", "blocked-attention{num-kv-blocks=2},gather-blocks"),
@@ -50,8 +52,9 @@ CASES: dict[str, tuple[Recipe, str, str]] = {
     "ort-kernels": (PLAIN, "onnxruntime", "ort-kernels"),
     "legalize": (ROTATED, "ai100", "legalize"),
 }
-PLACES = {"blocked-attention": "attention", "compute-context-length": "attention"}
-"""Before which pass of a stock pipeline a pass runs that has no place in it; others run before ``last-logits``."""
+PLACES = {"blocked-attention": "attention", "compute-context-length": "attention", "continuous-batching": None}
+"""Before which pass of a stock pipeline a pass runs that has no place in it, `None` for the end; others run before
+``last-logits``."""
 
 
 def start(case: str) -> tuple[Module, Pipeline]:
@@ -60,7 +63,8 @@ def start(case: str) -> tuple[Module, Pipeline]:
     stock, own = Pipeline.parse(find_backend(target).pipeline), Pipeline.parse(text)
     names = [item.name for _, item in stock]
     name = next(item.name for _, item in own)
-    end = names.index(name) if name in names else names.index(PLACES.get(name, "last-logits"))
+    place = name if name in names else PLACES.get(name, "last-logits")
+    end = len(names) if place is None else names.index(place)
     module = build(recipe).module
     specialize(module, OPTIONS)
     run_pipeline(module, Pipeline(stock.passes[:end]))

@@ -8,13 +8,13 @@ import numpy as np
 import onnx_ir as ir
 
 from backends.ai100.operators import CTX_DOMAIN
+from backends.ai100.passes import _cache_rows
+from backends.ai100.passes._cache_rows import DROPPED
 from passes.kv_layouts import Layout, Slots, layout
+from qeff_ir.ir.module import Module
 from qeff_ir.ir.residents import Resident
-from qeff_ir.passing.base import OpBuilder
+from qeff_ir.passing.base import OpBuilder, Rewriter
 from qeff_ir.passing.matching import operand
-
-DROPPED = 2**31 - 1
-"""Index that the AI 100 neither writes nor reads (contract §2.2)."""
 
 
 @layout("scatter")
@@ -48,6 +48,11 @@ class Scatter(Layout):
                 if value is node.outputs[0]:
                     reader.replace_input_with(index, read)
         self.rewriter.substitute(node, retained)
+
+    @classmethod
+    def index_rows(cls, module: Module, rewriter: Rewriter, index: ir.Value) -> None:
+        """The operators take the rows beside the slots."""
+        _cache_rows.index_rows(module, rewriter, index)
 
     def _written(self, slots: Slots) -> ir.Value:
         """Slot of each token of this run, ``[batch, seq]``, `DROPPED` for padding."""

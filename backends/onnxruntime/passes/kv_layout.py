@@ -7,9 +7,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from passes.kv_layouts import Layout, Slots, layout
-from qeff_ir.ir.module import Dim
+from qeff_ir.ir.module import Dim, Module
 from qeff_ir.ir.residents import Resident
-from qeff_ir.passing.base import OpBuilder
+from qeff_ir.passing.base import OpBuilder, Rewriter
 
 
 @layout("tensor-scatter")
@@ -38,6 +38,13 @@ class TensorScatter(Layout):
             new = b("Where", self._idle_rows(), found, new)
         retained = b("TensorScatter", past, new, self._start(slots), axis=2, mode=mode)
         self.rewriter.substitute(node, retained)
+
+    @classmethod
+    def index_rows(cls, module: Module, rewriter: Rewriter, index: ir.Value) -> None:
+        """Nothing: the session hands a run its rows of the buffers (`backends.onnxruntime.cache_rows`).
+
+        So all that writes in place goes on to do so.
+        """
 
     def finish(self) -> None:
         """Name the longer caches, and give them their length."""

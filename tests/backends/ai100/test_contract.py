@@ -366,7 +366,7 @@ def test_an_emitted_folder_is_the_same_wherever_it_is_written(tiny: Tiny, tmp_pa
             TensorProto.INT64,
             ["batch_size", 1],
             None,
-            {"dtype-shape"},
+            {"dtype-shape", "cache-rows"},
         ),  # states have no rows of their own
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from backends.ai100 import operators, sdk
+from backends.ai100 import operators, row_operators, sdk
 from backends.ai100.backend import BACKEND
 from backends.ai100.contract_nbits import NATIVE
 from qeff_ir.errors import CompileError
@@ -31,7 +31,8 @@ def test_a_description_holds_together(target: sdk.Sdk) -> None:
         onnx.defs.get_schema(name, target.opset)
     native = {key for key, operator in known().items() if operator.rule is not None and key[0] in target.ops}
     assert {(d, n) for d, names in target.ops.items() if d not in ("", NATIVE) for n in names} == native
-    assert native >= {(f.domain, f.name) for f in (operators.CtxScatter, operators.CtxGather, operators.CustomRMSNorm)}
+    some = operators.CtxScatter, operators.CtxGather, operators.CustomRMSNorm, row_operators.CtxScatterCB
+    assert native >= {(f.domain, f.name) for f in some}
     assert set(target.flags.values()) == {"flag", "int", "string", "input", "output"}
     assert all(a.removeprefix("-") in target.flags for a in target.standing_arguments)
 
