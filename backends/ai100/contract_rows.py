@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -18,9 +19,11 @@ _OWN = frozenset({"CtxScatter", "CtxGather"})
 
 def rows_of_caches(graph: gs.Graph, entries: Sequence[Mapping[str, str]]) -> Iterator[Violation]:
     """Caches with rows of their own are read and written in those that `_INDEX` names, and have room for each run."""
-    kept = {tensor.name for tensor in [*graph.inputs, *graph.outputs]}
+    ends: list[Any] = [*graph.inputs, *graph.outputs]
+    nodes: list[Any] = list(graph.nodes)
+    kept = {tensor.name for tensor in ends}
     named = _INDEX in kept
-    for node in graph.nodes:
+    for node in nodes:
         rows = node.inputs[1].name if node.op in _INDEXED and len(node.inputs) > 1 else None
         if named and node.op in _OWN and node.inputs[0].name in kept:
             yield Violation("cache-rows", f"{node.op} {node.outputs[0].name} does not look at {_INDEX}: emit again")

@@ -9,15 +9,13 @@ import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.ports import ADAPTER_ROW, CACHE_ROW, KEPT_LOGITS, LOGITS, Run
+from qeff_ir.ir.ports import ADAPTER_ROW, CACHE_ROW, CACHE_ROWS, KEPT_LOGITS, LOGITS, Run
 from qeff_ir.ir.residents import KINDS, Resident
 from qeff_ir.runtime.decoder import Decoder
 from qeff_ir.runtime.interface import BATCH, LENGTH
 from qeff_ir.runtime.runs import fitted, last
 from qeff_ir.runtime.session import HostStates, Session
 from qeff_ir.runtime.token_table import TokenTable
-
-CACHE_ROWS = "full_batch_size"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ def index_rows(module: Module, rewriter: Rewriter, rows: ir.Value) -> None:
         for node in [node for value in (past, result) for node in value.consumers() if node.op_type == "Shape"]:
             _size(node, module.port(POSITIONS), rewriter)
         wide = (CACHE_ROWS, *state.shape[1:])
-        kept = _slots(past, result, rows, rewriter) if state.has_slots else whole.index(past, result)
+        kept = _slots(past, result, rows, rewriter) if state.has_slots else whole.index(past, result, state)
         past.shape, kept.shape = ir.Shape(wide), ir.Shape(wide)
         states.append(dataclasses.replace(state, shape=wide))
     module.residents = [*states, *module.adapters]
@@ -46,8 +46,9 @@ def _size(node: ir.Node, positions: ir.Value, rewriter: Rewriter) -> None:
     if end == 1:
         rewriter.substitute(node, rows)
         return
-    others = {} if end is None else {"end": end}
-    rewriter.substitute(node, b("Concat", rows, b("Shape", node.inputs[0], start=1, **others), axis=0))
+    cache = node.inputs[0]
+    others = b("Shape", cache, start=1) if end is None else b("Shape", cache, start=1, end=end)
+    rewriter.substitute(node, b("Concat", rows, others, axis=0))
 
 
 def _slots(past: ir.Value, result: ir.Value, rows: ir.Value, rewriter: Rewriter) -> ir.Value:
@@ -83,11 +84,10 @@ class _WholeStates:
         self._entries: dict[int, ir.Value] = {}
         self.b = rewriter.at(next(iter(rewriter.graph)))  # before all that looks at the states
 
-    def index(self, past: ir.Value, result: ir.Value) -> ir.Value:
+    def index(self, past: ir.Value, result: ir.Value, state: Resident) -> ir.Value:
         """Select the rows before a state is looked at, and put them back; returns what is retained."""
-        assert past.shape is not None
-        ending = "3D" if len(past.shape) == 3 else ""  # without heads
-        size = int(past.shape[1 if ending else 2])
+        ending = "3D" if len(state.shape) == 3 else ""  # without heads
+        size = int(state.shape[1 if ending else 2])
         users, update = list(past.uses()), result.producer()
         assert update is not None
         entries = self._all(size)
