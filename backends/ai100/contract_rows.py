@@ -12,8 +12,8 @@ from backends.ai100.violation import Violation
 # Written out again: this module checks what the others make, and shares no names with them.
 _INDEX = "batch_index"
 _ROWS = "full_batch_size"
-_INDEXED = frozenset({"CtxScatterCB", "CtxScatterCB3D", "CtxGatherCB", "CtxGatherCB3D"})
-_OWN = frozenset({"CtxScatter", "CtxGather"})
+_INDEXED = frozenset({"CtxScatterCB", "CtxScatterCB3D", "CtxGatherCB", "CtxGatherCB3D", "CtxGatherBlockedKVCB"})
+_OWN = frozenset({"CtxScatter", "CtxGather", "CtxGatherBlockedKV"})
 """Cache operators that take the rows of a cache from `_INDEX`, and those whose rows are those of the run."""
 
 

@@ -17,11 +17,15 @@ DROPPED = 2**31 - 1
 """Index that the AI 100 neither writes nor reads (contract §2.2)."""
 
 
+_READS = {"CtxGather": "CtxGatherCB", "CtxGatherBlockedKV": "CtxGatherBlockedKVCB"}
+"""What reads the slots of a cache whose rows are those of a run, and what reads them in rows that a run names."""
+
+
 def index_rows(module: Module, rewriter: Rewriter, rows: ir.Value) -> None:
     """Give every state the rows of the caches, of which a run reads and writes `rows`, int64 ``[batch, 1]``.
 
     Raises:
-        PassError: Something else than `CtxGather` reads the slots of a cache.
+        PassError: Something else than an operator for it reads the slots of a cache.
     """
     whole = _WholeStates(rewriter, rows)
     states: list[Resident] = []
@@ -55,20 +59,19 @@ def _slots(past: ir.Value, result: ir.Value, rows: ir.Value, rewriter: Rewriter)
     """A cache with an entry for each token: `CtxScatterCB`, and `CtxGatherCB` wherever a layer reads."""
     update = result.producer()
     readers = [node for value in (past, result) for node in value.consumers() if node is not update]
-    strange = next((node for node in readers if node.op_type not in ("CtxGather", "Shape")), None)
+    strange = next((node for node in readers if node.op_type not in (*_READS, "Shape")), None)
     if update is None or update.op_type != "CtxScatter" or strange is not None:
         name = "nothing" if update is None else (strange or update).op_type
         raise PassError(f"{name} uses the cache {past.name} in another form than CtxScatter and CtxGather")
-    _, slots, tokens = update.inputs
-    kept = rewriter.at(update)("CtxScatterCB", past, rows, slots, tokens, domain=CTX_DOMAIN, dtype=past.dtype)
+    _, written, tokens = update.inputs
+    kept = rewriter.at(update)("CtxScatterCB", past, rows, written, tokens, domain=CTX_DOMAIN, dtype=past.dtype)
     kept.shape = result.shape  # until all that looks at it is done
     rewriter.substitute(update, kept)
-    for node in [node for node in readers if node.op_type == "CtxGather"]:
-        data, *where = node.inputs
-        like = node.outputs[0]
-        read = rewriter.at(node)(
-            "CtxGatherCB", data, rows, *where, domain=CTX_DOMAIN, shape=like.shape, dtype=like.dtype
-        )
+    for node in [node for node in readers if node.op_type in _READS]:
+        b, (data, slots, *count), like = rewriter.at(node), node.inputs, node.outputs[0]
+        if not count:  # that of a block has an index for each head
+            slots = b("Slice", slots, b.const([0]), b.const([1]), b.const([1]))
+        read = b(_READS[node.op_type], data, rows, slots, *count, domain=CTX_DOMAIN, shape=like.shape, dtype=like.dtype)
         rewriter.substitute(node, read)
     return kept
 
