@@ -33,8 +33,9 @@ CONTRACTIONS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 
 MOVES = frozenset(
     {
-        "Clip", "Compress", "Concat", "CtxGather", "CtxGatherCB", "CtxGatherCB3D", "CtxScatter", "CtxScatterCB",
-        "CtxScatterCB3D", "Expand", "Gather", "GatherElements", "GatherND", "Identity", "Max", "MergeRows", "Min",
+        "Clip", "Compress", "Concat", "CtxGather", "CtxGatherBlockedKV", "CtxGatherBlockedKVCB", "CtxGatherCB",
+        "CtxGatherCB3D", "CtxScatter", "CtxScatterCB", "CtxScatterCB3D", "Expand", "Gather", "GatherElements",
+        "GatherND", "Identity", "Max", "MergeRows", "Min",
         "Pad", "Reshape", "ScatterElements", "ScatterND", "Slice", "Split", "Squeeze", "StateNext", "StateWindow",
         "Tile", "TopK", "Transpose", "Unsqueeze", "Where",
     }

@@ -34,9 +34,10 @@ CHUNK = 8
 LIMIT = 2e-4
 
 
-def packaged(name: str, target: str, out: Path, **options: Any) -> Compiled:
+def packaged(name: str, target: str, out: Path, pipeline: str | None = None, **options: Any) -> Compiled:
     given = {"prefill_seq_len": CHUNK, "ctx_len": 48, "full_batch_size": 3, "kv_cache_batch_size": 4, **options}
-    return compile_model(support.Lowered(name), given, target=target, out=out, emit_only=target == "ai100")
+    source = support.Lowered(name)
+    return compile_model(source, given, target=target, out=out, pipeline=pipeline, emit_only=target == "ai100")
 
 
 class Slots:
@@ -93,10 +94,12 @@ def test_requests_come_and_go(name: str, target: str, tmp_path: Path) -> None:
     assert slots.compared >= 15
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_decoder_reads_prompts_row_by_row(target: str, tmp_path: Path) -> None:
-    """The batch answers as one that begins and ends together."""
-    compiled = packaged("llama", target, tmp_path / "package", full_batch_size=2, kv_cache_batch_size=2)
+@pytest.mark.parametrize(
+    ("target", "edits"), [("onnxruntime", None), ("ai100", "+blocked-attention{num-kv-blocks=2}<attention")]
+)
+def test_a_decoder_reads_prompts_row_by_row(target: str, edits: str | None, tmp_path: Path) -> None:
+    """The batch answers as one that begins and ends together; also where blocks of keys are read."""
+    compiled = packaged("llama", target, tmp_path / "package", edits, full_batch_size=2, kv_cache_batch_size=2)
     own = Decoder(find_backend(target).open(compiled.folder, threads=1))
     plain = support.plain_decoder("llama", target, prefill_seq_len=CHUNK, ctx_len=48, batch_size=2)
     for prompts in (support.PROMPTS, [[], support.PROMPTS[1]]):

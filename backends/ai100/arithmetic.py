@@ -21,7 +21,8 @@ from qeff_ir.widening import HALVES
 _FLOAT = ir.DataType.FLOAT
 _EXACT = frozenset(
     {
-        "Concat", "CtxGather", "CtxGatherCB", "CtxGatherCB3D", "CtxScatter", "CtxScatterCB", "CtxScatterCB3D", "Expand",
+        "Concat", "CtxGather", "CtxGatherBlockedKV", "CtxGatherBlockedKVCB", "CtxGatherCB", "CtxGatherCB3D",
+        "CtxScatter", "CtxScatterCB", "CtxScatterCB3D", "Expand",
         "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "ScatterElements", "ScatterND", "Slice", "Split",
         "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
     }
