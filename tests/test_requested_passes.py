@@ -171,7 +171,7 @@ def test_caches_have_the_names_that_a_host_selects_them_by(target: str) -> None:
         assert "IOName: past_value.1_vllmKvCache\n" in (folder / "custom_io.yaml").read_text()
 
 
-def test_states_of_a_recurrence_have_the_prefix_and_adapters_have_none() -> None:
+def test_states_of_a_recurrence_have_the_prefix_and_adapters_none() -> None:
     module = support.canonical("qwen3-next")
     lora = "lora{mode=single rank=2 targets=q_proj retained=true}"
     support.apply(module, f"last-logits,{lora},kv-cache-prefix{{prefix=a1}}")
