@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qeff_ir.errors import PassError
 from qeff_ir.ir import operators
 from qeff_ir.ir.module import Dim, Module
-from qeff_ir.ir.ports import CACHE_ROW, CACHE_ROWS, name_of
+from qeff_ir.ir.ports import CACHE_ROW, CACHE_ROWS, NEXT_TOKENS, name_of
 from qeff_ir.numerics import Exact, Numeric
 from qeff_ir.passing.base import Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AtLeast, Expect
@@ -46,11 +46,13 @@ class ContinuousBatching(Pass):
         """Add the input, and let the layout use it.
 
         Raises:
-            PassError: A state is the host's or an encoder's to write, a run has more rows than the caches, or the
-                layout does not say how a run gets at its rows.
+            PassError: A state is the host's or an encoder's to write, a run has more rows than the caches, the layout
+                does not say how a run gets at its rows, or the graph draws its tokens already.
         """
         if not module.states or module.find(CACHE_ROW) is not None:
             return
+        if module.find(NEXT_TOKENS) is not None:
+            raise PassError("the graph draws its tokens already: put continuous-batching before sampling")
         theirs = next((s.input for s in module.states if s.written_by_host), None)
         if theirs is not None:
             raise PassError(f"{theirs} is not written by the runs of a decoder: leave out continuous-batching")

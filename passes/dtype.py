@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from qeff_ir.errors import PassError
 from qeff_ir.ir.module import WEIGHT_KEY, Module
+from qeff_ir.ir.ports import NEXT_TOKENS
 from qeff_ir.ir.sources import source_text
 from qeff_ir.numerics import Approximates, Numeric
 from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
@@ -35,7 +36,8 @@ class Dtype(Pass):
       they meet activations: an elementwise operator of both is computed in float32, and rounds once; a matrix product
       takes its operands rounded.
 
-    Inputs and outputs that are no states stay float32 (AI 100 contract §1.2: logits end in a cast).
+    Inputs and outputs that are no states stay float32 (AI 100 contract §1.2: logits end in a cast). What `sampling`
+    makes of logits is float32 too, and comes after.
     """
 
     name: ClassVar[str] = "dtype"
@@ -53,8 +55,11 @@ class Dtype(Pass):
         """Go through the graph once, in order.
 
         Raises:
-            PassError: The module has another half type already, quantized weights, or control flow around floats.
+            PassError: The module has another half type already, quantized weights, or control flow around floats, or it
+                draws its tokens.
         """
+        if module.find(NEXT_TOKENS) is not None:
+            raise PassError("the tokens are drawn in float32 already: put dtype before sampling")
         half = ir.DataType[self.type.upper()]
         found = {value.dtype for value in (*module.graph.inputs, *module.graph.initializers.values())}
         if half in found:

@@ -73,6 +73,25 @@ class Layout(ABC):
     def finish(self) -> None:
         """Adjust the interface once all nodes are lowered."""
 
+    @staticmethod
+    def mark(b: OpBuilder, table: ir.Value, rows: ir.Value, tokens: ir.Value, which: ir.Value) -> ir.Value:
+        """Set entries of a table that is kept between runs; here in standard operators.
+
+        Args:
+            b: Where.
+            table: bool ``[rows, vocab]``.
+            rows: The row of each row of the run, int64 ``[batch, 1]``; -1 for one that has no entry to set.
+            tokens: Entries, int64 ``[batch, seq]``.
+            which: Those of the tokens that are to be set, bool ``[batch, seq]``; others may be out of range.
+        """
+        spare = b("Slice", table, b.const([0]), b.const([1]), b.const([1]))  # takes what is not to be set
+        width = b("Squeeze", b("Shape", table, start=1, end=2))
+        columns = b("Unsqueeze", b("Where", which, tokens, width), b.const([2]))
+        index = b("Concat", b("Expand", b("Unsqueeze", rows, b.const([2])), b("Shape", columns)), columns, axis=2)
+        wide = b("Concat", table, spare, axis=1)
+        marked = b("ScatterND", wide, index, b("Expand", b.const(True, bool), b("Shape", tokens)))
+        return b("Slice", marked, b.const([0]), b("Shape", table, start=1, end=2), b.const([1]), shape=table.shape)
+
     def positions(self, node: ir.Node, slots: Slots) -> ir.Value:
         """Lower one `CachePositions`: ``[1 or batch, length]``."""
         if slots.ring:

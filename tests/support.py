@@ -24,6 +24,7 @@ from qeff_ir.ir.snapshot import save_module
 from qeff_ir.passing.manager import Report, run_pipeline
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.drawing_decoder import DrawingDecoder
 from qeff_ir.specialize import specialize
 from qeff_ir.testing.trace import Trace, reference_trace
 from tests.models import VOCAB, build
@@ -105,6 +106,14 @@ def open_decoder(module: Module, folder: Path, pipeline: str | None = None) -> D
     backend.check(module, OPTIONS)
     backend.emit(module, folder, OPTIONS)
     return Decoder(backend.open(folder, threads=1))
+
+
+def open_drawing(module: Module, folder: Path, text: str) -> DrawingDecoder:
+    """As `open_decoder`, with a pass that lets the graph draw tokens."""
+    run_pipeline(module, Pipeline.parse(rest_of("onnxruntime")).add(text))
+    backend = find_backend("onnxruntime")
+    backend.emit(module, folder, OPTIONS)
+    return DrawingDecoder(backend.open(folder, threads=1))
 
 
 def answers_alike(module: Module, plain: Module, target: str, folder: Path) -> None:

@@ -13,8 +13,10 @@ from backends.ai100.violation import Violation
 from qeff_ir.ir import dialect, operators
 from qeff_ir.ir.module import WEIGHT_KEY, Module, all_values
 from qeff_ir.ir.ports import (
+    ACCEPTED,
     ADAPTER_ROW,
     CACHE_ROW,
+    DRAW,
     EMBEDDED,
     EMBEDDINGS,
     FEATURES,
@@ -23,7 +25,9 @@ from qeff_ir.ir.ports import (
     KEPT_LOGITS,
     LOGITS,
     NEXT_ROW,
+    NEXT_TOKENS,
     POSITIONS,
+    PROBABILITIES,
     READ_LENGTH,
     ROWS_OUTPUT,
     TOKEN_KINDS,
@@ -143,22 +147,34 @@ def _states(module: Module) -> Iterator[Violation]:
     tokens = [name_of(role) for role in (EMBEDDINGS, TOKENS) if role in roles] or [name_of(TOKENS)]
     rows = [name_of(role) for role in (READ_LENGTH, CACHE_ROW, KEPT_LOGITS) if role in roles]
     rows += [name_of(ADAPTER_ROW)] if ADAPTER_ROW in roles else []
-    shared = [r for r in module.residents if r.shared]
-    own = [r for r in module.residents if not r.shared]
+    shared = [r for r in module.residents if r.shared and not r.last]
+    own = [r for r in module.residents if not r.shared or r.last]
     beside = [str(v.name) for v, role in zip(module.graph.inputs, roles, strict=True) if role in _BESIDE_POSITIONS]
     features = [str(v.name) for v, role in zip(module.graph.inputs, roles, strict=True) if role is FEATURES]
     expected = [*features, *tokens, *(s.input for s in shared), name_of(POSITIONS), *beside]
-    expected += [*(r.input for r in own if r.part is None), *rows, *(r.input for r in own if r.part is not None)]
+    expected += [r.input for r in own if r.part is None and not r.last]
+    expected += [*rows, *_draws(module), *(r.input for r in own if r.part is not None)]
     if not all(r.retained for r in module.residents):
         yield Violation("state-pair", "adapters must be retained: put lora{retained=true} into the pipeline")
     elif [v.name for v in module.graph.inputs] != expected:
         yield Violation("inputs", f"the inputs must be {', '.join(expected[:4])}, ... in this order")
     given_back = [str(v.name) for v in module.graph.outputs if module.role_of(v) is NEXT_ROW]
     embeds = EMBEDDED in [v.name for v in module.graph.outputs]
-    expected = [EMBEDDED if embeds else name_of(LOGITS), *(s.output for s in shared), *given_back]
+    answers = [name_of(role) for role in (PROBABILITIES, NEXT_TOKENS) if module.find(role) is not None]
+    answers = answers or [EMBEDDED if embeds else name_of(LOGITS)]
+    expected = [*answers, *(s.output for s in shared), *given_back]
     expected += [r.output for r in own]
     if [v.name for v in module.graph.outputs] != expected:
         yield Violation("outputs", f"the outputs must be {', '.join(expected[:3])}, ... in this order")
+
+
+def _draws(module: Module) -> list[str]:
+    """What a draw is given, in order (contract §1.3)."""
+    if module.find(NEXT_TOKENS) is None:
+        return []
+    tables = [r.input for r in module.residents if r.last]
+    names = [name_of(role) for role in DRAW if module.find(role) is not None]
+    return [name_of(ACCEPTED), *tables[:1], *names[:1], *tables[1:], *names[1:]]
 
 
 def _node(node: ir.Node, calls: set[tuple[str, str]], sdk: Sdk, inside: str | None = None) -> Iterator[Violation]:

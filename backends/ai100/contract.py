@@ -7,9 +7,8 @@ what is wrong in the writing, and not only in the IR, is found too.
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -43,6 +42,8 @@ from backends.ai100.contract_pictures import (
 )
 from backends.ai100.contract_rows import rows_of_caches
 from backends.ai100.contract_runs import RUN_INPUTS, one_prefix, run_interface, sizes_of_runs
+from backends.ai100.contract_sampling import DRAWS, TABLES, draw_interface, drawn
+from backends.ai100.contract_weights import bound_weights, weight_files
 from backends.ai100.emit import COMMAND, CUSTOM_IO
 from backends.ai100.qnn.contract import violations as qnn_violations
 from backends.ai100.sdk import Sdk, description
@@ -107,7 +108,7 @@ def violations(folder: Path) -> Iterator[Violation]:
         spec = weight_free.specification(proto)
         if spec is not None:
             bound = {item["name"] for item in spec["inputs"]}
-            yield from _weight_free(proto, spec, folder)
+            yield from bound_weights(proto, spec, folder)
     except PackageError as error:
         yield Violation("weight-free", str(error))
     graph.inputs = [tensor for name, tensor in _by_name(graph.inputs).items() if name not in bound]
@@ -124,14 +125,14 @@ def violations(folder: Path) -> Iterator[Violation]:
         sizes = [s.symbols for s in specializations.load(folder / specializations.FILE)] if form is not None else []
         inputs, outputs = _by_name(graph.inputs), _by_name(graph.outputs)
         yield from qnn_violations(command["commands"], model.name, inputs, outputs, sizes, folder)
-        yield from _weights(proto, folder)
+        yield from weight_files(proto, folder)
         return
     if listed and not (folder / CUSTOM_IO).is_file():
         yield Violation("file", f"{folder} has no {CUSTOM_IO}: emit the package again")
         return
     if listed:
         yield from _custom_io(graph, _text(folder / CUSTOM_IO))
-    yield from _weights(proto, folder)
+    yield from weight_files(proto, folder)
     as_it_is = _computes_in_bfloat16(proto, bound)
     passed = listed and not (as_it_is and "mxint8" not in _text(folder / CUSTOM_IO))
     yield from _command(
@@ -242,12 +243,13 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
     for name in sorted(n for n in outputs if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) not in inputs):
         yield Violation("state-pair", f"output {name} has no input {name.removesuffix(SUFFIX)}")
     features = [n for n in FEATURES if n in inputs]
-    given = (_EMBEDS, "input_ids", "position_ids", *RUN_INPUTS, *BESIDE, *features, SEEN)
-    retained = [n for n in inputs if n not in given]
+    given = (_EMBEDS, "input_ids", "position_ids", *RUN_INPUTS, *BESIDE, *features, SEEN, *DRAWS)
+    retained = [n for n in inputs if n not in given or n in TABLES]
     adapters = [n for n in retained if _ADAPTER.search(n)]
     rows = [n for n in (*ROWS, PIXELS) if n in retained]
-    states = [n for n in retained if n not in (*adapters, *rows)]
+    states = [n for n in retained if n not in (*adapters, *rows, *TABLES)]
     yield from language_interface(inputs, outputs)
+    yield from draw_interface(inputs, outputs)
     for name in retained:
         if name + SUFFIX not in outputs:
             yield Violation("state-pair", f"input {name} has no output {name}{SUFFIX}")
@@ -260,7 +262,7 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         other = name.replace("past_key", "past_value") if "key" in name else name.replace("past_value", "past_key")
         if other not in pairs:
             yield Violation("inputs", f"input {name} has no {other} beside it")
-    expected += [n for n in RUN_INPUTS if n in inputs] + adapters
+    expected += [n for n in (*RUN_INPUTS, *DRAWS) if n in inputs] + adapters
     tokens = [n for n in (_EMBEDS, "input_ids") if n in inputs] or ["input_ids"]
     beside = [n for n in (*BESIDE, SEEN) if n in inputs]
     yield from encoder_interface(inputs, {n: found[1] for n in states if (found := _STATE.fullmatch(n))})
@@ -277,10 +279,11 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
     handed = [*(n + SUFFIX for n in rows if n in returned), *([NEXT] if NEXT in outputs else [])]
     returned = [
         *sorted((n for n in returned if _STATE.fullmatch(n) is not None), key=_order),
+        *(n for n in TABLES if n in returned),
         *(n for n in adapters if n in returned),
     ]
     first = _EMBEDDED if _EMBEDDED in outputs else "logits"
-    if list(outputs) != [first, *handed, *(name + SUFFIX for name in returned)]:
+    if list(outputs) != [*(drawn(outputs) or [first]), *handed, *(name + SUFFIX for name in returned)]:
         yield Violation("outputs", "the outputs must be logits, past_key.0_RetainedState, ... in order")
     for name in ("input_ids", "position_ids", BESIDE[1]):
         tensor = inputs.get(name)
@@ -309,7 +312,7 @@ def _decoder_interface(inputs: dict[str, Any], outputs: dict[str, Any]) -> Itera
         if name in adapters:
             if not all(isinstance(size, int) for size in shape):
                 yield Violation("dtype-shape", f"the adapter {name} is {shape}, not of a fixed size")
-        elif name in rows:
+        elif name in (*rows, *TABLES):
             pass  # seen to above
         elif name.startswith(_WHOLE):
             if shape[:1] != [batch] or any(isinstance(d, str) for d in shape[1:]):
@@ -350,14 +353,14 @@ def _specializations(graph: gs.Graph, recorded: Any, sdk: Sdk) -> Iterator[Viola
 
 
 def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
-    """Each state is listed as input and as output, in one precision, and nothing else is (§4.3).
+    """Each state is listed as input and as output, in one precision, and nothing else is (§4.3); tables are of bits.
 
     Of a vision program, everything is listed, in half precision (§1.9).
     """
     entries = dict(_ENTRY.findall(text))
     if _ENTRY.sub("", text) != "" or len(entries) != len(_ENTRY.findall(text)):
         yield Violation("custom-io", f"{CUSTOM_IO} is not a list of one IOName and Precision for each tensor")
-    names = {name for name in _by_name(graph.outputs) if name.endswith(SUFFIX)}
+    names = {name for name in _by_name(graph.outputs) if name.endswith(SUFFIX)} - {name + SUFFIX for name in TABLES}
     names |= {name.removesuffix(SUFFIX) for name in names}
     heard = {n for n in FEATURES[:2] if names and n in _by_name(graph.inputs)}
     names |= heard
@@ -376,42 +379,6 @@ def _custom_io(graph: gs.Graph, text: str) -> Iterator[Violation]:
     if len(precisions) > 1 or not precisions <= _PRECISIONS:
         found = ", ".join(sorted(precisions))
         yield Violation("custom-io", f"{CUSTOM_IO} has the precisions {found}: use float16 or mxint8 for all states")
-
-
-def _weight_free(proto: onnx.ModelProto, spec: Mapping[str, Any], folder: Path) -> Iterator[Violation]:
-    """Every weight is found where the metadata say, as its input wants it, and the graph holds none itself (§15.1)."""
-    text = next(p.value for p in proto.metadata_props if p.key == weight_free.METADATA)
-    sidecar = folder / weight_free.SPEC
-    if not sidecar.is_file() or sidecar.read_text() != text:
-        yield Violation("weight-free", f"{weight_free.SPEC} does not say what the model's metadata say")
-    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer):
-        yield Violation("weight-free", "a model without weights has an initializer in a file of its own")
-    whole = onnx.ModelProto()
-    whole.CopyFrom(proto)
-    weight_free.bind(whole, folder)
-
-
-def _weights(proto: onnx.ModelProto, folder: Path) -> Iterator[Violation]:
-    for tensor in proto.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        fields = {e.key: e.value for e in tensor.external_data}
-        location = PurePosixPath(fields.get("location", ""))
-        if location.is_absolute() or ".." in location.parts:
-            yield Violation("external-data", f"{tensor.name} lies in {location}, outside the folder: copy or link it")
-            continue
-        file = folder / location
-        try:
-            size = math.prod(tensor.dims)
-            size *= np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
-            length, offset = int(fields.get("length", size)), int(fields.get("offset", 0))
-        except (KeyError, ValueError):
-            yield Violation("external-data", f"{tensor.name} has no type, or a reference that has no numbers")
-            continue
-        if length != size:
-            yield Violation("external-data", f"{tensor.name} takes {size} bytes, its reference says {fields['length']}")
-        if not file.is_file() or file.stat().st_size < offset + size:
-            yield Violation("external-data", f"{location}, which holds {tensor.name}, is missing or too short")
 
 
 def _command(

@@ -121,10 +121,10 @@ def command(
 def custom_io(residents: Sequence[Resident], precision: str | None) -> str:
     """``custom_io.yaml``: each resident as input and as output, in `precision` or its own half-sized one (§4.3).
 
-    What the host writes is always float16: rows of an encoder, and adapters.
+    What the host writes is always float16: rows of an encoder, and adapters. Tables of bits are not listed.
     """
     entries: list[str] = []
-    for resident in residents:
+    for resident in (r for r in residents if r.dtype != ir.DataType.BOOL):
         stored = precision or ("bfloat16" if resident.dtype == ir.DataType.BFLOAT16 else "float16")
         stored = "float16" if resident.update == "host" else stored
         entries += [f" - IOName: {name}\n   Precision: {stored}\n\n" for name in resident.names]

@@ -77,8 +77,8 @@ class EmulatedSession:
         if any(p.states != shapes for p in self._programs):
             raise PackageError(f"the states of {model} differ in size between its specializations: compile again")
         self._written = {resident.input for resident in self.interface.residents if resident.written_by_host}
-        self._states = {name: _zeros(shape) for name, shape in shapes.items()}
-        self._spare = {name: _zeros(shape) for name, shape in shapes.items()}
+        self._states = {name: _zeros(*kept) for name, kept in shapes.items()}
+        self._spare = {name: _zeros(*kept) for name, kept in shapes.items()}
         listed = mxint8.compressed(model.parent)
         self._rounded = [name for name in shapes if name in listed and name not in self._written]
         self._lock = threading.Lock()
@@ -125,7 +125,7 @@ class EmulatedSession:
         """Set all states to zero that runs write."""
         for name, value in self._states.items():
             if name not in self._written:
-                value.update_inplace(np.zeros(value.shape(), dtype=np.float32))
+                value.update_inplace(np.zeros_like(value.numpy()))
 
 
 _COMPILED = (dialect.DOMAIN, sub_functions.DOMAIN)
@@ -161,7 +161,7 @@ class _Program:
     Attributes:
         inputs: Shapes of the inputs that are given at every run.
         types: Their types.
-        states: Shapes of the retained inputs.
+        states: Shapes and types of the retained inputs.
     """
 
     def __init__(self, content: bytes, model: Path, item: Specialization, threads: int | None) -> None:
@@ -185,9 +185,10 @@ class _Program:
         self._results = [name for name in outputs if not name.endswith(Resident.SUFFIX)]
         retained = {name.removesuffix(Resident.SUFFIX) for name in outputs if name.endswith(Resident.SUFFIX)}
         shapes = {i.name: _static(model, item, i.name, i.shape) for i in self._session.get_inputs()}
-        self.types = {i.name: _DTYPES[i.type] for i in self._session.get_inputs() if i.name not in retained}
+        types = {i.name: _DTYPES[i.type] for i in self._session.get_inputs()}
+        self.types = {name: dtype for name, dtype in types.items() if name not in retained}
         self.inputs = {name: shape for name, shape in shapes.items() if name not in retained}
-        self.states = {name: shape for name, shape in shapes.items() if name in retained}
+        self.states = {name: (shape, types[name]) for name, shape in shapes.items() if name in retained}
 
     def run(
         self, inputs: Mapping[str, Array], states: Mapping[str, ort.OrtValue], spare: Mapping[str, ort.OrtValue]
@@ -220,5 +221,5 @@ def _static(model: Path, item: Specialization, name: str, shape: Sequence[int | 
     return tuple(d for d in shape if isinstance(d, int))
 
 
-def _zeros(shape: Sequence[int]) -> ort.OrtValue:
-    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.float32))
+def _zeros(shape: Sequence[int], dtype: np.dtype[Any]) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=dtype))

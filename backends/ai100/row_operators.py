@@ -76,10 +76,10 @@ def CtxGatherCB(data: T, batch_index: INT64, ctx_indices: INT64, comp_ctx_len: I
 
 @script(_ctx, default_opset=op)
 def CtxScatterCB3D(data: T, batch_index: INT64, position_ids: INT64, updates: T) -> T:  # noqa: N802
-    """Write entries into rows of a state without heads (contract §2.1).
+    """Write entries into rows of a state without heads, or of a table of bits (contract §2.1).
 
     Args:
-        data: State before the run, ``[R, C, D]``.
+        data: State before the run, ``[R, C, D]``, or ``[R, C]``; so are the others.
         batch_index: Row of the state of each row of the run, ``[B, 1]``.
         position_ids: Place of each entry, ``[B, S]``.
         updates: Entries, ``[B, S, D]``.

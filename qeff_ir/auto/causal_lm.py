@@ -14,6 +14,7 @@ from qeff_ir.compiler import Pipelines, TokenEmbedding, Watch
 from qeff_ir.errors import ModelLoadError, PackageError, RuntimeInputError
 from qeff_ir.frontend.providers.memory import Memory
 from qeff_ir.frontend.source import Source, open_source
+from qeff_ir.ir.ports import NEXT_TOKENS
 from qeff_ir.package import SIDE_FOLDER, opened
 from qeff_ir.side_files import read_generation_config
 
@@ -323,6 +324,8 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
 
     def _open_runner(self, threads: int | None) -> SessionLM:
         from qeff_ir.runtime.decoder import Decoder
+        from qeff_ir.runtime.drawing_decoder import DrawingDecoder
+        from qeff_ir.runtime.drawing_generation import DrawingLM
         from qeff_ir.runtime.generation import SessionLM
 
         package = self.package
@@ -331,5 +334,7 @@ class QEFFAutoModelForCausalLM(GenerativeModel[Source, "SessionLM"]):
             if not isinstance(getattr(config.get_text_config(decoder=True), "vocab_size", None), int):
                 raise PackageError(f"the configuration in {package.folder} has no vocab_size: compile the model again")
             session = find_backend(package.manifest.target).open(package.folder, threads=threads)
-            found = SessionLM(Decoder(session, self._table(session.interface)), config, defaults)
-        return found
+            table = self._table(session.interface)
+            if session.interface.output(NEXT_TOKENS) is not None:
+                return DrawingLM(DrawingDecoder(session, table), config, defaults)
+            return SessionLM(Decoder(session, table), config, defaults)

@@ -21,7 +21,6 @@ _NEEDS = {
 """Keys that another argument of `compile` answers, with the only value that is known."""
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "include_sampler": ((False, None), "sampling on the device"),
     "mla_absorption": ((None,), "caches of another form than the model's"),
     "num_batch_blocks": ((None,), "attention in blocks of rows"),
     "pretrained_model_name_or_path": ((None,), "the heads of another model"),
@@ -29,6 +28,11 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 """Keys with the values that ask for what happens anyway, and what any other value asks for."""
 
 _PASSES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "include_sampler": (
+        "sampling",
+        "",
+        {"return_pdfs": "pdfs", "max_top_k_ids": "top", "include_guided_decoding": "guided"},
+    ),
     "replicate_kv_heads": ("replicate-kv-heads", "<kv-retention", {}),
     "enable_blocking": (
         "blocked-attention",
@@ -43,8 +47,8 @@ _PASSES: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 """Keys that ask for a pass, its place in a pipeline, and the keys that are its options: these mean nothing alone."""
 
-_ANYWAY = ("include_guided_decoding", "max_top_k_ids", "return_pdfs", "skip_kv")
-"""Keys that ask for nothing: they are of ``include_sampler``, or slots without a token are not read anyway."""
+_ANYWAY = ("skip_kv",)
+"""Keys that ask for nothing: slots without a token are not read anyway."""
 
 
 def loaded(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

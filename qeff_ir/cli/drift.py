@@ -44,6 +44,7 @@ def show_drift(compiled: Compiled, source: Source, parts: Sequence[str], texts: 
     tokens = encode(open_tokenizer(compiled.folder / SIDE_FOLDER), [text])[0]
     with working("Asking the compiled model, and transformers"):
         decoder = QEFFAutoModelForCausalLM.from_package(compiled.folder, checkpoint=source).runner().decoder
+        decoder.check_scores()
         try:
             rows = pieces(tokens, decoder.batch_size, min(decoder.ctx_len, _MOST))
             found = measure_drift(decoder, source.reference(), rows)

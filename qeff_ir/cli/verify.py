@@ -121,6 +121,7 @@ def _asked(model: str, request: Request, steps: int, prompt: Sequence[str] | Non
         reference = reference_trace(theirs, rows, steps)
         say("Asking the compiled model")
         decoder = QEFFAutoModelForCausalLM.from_package(compiled.folder, checkpoint=source).runner().decoder
+        decoder.check_scores()
         trace = session_trace(decoder, rows, reference.tokens)
         drift = "" if dtype == ir.DataType.FLOAT else _drift(named, opened, rows, trace, reference)
     return Asked(

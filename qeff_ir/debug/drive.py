@@ -26,7 +26,7 @@ from qeff_ir.arrays import Array
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.ir import operators
 from qeff_ir.ir.module import WEIGHT_KEY, Module
-from qeff_ir.ir.ports import EMBEDDINGS, LOGITS, POSITIONS, TOKENS, Port, Run
+from qeff_ir.ir.ports import EMBEDDINGS, LOGITS, NEXT_TOKENS, POSITIONS, TOKENS, Port, Run
 from qeff_ir.ir.snapshot import save_module
 from qeff_ir.passing.base import registered_passes
 from qeff_ir.runtime.interface import BATCH
@@ -271,7 +271,15 @@ def _embed(module: Module, plan: Plan) -> Callable[[Array], Array] | None:
 
 
 def _answers(module: Module, result: Mapping[str, Array], run: Run) -> tuple[dict[str, Array], Array | None]:
-    """The logits of the last real token of each row that has one, and those of the tokens before it."""
+    """The logits of the last real token of each row that has one, and those of the tokens before it.
+
+    Raises:
+        RuntimeInputError: The graph draws tokens, and returns none.
+    """
+    if module.find(NEXT_TOKENS) is not None:
+        raise RuntimeInputError(
+            f"{module.name} returns tokens that it draws, and no logits to compare: check on a lower level"
+        )
     name = str(module.port(LOGITS).name)
     logits = last(result[name], run)[(run.positions >= 0).any(axis=1)]
     return {name: logits[:, -1]}, logits[:, :-1] if 1 < run.keep <= result[name].shape[1] else None

@@ -247,7 +247,7 @@ class Module:
             PipelineError: See `declare`.
         """
         order, inputs = list(ROLES), self.graph.inputs
-        retained = {state.input for state in self.states}
+        retained = {state.input for state in self.states if not state.last}
         at = max((index + 1 for index, other in enumerate(inputs) if other.name in retained), default=len(inputs))
         while at < len(inputs) and order.index(self.ports.get(str(inputs[at].name), order[-1])) < order.index(
             role.name

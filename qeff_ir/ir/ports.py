@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PipelineError, RuntimeInputError
+from qeff_ir.ir.draw import Draw
 
 AXES = 3
 """Axes that a token may have a place on: time, height and width."""
@@ -46,6 +47,7 @@ class Run:
         types: 1 (of some models another number) for tokens of a picture, int64 ``[batch, seq]``. 0 by default.
         features: What the encoder in a decoder's graph is given, ``[batch, ...]``; of length 1, nothing is encoded.
         seen: 1 for what the encoder of an encoder-decoder has seen and 0 for padding, int64 ``[batch, length]``.
+        draw: How a graph that draws tokens is to draw them. The best token of each row by default.
     """
 
     tokens: Array
@@ -60,6 +62,7 @@ class Run:
     types: Array | None = None
     features: Array = field(default_factory=lambda: np.empty(0))
     seen: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
         rows = len(self.tokens)
@@ -69,8 +72,8 @@ class Run:
             object.__setattr__(self, "cache_rows", np.arange(rows, dtype=np.int64))
 
 
-Feed = Callable[[Run], Array]
-"""What an input is given at a run."""
+Feed = Callable[[Run], Array | None]
+"""What an input is given at a run; `None` where the run leaves it to `Role.default`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Role:
         is_output: Whether it is the role of an output.
         needs: Of an input whose length alone counts, int64 ``[length]`` or ``[length, 1]``: the least length that is
             enough for a run. Its first axis is a symbol of its own, and the run gets zeros.
+        default: What fills an input, ``[batch, ...]``, that a run says nothing of.
     """
 
     name: str
@@ -91,6 +95,7 @@ class Role:
     feed: Feed | None = None
     is_output: bool = False
     needs: Callable[[Run], int] | None = None
+    default: float | None = None
 
 
 ROLES: dict[str, Role] = {}
@@ -125,6 +130,10 @@ def _planes(run: Run) -> Array:
 
 def _all_planes(run: Run) -> Array:
     return np.concatenate([run.positions[None], _planes(run)])
+
+
+def _each(numbers: Array | None) -> Array | None:
+    return None if numbers is None else numbers[:, None]
 
 
 def _types(run: Run) -> Array:
@@ -176,6 +185,25 @@ FEATURES_MASK = define(
 CROSSING = define(
     Role("crossing", "keys or values of an encoder's output, float32 [batch, heads, length, width]", is_output=True)
 )
+ACCEPTED = define(Role("accepted", "tokens that are new to the penalties, int64 [batch, seq]", lambda run: run.tokens))
+REPETITION = define(
+    Role("repetition", "see Draw.repetition, [batch, 1]", lambda run: _each(run.draw.repetition), default=1)
+)
+PRESENCE = define(Role("presence", "see Draw.presence, [batch, 1]", lambda run: _each(run.draw.presence), default=0))
+TEMPERATURE = define(
+    Role("temperature", "see Draw.temperature, [batch, 1]", lambda run: _each(run.draw.temperature), default=0)
+)
+TOP_K = define(Role("top-k", "see Draw.top_k, [batch, 1]", lambda run: _each(run.draw.top_k), default=0))
+TOP_P = define(Role("top-p", "see Draw.top_p, [batch, 1]", lambda run: _each(run.draw.top_p), default=1))
+MIN_P = define(Role("min-p", "see Draw.min_p, [batch, 1]", lambda run: _each(run.draw.min_p), default=0))
+NUMBERS = define(Role("numbers", "see Draw.numbers", lambda run: run.draw.numbers, default=0.5))
+ALLOWED = define(Role("allowed", "see Draw.allowed, [batch, vocab]", lambda run: run.draw.allowed, default=1))
+DRAW = (REPETITION, PRESENCE, TEMPERATURE, TOP_K, TOP_P, MIN_P, NUMBERS, ALLOWED)
+"""Roles of what tells a graph how to draw tokens."""
+NEXT_TOKENS = define(Role("next-tokens", "tokens that were drawn, int64 [batch, tokens, 1]", is_output=True))
+PROBABILITIES = define(
+    Role("probabilities", "of what tokens were drawn from, float32 [batch, tokens, vocab]", is_output=True)
+)
 LOGITS = define(
     Role("logits", "scores of the vocabulary, or features, float32 [batch, tokens, vocab or features]", is_output=True)
 )
@@ -197,9 +225,20 @@ _TRANSFORMERS: dict[str, Role] = {
     "image_idx": FIRST_ROW,
     "image_idx_output": NEXT_ROW,
     "mm_token_type_ids": PICTURE_TOKENS,
+    "last_accepted_output_tokens": ACCEPTED,
+    "repetition_penalties": REPETITION,
+    "presence_penalties": PRESENCE,
+    "temperatures": TEMPERATURE,
+    "top_ks": TOP_K,
+    "top_ps": TOP_P,
+    "min_ps": MIN_P,
+    "random_numbers": NUMBERS,
+    "token_bitmasks": ALLOWED,
+    "next_tokens": NEXT_TOKENS,
+    "probs": PROBABILITIES,
     "logits": LOGITS,
 }
-"""Roles by the names that transformers and the AI 100 contract (§1.1) have for them."""
+"""Roles by the names that transformers and the AI 100 contract (§1.1 and §1.3) have for them."""
 
 
 def known(graph: ir.Graph) -> dict[str, str]:
@@ -258,4 +297,10 @@ class Port:
             return np.zeros((wanted, *(int(size or 1) for size in others)), dtype=self.dtype)
         if self.role is None or self.role.feed is None:
             raise RuntimeInputError(f"no role says what to feed to the input {self.name}")
-        return self.role.feed(run)
+        given = self.role.feed(run)
+        if given is not None:
+            return given
+        if self.role.default is None:
+            raise RuntimeInputError(f"the run says nothing of the input {self.name}: give it")
+        sizes = [d if isinstance(d, int) else run.sizes.get(str(d), run.keep) for d in self.shape[1:]]
+        return np.full((len(run.tokens), *sizes), self.role.default, dtype=self.dtype)

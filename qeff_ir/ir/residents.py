@@ -31,12 +31,13 @@ class Kind:
     Attributes:
         name: What the tensor holds, in a word.
         input: Name of the graph input, with the ``{layer}`` or ``{path}`` of a resident in its place (AI 100 contract
-            §1.1, §1.6 and §6.1); without either, there is one for all layers.
+            §1.1, §1.3, §1.6 and §6.1); without either, there is one for all layers.
         update: Who writes it.
         context_axis: The axis of the tokens, where there is an entry for each; `None` for what the tokens so far
             amount to.
         part: Of an adapter.
         slots: Whether its first axis counts adapters; that of number 0 is the base model, and stays zero.
+        last: Of one for all layers: whether it stands behind those of layers, and its input among those of a run.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Kind:
     context_axis: int | None = None
     part: Part | None = None
     slots: bool = False
+    last: bool = False
 
     @property
     def shared(self) -> bool:
@@ -80,6 +82,8 @@ define(Kind("self-key", "past_key_self.{layer}", "append", context_axis=2))
 define(Kind("self-value", "past_value_self.{layer}", "append", context_axis=2))
 define(Kind("cross-key", "past_key_cross.{layer}", "once"))
 define(Kind("cross-value", "past_value_cross.{layer}", "once"))
+define(Kind("repetition-buffer", "past_repetition_penalty_buffer", "replace", last=True))
+define(Kind("presence-buffer", "past_presence_penalty_buffer", "replace", last=True))
 define(Kind("lora-a", "{path}.lora_a_weights", "host", part="a", slots=True))
 define(Kind("lora-b", "{path}.lora_b_weights", "host", part="b", slots=True))
 define(Kind("lora-bias", "{path}.lora_biases", "host", part="bias", slots=True))
@@ -98,8 +102,8 @@ class Resident:
         layer: Index of the decoder layer; 0 for what all layers have together, and for adapters.
         kind: What the tensor holds, a row of `KINDS`: keys or values of tokens, an indexer's keys, the last inputs of a
             convolution, a recurrence's state, rows of an encoder, pixels for one, keys and values that a decoder's
-            cross-attention reads (``self-key`` and ``self-value`` are those of its own tokens, beside these), or a part
-            of the low-rank adapters.
+            cross-attention reads (``self-key`` and ``self-value`` are those of its own tokens, beside these), the
+            tokens that penalties of a draw are for, or a part of the low-rank adapters.
         shape: Symbols and sizes, for example ``("batch_size", 8, "ctx_len", 64)`` for ``[batch, kv_heads, ctx,
             head_dim]``. Of adapters, as PEFT stores them, ``[rank, in]`` (a), ``[out, rank]`` (b), ``[out]`` (bias);
             with slots ``[slots, in, rank]``, ``[slots, rank, out]``, ``[slots, out]``.
@@ -149,16 +153,23 @@ class Resident:
     def order(self) -> tuple[int, int, int]:
         """By what the residents of a module are sorted: layer, kind, index.
 
-        What all layers have together comes first. Adapters come last, in the order in which they were made.
+        What all layers have together comes first, but for kinds that are `last`. Adapters come behind all, in the order
+        in which they were made.
         """
         if self.part is not None:
             return sys.maxsize, 0, 0
-        return (-1 if self.shared else self.layer), list(KINDS).index(self.kind), self.index
+        layer = sys.maxsize - 1 if self.last else -1 if self.shared else self.layer
+        return layer, list(KINDS).index(self.kind), self.index
 
     @property
     def shared(self) -> bool:
         """Whether there is one for all layers."""
         return KINDS[self.kind].shared
+
+    @property
+    def last(self) -> bool:
+        """Whether it stands behind those of layers, see `Kind.last`."""
+        return KINDS[self.kind].last
 
     @property
     def update(self) -> Update:

@@ -51,11 +51,13 @@ class Phase(StrEnum):
         PREPARE: It brings a graph into its canonical and fused form.
         ADAPT: It adapts the graph to its task: adapters, embeddings, what is returned.
         LOWER: It lowers the graph to the target's operators.
+        RETURN: It changes what the lowered graph returns, whatever was lowered before.
     """
 
     PREPARE = "prepare"
     ADAPT = "adapt"
     LOWER = "lower"
+    RETURN = "return"
 
 
 PHASES = tuple(Phase)

@@ -11,6 +11,8 @@ import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import QeffError, RuntimeInputError
+from qeff_ir.runtime import drawn
+from qeff_ir.runtime.drawn import Drawn
 from qeff_ir.runtime.jobs import Emitted, Job, Ticket
 from qeff_ir.runtime.prefixes import Prefixes
 from qeff_ir.runtime.rows import Piece, Rows
@@ -63,11 +65,12 @@ class _Running:
         next: The token to append, once the prompt is read.
     """
 
-    def __init__(self, ticket: Ticket, prompt: Array, slot: int, position: int) -> None:
+    def __init__(self, ticket: Ticket, prompt: Array, slot: int, position: int, *, draws: bool) -> None:
         job = ticket.job
         self.ticket, self.prompt, self.slot, self.position = ticket, prompt, slot, position
         self.adapter, self.stops, self.left, self.next = job.adapter, job.stop_tokens, job.max_new_tokens, 0
-        self.chooser = Chooser(job.sampling, job.tokens, job.constraint)
+        self.drawn = Drawn(job) if draws else None
+        self.chooser = self.drawn or Chooser(job.sampling, job.tokens, job.constraint)
 
 
 class Batching:
@@ -100,7 +103,7 @@ class Batching:
 
         Raises:
             RuntimeInputError: It has no token or one that there is not, does not fit the context, asks for no new
-                token, or for an adapter that there is no slot of.
+                token, for an adapter that there is no slot of, or for what a graph that draws does not do.
         """
         rows, size = self.rows, len(job.tokens)
         if size == 0:
@@ -122,6 +125,8 @@ class Batching:
             raise RuntimeInputError(
                 f"adapter is {job.adapter}: give a slot of at most {rows.adapters}, 0 for the base model"
             )
+        if rows.draws:
+            drawn.check(job, rows.top, guided=rows.guided, tells_prompts=rows.chunk > 1)
 
     def add(self, ticket: Ticket) -> None:
         """Let a job wait for a slot; it was checked."""
@@ -198,7 +203,7 @@ class Batching:
             ticket.cached = held
             self._prompt_tokens += len(prompt)
             self._reused += held
-            self._reading.append(_Running(ticket, prompt, slot, held))
+            self._reading.append(_Running(ticket, prompt, slot, held, draws=self.rows.draws))
 
     def _read(self) -> None:
         """A chunk of each of the next prompts, as many as a run has rows; they then stand at the end of the line."""
@@ -207,7 +212,8 @@ class Batching:
             running = self._reading.popleft()
             start = running.position
             end = min(start - start % chunk + chunk, len(running.prompt))  # chunks end where they would without reuse
-            pieces.append(Piece(running.slot, running.prompt[start:end], start, running.adapter))
+            tokens, draws = running.prompt[start:end], running.drawn if end == len(running.prompt) else None
+            pieces.append(Piece(running.slot, tokens, start, running.adapter, reads=True, drawn=draws))
             batch.append(running)
         self._read_last = True
         self._prefill_runs += 1
@@ -230,7 +236,7 @@ class Batching:
             return
         keep = 1 + max(len(drafts[running]) for running in batch)
         self._decode_runs += 1
-        pieces = [Piece(r.slot, (r.next, *drafts[r]), r.position, r.adapter) for r in batch]
+        pieces = [Piece(r.slot, (r.next, *drafts[r]), r.position, r.adapter, drawn=r.drawn) for r in batch]
         logits = self._run(batch, pieces, keep)
         if logits is None:
             return

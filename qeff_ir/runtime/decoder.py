@@ -12,7 +12,7 @@ import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.ports import ADAPTER_ROW, EMBEDDED, KEPT_LOGITS, LOGITS, Run
+from qeff_ir.ir.ports import ADAPTER_ROW, EMBEDDED, KEPT_LOGITS, LOGITS, NEXT_TOKENS, Run
 from qeff_ir.runtime.runs import fitted, last
 from qeff_ir.runtime.session import Session
 from qeff_ir.runtime.token_table import TokenTable
@@ -71,6 +71,8 @@ class Decoder:
 
     writes_states = False
     """Whether it writes the states that are the host's, such as rows of pictures."""
+    returns = LOGITS
+    """Role of the output that `prefill` and `decode` return for the last token of each row."""
 
     def __init__(self, session: Session, table: TokenTable | None = None) -> None:
         interface = session.interface
@@ -88,14 +90,16 @@ class Decoder:
             raise PackageError(
                 f"no role says what to feed to the input {unknown} of the package: declare one in its pass"
             )
-        logits = interface.output(LOGITS)
-        if logits is None:
+        returned = interface.output(self.returns)
+        if returned is None and interface.output(NEXT_TOKENS) is not None:
+            raise PackageError("the package returns tokens that it draws, and no logits: open it as a causal LM")
+        if returned is None:
             raise PackageError("the package returns no logits, so that it is not that of a causal LM: compile one")
-        if logits.shape[1:2] != (1,) and interface.input(KEPT_LOGITS) is None:
+        if returned.shape[1:2] != (1,) and interface.input(KEPT_LOGITS) is None:
             raise PackageError("the package returns the logits of all tokens: put last-logits into the pipeline")
         self.session = session
-        self._logits = logits.name
-        self.embeds = logits.name == EMBEDDED
+        self._returned = returned.name
+        self.embeds = returned.name == EMBEDDED
         self._table = table
         specializations = session.specializations
         prefill = [s for s in specializations if s.phase == "prefill"] or specializations
@@ -175,7 +179,7 @@ class Decoder:
             self.timings = Timings(prefill=time.perf_counter() - started)
         if len(found) == 1 and len(found[0][0]) == self.batch_size:
             return found[0][1]
-        whole = np.zeros((self.batch_size, found[0][1].shape[-1]), dtype=np.float32)
+        whole = np.zeros((self.batch_size, found[0][1].shape[-1]), dtype=found[0][1].dtype)
         for at, logits in found:
             whole[at] = logits
         return whole
@@ -295,4 +299,4 @@ class Decoder:
         self.turns.last = self
         outputs = self.session.run({port.name: port.feed(run) for port in inputs})
         self._heard(outputs)
-        return last(outputs[self._logits], run)[:, 0]
+        return last(outputs[self._returned], run)[:, 0]

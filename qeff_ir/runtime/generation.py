@@ -131,8 +131,8 @@ class SessionLM(GenerationMixin):
         Raises:
             RuntimeInputError: See `generate`.
         """
-        self.decoder.check_scores()
         config = copy.deepcopy(request.config)
+        self._prepare(request, config)
         copies: int = config.num_return_sequences or 1
         self._check_rows(len(ids), copies)
         if mask is None:
@@ -148,7 +148,7 @@ class SessionLM(GenerationMixin):
         if config.min_new_tokens is not None:
             config.min_length = None  # as in transformers, which would say so
         # The request is merged: what runs it has no defaults of its own, or transformers would merge them again.
-        model = SessionLM(self.decoder, self.config, GenerationConfig())
+        model = type(self)(self.decoder, self.config, GenerationConfig())
         model._lora_ids = self.decoder.lora_ids.copy()  # its adapters too are those that it begins with
         self.running = True
         try:
@@ -165,6 +165,18 @@ class SessionLM(GenerationMixin):
         out["sequences"] = _restore(out["sequences"], ids, copies)
         out[CACHE] = KeptBySession()
         return Answer(out, lengths)
+
+    def _prepare(self, request: GenerationRequest, config: GenerationConfig) -> None:
+        """Take from the settings what the session does by itself.
+
+        Raises:
+            RuntimeInputError: It does not do what the request asks for.
+        """
+        self.decoder.check_scores()
+
+    def _scores(self, returned: Array) -> Array:
+        """What transformers' loop takes for logits, float32 ``[batch, vocab]``, of what the decoder has returned."""
+        return returned
 
     def _check_rows(self, prompts: int, copies: int | None) -> None:
         rows = prompts * (copies if type(copies) is int else 1)
@@ -250,7 +262,7 @@ class SessionLM(GenerationMixin):
             last = input_ids[:, -1]
             known = (last >= 0) & (last < self.vocabulary)  # rows that have ended are filled with any pad token
             logits = self.decoder.decode(torch.where(known, last, 0).numpy(), self._lora_ids)
-        return CausalLMOutputWithPast(logits=torch.from_numpy(np.ascontiguousarray(logits))[:, None])
+        return CausalLMOutputWithPast(logits=torch.from_numpy(np.ascontiguousarray(self._scores(logits)))[:, None])
 
 
 class KeptBySession:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qeff_ir.arrays import Array
 from qeff_ir.errors import PackageError, RuntimeInputError
-from qeff_ir.ir.ports import ADAPTER_ROW, CACHE_ROW, CACHE_ROWS, KEPT_LOGITS, LOGITS, Run
+from qeff_ir.ir.ports import ADAPTER_ROW, CACHE_ROW, CACHE_ROWS, KEPT_LOGITS, NEXT_TOKENS, Run
 from qeff_ir.ir.residents import KINDS, Resident
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.drawing_decoder import DrawingDecoder
+from qeff_ir.runtime.drawn import Drawn, together
 from qeff_ir.runtime.interface import BATCH, LENGTH
 from qeff_ir.runtime.runs import fitted, last
 from qeff_ir.runtime.session import HostStates, Session
@@ -27,12 +29,16 @@ class Piece:
         tokens: Token ids, as many as a run takes at most.
         start: Position of the first.
         adapter: Slot of the adapter; 0 is the base model.
+        reads: Whether the tokens are of a prompt.
+        drawn: How the next token is drawn, where the graph draws and somebody reads it.
     """
 
     slot: int
     tokens: Sequence[int] | Array
     start: int
     adapter: int = 0
+    reads: bool = False
+    drawn: Drawn | None = None
 
 
 class Rows:
@@ -62,17 +68,24 @@ class Rows:
         adapters: Slots of adapters beside the base model's.
         rewindable: Whether a slot may go on from any position that it has been at.
         on_host: Whether what slots hold can be read and changed.
+        draws: Whether the graph draws the next tokens.
+        top: Tokens that it draws from at most.
+        guided: Whether it takes a mask of tokens.
     """
 
     def __init__(self, session: Session, table: TokenTable | None = None) -> None:
-        decoder = Decoder(session, table)  # what it refuses, and the sizes that it reads
-        decoder.check_scores()
+        self.draws = session.interface.output(NEXT_TOKENS) is not None
+        # What it refuses, and the sizes that it reads.
+        decoder = DrawingDecoder(session, table) if self.draws else Decoder(session, table)
+        if not self.draws:
+            decoder.check_scores()
+        self.top, self.guided = (decoder.top, decoder.guided) if isinstance(decoder, DrawingDecoder) else (0, False)
         interface, sizes = session.interface, session.specializations[0].symbols
         self._session, self._inputs = session, interface.inputs
         self._states = [r for r in interface.residents if r.retained and not r.written_by_host]
-        logits = interface.output(LOGITS)
-        assert logits is not None
-        self._logits, classes = logits.name, logits.shape[-1]
+        returned = interface.output(decoder.returns)
+        assert returned is not None
+        self._returned = returned.name
         self._embed = None if table is None else table.vectors
         self._shapes = sorted({(s.symbols[LENGTH], s.symbols[BATCH]) for s in session.specializations})
         self._any_row = interface.input(CACHE_ROW) is not None
@@ -84,8 +97,14 @@ class Rows:
         self.chunk = max(length for length, _ in self._shapes)
         self.chunk_rows = min(self.slots, max(batch for length, batch in self._shapes if length == self.chunk))
         self.ctx_len = decoder.ctx_len
-        self.vocabulary = _size(classes, sizes)
+        own = decoder.vocabulary if isinstance(decoder, DrawingDecoder) else returned.shape[-1]
+        self.vocabulary = _size(own, sizes)
         kept = interface.input(KEPT_LOGITS)
+        if kept is not None and self.draws:
+            raise PackageError(
+                "the package draws the tokens behind drafts, which an engine cannot verify: compile without "
+                "num_speculative_tokens, or without sampling"
+            )
         self.drafts = max(_size(kept.shape[0] or 1, s.symbols) for s in session.specializations) - 1 if kept else 0
         self.adapters = max((r.slots for r in interface.residents), default=0)
         if interface.input(ADAPTER_ROW) is None:
@@ -105,7 +124,8 @@ class Rows:
             pieces: At most `width` pieces of one token, or `chunk_rows` of at most `chunk`; of different slots.
 
         Returns:
-            The logits of each piece's last token, float32 ``[pieces, vocab]``.
+            The logits of each piece's last token, float32 ``[pieces, vocab]``; the next token where the graph draws it,
+            int64 ``[pieces, 1]``.
 
         Raises:
             QeffError: No compiled shapes take the run, or it fails.
@@ -127,6 +147,8 @@ class Rows:
             QeffError: No compiled shapes take the run, or it fails.
         """
         columns = max(len(piece.tokens) for piece in pieces)
+        if self.draws and any(piece.reads for piece in pieces):
+            columns = max(columns, min(2, self.chunk))  # a run of one token would be one of an answer
         batch = self._batch(columns, len(pieces))
         taken = [piece.slot for piece in pieces]
         at = range(len(pieces)) if self._any_row else taken
@@ -139,10 +161,13 @@ class Rows:
             positions[row, :length] = np.arange(piece.start, piece.start + length)
             adapters[row] = piece.adapter
         run = Run(tokens, positions, adapters, self._cache_rows(taken, batch), embed=self._embed, keep=keep)
+        if self.draws:
+            drawn = [piece.drawn for piece in pieces]
+            run = replace(run, draw=together(drawn, at, batch, self.top, self.vocabulary))
         run = fitted(run, self._inputs, self._session.specializations)
         outputs = self._session.run({port.name: port.feed(run) for port in self._inputs})
-        logits = last(outputs[self._logits], run)
-        return logits[: len(pieces)] if self._any_row else logits[taken]
+        found = last(outputs[self._returned], run)
+        return found[: len(pieces)] if self._any_row else found[taken]
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """Let a slot hold the first tokens of another; of states that can be rewound, in a session of the host."""

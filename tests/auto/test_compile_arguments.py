@@ -101,7 +101,7 @@ def test_what_a_model_was_opened_with_is_asked_of_compile(
         ),
         ({"qaic_config": {"mla_absorption": {}}}, "caches of another form than the model's"),
         ({"qaic_config": {"ccl_enable": True}}, "the unknown setting 'ccl_enable'; did you mean 'ccl_enabled'?"),
-        ({"qaic_config": {"include_sampler": True}}, "asks for sampling on the device: leave include_sampler"),
+        ({"qaic_config": {"include_sampler": "yes"}}, "qaic_config has include_sampler='yes' with"),
         ({"qaic_config": {"enable_blocking": "kv"}}, "qaic_config has enable_blocking='kv' with"),
         ({"qaic_config": {"replicate_kv_heads": [2]}}, "qaic_config has replicate_kv_heads=[2] with"),
         ({"qaic_config": "ccl_enabled"}, "qaic_config is 'ccl_enabled': give its settings by name"),
@@ -117,6 +117,11 @@ def test_what_a_model_cannot_be_opened_with_is_told(asked: dict[str, Any], what:
     ("config", "edits"),
     [
         ({"include_sampler": False, "max_top_k_ids": 512, "return_pdfs": True, "enable_blocking": None}, ""),
+        ({"include_sampler": True}, "+sampling"),
+        (
+            {"include_sampler": True, "return_pdfs": True, "max_top_k_ids": 64, "include_guided_decoding": False},
+            "+sampling{pdfs=true top=64 guided=false}",
+        ),
         ({"replicate_kv_heads": True}, "+replicate-kv-heads<kv-retention"),
         ({"replicate_kv_heads": 2}, "+replicate-kv-heads{n=2}<kv-retention"),
         (

@@ -229,6 +229,11 @@ def test_verify_in_16_bits_tells_how_far_both_are_from_float32(qeff: Qeff) -> No
     assert "Agrees with transformers" in said.out
 
 
+def test_what_draws_its_tokens_is_not_verified_by_logits(qeff: Qeff) -> None:
+    said = qeff("verify", MODEL_FOLDER, "--target", "onnxruntime", "--pipeline", "+sampling")
+    assert "returns tokens that it draws, and no logits" in said.complaint
+
+
 def test_passes_lists_the_registry(qeff: Qeff) -> None:
     said = qeff("passes")
     assert (said.code, said.err) == (0, "")

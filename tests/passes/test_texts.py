@@ -51,8 +51,14 @@ CASES: dict[str, tuple[Recipe, str, str]] = {
     "ort-rotary": (Recipe(head_dim=16, value_dim=16, rotary="half"), "onnxruntime", "ort-rotary"),
     "ort-kernels": (PLAIN, "onnxruntime", "ort-kernels"),
     "legalize": (ROTATED, "ai100", "legalize"),
+    "sampling": (PLAIN, "onnxruntime", "sampling{pdfs=true top=4 guided=true}"),
 }
-PLACES = {"blocked-attention": "attention", "compute-context-length": "attention", "continuous-batching": None}
+PLACES = {
+    "blocked-attention": "attention",
+    "compute-context-length": "attention",
+    "continuous-batching": None,
+    "sampling": None,
+}
 """Before which pass of a stock pipeline a pass runs that has no place in it, `None` for the end; others run before
 ``last-logits``."""
 

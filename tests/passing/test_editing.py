@@ -40,6 +40,10 @@ def test_edits(edit: Callable[[Pipeline], Pipeline], expected: str) -> None:
     assert pipeline == Pipeline.parse(TWICE)
 
 
+def test_what_changes_the_returns_stays_last() -> None:
+    assert str(Pipeline.parse(TWICE).add("sampling").add("dtype")).endswith("legalize{opset=17},dtype,sampling")
+
+
 def test_options_are_changed_one_by_one() -> None:
     pipeline = Pipeline.parse("kv-retention{layout=tensor-scatter},kv-retention#2")
     changed = pipeline.with_options("kv-retention", ring="off").with_options("kv-retention#2", layout="scatter")

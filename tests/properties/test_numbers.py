@@ -143,7 +143,7 @@ def sequences(draw: st.DrawFn) -> str:
     Those of `dtype` are held by `test_dtypes`, and those of fast passes by `test_lowbit`; an embedder has no logits.
     """
     layout = draw(st.sampled_from(["{layout=scatter}", "{layout=tensor-scatter}"]))
-    others = {"dtype", "embedding-output"}
+    others = {"dtype", "embedding-output", "sampling"}
     names = [name for name, cls in registered_passes().items() if name not in others and FAST not in cls.establishes]
     items = draw(st.lists(st.sampled_from(names), max_size=5))
     return ",".join(["canonicalize", *(i + (layout if i == "kv-retention" else "") for i in items)])

@@ -23,6 +23,15 @@ class Scatter(Layout):
 
     op_type: ClassVar[str] = "CtxScatter"
 
+    @staticmethod
+    def mark(b: OpBuilder, table: ir.Value, rows: ir.Value, tokens: ir.Value, which: ir.Value) -> ir.Value:
+        """``CtxScatterCB3D``, which skips what is not to be set (contract §2.1)."""
+        slots = b("Where", which, tokens, b.const(DROPPED))
+        marks = b("Expand", b.const(True, np.bool_), b("Shape", tokens), dtype=ir.DataType.BOOL)
+        return b(
+            "CtxScatterCB3D", table, rows, slots, marks, domain=CTX_DOMAIN, shape=table.shape, dtype=ir.DataType.BOOL
+        )
+
     def write(self, node: ir.Node, slots: Slots, state: Resident) -> None:
         """``past -> CtxScatter -> retained``; the layer reads ``CtxGather(retained)``."""
         past, new = node.inputs[:2]
