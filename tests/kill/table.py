@@ -130,7 +130,6 @@ PROPERTIES = {
     "drafts that are refused": "passes/test_last_logits.py::test_drafts_as_long_as_a_prefill_run_are_refused",
     "drafts that go back": "passes/test_last_logits.py::test_a_model_that_cannot_go_back_decodes_one_token_at_a_time",
     "lengths that are told": "passes/test_compute_context_length.py::test_a_run_takes_the_shortest_length_that_it_fits",
-    "texts of passes": "passes/test_texts.py",
     "packages of one phase": "test_requested_passes.py::test_a_prefill_hands_its_caches_to_a_decoder",
     "prefixes of caches": "test_requested_passes.py::test_states_of_a_recurrence_have_the_prefix_and_adapters_none",
     "options of decoders": "test_requested_passes.py::test_what_cannot_be_is_told",
