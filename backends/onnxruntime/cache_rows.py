@@ -2,7 +2,8 @@
 
 A graph takes as many rows of its states as a run has. The session gives it the shortest span of the buffers that holds
 the rows which the run names; others in the span idle, as padding does. So a prefill run of one request costs one row,
-and a decode run costs what its live rows span.
+and a decode run costs what its live rows span. Rows that the graph gathers and scatters cost copies of whole caches: a
+decode run of 8 rows of 2,048 slots took 63 ms that way, and takes 6.7 ms (4 layers of width 256, one thread).
 """
 
 from __future__ import annotations
