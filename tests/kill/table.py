@@ -45,6 +45,7 @@ PROPERTIES = {
     "fused products": "passes/test_fuse_products.py",
     "files of others": "debug/test_plain.py",
     "GGUF": "frontend/test_gguf.py",
+    "prompts over slots": "auto/test_slots.py",
     "rows of token ids": "auto/test_generate_batch.py",
     "engines": "runtime/test_engine.py",
     "sampling of jobs": "runtime/test_sampling.py",
