@@ -14,6 +14,7 @@ from qeff_ir.passing.base import OpBuilder, Pass, Phase, Rewriter, register
 from qeff_ir.passing.expect import AllSites, Expect
 from qeff_ir.passing.weights import Stored, side_by_side, stored
 from qeff_ir.quantized import quantized
+from qeff_ir.ranges import file_range
 
 
 @register
@@ -47,11 +48,11 @@ class FuseProducts(Pass):
 
     def sites(self, module: Module) -> list[ir.Node]:
         """The first product of each group."""
-        return [group[0] for group in _groups(module)]
+        return [group[0] for group in _groups(module, self.weights == "written")]
 
     def run(self, module: Module, rewriter: Rewriter) -> None:
         """Fuse each group."""
-        for group in _groups(module):
+        for group in _groups(module, self.weights == "written"):
             if rewriter.rewrite(f"{len(group)} products"):
                 self._fuse(group, rewriter)
         rewriter.sweep()
@@ -68,12 +69,15 @@ class FuseProducts(Pass):
             rewriter.substitute(node, value)
 
 
-def _groups(module: Module) -> list[list[ir.Node]]:
-    """Products of the same value below the same module, with weights of their own that are stored the same way."""
+def _groups(module: Module, written: bool) -> list[list[ir.Node]]:
+    """Products of the same value below the same module, with weights of their own that are stored the same way.
+
+    `written`: codes too that a checkpoint has in this form.
+    """
     found: dict[tuple[ir.Value | None, str, bool, object], list[ir.Node]] = {}
     for node in module.graph:
         weight = stored(node)
-        if weight is None or len(list(_products(weight))) > 1:
+        if weight is None or len(list(_products(weight))) > 1 or not (written or _is_written(weight)):
             continue
         found.setdefault((node.inputs[0], _parent(node), weight.transposed, _grid(weight)), []).append(node)
     return [nodes for nodes in found.values() if len(nodes) > 1]
@@ -86,6 +90,12 @@ def _grid(weight: Stored) -> object:
         return None
     alone = weight.value if parts.axis == weight.out_axis else None
     return parts.codes.dtype, parts.axis, parts.block, parts.zeros is None, alone
+
+
+def _is_written(weight: Stored) -> bool:
+    """Whether joining a weight makes no copy of bytes that a package would only refer to."""
+    parts = quantized(weight.value.const_value)
+    return parts is None or file_range(parts.codes) is None
 
 
 def _products(weight: Stored) -> Iterable[ir.Node]:

@@ -214,8 +214,11 @@ def stock_pipelines(draw: st.DrawFn) -> tuple[str, str]:
         "fuse-norms",
         "fuse-rotary",
         "fuse-activations",
+        "fuse-products",
         "ort-attention",
         "ort-rotary",
+        "ort-packed-attention",
+        "ort-skip-norms",
         "ort-kernels",
         "fp16-clip",
     ]

@@ -27,7 +27,9 @@ WRITTEN = FuseProducts("written")
 
 def fused(name: str, target: str, step: FuseProducts, *, check: int = 1) -> Module:
     module = support.canonical(name)
-    run_pipeline(module, Pipeline.parse(support.rest_of(target)).insert_before("kv-retention", step), check=check)
+    rest = Pipeline.parse(support.rest_of(target))
+    others = Pipeline(tuple(item for _, item in rest if item.name != step.name))
+    run_pipeline(module, others.insert_before("kv-retention", step), check=check)
     return module
 
 
