@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from qeff_ir.ir.printer import to_text
 from qeff_ir.ir.sources import set_sources, source_text, sources_of
 from qeff_ir.passing import Pipeline, Rewriter, run_pipeline
 from qeff_ir.passing.weights import Stored, derived, parameters, side_by_side, stored
-from qeff_ir.quantized import quantized
+from qeff_ir.quantized import dequantized, quantized
+from qeff_ir.ranges import FileRange
 from tests import support
 from tests.adapters.random_adapters import base, make
 
@@ -103,6 +105,22 @@ def test_quantized_weights_are_joined_with_those_of_the_same_kind() -> None:
     assert run.stats.fired == {"3 products": 2} and run.stats.missed == []
     joined = [v for v in module.graph.initializers.values() if len(parameters(v)) == 3]
     assert len(joined) == 2 and all(quantized(value.const_value) is not None for value in joined)
+
+
+def test_codes_of_a_checkpoint_stay_where_they_are(tmp_path: Path) -> None:
+    module = support.canonical("llama")
+    run_pipeline(module, Pipeline.parse("quantize-weights{bits=8}"))
+    for number, value in enumerate(module.graph.initializers.values()):
+        parts = quantized(value.const_value)
+        if parts is not None:
+            file, codes, name = tmp_path / str(number), parts.codes.numpy(), str(value.name)
+            file.write_bytes(codes.tobytes())
+            place = FileRange(file, 0, codes.nbytes, parts.codes.dtype, codes.shape)
+            value.const_value = dequantized(name, dataclasses.replace(parts, codes=place.tensor(name)))
+    (run,) = run_pipeline(module.clone(), Pipeline((FuseProducts(),))).runs
+    assert run.stats.fired == {} and run.stats.missed == []
+    (run,) = run_pipeline(module, Pipeline((WRITTEN,))).runs
+    assert run.stats.fired == {"3 products": 2, "2 products": 2}
 
 
 def test_what_a_fused_product_stands_for_is_told_everywhere() -> None:

@@ -304,7 +304,7 @@ def test_new_nodes_carry_their_source_and_their_pass() -> None:
     module = support.canonical("llama")
     support.apply(module, support.rest_of("onnxruntime"))
     made = [n for n in module.graph if n.op_type in ("GroupQueryAttention", "FusedMatMul", "QuickGelu")]
-    assert len(made) == 2 + 15 + 2
+    assert len(made) == 2 + 9 + 2
     assert all(n.metadata_props[SOURCE_KEY] for n in made)
     assert {n.metadata_props["qeff.pass"] for n in made} == {"ort-attention", "ort-kernels"}
     kernels = [n.metadata_props[SOURCE_KEY] for n in made if n.op_type == "GroupQueryAttention"]

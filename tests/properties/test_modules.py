@@ -325,7 +325,7 @@ def check_sites(recipe: Recipe, request: Request, text: str) -> None:
     module = prepare(built.module, request)
     wanted = planted(built, request, text)
     with explained("P7 sites", module, pipeline=text, recipe=recipe, request=request):
-        # Joined products are fewer: how many depends on which of them read one value, and the pass has tests of its own.
+        # How many products are joined depends on which read one value; the pass has tests of its own.
         runs: list[PassRun] = run_pipeline(module, Pipeline.parse(text.replace("fuse-products,", ""))).runs
         for run in runs:
             if run.id not in wanted:
