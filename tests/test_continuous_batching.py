@@ -131,7 +131,7 @@ def test_rows_of_caches_are_checked(tmp_path: Path) -> None:
 )
 def test_numbers_of_rows_that_do_not_fit_are_refused(options: dict[str, int], what: str, tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=what):
-        packaged("llama", "onnxruntime", tmp_path, **options)
+        packaged("llama", "onnxruntime", tmp_path, None, **options)
 
 
 @pytest.mark.parametrize("target", TARGETS)

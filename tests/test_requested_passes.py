@@ -205,7 +205,12 @@ def test_a_model_is_compiled_as_the_incumbent_was_told_when_it_opened_it() -> No
 @pytest.mark.parametrize("target", TARGETS)
 def test_rows_lengths_drafts_and_names_in_one_package(target: str) -> None:
     model = QEFFAutoModelForCausalLM(support.tiny("gemma3")[1], continuous_batching=True)
-    asked = {"full_batch_size": 3, "num_speculative_tokens": 3, "ccl_enabled": True, "kv_cache_prefix": "host"}
+    asked: dict[str, Any] = {
+        "full_batch_size": 3,
+        "num_speculative_tokens": 3,
+        "ccl_enabled": True,
+        "kv_cache_prefix": "host",
+    }
     model.compile(target=target, emit_only=target == "ai100", prefill_seq_len=8, ctx_len=64, **asked)
     rows = [2 * support.prompts([size], seed=size)[0] for size in (4, 9, 3, 6)]
     with model.engine(drafter=PromptLookup()) as engine:

@@ -69,15 +69,18 @@ def test_a_role_is_asked_for_whatever_the_value_is_called() -> None:
     assert module.port(LOGITS) is module.output("logits") and module.find(MASK) is None
 
 
+def given(role: ports.Role, run: Run) -> list[list[int]]:
+    array = role.feed(run) if role.feed is not None else None
+    assert array is not None
+    return array.tolist()
+
+
 def test_a_run_tells_what_each_role_is_given() -> None:
-    assert TOKENS.feed is not None and POSITIONS.feed is not None and CACHE_ROW.feed is not None
+    assert TOKENS.feed is not None and POSITIONS.feed is not None
     assert TOKENS.feed(RUN) is RUN.tokens and POSITIONS.feed(RUN) is RUN.positions
-    assert ports.ADAPTER_ROW.feed is not None
-    assert ports.ADAPTER_ROW.feed(RUN).tolist() == [[0], [0]]
-    assert CACHE_ROW.feed(RUN).tolist() == [[0], [1]]
+    assert given(ports.ADAPTER_ROW, RUN) == [[0], [0]] and given(CACHE_ROW, RUN) == [[0], [1]]
     other = Run(RUN.tokens, RUN.positions, adapters=np.array([2, 1]), cache_rows=np.array([4, 3]))
-    assert ports.ADAPTER_ROW.feed(other).tolist() == [[2], [1]]
-    assert CACHE_ROW.feed(other).tolist() == [[4], [3]]
+    assert given(ports.ADAPTER_ROW, other) == [[2], [1]] and given(CACHE_ROW, other) == [[4], [3]]
     assert EMBEDDINGS.feed is not None
     with pytest.raises(RuntimeInputError, match="the graph takes vectors in place of tokens: give the table of the"):
         EMBEDDINGS.feed(RUN)

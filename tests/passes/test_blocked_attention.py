@@ -6,7 +6,9 @@ import functools
 import itertools
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -195,7 +197,7 @@ def test_it_holds_on_drawn_decoders(target: str) -> None:
     ],
     ids=["top of the block", "total not faded", "sinks not faded", "queries of other heads"],
 )
-def test_a_wrong_block_is_told(code: object, old: str, new: str) -> None:
+def test_a_wrong_block_is_told(code: Callable[..., Any], old: str, new: str) -> None:
     item = BlockedAttention(num_kv_blocks=3, head_block_size=1)
     steps = blocked("ai100", "blocked-attention")
     with planted(code, old, new), pytest.raises((NotHeldError, PassError)):

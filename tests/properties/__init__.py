@@ -15,7 +15,7 @@ from qeff_ir.testing.strategies import Request, Run
 T = TypeVar("T")
 
 
-def scaled(share: float) -> Callable[[T], T]:
+def scaled(share: float) -> settings:
     """Decorator: a share of the profile's number of examples, for properties that cost more than others.
 
     A nightly run has the time for all of them.

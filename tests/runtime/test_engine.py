@@ -46,6 +46,12 @@ class Watched:
     def state(self, name: str) -> Array:
         return self.inner.state(name)
 
+    def write(self, name: str, data: Array, slot: int | None = None) -> None:
+        self.inner.write(name, data, slot)
+
+    def reset(self) -> None:
+        self.inner.reset()
+
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -271,7 +277,7 @@ def test_a_beginning_is_copied_from_a_job_that_runs(session: Watched) -> None:
     assert [e.token for e in first] == solo(session, prompt, 20)
     found, shares = list(second), list[float]()
     assert [e.token for e in found] == solo(session, [*prompt[:20], 5], 4, shares)
-    np.testing.assert_allclose([e.logprob for e in found], shares, atol=1e-5)
+    np.testing.assert_allclose([e.logprob or 0.0 for e in found], shares, atol=1e-5)
 
 
 def test_an_idle_row_has_a_slot_that_no_other_row_has(session: Watched) -> None:

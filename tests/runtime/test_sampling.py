@@ -35,7 +35,7 @@ def expected(s: Sampling) -> Array:
     steps += [TopKLogitsWarper(s.top_k)] if s.top_k else []
     steps += [TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
     steps += [MinPLogitsWarper(s.min_p)] if s.min_p else []
-    scores = LogitsProcessorList(steps)(torch.tensor([PROMPT]), torch.from_numpy(LOGITS.copy())[None])
+    scores = LogitsProcessorList(steps)(torch.LongTensor([PROMPT]), torch.from_numpy(LOGITS.copy())[None])
     return torch.softmax(scores.double(), dim=-1)[0].numpy()
 
 
@@ -52,7 +52,8 @@ def expected(s: Sampling) -> Array:
 )
 def test_tokens_are_drawn_as_often_as_transformers_would(settings: dict[str, Any]) -> None:
     """No token beyond what is left, and a chi-square of what is far below what chance gives once in a million."""
-    sampling = Sampling(**{"temperature": 1.0, **settings})
+    given: dict[str, Any] = {"temperature": 1.0, **settings}
+    sampling = Sampling(**given)
     share = expected(sampling)
     found = [Chooser(replace(sampling, seed=seed), PROMPT).choose(LOGITS) for seed in range(DRAWS)]
     counts = np.bincount(found, minlength=VOCAB)
