@@ -84,6 +84,8 @@ class OurEngine:
             self.engine.submit(Job(prompt, new_tokens), listener(reply))
         for _ in prompts:
             left.acquire()
+        while (stats := self.engine.stats()).running or stats.waiting:  # its counts follow the last token
+            time.sleep(0.001)
         return replies
 
     def stats(self) -> Stats:
