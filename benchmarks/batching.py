@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from backends.onnxruntime.backend import BACKEND
 from backends.options import CompileOptions
@@ -21,6 +21,11 @@ from benchmarks.prepare import emit
 from qeff_ir.ir.module import Module
 from qeff_ir.runtime.engine import Engine, Stats
 from qeff_ir.runtime.jobs import Emitted, Job
+
+_PAGE = 32
+"""Tokens of a page of transformers' cache."""
+_BATCH_TOKENS = 512
+"""Tokens that one of its runs takes, at most."""
 
 
 @dataclass
@@ -98,14 +103,17 @@ class TransformersBatching:
 
     Args:
         model: The model.
+        most: Requests at once, at most.
         ctx_len: Positions of each request.
     """
 
     name = "transformers, generate_batch"
 
-    def __init__(self, model: PreTrainedModel, ctx_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, most: int, ctx_len: int) -> None:
         self._model: Any = model
-        self._ctx_len = ctx_len
+        pages = most * -(-ctx_len // _PAGE)
+        # Without sizes, it takes nine tenths of the memory that is free.
+        self._sizes = ContinuousBatchingConfig(page_size=_PAGE, num_blocks=pages, max_batch_tokens=_BATCH_TOKENS)
 
     def answer(self, prompts: Rows, new_tokens: int) -> list[Reply]:
         """See `Batcher.answer`; the clock starts with its first request.
@@ -115,7 +123,7 @@ class TransformersBatching:
         """
         config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
         with silence(), torch.inference_mode():
-            made = self._model.generate_batch(prompts, generation_config=config, record_timestamps=True, warmup=False)
+            made = self._model.generate_batch(prompts, config, self._sizes, record_timestamps=True, warmup=False)
         outputs: Sequence[Any] = sorted(made.values(), key=lambda o: int(str(o.request_id).rpartition("_")[2]))
         failed = next((o.error for o in outputs if o.error is not None), None)
         if failed is not None or len(outputs) != len(prompts):

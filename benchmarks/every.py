@@ -13,7 +13,19 @@ from rich.console import Console
 
 from benchmarks.options import Quick
 
-SUITES = ("lowering", "passes", "pipeline", "decode", "prefill", "embed", "lora", "vision", "coverage", "package")
+SUITES = (
+    "lowering",
+    "passes",
+    "pipeline",
+    "decode",
+    "prefill",
+    "embed",
+    "lora",
+    "vision",
+    "serve",
+    "coverage",
+    "package",
+)
 _NO_FIGURES = {"coverage", "passes"}
 """Suites that print a table of their own and write no figures."""
 

@@ -24,6 +24,7 @@ from qeff_ir.frontend.checkpoint.weights import memory_weights
 PEERS = ("transformers",)
 """The peers, by the names that `--peers` takes."""
 _CHUNK = 128
+"""Prompt tokens of a run of ours, at most; a quarter of the context at most: prefixes are used in whole chunks."""
 _LENGTHS = (1.0, 0.25, 0.5)
 """Lengths of prompts, in turn, as shares of the context."""
 
@@ -62,10 +63,12 @@ def main(
     model = random_model(shape, ctx_len)
     with tempfile.TemporaryDirectory() as folder:
         module = lowered(model, memory_weights(model))
-        ours = OurEngine(module, max(counts), min(_CHUNK, context), ctx_len, threads, Path(folder) / "package")
+        ours = OurEngine(
+            module, max(counts), min(_CHUNK, max(1, context // 4)), ctx_len, threads, Path(folder) / "package"
+        )
         batchers: list[Batcher] = [ours]
         if "transformers" in wanted:
-            batchers.append(TransformersBatching(model, ctx_len))
+            batchers.append(TransformersBatching(model, max(counts), ctx_len))
         rows = [row for count in counts for row in measure(batchers, count, shape, context, new_tokens, rounds)]
         rows.append(prefix(ours, shape, context, rounds))
         ours.engine.close()
@@ -113,6 +116,7 @@ def prefix(ours: OurEngine, shape: str, context: int, rounds: int) -> Row:
     """What a prompt costs that begins as the one before it: all but the last eighth is there already."""
     saved: list[float] = []
     times: list[float] = []
+    alone: list[float] = []
     for number in range(rounds):
         first, second = _prompts(shape, 2, context, seed=77 + number, lengths=(1.0,))
         kept = context - max(1, context // 8)
@@ -121,7 +125,9 @@ def prefix(ours: OurEngine, shape: str, context: int, rounds: int) -> Row:
         replies = ours.answer([first[:kept] + second[kept:]], 1)
         saved.append(100 * (ours.stats().reused - before) / kept)
         times.append(replies[0].times[0])
+        alone.append(ours.answer([second], 1)[0].times[0])
     figures = {"prefill saved %": figure(saved, "higher"), "first token ms": figure(1000 * s for s in times)}
+    figures["of a whole prefill %"] = figure(100 * a / b for a, b in zip(times, alone, strict=True))
     return Row(f"{ours.name}, prefix", figures)
 
 
