@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _NEEDS = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")
 _CTX_LEN = 2048
 """Of a model that is compiled to be served, where nothing else is asked for and the model has as many positions."""
+_SLOTS = 8
+"""Requests at once of a model that is compiled to be served, where no number of rows is asked for."""
 _SERVER = "Server"
 
 
@@ -67,7 +69,8 @@ def command(
 ) -> None:
     """Serve a package, or a model (compiled into the cache first), to OpenAI's clients (extra `serve`).
 
-    A model is compiled for 2,048 tokens of context, or as many as it has positions, unless --ctx-len says otherwise.
+    A model is compiled for 2,048 tokens of context, or as many as it has positions, unless --ctx-len says otherwise,
+    and for 8 requests at once unless --full-batch-size does.
     """
     missing = next((needs for needs in _NEEDS if importlib.util.find_spec(needs) is None), None)
     if missing is not None:
@@ -165,6 +168,8 @@ def _compile(model: str, adapters: list[tuple[str, str]], request: Request) -> Q
     if "ctx_len" not in request.given:
         positions = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
         request = dataclasses.replace(request, ctx_len=min(_CTX_LEN, positions or _CTX_LEN))
+    if not {"batch_size", "full_batch_size"} & set(request.given):
+        request = dataclasses.replace(request, full_batch_size=_SLOTS)
     if not adapters:
         return QEFFAutoModelForCausalLM.from_package(compile_source(source, request).folder, checkpoint=source)
     (name, first), *others = adapters
