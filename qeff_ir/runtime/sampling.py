@@ -11,7 +11,10 @@ from qeff_ir.errors import RuntimeInputError
 from qeff_ir.runtime.jobs import Constraint, Sampling
 
 _HEAD = 1024
-"""So many of the best tokens are sorted first; their mass nearly always is enough for top p."""
+"""So many of the best tokens are sorted first, then eight times as many, until their shares are enough for top p."""
+
+_BLOCK = 256
+"""So many shares are summed at a time."""
 
 
 class Chooser:
@@ -94,34 +97,51 @@ class Chooser:
     def _drawn(self, scores: Array, number: float) -> int:
         """The token at a number from 0 to 1 of the distribution, token ids in ascending order."""
         s = self._sampling
-        scores = (scores - scores.max()).astype(np.float64) / s.temperature
+        with np.errstate(over="ignore"):  # nearly 0 degrees: all but the best are minus infinity
+            scores = (scores - scores.max()) / np.float32(s.temperature)
         ids = _best(scores, s.top_k) if 0 < s.top_k < len(scores) else None
         if s.top_p < 1:
             ids = _nucleus(scores, ids, s.top_p)
         if s.min_p > 0:
             ids = np.arange(len(scores)) if ids is None else ids
             ids = ids[scores[ids] >= np.log(s.min_p)]
-        if ids is not None:
-            ids = np.sort(ids)
-        sums = np.exp(scores if ids is None else scores[ids]).cumsum()
-        place = min(int(np.searchsorted(sums, number * sums[-1], side="right")), len(sums) - 1)
-        return place if ids is None else int(ids[place])
+        if ids is None:
+            return _place(np.exp(scores), number)
+        ids = np.sort(ids)
+        return int(ids[_place(np.exp(scores[ids]), number)])
+
+
+def _place(shares: Array, number: float) -> int:
+    """Where the running sum of shares first exceeds a number from 0 to 1 of all of it.
+
+    Sums of blocks come first: a running sum in double precision over a vocabulary takes longer than all else here.
+    """
+    starts = np.arange(0, len(shares), _BLOCK)
+    blocks = np.add.reduceat(shares, starts, dtype=np.float64).cumsum()
+    wanted = number * blocks[-1]
+    block = min(int(np.searchsorted(blocks, wanted, side="right")), len(blocks) - 1)
+    own = shares[starts[block] : starts[block] + _BLOCK]
+    sums = own.cumsum(dtype=np.float64) + (blocks[block - 1] if block else 0.0)
+    return int(starts[block]) + min(
+        int(np.searchsorted(sums, wanted, side="right")), int(own.nonzero()[0].max(initial=0))
+    )
 
 
 def _best(scores: Array, count: int) -> Array:
-    """The ids of the best scores, the best first."""
+    """The ids of the best scores, the best first; of equal ones, the lower ids."""
     if count == 0:
         return np.empty(0, dtype=np.int64)
-    ids = np.argpartition(scores, len(scores) - count)[len(scores) - count :]
-    return ids[np.argsort(-scores[ids], kind="stable")]
+    ids = np.flatnonzero(scores >= np.partition(scores, len(scores) - count)[len(scores) - count])
+    return ids[np.argsort(-scores[ids], kind="stable")][:count]
 
 
 def _nucleus(scores: Array, ids: Array | None, top_p: float) -> Array:
     """The fewest best ids whose share of the probability of all is at least `top_p`; `ids` are sorted."""
-    total = float(np.exp(scores if ids is None else scores[ids]).sum())
-    head = _best(scores, min(_HEAD, len(scores))) if ids is None else ids
-    sums = np.exp(scores[head]).cumsum()
-    if ids is None and sums[-1] < top_p * total:
-        head = _best(scores, len(scores))
-        sums = np.exp(scores[head]).cumsum()
-    return head[: int(np.searchsorted(sums, top_p * total)) + 1]
+    wanted = top_p * float(np.exp(scores if ids is None else scores[ids]).sum(dtype=np.float64))
+    size = _HEAD
+    while True:
+        head = _best(scores, min(size, len(scores))) if ids is None else ids
+        sums = np.exp(scores[head]).cumsum(dtype=np.float64)
+        if ids is not None or size >= len(scores) or sums[-1] >= wanted:
+            return head[: int(np.searchsorted(sums, wanted)) + 1]
+        size *= 8

@@ -39,6 +39,28 @@ def expected(s: Sampling) -> Array:
     return torch.softmax(scores.double(), dim=-1)[0].numpy()
 
 
+def plainly(s: Sampling, logits: Array, number: float) -> int:
+    """The token at a number from 0 to 1 of what is left of a distribution, all of it sorted and summed."""
+    scores = logits.astype(np.float64) / s.temperature
+    ids = np.argsort(-scores, kind="stable")[: s.top_k or len(scores)]
+    sums = np.exp(scores[ids] - scores.max()).cumsum()
+    ids = np.sort(ids[: int(np.searchsorted(sums, s.top_p * sums[-1])) + 1])
+    sums = np.exp(scores[ids] - scores.max()).cumsum()
+    return int(ids[np.searchsorted(sums, number * sums[-1], side="right")])
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 3000}], ids=str)
+def test_a_large_vocabulary_is_summed_in_parts_with_the_same_tokens(settings: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"temperature": 0.7, **settings}
+    rng = np.random.default_rng(1)
+    found, wanted = list[int](), list[int]()
+    for seed in range(60):
+        logits = rng.standard_normal(20_000).astype(np.float32)
+        found.append(Chooser(Sampling(seed=seed, **given), PROMPT).choose(logits))
+        wanted.append(plainly(Sampling(**given), logits, float(np.random.default_rng(seed).random())))
+    assert found == wanted and len(set(found)) > 50
+
+
 @pytest.mark.parametrize(
     "settings",
     [
