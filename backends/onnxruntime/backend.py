@@ -28,7 +28,7 @@ class OnnxRuntimeBackend(Backend):
     pipeline: ClassVar[str] = (
         "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,image-merge,"
         "fuse-products,kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-rotary,"
-        "ort-packed-attention,ort-matmul-nbits,ort-skip-norms,ort-kernels"
+        "ort-packed-attention,ort-matmul-nbits,ort-kernels"
     )
     rounds_caches: ClassVar[bool] = True
     Options: ClassVar[type[CompileOptions]] = OnnxRuntimeOptions

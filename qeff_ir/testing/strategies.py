@@ -218,7 +218,6 @@ def stock_pipelines(draw: st.DrawFn) -> tuple[str, str]:
         "ort-attention",
         "ort-rotary",
         "ort-packed-attention",
-        "ort-skip-norms",
         "ort-kernels",
         "fp16-clip",
     ]

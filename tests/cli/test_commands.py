@@ -104,7 +104,7 @@ def test_what_other_hosts_ask_of_a_package(qeff: Qeff, tmp_path: Path) -> None:
     assert [entry["symbols"]["num_logits_to_keep"] for entry in found] == ["1", "4"]
     assert "IOName: past_key.0_host\n" in (tmp_path / "out" / "custom_io.yaml").read_text()
     wrong = qeff("compile", MODEL_FOLDER, "--target", "ai100", "--emit-only", "--full-batch-siz", 4)
-    assert "full_batch_siz" in wrong.complaint
+    assert "did you mean --full-batch-size?" in wrong.complaint
 
 
 def test_run_answers_every_prompt_and_times(qeff: Qeff, compiled: tuple[Path, Outcome]) -> None:

@@ -34,13 +34,13 @@ FIRED: dict[str, dict[str, dict[str, int]]] = {
         "fuse-norms": {"RMSNormalization": 5}, "fuse-rotary": {"RotaryEmbedding": 4}, "fuse-activations": {"Swish": 2},
         "kv-retention": {"CachePositions": 1, "TensorScatter": 4}, "attention": {},
         "ort-attention": {"GroupQueryAttention": 2}, "ort-rotary": {}, "ort-packed-attention": {},
-        "fuse-products": {"2 products": 2, "3 products": 2}, "ort-skip-norms": {"SkipSimplifiedLayerNormalization": 4},
+        "fuse-products": {"2 products": 2, "3 products": 2},
         "ort-kernels": {"FusedMatMul": 9, "QuickGelu": 2},
     },
     "gpt2": {
         "unflatten": {"Gemm": 8}, "fuse-norms": {}, "fuse-rotary": {}, "fuse-activations": {"Gelu tanh": 2},
         "ort-attention": {"GroupQueryAttention": 2}, "ort-kernels": {"FusedMatMul": 1}, "fuse-products": {},
-        "ort-packed-attention": {"GroupQueryAttention": 2}, "ort-skip-norms": {"SkipLayerNormalization": 5},
+        "ort-packed-attention": {"GroupQueryAttention": 2},
     },
     "qwen3": {
         "fuse-norms": {"RMSNormalization": 9}, "fuse-rotary": {"RotaryEmbedding": 4},

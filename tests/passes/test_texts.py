@@ -50,7 +50,6 @@ CASES: dict[str, tuple[Recipe, str, str]] = {
     "ort-attention": (Recipe(head_dim=8, value_dim=8), "onnxruntime", "ort-attention"),
     "ort-rotary": (Recipe(head_dim=16, value_dim=16, rotary="half"), "onnxruntime", "ort-rotary"),
     "ort-packed-attention": (Recipe(head_dim=16, value_dim=16, rotary="half"), "onnxruntime", "ort-packed-attention"),
-    "ort-skip-norms": (PLAIN, "onnxruntime", "ort-skip-norms"),
     "ort-kernels": (PLAIN, "onnxruntime", "ort-kernels"),
     "legalize": (ROTATED, "ai100", "legalize"),
     "sampling": (PLAIN, "onnxruntime", "sampling{pdfs=true top=4 guided=true}"),
