@@ -31,8 +31,8 @@ class FuseProducts(Pass):
     ``weights=written`` they are one weight, which the package has in a file of its own. Quantized weights always are,
     for no kernel takes codes that a `Concat` makes.
 
-    It stands before `kv-retention` (``+fuse-products<kv-retention``): adapters fit the layers of the checkpoint, and
-    the target's own kernels replace products afterwards.
+    It stands where adapters and copies of heads have found their layers, and before the target's own kernels replace
+    products; where it is not stock, before `kv-retention` (``+fuse-products<kv-retention``).
     """
 
     name: ClassVar[str] = "fuse-products"

@@ -27,8 +27,8 @@ class OnnxRuntimeBackend(Backend):
     lengths_behind: ClassVar[str] = "ort-attention"
     pipeline: ClassVar[str] = (
         "canonicalize,unflatten,fuse-norms,fuse-rotary,fuse-activations,last-logits,image-merge,"
-        "fuse-products,kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-rotary,"
-        "ort-packed-attention,ort-matmul-nbits,ort-kernels"
+        "kv-retention{layout=tensor-scatter},attention{impl=standard},ort-attention,ort-rotary,"
+        "fuse-products,ort-packed-attention,ort-matmul-nbits,ort-kernels"
     )
     rounds_caches: ClassVar[bool] = True
     Options: ClassVar[type[CompileOptions]] = OnnxRuntimeOptions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import mmap
 import os
@@ -76,6 +77,7 @@ def run(family: str, start: int, inputs: int) -> Outcome:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name, mmap.mmap(-1, 8) as seen:
         result = Path(name) / "outcome.json"
+        gc.collect()  # sessions that nobody holds: in the fork, which lacks their threads, to end them would never end
         child = os.fork()
         if child == 0:
             code = 1

@@ -17,8 +17,8 @@ from tests.properties import EDGE
 
 WHOLE = Recipe((Layer(),), head_dim=16, value_dim=16, rotary="half")
 BEFORE = (
-    "canonicalize,fuse-norms,fuse-rotary,last-logits,fuse-products,kv-retention{layout=tensor-scatter},"
-    "attention{impl=standard},ort-attention,ort-rotary"
+    "canonicalize,fuse-norms,fuse-rotary,last-logits,kv-retention{layout=tensor-scatter},"
+    "attention{impl=standard},ort-attention,ort-rotary,fuse-products"
 )
 
 

@@ -114,7 +114,7 @@ def test_it_holds_on_drawn_decoders(target: str) -> None:
     held = hold_pass(item, target=target, pipeline=pipeline(target, "replicate-kv-heads{devices=4}"), examples=12)
     assert held.fired["weights"] > 0
     steps = pipeline(target, "replicate-kv-heads{devices=4}")
-    assert hold_package(item, target=target, pipeline=steps, examples=5).changed > 0
+    assert hold_package(item, target=target, pipeline=steps, examples=12).changed > 0
 
 
 def test_heads_in_another_order_are_told() -> None:
