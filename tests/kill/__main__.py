@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -48,6 +49,7 @@ def plant(fault: Fault | None, folder: Path) -> None:
 def told(folder: Path, properties: list[str]) -> dict[str, bool]:
     """Which of the properties tell that something is wrong in a copy; runs in a process of its own."""
     result = folder / "told.json"
+    gc.collect()  # a fork has no threads of its parent's sessions, and could not end them
     child = os.fork()
     if child == 0:
         code = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -93,6 +94,7 @@ def run(tests: list[str], arguments: list[str], environment: dict[str, str], log
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         environment = {**environment, "TMPDIR": folder}
         result = Path(folder) / "outcome.json"
+        gc.collect()  # a fork has no threads of its parent's sessions, and could not end them
         child = os.fork()
         if child == 0:
             code = 1
