@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
 import random
@@ -154,7 +153,6 @@ class Engine:
 def _forked(work: Callable[[], object], kill_after: float | None) -> tuple[int, str, object]:
     """Run something in a process of its own: how it ended (minus the signal), what it said, what it returned."""
     with tempfile.TemporaryFile() as said:
-        gc.collect()  # a fork has no threads of its parent's sessions, and could not end them
         child = os.fork()
         if child == 0:
             code, result = DONE, None
