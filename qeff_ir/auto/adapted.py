@@ -362,7 +362,7 @@ class AdaptedModel(CompiledModel[SourceT, RunnerT]):
             with contextlib.nullcontext() if runner is None else runner.decoder.request(), self._lock:
                 if self._runner is runner:  # nobody has opened or left one meanwhile
                     if runner is not None:
-                        runner.decoder.turns.last = self  # what was computed with an adapter may be of another now
+                        runner.decoder.turns.note(self)  # what was computed with an adapter may be of another now
                     yield
                     return
 

@@ -133,7 +133,7 @@ class Decoder:
 
     def leave(self) -> None:
         """Have nothing to continue: what the caches hold is about to be another's. The thread has the turn."""
-        self.turns.last = None
+        self.turns.note(None)
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)
 
     def check_scores(self) -> None:
@@ -296,7 +296,7 @@ class Decoder:
         inputs = self.session.interface.inputs
         run = self._told(fitted(self._wanted(run), inputs, self.session.specializations))
         self.positions = np.full(self.batch_size, -1, dtype=np.int64)  # a run that fails leaves nothing to continue
-        self.turns.last = self
+        self.turns.note(self)
         outputs = self.session.run({port.name: port.feed(run) for port in inputs})
         self._heard(outputs)
         return last(outputs[self._returned], run)[:, 0]

@@ -136,9 +136,9 @@ class Engine:
         try:
             while self._next():
                 with self._turns.take():
-                    if self._turns.last is not self:
+                    if not self._turns.was(self):
                         self._batching.prefixes.forget()
-                        self._turns.last = self
+                        self._turns.note(self)
                     while self._open and self._next():
                         self._batching.step()
                         self._note()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import AbstractContextManager
 
 from qeff_ir.errors import RuntimeInputError
@@ -17,8 +18,19 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self.last: object = None
-        """Who has used the session last, set by who has the turn: whoever keeps something in it looks here."""
+        self._last: weakref.ref[object] | None = None
+
+    def note(self, user: object) -> None:
+        """Say who uses the session now; `None` for somebody else. Who has the turn calls it.
+
+        The user is referred to weakly, for it holds the session and these turns: in a cycle, a session would keep its
+        memory until the next garbage collection.
+        """
+        self._last = None if user is None else weakref.ref(user)
+
+    def was(self, user: object) -> bool:
+        """Whether it has used the session last, so that what it keeps there is its own still."""
+        return self._last is not None and self._last() is user
 
     @property
     def mine(self) -> bool:

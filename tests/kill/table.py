@@ -42,6 +42,7 @@ PROPERTIES = {
     "reductions": "debug/test_reduce.py",
     "first differences": "debug/test_first_difference.py",
     "bisections": "debug/test_bisect.py",
+    "decoders": "runtime/test_decoder.py",
     "packed attention": "passes/test_ort_packed_attention.py",
     "fused products": "passes/test_fuse_products.py",
     "files of others": "debug/test_plain.py",

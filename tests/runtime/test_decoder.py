@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from qeff_ir import numerics
 from qeff_ir.errors import RuntimeInputError
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.decoder import Decoder
+from qeff_ir.runtime.engine import Engine
+from qeff_ir.runtime.jobs import Job
 from qeff_ir.runtime.token_table import TokenTable
 from tests import support
 
@@ -45,6 +49,23 @@ def test_an_idle_row_stays_idle(nothing: int, decoder: Decoder) -> None:
     assert decoder.timings.tokens == 2
     error = numerics.error_over_rms(logits[1], support.forward("llama", [*row, 7, 8]))
     assert error <= numerics.bound(numerics.depth(support.lowered("llama")))
+
+
+def test_a_decoder_that_nobody_holds_is_gone_at_once_with_its_session(tmp_path: Path) -> None:
+    """Its caches and weights may be most of the memory: they do not wait for a garbage collection."""
+    made = support.open_decoder(support.canonical("llama"), tmp_path)
+    made.prefill(support.prompts([3, 4]))
+    engine = Engine(made.session, turns=made.turns)
+    assert len(list(engine.submit(Job([5, 6], 2)))) == 2
+    engine.close()
+    gone = [weakref.ref(thing) for thing in (made, made.session, engine)]
+    gc.collect()
+    gc.disable()
+    try:
+        del made, engine
+        assert [thing() for thing in gone] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_rows_do_not_see_each_other(decoder: Decoder) -> None:
