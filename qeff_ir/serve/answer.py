@@ -174,6 +174,17 @@ class Answer:
                 yield piece
         self._metrics.count(self.usage())
 
+    async def choices(self) -> list[list[Piece]]:
+        """The pieces of each choice, once all have ended.
+
+        Raises:
+            QeffError: As for `pieces`.
+        """
+        found = [list[Piece]() for _ in self._choices]
+        async for piece in self.pieces():
+            found[piece.choice].append(piece)
+        return found
+
     def _piece(self, number: int, choice: _Choice, emitted: Emitted) -> Piece | None:
         choice.tokens += 1
         choice.pending.append(emitted)

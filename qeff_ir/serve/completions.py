@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qeff_ir.runtime.jobs import Emitted
 from qeff_ir.runtime.texts import as_texts, encode
-from qeff_ir.serve.answer import Answer, Piece
+from qeff_ir.serve.answer import Answer
 from qeff_ir.serve.errors import ApiError
 from qeff_ir.serve.logprobs import token_text
 from qeff_ir.serve.schema import CompletionRequest
@@ -69,11 +69,8 @@ class CompletionForm:
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        choices: dict[int, list[Piece]] = {}
-        async for piece in self._answer.pieces():
-            choices.setdefault(piece.choice, []).append(piece)
         made: list[dict[str, Any]] = []
-        for number, pieces in sorted(choices.items()):
+        for number, pieces in enumerate(await self._answer.choices()):
             text = "".join(piece.text for piece in pieces)
             tokens = [token for piece in pieces for token in piece.tokens]
             made.append(self._choice(number, text, pieces[-1].finish, tokens))
