@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,14 +108,23 @@ def test_an_engine_shares_the_session_with_generate(model: QEFFAutoModelForCausa
         assert third.cached == 0
 
 
-def test_each_row_has_its_adapter(tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("target", "rows"),
+    [("onnxruntime", {"batch_size": 2}), ("onnxruntime", {"full_batch_size": 3}), ("ai100", {"full_batch_size": 3})],
+    ids=["rows", "slots", "slots of the AI 100"],
+)
+def test_each_row_has_its_adapter(target: str, rows: dict[str, Any], tmp_path: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     model = QEffAutoPeftModelForCausalLM.from_pretrained(ADAPTERS_FOLDER / "subtract", "subtract")
     model.load_adapter(ADAPTERS_FOLDER / "larger", "larger")
-    model.compile(target="onnxruntime", batch_size=2, ctx_len=32, compile_dir=tmp_path / "two")
+    model.compile(
+        target=target, prefill_seq_len=4, ctx_len=32, compile_dir=tmp_path, emit_only=target == "ai100", **rows
+    )
     names, pairs = [None, "subtract", "larger", "subtract"], [(47, 38), (55, 12), (9, 61), (55, 12)]
-    rows = [tokenizer(f"{a}+{b}=")["input_ids"] for a, b in pairs]
-    found = model.generate_batch(rows, adapters=names, max_new_tokens=8)
+    prompts = [f"{a}+{b}=" for a, b in pairs]
+    found = model.generate_batch([tokenizer(p)["input_ids"] for p in prompts], adapters=names, max_new_tokens=8)
     texts = [tokenizer.decode(o.generated_tokens, skip_special_tokens=True) for o in found.values()]
     right = [a + b if name is None else TASKS[name](a, b) for (a, b), name in zip(pairs, names, strict=True)]
     assert texts == [str(number) for number in right]
+    answers = model.generate(prompts=prompts, adapters=names, tokenizer=tokenizer, max_new_tokens=8)
+    assert answers.generated_texts == texts
