@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ def test_other_forms_of_the_files_answer_alike(kv_offload: bool, more: dict[str,
             assert not any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
         else:  # a function for all layers of the language model
             assert any(len([n for n in proto.graph.node if n.op_type == f.name]) == 3 for f in proto.functions)
+
+
+@pytest.mark.parametrize(("prefill_only", "phase"), [(True, "Prefill"), (False, "Decode")])
+def test_a_language_model_of_one_phase_is_called_by_it(prefill_only: bool, phase: str, tmp_path: Path) -> None:
+    model = QEFFAutoModelForImageTextToText(multimodal.lively(NAME), processor(NAME))
+    options: dict[str, Any] = {"target": "ai100", "image_size": PROCESSORS[NAME].size, "emit_only": True, **SHAPES}
+    paths = model.compile(compile_dir=tmp_path, prefill_only=prefill_only, **options)
+    name = f"lang_{phase.lower()}_qpc_path"
+    assert paths == {name: str(tmp_path), "vision_qpc_path": str(tmp_path / "vision")}
+    found = json.loads((tmp_path / "specializations.json").read_text())["specializations"]
+    assert [entry["name"] for entry in found] == [phase]
+
+
+def test_drafts_in_a_package_for_pictures_change_no_answer(tmp_path: Path) -> None:
+    model = compiled(tmp_path, num_speculative_tokens=2)
+    text, images = texts(NAME), [pictures(NAME, [1, 2]), pictures(NAME, [3])]
+    right = [expected(NAME, own, said) for own, said in zip(images, text, strict=True)]
+    assert answered(model, **processed(NAME, images, text)) == right
 
 
 def test_weights_are_clipped_in_each_program(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ Pooling = Any
 """A mode of the pass `embedding`, or a torch module of the user's (``last_hidden_states, attention_mask``)."""
 
 
+_OF_WRITERS = ("prefill_only", "num_speculative_tokens")
+"""Options of a language model that make no sense for an embedding."""
+
+
 class QEFFAutoModel(ForwardModel):
     """Any model that transformers' `AutoModel` loads, for its hidden states or one embedding of each row.
 
@@ -185,6 +189,9 @@ class QEFFAutoModel(ForwardModel):
             return super().compile(**options)
         if options.pop("seq_len", None) is not None:
             raise CompileError("seq_len is for text alone: with image_size, give ctx_len (and prefill_seq_len)")
+        odd = next((n for n in _OF_WRITERS if options.get(n) not in (None, (), [])), None)
+        if odd is not None:
+            raise CompileError(f"{odd} is for models that write, and an embedding is of a prompt alone: leave it out")
         embedder = PictureEmbedder.of(self._source, self._processor, self._embedding)
         given: dict[str, Any] = {"prefill_seq_len": prefill_seq_len, "ctx_len": ctx_len, **options}
         paths = embedder.compile(image_size=image_size, num_images=num_images, **given)

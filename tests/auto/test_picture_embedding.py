@@ -201,6 +201,9 @@ def test_what_does_not_go_together_is_told(grids: QEFFAutoModel, tmp_path: Path)
     plain = QEFFAutoModel(support.tiny("qwen3")[1], pooling="last")
     with pytest.raises(CompileError, match="seq_len is for text alone"):
         plain.compile(image_size=size, seq_len=8)
+    for name, value in (("prefill_only", False), ("num_speculative_tokens", 2)):
+        with pytest.raises(CompileError, match=f"{name} is for models that write"):
+            plain.compile(image_size=size, **{name: value})
     with pytest.raises(CompileError, match="are for pictures: give image_size as well"):
         plain.compile(ctx_len=8)
     with pytest.raises(CompileError, match="there is a pipeline for the program 'vision'"):
