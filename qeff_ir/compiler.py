@@ -142,9 +142,6 @@ def compile_model(
         steps[MAIN] = with_requested(Pipeline.parse(edits, steps[MAIN]) if edits else steps[MAIN], options, backend)
     if token_embedding == "host":
         steps[MAIN] = steps[MAIN].add("token-embedding")
-    if options.full_batch_size:
-        rows = options.kv_cache_batch_size or options.full_batch_size
-        steps[MAIN] = steps[MAIN].add(f"continuous-batching{{rows={rows}}}")
     steps = {name: given.told(asdict(options)) for name, given in steps.items()}
     if options.dtype != "float32":
         steps = {name: given.add(f"dtype{{type={options.dtype}}}") for name, given in steps.items()}

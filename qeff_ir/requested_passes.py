@@ -34,6 +34,9 @@ def with_requested(steps: Pipeline, options: CompileOptions, backend: Backend) -
         steps = steps.add(
             Pipeline.parse("kv-cache-prefix").with_options("kv-cache-prefix", prefix=options.kv_cache_prefix)
         )
+    if options.full_batch_size:
+        rows = options.kv_cache_batch_size or options.full_batch_size
+        steps = steps.add(f"continuous-batching{{rows={rows}}}")
     return steps
 
 

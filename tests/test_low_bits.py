@@ -14,7 +14,7 @@ from backends.ai100 import contract
 from backends.ai100.backend import BACKEND
 from backends.ai100.options import Ai100Options
 from backends.onnxruntime.backend import BACKEND as BACKEND_ORT
-from qeff_ir import QEFFAutoModelForCausalLM
+from qeff_ir import QEFFAutoModel, QEFFAutoModelForCausalLM, QEFFAutoModelForImageTextToText
 from qeff_ir.cost import cost
 from qeff_ir.debug.drift import fast_parts
 from qeff_ir.errors import CompileError, PassError, PipelineError
@@ -22,14 +22,15 @@ from qeff_ir.ir.module import WEIGHT_KEY, Module
 from qeff_ir.ir.printer import to_text
 from qeff_ir.ir.snapshot import load_module, save_module
 from qeff_ir.numerics import error_over_rms
-from qeff_ir.package import read_manifest
+from qeff_ir.package import MAIN, read_manifest
 from qeff_ir.passing import Pipeline, run_pipeline
 from qeff_ir.passing.properties import FAST
 from qeff_ir.quantized import Quantized, dequantized, lazy, quantized
 from qeff_ir.runtime.decoder import Decoder
-from tests import support
+from tests import multimodal, processors, support
 from tests.adapters.random_adapters import base, make
 from tests.backends.ai100.test_contract import codes, edit_model
+from tests.processors import PROCESSORS
 from tests.support import OPTIONS, PROMPTS
 
 
@@ -142,6 +143,18 @@ def test_a_level_of_products_is_an_option_of_compile(tmp_path: Path, monkeypatch
     for given, error, message in refused:
         with pytest.raises(error, match=message):
             model.compile(**shapes, **given)
+    with pytest.raises(CompileError, match=r"matmul_level=4 is for products .* of which .* none"):
+        QEFFAutoModel(support.tiny("llama")[1], pooling="mean").compile(seq_len=8, target="onnxruntime", matmul_level=4)
+
+
+def test_an_encoder_beside_a_decoder_of_few_bits_may_have_none(tmp_path: Path) -> None:
+    model = QEFFAutoModelForImageTextToText(multimodal.lively("llava"), processors.processor("llava"))
+    model.compile(
+        target="onnxruntime", ctx_len=96, prefill_seq_len=8, image_size=PROCESSORS["llava"].size, compile_dir=tmp_path,
+        pipeline={MAIN: "+quantize-weights{block=16}"}, matmul_level=4,
+    )  # fmt: skip
+    programs = [load_module(f).graph for f in (tmp_path / "model.onnx", tmp_path / "vision" / "model.onnx")]
+    assert [any(n.op_type == "MatMulNBits" for n in graph) for graph in programs] == [True, False]
 
 
 def test_each_kind_of_weight_has_bits_of_its_own() -> None:

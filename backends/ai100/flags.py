@@ -116,11 +116,10 @@ def _managed(key: str, option: str | None) -> str:
 
 def _unknown(key: str, name: str, sdk: Sdk) -> str:
     offered = [n for n in sdk.flags if n not in _INSTEAD and n not in _OBSOLETE]
-    near = difflib.get_close_matches(name, offered, n=1, cutoff=0.0)
-    return (
-        f"the {sdk.compiler} of SDK {sdk.version} has no flag {key}: the nearest is {near[0].replace('-', '_')}; "
-        "force_flags=True hands it over all the same"
-    )
+    near = difflib.get_close_matches(name, offered, n=1)
+    hint = f"the nearest is {near[0].replace('-', '_')}" if near else "leave it out"
+    unknown = f"the {sdk.compiler} of SDK {sdk.version} has no flag {key}"
+    return f"{unknown}: {hint}; force_flags=True hands it over all the same"
 
 
 def _check_type(key: str, value: Any, kind: FlagType) -> None:

@@ -13,6 +13,7 @@ from backends.options import CompileOptions
 from qeff_ir.errors import CompileError
 from qeff_ir.ir.baked import save_names
 from qeff_ir.ir.module import Module
+from qeff_ir.ir.ports import CROSSING, ROWS_OUTPUT
 from qeff_ir.ir.snapshot import MODEL_FILE, load_both, save_module
 from qeff_ir.passing.pipeline import Pipeline
 from qeff_ir.runtime.session import Session
@@ -67,7 +68,9 @@ class OnnxRuntimeBackend(Backend):
                 f"mxint8_kv_cache is for caches of keys and values, of which {module.name} has none that can be "
                 "rounded: leave it out"
             )
-        if _level(options) and module.states and not any(node.op_type == "MatMulNBits" for node in module.graph):
+        encodes = any(module.role_of(value) in (ROWS_OUTPUT, CROSSING) for value in module.graph.outputs)
+        multiplies = any(node.op_type == "MatMulNBits" for node in module.graph)
+        if _level(options) and not multiplies and not encodes:  # an encoder is beside a decoder, which is looked at
             raise CompileError(
                 f"matmul_level={_level(options)} is for products with weights of few bits, of which {module.name} has "
                 'none: leave it out, or round the weights (pipeline="+quantize-weights{bits=4}")'

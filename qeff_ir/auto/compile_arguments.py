@@ -39,6 +39,16 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
 )
 """Arguments that are a target's options here, with the values that ask for nothing there."""
 
+_ADAPTED, _PICTURED = "QEffAutoPeftModelForCausalLM", "QEFFAutoModelForImageTextToText"
+_OF_OTHERS: dict[str, str] = {
+    **dict.fromkeys(
+        ("adapter_slots", "bake_adapters", "lora_bias", "lora_mode", "lora_targets", "max_lora_rank"), _ADAPTED
+    ),
+    **dict.fromkeys(("image_size", "num_frames", "num_images"), _PICTURED),
+    "encoder_ctx_len": "QEFFAutoModelForSeq2SeqLM",
+}
+"""Options of other kinds of models, with the class that takes them."""
+
 
 def compiler_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of ``compile`` that are flags of the target's compiler; those that change nothing are dropped.
@@ -48,6 +58,11 @@ def compiler_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     flags: dict[str, Any] = {}
     for name, value in arguments.items():
+        if name in _OF_OTHERS:
+            if value is not None and value is not False:
+                what = _OF_OTHERS[name]
+                raise CompileError(f"{name} is an option of {what}: open the model as one, or leave {name} out")
+            continue
         if name not in _KNOWN:
             if not any(value is item for item in _DEFAULTS.get(name, ())):
                 flags[name] = value

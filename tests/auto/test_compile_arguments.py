@@ -37,6 +37,7 @@ def test_every_argument_of_the_contract_is_known() -> None:
     "arguments",
     [
         {"full_batch_size": None},
+        {"encoder_ctx_len": None, "image_size": None, "bake_adapters": False},
         {
             "num_speculative_tokens": None,
             "prefill_only": None,
@@ -59,6 +60,9 @@ def test_what_changes_nothing_is_dropped(arguments: dict[str, Any]) -> None:
             "enable_chunking=True asks for prefill on devices of its own, which is not supported: leave",
         ),
         ({"use_onnx_subfunctions": True}, "sub_functions=True does"),
+        ({"bake_adapters": True}, "bake_adapters is an option of QEffAutoPeftModelForCausalLM: open the model as one"),
+        ({"image_size": (3, 3)}, "image_size is an option of QEFFAutoModelForImageTextToText"),
+        ({"encoder_ctx_len": 8}, "encoder_ctx_len is an option of QEFFAutoModelForSeq2SeqLM"),
     ],
 )
 def test_what_is_not_there_is_refused_by_what_it_asks_for(arguments: dict[str, Any], what: str) -> None:
